@@ -1,0 +1,61 @@
+"""The Python entry: a federated run from keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fednorm.config import merge
+from fednorm.registry import resolve_config
+
+if TYPE_CHECKING:
+    from fednorm.federated.server import Observer
+
+
+def federated(
+    *,
+    strategy: str = "fedavg",
+    data: str = "digits_mini",
+    norm: str | None = None,
+    model: str | None = None,
+    rounds: int = 10,
+    seed: int = 1,
+    data_dir: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    runs: str | Path | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Run a federation in this process.
+
+    Args:
+        strategy: The strategy's name.
+        data: The benchmark's name.
+        norm: The norm's name; the strategy's own if None.
+        model: The model's name; the default if None.
+        rounds: Rounds of communication.
+        seed: Of every random stream.
+        data_dir: The folder of the real data, where the benchmark needs one.
+        config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
+        runs: The folder of records, or None to write nothing.
+        observer: Is told how the run goes.
+
+    Returns:
+        The result: ``plan``, ``rounds``, ``final`` (``per_domain``, ``mean``, ``worst``), ``evaluation``, ``run``,
+        ``config``.
+
+    Raises:
+        FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+    """
+    from fednorm.federated.simulate import simulate
+
+    named: dict[str, Any] = {
+        "seed": seed,
+        "strategy": {"name": strategy},
+        "data": {"name": data, **({"dir": str(data_dir)} if data_dir is not None else {})},
+        "rounds": {"num_rounds": rounds},
+        **({"norm": {"name": norm}} if norm is not None else {}),
+        **({"model": {"name": model}} if model is not None else {}),
+    }
+    resolved = resolve_config(merge(named, config or {}))
+    return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)

@@ -1,0 +1,112 @@
+"""The nouns of the data: a domain is a distribution, a client holds images of one domain.
+
+Pixels are decoded once into one ``uint8`` array a domain. Clients hold *indices* into it, so that a thousand
+clients of a process share one copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some rows of a domain's array.
+
+    Attributes:
+        images: The whole array, uint8, shape (N, 3, H, W); shared, never copied or written.
+        labels: The whole array's labels, int64, shape (N,).
+        index: The rows that belong to this split, int64, shape (n,).
+    """
+
+    images: Tensor
+    labels: Tensor
+    index: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of images, n."""
+        return len(self.index)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
+        where = self.index[rows]
+        return self.images[where], self.labels[where]
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """A data distribution, e.g. ``mnist``: train and test images that share no source image.
+
+    Attributes:
+        name: The domain's name.
+        train: Every training image.
+        test: Every test image.
+        note: What a reader of a table must know about it, e.g. that it is a stand-in.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """What one client holds.
+
+    Attributes:
+        partition_id: The client's number, 0 to K - 1.
+        domain: The name of its domain.
+        train: Its training images; no other client has any of them.
+        validation: Images held back from its training images for choosing hyper-parameters; may be empty.
+        test: Its share of the domain's test images.
+        held_out: True for a client that only evaluates: its domain is unseen in training.
+    """
+
+    partition_id: int
+    domain: str
+    train: Split
+    validation: Split
+    test: Split
+    held_out: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Federation:
+    """Every client of a run, and what its tables must say about the data.
+
+    Attributes:
+        title: How a table names the data, e.g. ``digits (mnist, usps, mnistm)``; ``Digits-Five`` only where all five
+            of the paper's domains are there.
+        num_classes: K; labels are 0 to K - 1.
+        image_size: Height and width of the images.
+        clients: By partition id; held-out clients come last.
+        notes: Sentences that belong under a table of results.
+    """
+
+    title: str
+    num_classes: int
+    image_size: int
+    clients: tuple[Client, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Return the domains' names, in the order of their first client."""
+        return tuple(dict.fromkeys(client.domain for client in self.clients))
+
+    @property
+    def training_clients(self) -> tuple[Client, ...]:
+        """Return the clients that train."""
+        return tuple(client for client in self.clients if not client.held_out)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Map uint8 images to float32 in [-1, 1]: ``x / 127.5 - 1``, the mean 0.5, std 0.5 of FedBN's protocol.
+
+    The result is laid out channels-last, in which convolutions on CPUs are faster.
+    """
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1.0)

@@ -1,0 +1,117 @@
+"""From a configuration to the clients of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fednorm.config import DataConfig
+from fednorm.data.benchmarks import BENCHMARKS, Loaded, Reader
+from fednorm.data.domain import Client, Domain, Federation, Split
+from fednorm.data.partition import Share, deal, draw_test, merged_split
+from fednorm.data.source import Rows
+from fednorm.errors import DataError, canonical, unknown_name
+
+
+def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir: Path | None = None) -> Federation:
+    """Load a benchmark and deal its images to clients.
+
+    Pixels are decoded once into one uint8 array a data set, kept on disk and memory-mapped; clients hold rows of it.
+    Clients are numbered domain by domain, in the order of the domains; a held-out domain's one client comes last, has
+    no training images and keeps the domain's whole test split.
+
+    Args:
+        config: Which data, and who holds what of it.
+        image_size: The model's input size in pixels, used where ``config.image_size`` is 0.
+        seed: Of the streams ``(seed, "data", domain, ...)`` that deal the images.
+        cache_dir: Where decoded arrays are kept; by default ``$FEDNORM_CACHE``, else the user's cache folder.
+
+    Returns:
+        The federation.
+
+    Raises:
+        UnknownNameError: There is no such benchmark.
+        DataError: The data is missing, corrupt or unfit, or a client would be empty.
+    """
+    name = canonical(config.name)
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", config.name, BENCHMARKS)
+    size = config.image_size or image_size
+    if size < 1:
+        raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
+    loaded = BENCHMARKS[name].load(Reader(config, size, cache_dir))
+    domains = [_merged(domain) for domain in loaded.domains] if config.merge else list(loaded.domains)
+    return Federation(
+        title=loaded.title,
+        num_classes=loaded.num_classes,
+        image_size=size,
+        clients=_clients(domains, config, seed),
+        notes=(*loaded.notes, *_protocol_notes(loaded, config)),
+    )
+
+
+def _merged(domain: Domain) -> Domain:
+    """Merge a domain's images and split them again as FedBN does."""
+    rows = torch.cat([domain.train.index, domain.test.index])
+    images, labels = domain.train.images, domain.train.labels
+    try:
+        train, test = merged_split(labels[rows].numpy())
+    except DataError as error:
+        raise DataError(f"Domain {domain.name}: {error}") from error
+    splits = [Split(images, labels, rows[torch.from_numpy(part)]) for part in (train, test)]
+    return Domain(domain.name, splits[0], splits[1], domain.note)
+
+
+def _clients(domains: Sequence[Domain], config: DataConfig, seed: int) -> tuple[Client, ...]:
+    names = [domain.name for domain in domains]
+    if config.held_out and config.held_out not in names:
+        raise DataError(f"data.held_out is {config.held_out!r}, which is no domain of this run: {', '.join(names)}.")
+    if names == [config.held_out]:
+        raise DataError(f"data.held_out leaves no domain to train on: {config.held_out} is the only one.")
+    clients: list[Client] = []
+    for domain in sorted(domains, key=lambda domain: domain.name == config.held_out):
+        held_out = domain.name == config.held_out
+        for share in _shares(domain, config, seed, held_out=held_out):
+            clients.append(
+                Client(
+                    partition_id=len(clients),
+                    domain=domain.name,
+                    train=_part(domain.train, share.train),
+                    validation=_part(domain.train, share.validation),
+                    test=_part(domain.test, share.test),
+                    held_out=held_out,
+                )
+            )
+    return tuple(clients)
+
+
+def _shares(domain: Domain, config: DataConfig, seed: int, *, held_out: bool) -> list[Share]:
+    if held_out:
+        none = np.empty(0, dtype=np.int64)
+        return [Share(none, none, draw_test(domain.name, len(domain.test), config, seed))]
+    labels = domain.train.labels[domain.train.index].numpy()
+    return deal(domain.name, labels, len(domain.test), config, seed)
+
+
+def _part(split: Split, rows: Rows) -> Split:
+    """Return some rows of a split; the arrays stay the same objects."""
+    return Split(split.images, split.labels, split.index[torch.from_numpy(rows)])
+
+
+def _protocol_notes(loaded: Loaded, config: DataConfig) -> tuple[str, ...]:
+    """Return what the configuration did to the data that a reader of a table must know."""
+    notes = []
+    if config.merge:
+        notes.append("Each domain's train and test images were merged and split again 80/20, stratified (FedBN).")
+    if {"mnist", "mnistm"} <= {domain.name for domain in loaded.domains}:
+        splits = "of either split, because they were merged" if config.merge else "of the same split, never across"
+        notes.append(
+            "mnistm is made from MNIST's digits: its images share digits with mnist images "
+            f"{splits}, so these two domains are not independent."
+        )
+    if config.held_out:
+        notes.append(f"No client trained on {config.held_out}.")
+    return tuple(notes)

@@ -1,0 +1,196 @@
+"""The ClientApp: one client's training and evaluation, on any of Flower's runtimes.
+
+Messages:
+
+* ``train``: tensors of the server and the round's settings in; the shared tensors and metrics out. Local tensors go to
+  ``Context.state`` and nowhere else.
+* ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
+  ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
+  unlabelled test images).
+* ``query.describe``: partition id, domain, numbers of images.
+* ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
+  never sends them; this does, once, after training, when the user asks for that evaluation.
+
+A client that has never trained evaluates with freshly initialised local tensors whose statistics are first estimated
+on its own training images; it keeps nothing of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fednorm.data.domain import Client, Split, pixels
+from fednorm.federated.wire import pack
+from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.rng import torch_seeded, torch_stream
+from fednorm.step import ProximalTerm, TrainingStep
+
+
+def make_client_app(bench_of: BenchSource) -> ClientApp:
+    """Return a ClientApp whose processes find their workbench with ``bench_of``."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        client = bench.client(context)
+        config = message.content.config_records["config"]
+        bench.receive(message.content.array_records["arrays"], context.state)
+        metrics = fit(bench, client, server_round=_int(config, "server-round"), mu=_float(config, "proximal-mu"))
+        bench.keep_local(context.state)
+        reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
+        return Message(reply, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        client = bench.client(context)
+        config = message.content.config_records["config"]
+        complete = bench.receive(message.content.array_records["arrays"], context.state)
+        if config.get("mode") == "reestimated":
+            reestimate(bench, client.test, _int(config, "images"))
+        elif not complete and bench.statistics and not client.held_out:
+            reestimate(bench, client.train, len(client.train))
+        split = client.validation if bench.config.evaluate.split == "validation" else client.test
+        return Message(RecordDict({"metrics": MetricRecord(dict(score(bench, split)))}), reply_to=message)
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        client = bench_of(context).client(context)
+        about = ConfigRecord(
+            {
+                "partition-id": client.partition_id,
+                "domain": client.domain,
+                "held-out": client.held_out,
+                "train": len(client.train),
+                "validation": len(client.validation),
+                "test": len(client.test),
+            }
+        )
+        return Message(RecordDict({"client": about}), reply_to=message)
+
+    @app.query("local")
+    def local(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+        if LOCAL_RECORD in context.state.array_records:
+            reply["arrays"] = context.state.array_records[LOCAL_RECORD]
+        return Message(reply, reply_to=message)
+
+    return app
+
+
+def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
+    """Train the workbench's model on a client's images for a round.
+
+    A new SGD every round: no momentum survives it. The last batch is dropped where it has one image and the model's
+    layers estimate variances from the batch.
+
+    Args:
+        bench: Its model holds the client's tensors, and is changed.
+        client: The client.
+        server_round: The round; batches are drawn from the stream (seed, client, round).
+        mu: FedProx's factor; 0 for none.
+
+    Returns:
+        ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
+    """
+    settings, seed = bench.config.train, bench.config.seed
+    parameters = list(bench.model.parameters())
+    optimizer = torch.optim.SGD(
+        parameters,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        foreach=True,
+    )
+    adjust = [ProximalTerm(bench.shared_parameters, mu)] if mu else []
+    step = TrainingStep(bench.model, optimizer, adjust=[*adjust, *([bench.agc] if bench.agc else [])])
+    names = ("client", client.partition_id, "round", server_round)
+    losses, hits, seen = [], [], 0
+    bench.model.train()
+    with torch_seeded(seed, *names, "model"):
+        generator = torch_stream(seed, *names, "batches")
+        for _ in range(settings.local_epochs):
+            order = torch.randperm(len(client.train), generator=generator)
+            for rows in torch.split(order, settings.batch_size):
+                if len(rows) == 1 and bench.batch_coupled:
+                    continue
+                images, labels = client.train.batch(rows)
+                loss, logits = step(pixels(images), labels)
+                losses.append(loss * len(rows))
+                hits.append((logits.argmax(1) == labels).sum())
+                seen += len(rows)
+    optimizer.zero_grad(set_to_none=True)
+    return {
+        "num-examples": len(client.train),
+        "loss": torch.stack(losses).sum().item() / seen,
+        "accuracy": torch.stack(hits).sum().item() / seen,
+    }
+
+
+def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in torch.split(torch.arange(len(split)), size):
+        images, labels = split.batch(rows)
+        yield pixels(images), labels
+
+
+@torch.no_grad()
+def score(bench: Workbench, split: Split) -> dict[str, float]:
+    """Evaluate the workbench's model on some images.
+
+    Args:
+        bench: Its model holds the tensors to evaluate.
+        split: The images; may be empty.
+
+    Returns:
+        ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
+    """
+    bench.model.eval()
+    loss, hits = torch.zeros((), dtype=torch.float64), 0
+    for images, labels in _batches(split, bench.config.evaluate.batch_size):
+        logits = bench.model(images)
+        loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+        hits += int((logits.argmax(1) == labels).sum())
+    count = len(split)
+    return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
+
+
+@torch.no_grad()
+def reestimate(bench: Workbench, split: Split, count: int) -> None:
+    """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
+
+    Statistics are the cumulative average over batches of ``evaluate.batch_size`` images of equal size, computed layer
+    upon layer in one training-mode pass without gradients; labels are not used. Li et al., Revisiting Batch
+    Normalization for Practical Domain Adaptation, arXiv 1603.04779.
+    """
+    layers = [module for module in bench.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+    bench.model.train()
+    images, _ = split.batch(torch.arange(min(count, len(split))))
+    for batch in torch.split(pixels(images), max(bench.config.evaluate.batch_size, 2)):
+        if len(batch) > 1:
+            bench.model(batch)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
+
+
+def _int(config: ConfigRecord, key: str) -> int:
+    return int(str(config.get(key, 0)))
+
+
+def _float(config: ConfigRecord, key: str) -> float:
+    return float(str(config.get(key, 0.0)))
+
+
+app = make_client_app(process_workbench)
+"""The ClientApp that Flower's runtimes load."""

@@ -1,0 +1,96 @@
+"""Everything fednorm uses of Flower that is not public Flower API, and nothing else.
+
+Flower calls public what is reachable through ``__all__`` from its root: ``flwr.app``, ``flwr.clientapp``,
+``flwr.serverapp``. Our in-process grid needs three things beyond that. They live here, so that a new Flower
+version breaks one file and one test. Read in the wheels of 1.39.0, 1.41.0 and 1.42.0: the same in all three.
+
+``flwr.app.Context`` is *not* here: its class and its constructor's keywords (``run_id``, ``node_id``,
+``node_config``, ``state``, ``run_config``) are public; do not pass ``series_id``, which came later.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.supercore.run import Run
+
+__all__ = ["Run", "empty_run", "ensure_task_identity", "quiet_flower_log"]
+
+_IDENTITY = ("task_id", "run_id", "node_id")
+_set_by_us: tuple[int | None, ...] | None = None
+
+
+def ensure_task_identity(run_id: int, node_id: int, task_id: int) -> None:
+    """Let this process build a ``flwr.app.Message``, as a ServerApp's process can.
+
+    From 1.38 or 1.39 on, ``Message(content, dst_node_id, message_type)`` takes its sender from
+    ``flwr.supercore.task_identity.TaskIdentity``, which Flower sets in the processes that it starts itself;
+    elsewhere it raises ``RuntimeError: TaskIdentity.run_id is not set``. Every built-in
+    ``Strategy.configure_train`` builds such messages. (A reply, ``Message(content, reply_to=message)``, needs
+    none of this.) Older versions have no such class: there this does nothing.
+
+    An identity that Flower has set is left as it is; one that an earlier call has set is replaced, so that
+    several runs can follow each other in one process. The identity belongs to the process, not to a thread.
+
+    Args:
+        run_id: What ``Message.metadata.run_id`` shall say.
+        node_id: What ``Message.metadata.src_node_id`` shall say; Flower's server is node 1.
+        task_id: What ``Message.metadata.src_task_id`` shall say.
+    """
+    global _set_by_us  # as process-wide as the identity itself
+    try:
+        from flwr.supercore.task_identity import TaskIdentity
+    except ImportError:
+        return
+    current = _identity(TaskIdentity)
+    if current is not None and current != _set_by_us:
+        return
+    TaskIdentity.task_id = task_id
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = node_id
+    _set_by_us = (task_id, run_id, node_id)
+
+
+def _identity(task_identity: Any) -> tuple[int | None, ...] | None:
+    """Return the identity's three numbers, ``None`` when not one of them is set."""
+    values: list[int | None] = []
+    for name in _IDENTITY:
+        try:
+            values.append(getattr(task_identity, name))
+        except RuntimeError:
+            values.append(None)
+    return None if all(value is None for value in values) else tuple(values)
+
+
+def empty_run(run_id: int) -> Run:
+    """Return the object that ``Grid.run`` must be for a run that no SuperLink knows.
+
+    ``Grid`` is public, but the type of its ``run`` property, ``flwr.supercore.run.Run``, is not, and its
+    fields grow from version to version: hence its own factory, and no field is set here.
+
+    Args:
+        run_id: The run's number.
+    """
+    return Run.create_empty(run_id=run_id)
+
+
+@contextmanager
+def quiet_flower_log(level: int = logging.WARNING) -> Iterator[None]:
+    """Hold back what Flower logs below ``level`` for a block, then restore its logger.
+
+    Flower's strategies log each round at INFO through a handler of their own on the logger ``flwr``
+    (a name it does not document), whatever the application's logging configuration says.
+
+    Args:
+        level: The lowest level that still gets through.
+    """
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

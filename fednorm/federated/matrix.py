@@ -1,0 +1,196 @@
+"""The evaluation matrix: each domain under its own, every other client's, averaged, pooled and re-estimated statistics.
+
+The question FedBN's users ask most: which model is tested, and what becomes of a domain that trained no model? Scoring
+happens on the clients, which hold the test images; the server sends the tensors to be scored. Where other clients'
+local tensors are needed, they are asked for once, after training (``query.local``), and only for the evaluations that
+need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fednorm.config import EvaluateConfig
+from fednorm.data.domain import Federation
+from fednorm.errors import AggregationError, ConfigError
+from fednorm.federated.pooling import pool_moments
+from fednorm.federated.strategy import Node, NormStrategy
+from fednorm.federated.wire import pack, unpack
+from fednorm.plan import NormPlan
+from fednorm.roles import STATISTICS
+
+Scores = dict[str, Any]
+
+
+def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federation, strategy: str) -> None:
+    """Refuse, before training, an evaluation that could not be made after it.
+
+    Raises:
+        ConfigError: ``unseen`` without a held-out domain, or for a strategy whose server model is not usable there.
+    """
+    if "unseen" in config.kinds:
+        if not any(client.held_out for client in federation.clients):
+            raise ConfigError(
+                "evaluate.kinds has 'unseen', and no domain is held out of training. "
+                f"Set data.held_out to one of {', '.join(federation.domains)}."
+            )
+        if plan.local and config.fallback == "refuse":
+            raise ConfigError(
+                f"Strategy {strategy!r} keeps {len(plan.local)} tensors on the clients ({plan.local[0]}, …), so its "
+                "server model has none for an unseen domain and cannot be evaluated there. Name the tensors to use "
+                "instead: evaluate.fallback = 'pooled', 'averaged' or 'reestimated'; or leave 'unseen' out."
+            )
+    if config.split == "validation" and not any(len(client.validation) for client in federation.clients):
+        raise ConfigError(
+            "evaluate.split is 'validation', and data.validation holds no images back. Set it, e.g. to 0.2."
+        )
+
+
+class EvaluationMatrix:
+    """Scores a trained federation under several choices of the tensors that its plan keeps local.
+
+    Args:
+        strategy: The strategy, after training: its plan and its nodes.
+        grid: The way to the clients.
+        arrays: The server's tensors.
+        config: Which evaluations, and their settings.
+        own: The scores of ``own``, where the last round's evaluation has made them already.
+    """
+
+    def __init__(
+        self, strategy: NormStrategy, grid: Grid, arrays: ArrayRecord, config: EvaluateConfig, own: Scores | None = None
+    ) -> None:
+        self._known = own
+        self._strategy, self._grid, self._config = strategy, grid, config
+        self._shared = unpack(arrays)
+        self._plan = strategy.plan
+        self._locals: dict[int, tuple[float, dict[str, Tensor]]] = {}
+        self.bytes_of_locals = 0
+
+    def run(self) -> Scores:
+        """Return, for each evaluation asked for, its scores by domain, or ``not_applicable`` with the reason."""
+        makers: dict[str, Callable[[], Scores]] = {
+            "own": self._own,
+            "cross": self._cross,
+            "averaged": lambda: self._given("averaged"),
+            "pooled": lambda: self._given("pooled"),
+            "reestimated": self._reestimated,
+            "unseen": self._unseen,
+        }
+        return {kind: makers[kind]() for kind in makers if kind in self._config.kinds}
+
+    def _own(self) -> Scores:
+        if self._known:
+            return self._known
+        return self._scores(self._seen(), self._shared, mode="own")
+
+    def _cross(self) -> Scores:
+        if not self._plan.local:
+            return _not_applicable("the strategy keeps no tensors on clients: every domain is tested with one model")
+        names = {node.partition_id: node for node in self._strategy.nodes}
+        return {
+            "under": {
+                f"{names[pid].domain} (client {pid})": self._scores(self._seen(), self._shared | tensors, mode="given")
+                for pid, (_, tensors) in self._local_tensors().items()
+            }
+        }
+
+    def _given(self, how: str) -> Scores:
+        if not self._plan.local:
+            return _not_applicable("the strategy keeps no tensors on clients: every domain is tested with one model")
+        return self._scores(self._seen(), self._shared | self._combined(how), mode="given")
+
+    def _reestimated(self) -> Scores:
+        if not self._has_statistics():
+            return _not_applicable("the network has no running statistics")
+        return self._scores(self._seen(), self._shared, mode="reestimated")
+
+    def _unseen(self) -> Scores:
+        nodes = [node for node in self._strategy.nodes if node.held_out]
+        if not self._plan.local:
+            return self._scores(nodes, self._shared, mode="given")
+        fallback = self._config.fallback
+        if fallback == "reestimated":
+            return self._scores(nodes, self._shared | self._combined("averaged"), mode="reestimated") | {
+                "with": fallback
+            }
+        return self._scores(nodes, self._shared | self._combined(fallback), mode="given") | {"with": fallback}
+
+    def _has_statistics(self) -> bool:
+        return any(entry.kind in STATISTICS for entry in self._plan.entries)
+
+    def _seen(self) -> list[Node]:
+        return [node for node in self._strategy.nodes if not node.held_out]
+
+    def _local_tensors(self) -> Mapping[int, tuple[float, dict[str, Tensor]]]:
+        """Ask every client, once, for its local tensors; clients that never trained have none."""
+        if not self._locals:
+            for node, reply in self._ask(self._seen(), RecordDict(), "query.local"):
+                records = reply.content.array_records
+                if "arrays" in records:
+                    count = float(str(reply.content.metric_records["metrics"]["num-examples"]))
+                    self._locals[node.partition_id] = (count, unpack(records["arrays"]))
+            self.bytes_of_locals = sum(t.nbytes for _, tensors in self._locals.values() for t in tensors.values())
+        return self._locals
+
+    def _combined(self, how: str) -> dict[str, Tensor]:
+        """Return one set of local tensors made of all clients': averaged, or their moments pooled."""
+        counts = [count for count, _ in self._local_tensors().values()]
+        sets = [tensors for _, tensors in self._local_tensors().values()]
+        total = sum(counts)
+        combined: dict[str, Tensor] = {}
+        for key in self._plan.local:
+            first = sets[0][key]
+            if first.is_floating_point():
+                mean = sum((n / total) * tensors[key].double() for n, tensors in zip(counts, sets, strict=True))
+                combined[key] = mean.to(first.dtype) if isinstance(mean, Tensor) else first
+            else:
+                combined[key] = first
+        if how == "pooled":
+            for mean_key, var_key in self._plan.moments():
+                if mean_key in combined and var_key in combined:
+                    mean, var = pool_moments([t[mean_key] for t in sets], [t[var_key] for t in sets], counts)
+                    combined[mean_key] = mean.to(sets[0][mean_key].dtype)
+                    combined[var_key] = var.to(sets[0][var_key].dtype)
+        return combined
+
+    def _scores(self, nodes: Iterable[Node], tensors: Mapping[str, Tensor], *, mode: str) -> Scores:
+        config = ConfigRecord({"mode": mode, "images": self._config.images})
+        content = RecordDict({"arrays": pack(tensors), "config": config})
+        hits: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for node, reply in self._ask(nodes, content, "evaluate"):
+            metrics = reply.content.metric_records["metrics"]
+            count, accuracy = float(str(metrics["num-examples"])), float(str(metrics["accuracy"]))
+            hits[node.domain] = hits.get(node.domain, 0.0) + count * accuracy
+            counts[node.domain] = counts.get(node.domain, 0.0) + count
+        per_domain = {domain: hits[domain] / counts[domain] for domain in hits if counts[domain]}
+        return summarize(per_domain)
+
+    def _ask(self, nodes: Iterable[Node], content: RecordDict, message_type: str) -> Iterable[tuple[Node, Message]]:
+        by_id = {node.node_id: node for node in nodes}
+        messages = [Message(content, dst_node_id=node_id, message_type=message_type) for node_id in by_id]
+        answers = [(by_id[reply.metadata.src_node_id], reply) for reply in self._grid.send_and_receive(messages)]
+        for node, reply in sorted(answers, key=lambda answer: answer[0].partition_id):
+            if reply.has_error():
+                raise AggregationError(f"Client {node.partition_id} ({node.domain}) failed: {reply.error.reason}")
+            yield node, reply
+
+
+def summarize(per_domain: Mapping[str, float]) -> Scores:
+    """Return accuracies by domain with their mean and the worst, all in [0, 1]."""
+    values = list(per_domain.values())
+    return {
+        "per_domain": dict(per_domain),
+        "mean": sum(values) / len(values) if values else None,
+        "worst": min(values) if values else None,
+    }
+
+
+def _not_applicable(reason: str) -> Scores:
+    return {"not_applicable": reason}

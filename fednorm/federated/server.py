@@ -1,0 +1,225 @@
+"""The ServerApp: rounds, checkpoints, the evaluation matrix and the result, on any of Flower's runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from fednorm.federated.grid import InProcessGrid
+from fednorm.federated.matrix import EvaluationMatrix, check_evaluations, summarize
+from fednorm.federated.strategy import ClientReport, RoundReport
+from fednorm.federated.wire import pack, unpack
+from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.registry import strategy_spec
+from fednorm.study.record import Checkpoint, RunRecord
+
+Document = dict[str, Any]
+
+
+class Observer(Protocol):
+    """What wants to know how a run goes, e.g. a progress bar."""
+
+    def begin(self, bench: Workbench, first_round: int) -> None:
+        """Called before the first round that is run."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Called after every round with its line of the record."""
+
+
+def make_server_app(
+    bench_of: BenchSource,
+    record_of: Callable[[Context, Workbench], RunRecord | None],
+    observer: Observer | None = None,
+    on_result: Callable[[Document], None] | None = None,
+) -> ServerApp:
+    """Return a ServerApp.
+
+    Args:
+        bench_of: Finds the workbench of the run.
+        record_of: Finds the run's record, or None to write nothing.
+        observer: Is told how the run goes.
+        on_result: Is given the result.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        bench = bench_of(context)
+        result = serve(grid, bench, record_of(context, bench), observer)
+        if on_result:
+            on_result(result)
+
+    return app
+
+
+def serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
+    """Run a federation from its checkpoint, if any, to its result.
+
+    Raises:
+        FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+    """
+    check(bench)
+    if record is None:
+        return _serve(grid, bench, None, observer)
+    with record.locked():
+        return record.result() or _serve(grid, bench, record, observer)
+
+
+def check(bench: Workbench) -> None:
+    """Refuse what could only fail after training."""
+    config = bench.config
+    check_evaluations(config.evaluate, bench.plan, bench.federation, config.strategy.name)
+
+
+def describe(bench: Workbench) -> Document:
+    """Return what is known before training: the plan, who holds what, what a table must say."""
+    federation = bench.federation
+    clients = [
+        {
+            "client": client.partition_id,
+            "domain": client.domain,
+            "train": len(client.train),
+            "validation": len(client.validation),
+            "test": len(client.test),
+            "held_out": client.held_out,
+        }
+        for client in federation.clients
+    ]
+    sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
+    return {
+        "plan": bench.plan.summary(sampled),
+        "norm": {"name": bench.config.norm.name, **dataclasses.asdict(bench.norm)},
+        "strategy": {"name": bench.config.strategy.name, **_options(bench)},
+        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        "data": {"title": federation.title, "notes": list(federation.notes), "clients": clients},
+    }
+
+
+def _options(bench: Workbench) -> Document:
+    return {**strategy_spec(bench.config.strategy.name).options, **bench.config.strategy.options}
+
+
+def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
+    strategy, config = bench.strategy, bench.config
+    lines: list[Document] = []
+    arrays, first_round = strategy.initial_arrays(bench.model), 1
+    about = describe(bench)
+    if record:
+        record.describe(about)
+        # Clients' local tensors live outside this process on Flower's own runtimes: there is nothing to go on from.
+        if isinstance(grid, InProcessGrid) and (checkpoint := record.load_checkpoint()):
+            arrays, first_round = _restore(checkpoint, bench, grid), checkpoint.server_round + 1
+            lines = record.rounds()
+    if observer:
+        observer.begin(bench, first_round)
+
+    def on_round(report: RoundReport, new: ArrayRecord) -> None:
+        lines.append(line := round_line(report))
+        if record:
+            record.append_round(line)
+            last = report.server_round == config.rounds.num_rounds
+            if isinstance(grid, InProcessGrid) and (last or report.server_round % config.rounds.checkpoint_every == 0):
+                record.save_checkpoint(_checkpoint(report.server_round, new, bench, grid))
+        if observer:
+            observer.round(line)
+
+    result = strategy.start(
+        grid,
+        arrays,
+        num_rounds=config.rounds.num_rounds,
+        first_round=first_round,
+        evaluate_every=config.rounds.evaluate_every,
+        on_round=on_round,
+    )
+    document = _document(grid, bench, record, about, lines, result.arrays)
+    if record:
+        record.save_model(unpack(result.arrays))
+        record.save_result(document)
+    return document
+
+
+def _document(
+    grid: Grid, bench: Workbench, record: RunRecord | None, about: Document, lines: list[Document], arrays: ArrayRecord
+) -> Document:
+    last = next(line for line in reversed(lines) if "per_domain" in line)
+    own = {key: last[key] for key in ("per_domain", "mean", "worst")}
+    bench.strategy.discover(grid)
+    matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, own)
+    evaluation = matrix.run()
+    return {
+        "kind": "federated",
+        **about,
+        "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
+        "final": {**own, "round": last["round"], "selection": f"last round, {bench.config.evaluate.split} images"},
+        "evaluation": evaluation,
+        "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,
+        "seconds": sum(line["seconds"] for line in lines),
+        "rejected_updates": sum(len(line["rejected"]) for line in lines),
+        "run": str(record.folder) if record else None,
+        "hash": bench.config.hash,
+        "config": bench.config.to_dict(),
+    }
+
+
+def round_line(report: RoundReport) -> Document:
+    """Return one round as a line of the record."""
+    line: Document = {
+        "round": report.server_round,
+        "sampled": list(report.sampled),
+        "train_loss": _mean(report.train, "loss"),
+        "train_accuracy": _mean(report.train, "accuracy"),
+        "rejected": [{"client": partition_id, "reason": reason} for partition_id, reason in report.rejected],
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "seconds": round(report.seconds, 4),
+        "clients": {
+            "train": [{"client": r.partition_id, "domain": r.domain, **r.metrics} for r in report.train],
+            "evaluate": [{"client": r.partition_id, "domain": r.domain, **r.metrics} for r in report.evaluate],
+        },
+    }
+    if report.evaluate:
+        line |= summarize(_by_domain(report.evaluate))
+    return line
+
+
+def _mean(reports: Sequence[ClientReport], key: str) -> float | None:
+    total = sum(report.metrics["num-examples"] for report in reports)
+    return sum(r.metrics["num-examples"] * r.metrics[key] for r in reports) / total if total else None
+
+
+def _by_domain(reports: Sequence[ClientReport]) -> dict[str, float]:
+    domains = dict.fromkeys(report.domain for report in reports)
+    means = {domain: _mean([r for r in reports if r.domain == domain], "accuracy") for domain in domains}
+    return {domain: mean for domain, mean in means.items() if mean is not None}
+
+
+def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid) -> Checkpoint:
+    clients = {
+        int(context.node_config["partition-id"]): unpack(context.state.array_records[LOCAL_RECORD])
+        for context in grid.contexts.values()
+        if LOCAL_RECORD in context.state.array_records
+    }
+    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), clients)
+
+
+def _restore(checkpoint: Checkpoint, bench: Workbench, grid: InProcessGrid) -> ArrayRecord:
+    bench.strategy.load_state_dict(checkpoint.strategy)
+    for context in grid.contexts.values():
+        local = checkpoint.clients.get(int(context.node_config["partition-id"]))
+        if local:
+            context.state[LOCAL_RECORD] = pack(local)
+    return pack(checkpoint.server)
+
+
+def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None:
+    runs = str(context.run_config.get("runs", ""))
+    return RunRecord(Path(runs), bench.config) if runs else None
+
+
+app = make_server_app(process_workbench, _record_from_context)
+"""The ServerApp that Flower's runtimes load."""

@@ -1,0 +1,62 @@
+"""Optimizers on the server: a step from the present tensors towards the clients' average, learned tensors only."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fednorm.errors import ConfigError
+from fednorm.federated.strategy import NormStrategy
+from fednorm.roles import LEARNED
+
+
+class ServerOptimizer(NormStrategy):
+    """A strategy whose server takes optimizer steps over the shared *learned* tensors.
+
+    Shared running statistics and counters are averaged as in FedAvg, whatever the optimizer.
+    """
+
+    slots: ClassVar[tuple[str, ...]] = ()
+    """Names of the tensors the optimizer keeps beside each learned one."""
+
+    def __init__(self, model: nn.Module, **common: object) -> None:
+        super().__init__(model, **common)  # type: ignore[arg-type]
+        self._learned = [key for key in self.plan.sent if self.plan.by_key[key].kind in LEARNED]
+        state = model.state_dict()
+        self._slots = {key: {slot: self.initial(slot, state[key]) for slot in self.slots} for key in self._learned}
+
+    @abstractmethod
+    def update(self, old: Tensor, mean: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+        """Return the next value of one learned tensor.
+
+        Args:
+            old: Its present value.
+            mean: The clients' average.
+            slots: What the optimizer keeps for it; updated in place.
+        """
+
+    def initial(self, slot: str, like: Tensor) -> Tensor:
+        """Return a slot's first value."""
+        del slot
+        return torch.zeros_like(like)
+
+    def server_update(self, old: Mapping[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take a step for each learned tensor; the rest is the average."""
+        return mean | {key: self.update(old[key], mean[key], self._slots[key]) for key in self._learned}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the slots, as ``slot/key``."""
+        return {f"{slot}/{key}": tensor for key, slots in self._slots.items() for slot, tensor in slots.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back the slots."""
+        own = self.state_dict()
+        if set(own) != set(state):
+            odd = sorted(set(own) ^ set(state))
+            raise ConfigError(f"The checkpoint's optimizer does not fit {type(self).__name__}: {', '.join(odd[:5])}.")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])

@@ -1,0 +1,1 @@
+"""What changes gradients or updates beyond PyTorch's own optimizers."""

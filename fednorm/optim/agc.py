@@ -1,0 +1,150 @@
+"""Adaptive gradient clipping: each unit's gradient is bounded relative to that unit's weights.
+
+Brock, De, Smith, Simonyan. High-Performance Large-Scale Image Recognition Without Normalization. ICML 2021.
+https://arxiv.org/abs/2102.06171 (Equation 3)
+
+    bound = lambda * max(||w_i||, eps)
+    g_i <- g_i * bound / max(||g_i||, 1e-6)     where ||g_i|| > bound
+
+A unit i is one row of dimension 0: an output channel of a convolution, an output feature of a linear layer. A tensor
+with fewer than two dimensions is a single unit. Implementations disagree about a gain of shape (C, 1, 1, 1), and so
+``units`` says whose rule holds:
+
+* ``deepmind`` (default): sizes of 1 do not count as dimensions, so the gain is one unit, like a bias.
+* ``timm``: the gain is C units of one number each.
+
+Clipping precedes weight decay and momentum. The classifier is not clipped, as in the authors' experiments. Stateless:
+in a federation each client clips its own gradients, and nothing of it is sent.
+Differs from DeepMind's code: a kernel that loses some but not all of its dimensions to ``squeeze`` (one input or one
+output channel) still has one unit per output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fednorm import options
+from fednorm.errors import ConfigError
+
+Units = Literal["deepmind", "timm"]
+
+_SMALLEST_NORM = 1e-6
+
+
+@torch.no_grad()
+def clip_gradients(
+    parameters: Iterable[Tensor], clipping: float, eps: float = 1e-3, *, units: Units = "deepmind"
+) -> None:
+    """Clip the gradients of ``parameters`` in place, unit by unit; those without a gradient are left out.
+
+    Args:
+        parameters: The parameters. All must be on one device and of one floating-point type.
+        clipping: lambda, greater than 0: the largest ratio of a unit's gradient norm to its weight norm.
+        eps: Weight norms below it count as this much, so that zero weights can leave zero.
+        units: Whether a gain of shape (C, 1, 1, 1) is one unit (``deepmind``) or C units (``timm``).
+
+    Raises:
+        ConfigError: ``clipping`` or ``eps`` is not greater than 0, or ``units`` is unknown.
+    """
+    options.number("agc", "clipping", clipping, above=0)
+    options.number("agc", "eps", eps, above=0)
+    options.one_of("agc", "units", units, ("deepmind", "timm"))
+    _clip([parameter for parameter in parameters if parameter.grad is not None], clipping, eps, units)
+
+
+class AdaptiveGradientClipping:
+    """Adaptive gradient clipping of a model's parameters, the classifier's excepted.
+
+    Args:
+        model: The model.
+        clipping: lambda, greater than 0. NFNets use 0.01 at batch 4096, FedWon 0.01 to 1.28 depending on the batch.
+        eps: Smallest weight norm that counts, greater than 0.
+        units: Whether a gain of shape (C, 1, 1, 1) is one unit (``deepmind``) or C units (``timm``).
+        classifier: Path of the module that is not clipped; empty for the last ``nn.Linear`` of the model.
+
+    Raises:
+        ConfigError: An option is out of range, or there is no such classifier.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clipping: float,
+        eps: float = 1e-3,
+        *,
+        units: Units = "deepmind",
+        classifier: str = "",
+    ) -> None:
+        options.number("agc", "clipping", clipping, above=0)
+        options.number("agc", "eps", eps, above=0)
+        options.one_of("agc", "units", units, ("deepmind", "timm"))
+        self.clipping = clipping
+        self.eps = eps
+        self.units: Units = units
+        self.classifier = classifier or find_classifier(model)
+        try:
+            excluded = {id(parameter) for parameter in model.get_submodule(self.classifier).parameters()}
+        except AttributeError as error:
+            raise ConfigError(
+                f"The model has no module {self.classifier!r} to exempt from gradient clipping."
+            ) from error
+        self.parameters: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Clip the gradients that the parameters have now, in place."""
+        trained = [parameter for parameter in self.parameters if parameter.grad is not None]
+        _clip(trained, self.clipping, self.eps, self.units)
+
+
+def find_classifier(model: nn.Module) -> str:
+    """Return the path of a model's last linear layer, in module order.
+
+    Raises:
+        ConfigError: The model has no linear layer.
+    """
+    linear: list[str] = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ConfigError(
+            f"{type(model).__name__} has no nn.Linear, so its classifier, which gradient clipping leaves alone, cannot "
+            "be told. Name it: classifier='path.of.module'."
+        )
+    return linear[-1]
+
+
+def _has_rows(parameter: Tensor, units: Units) -> bool:
+    shape = parameter.shape if units == "timm" else [size for size in parameter.shape if size != 1]
+    return len(shape) > 1
+
+
+def _clip(parameters: list[Tensor], clipping: float, eps: float, units: Units) -> None:
+    """Clip in place. All units of all tensors are compared at once: a small model's time goes into calls, not sums."""
+    by_row = [parameter for parameter in parameters if _has_rows(parameter, units)]
+    whole = [parameter for parameter in parameters if not _has_rows(parameter, units)]
+    ordered = by_row + whole
+    if not ordered:
+        return
+    gradients = [parameter.grad for parameter in ordered if parameter.grad is not None]
+    bound = _unit_norms(by_row, whole).clamp_min_(eps).mul_(clipping)
+    norms = _unit_norms(gradients[: len(by_row)], gradients[len(by_row) :])
+    exceeds = norms > bound
+    # On a GPU this question would cost a synchronisation, more than the multiplications it may save.
+    if exceeds.device.type == "cpu" and not exceeds.any():
+        return
+    factors = torch.where(exceeds, bound / norms.clamp_min(_SMALLEST_NORM), 1.0)
+    sizes = [len(parameter) for parameter in by_row] + [1] * len(whole)
+    for gradient, factor, clipped in zip(
+        gradients, torch.split(factors, sizes), torch.split(exceeds, sizes), strict=True
+    ):
+        if clipped.device.type != "cpu" or clipped.any():
+            gradient.mul_(factor.view([-1] + [1] * (gradient.ndim - 1)) if gradient.ndim else factor[0])
+
+
+def _unit_norms(by_row: list[Tensor], whole: list[Tensor]) -> Tensor:
+    """Return the Euclidean norm of every row of the first tensors, then of the others as wholes; one dimension."""
+    rows = [torch.linalg.vector_norm(tensor.flatten(1), dim=1) for tensor in by_row]
+    return torch.cat([*rows, torch.stack(torch._foreach_norm(whole))] if whole else rows)

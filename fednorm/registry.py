@@ -1,0 +1,113 @@
+"""Names to strategies and scenarios: the one module of fednorm that imports those packages, and only when asked."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from fednorm.config import RunConfig, Scalar, config_from_dict, merge
+from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.norms import make_norm
+
+if TYPE_CHECKING:
+    from fednorm.federated.spec import StrategySpec
+    from fednorm.federated.strategy import NormStrategy
+
+API = 1
+
+
+def _package(name: str) -> ModuleType:
+    package = import_module(name)
+    if getattr(package, "FEDNORM_API", None) != API:
+        raise ConfigError(
+            f"The package {name!r} that Python found at {package.__file__} is not fednorm's. A folder of that name "
+            "in the working directory hides it: run the console script 'fednorm', or 'python -P', or rename the folder."
+        )
+    return package
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Return the names of all strategies."""
+    return cast(tuple[str, ...], _package("strategies").STRATEGIES)
+
+
+def scenario_names() -> tuple[str, ...]:
+    """Return the names of all scenarios."""
+    return cast(tuple[str, ...], _package("scenarios").SCENARIOS)
+
+
+def strategy_spec(name: str) -> StrategySpec:
+    """Return the identity card of a strategy.
+
+    Raises:
+        UnknownNameError: There is no such strategy.
+    """
+    name = canonical(name)
+    if name not in strategy_names():
+        raise unknown_name("strategy", name, strategy_names())
+    return cast("StrategySpec", import_module(f"strategies.{name}").SPEC)
+
+
+def resolve_config(values: Mapping[str, Any]) -> RunConfig:
+    """Build a run's configuration, the strategy's own defaults laid under what the user wrote.
+
+    Raises:
+        UnknownNameError: The strategy is not registered.
+        ConfigError: A key or a value is wrong.
+    """
+    chosen = values.get("strategy", {})
+    name = chosen.get("name", "fedavg") if isinstance(chosen, Mapping) else str(chosen)
+    spec = strategy_spec(str(name))
+    norm = values.get("norm", {})
+    if isinstance(norm, Mapping) and norm.get("name") == "auto":
+        values = {**values, "norm": {key: value for key, value in norm.items() if key != "name"}}
+    defaults = merge({"norm": {"name": "batch_norm"}}, spec.defaults)
+    config = config_from_dict(merge(defaults, values))
+    norm_defaults = dataclasses.asdict(make_norm(config.norm.name))
+    return dataclasses.replace(
+        config,
+        norm=dataclasses.replace(config.norm, options=_beside(norm_defaults, config.norm.options)),
+        strategy=dataclasses.replace(config.strategy, options=_beside(spec.options, config.strategy.options)),
+    )
+
+
+def _beside(defaults: Mapping[str, Any], options: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    """Return the options that differ from their defaults, numbers in the type of the default."""
+    typed = {
+        key: float(value) if isinstance(defaults.get(key), float) and isinstance(value, int) else value
+        for key, value in options.items()
+    }
+    return {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
+
+
+def make_strategy(config: RunConfig, model: nn.Module, *, num_nodes: int) -> NormStrategy:
+    """Return a run's strategy for its model.
+
+    Args:
+        config: The run's configuration.
+        model: The run's model.
+        num_nodes: Nodes to wait for before the first round.
+
+    Raises:
+        ConfigError: The strategy has no such option, or its value is out of range.
+        RoleError: The strategy would do nothing on this model.
+    """
+    spec = strategy_spec(config.strategy.name)
+    for key in config.strategy.options:
+        if key not in spec.options:
+            raise ConfigError(
+                f"strategy {spec.name} has no option {key!r}. Its options: {', '.join(spec.options) or 'none'}."
+            )
+    return spec.make(
+        model,
+        fraction=config.rounds.fraction,
+        weighting=config.rounds.weighting,
+        seed=config.seed,
+        min_nodes=num_nodes,
+        **cast(dict[str, Any], dict(config.strategy.options)),
+    )

@@ -1,0 +1,95 @@
+"""What a tensor is, and what becomes of it.
+
+Three questions, three enumerations:
+
+* :class:`Kind`: what is this tensor? Declared by the norm that owns it, by layer *type*, never by name.
+* :class:`Role`: what does the federation do with it? Decided by a strategy, from kinds.
+* :class:`Carry`: what does the boundary of an experience do with it?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Self
+
+
+class Kind(StrEnum):
+    """What a tensor is."""
+
+    WEIGHT = "weight"
+    """A learned weight or bias outside any normalization layer, or the raw weight of a reparameterized one."""
+    GAIN = "gain"
+    """A learned gain that multiplies a reparameterized weight (scaled weight standardization)."""
+    SCALE = "scale"
+    """A learned scale of a normalization layer."""
+    SHIFT = "shift"
+    """A learned shift of a normalization layer."""
+    MEAN = "mean"
+    """A running mean."""
+    VAR = "var"
+    """A running variance."""
+    QUADRATIC = "quadratic"
+    """A running quadratic mean."""
+    COUNT = "count"
+    """An integer that counts batches or steps."""
+    GATE = "gate"
+    """A learned mixture weight between statistics."""
+    GRAD_STAT = "grad_stat"
+    """A running statistic of gradients."""
+    WINDOW = "window"
+    """Recent statistics, kept one by one."""
+
+
+LEARNED = frozenset({Kind.WEIGHT, Kind.GAIN, Kind.SCALE, Kind.SHIFT, Kind.GATE})
+"""Kinds that gradients train; a server optimizer may touch these and no others."""
+
+NORMALIZATION = frozenset(Kind) - {Kind.WEIGHT, Kind.GAIN}
+"""Kinds that live in a normalization layer."""
+
+STATISTICS = NORMALIZATION - LEARNED
+"""Kinds that are estimated from data rather than trained by gradients."""
+
+
+class Role(StrEnum):
+    """What the federation does with a tensor."""
+
+    SHARED = "shared"
+    """Sent, averaged, sent back."""
+    LOCAL = "local"
+    """Never leaves the client."""
+    POOLED = "pooled"
+    """Sent as a moment, combined by the law of total variance instead of averaged, sent back."""
+    RESET = "reset"
+    """Neither sent nor kept: starts from its initial value every round."""
+
+
+class Carry(StrEnum):
+    """What the boundary of an experience does with a tensor."""
+
+    KEEP = "keep"
+    RESET = "reset"
+    FREEZE = "freeze"
+    PER_EXPERIENCE = "per_experience"
+
+
+@dataclass(frozen=True)
+class RoleRule:
+    """A strategy's map from kinds to roles. Kinds it does not name are shared.
+
+    Attributes:
+        roles: The role of each kind that is not simply shared.
+        why: What the rule is for, in the strategy's words; quoted when the rule would do nothing.
+    """
+
+    roles: Mapping[Kind, Role] = field(default_factory=dict)
+    why: str = ""
+
+    def __getitem__(self, kind: Kind) -> Role:
+        """Return the role of a kind."""
+        return self.roles.get(kind, Role.SHARED)
+
+    def overridden(self, roles: Mapping[Kind, Role]) -> Self:
+        """Return this rule with some kinds' roles replaced."""
+        return type(self)({**self.roles, **roles}, self.why)

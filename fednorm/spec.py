@@ -1,0 +1,149 @@
+"""What a normalization method's file declares: the method with its options, and its identity card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from fednorm.roles import Carry, Kind
+
+ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "relu6": nn.ReLU6,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "tanh": nn.Tanh,
+    "leaky_relu": nn.LeakyReLU,
+    "identity": nn.Identity,
+}
+"""The nonlinearities a model may ask a norm for, by name."""
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What one tensor of a layer is, and what an experience's boundary does with it."""
+
+    kind: Kind
+    carry: Carry = Carry.KEEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norm:
+    """A normalization method with its options: what a model is given in place of a layer class.
+
+    Subclasses are frozen dataclasses whose fields *are* the method's options. A method overrides what it changes:
+    an activation normalization :meth:`layer`, a weight reparameterization :meth:`conv`.
+    """
+
+    def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
+        """Return what stands after a convolution or a linear layer.
+
+        Args:
+            num_channels: C, the number of channels or features.
+            spatial_dims: Number of axes after C: 2 for (N, C, H, W), 1 for (N, C, L), 0 for (N, C).
+
+        Returns:
+            A module that maps a tensor to one of the same shape.
+        """
+        del num_channels, spatial_dims
+        return nn.Identity()
+
+    def conv(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+    ) -> nn.Conv2d:
+        """Return a 2-D convolution, reparameterized where the method says so.
+
+        Args:
+            in_channels: Channels in.
+            out_channels: Channels out.
+            kernel_size: Size of the kernel.
+            stride: Stride.
+            padding: Padding.
+            dilation: Dilation.
+            groups: Number of channel groups.
+            bias: Whether the architecture has a bias here *when a normalization layer follows*. A method that
+                puts no shift after the convolution has a bias all the same.
+            padding_mode: Padding mode.
+
+        Returns:
+            The convolution.
+        """
+        return nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+        )
+
+    def activation(self, name: str = "relu") -> nn.Module:
+        """Return the nonlinearity called ``name`` (a key of :data:`ACTIVATIONS`), scaled where the method says so."""
+        return ACTIVATIONS[name]()
+
+    @property
+    def residual_alpha(self) -> float | None:
+        """The NF residual scale alpha, or None for an ordinary residual sum.
+
+        Where it is a number, a residual network computes ``h + alpha * skip_gain * f(beta * h)`` with
+        ``beta = 1 / expected standard deviation of h`` (Brock et al., arXiv 2101.08692).
+        """
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormSpec:
+    """The identity card of a normalization method.
+
+    Attributes:
+        name: The method's name, equal to its file's stem.
+        summary: One sentence with the formula.
+        citation: Where it was published.
+        make: The :class:`Norm` subclass; its fields are the options.
+        layers: The layer types the method speaks for, with their descendants.
+        tensors: For each tensor such a layer may own, what it is.
+        normalizes: True where the method's layers normalize activations, False where it reparameterizes weights or
+            does nothing. A strategy about normalization layers refuses a network without any.
+        batch_coupled: True where one sample's output depends on the others in its batch (in training).
+        train_eval_differ: True where evaluation computes something else than training.
+        deviations: Where we differ from the paper or its official code.
+    """
+
+    name: str
+    summary: str
+    citation: Citation
+    make: type[Norm]
+    layers: tuple[type[nn.Module], ...] = ()
+    tensors: Mapping[str, TensorSpec]
+    normalizes: bool = True
+    batch_coupled: bool = False
+    train_eval_differ: bool = False
+    deviations: tuple[str, ...] = ()

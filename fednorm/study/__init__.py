@@ -1,0 +1,1 @@
+"""Runs, their records, and grids of runs."""

@@ -1,0 +1,115 @@
+"""Scaled weight standardization: its variants, its signal propagation, its edges."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fednorm.errors import ConfigError
+from fednorm.norms import make_norm, spec_of
+from fednorm.norms.sws import GAMMA, ScaledActivation, SWSConv2d
+from fednorm.roles import Kind
+from fednorm.spec import ACTIVATIONS
+
+
+def gaussian(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_added_eps_is_timms_layer(groups: int) -> None:
+    timm_layers = pytest.importorskip("timm.layers")
+    theirs = timm_layers.ScaledStdConv2d(4, 8, 3, groups=groups, gamma=1.0, eps=1e-6, padding=1).double()
+    ours = SWSConv2d(4, 8, 3, groups=groups, padding=1, eps=1e-6, floor="add").double()
+    theirs.gain.data = gaussian(8, 1, 1, 1)
+    ours.load_state_dict(theirs.state_dict())
+    x = gaussian(3, 4, 6, 6, seed=1)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-12)
+
+
+def test_rows_have_mean_zero_and_length_gain() -> None:
+    conv = SWSConv2d(6, 9, 3, groups=3).double()
+    assert conv.gain is not None
+    conv.gain.data = gaussian(9, 1, 1, 1)
+    weight = conv.standardized_weight().flatten(1)
+    torch.testing.assert_close(weight.sum(1), torch.zeros(9, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(weight.norm(dim=1), conv.gain.flatten().abs(), rtol=1e-12, atol=0)
+
+
+def test_fan_in_counts_the_inputs_of_one_group() -> None:
+    assert SWSConv2d(6, 9, (3, 2), groups=3).fan_in == 2 * 3 * 2
+
+
+def test_floor_holds_the_scale_of_a_filter_with_little_variance() -> None:
+    conv = SWSConv2d(2, 1, 2, bias=False).double()
+    kernel = 1e-4 * gaussian(1, 2, 2, 2)
+    conv.weight.data = kernel
+    # var * N is about 1e-7, far below the floor of 1e-4, so the scale is 1 / sqrt(1e-4) = 100.
+    torch.testing.assert_close(conv.standardized_weight(), 100 * (kernel - kernel.mean()), rtol=1e-12, atol=0)
+
+
+def test_unbiased_variance_shrinks_the_weight_by_a_known_factor() -> None:
+    biased, unbiased = SWSConv2d(2, 3, 2).double(), SWSConv2d(2, 3, 2, unbiased=True).double()
+    unbiased.load_state_dict(biased.state_dict())
+    torch.testing.assert_close(
+        unbiased.standardized_weight(), math.sqrt(7 / 8) * biased.standardized_weight(), rtol=1e-12, atol=0
+    )
+
+
+def test_fan_in_of_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"all its outputs are 0; got weight shape \(4, 1, 1, 1\)"):
+        SWSConv2d(4, 4, 1, groups=4)
+
+
+def test_initial_weights_have_fan_in_variance_and_biases_are_zero() -> None:
+    torch.manual_seed(0)
+    conv = SWSConv2d(64, 128, 3)
+    assert conv.bias is not None
+    assert conv.weight.std().item() * math.sqrt(64 * 9) == pytest.approx(1, abs=0.01)
+    assert not conv.bias.any()
+
+
+@pytest.mark.parametrize("name", GAMMA)
+def test_gamma_gives_the_activation_unit_variance(name: str) -> None:
+    # Gauss-Legendre quadrature of the activation's variance under the standard normal density.
+    z = torch.linspace(-12, 12, 400_001, dtype=torch.float64)
+    density = torch.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    f = ACTIVATIONS[name]()(z)
+    mean = torch.trapezoid(f * density, z)
+    std = torch.trapezoid((f - mean) ** 2 * density, z).sqrt().item()
+    assert GAMMA[name] * std == pytest.approx(1, abs=1e-3)
+
+
+def test_signal_keeps_its_variance_with_gamma_and_loses_it_without() -> None:
+    def variance_after(layers: int, *, activation_gain: bool) -> float:
+        torch.manual_seed(0)
+        norm = make_norm("sws", {"activation_gain": activation_gain})
+        x = torch.randn(16, 64, 12, 12)
+        for _ in range(layers):
+            x = norm.activation("relu")(norm.conv(64, 64, 3, padding=1, padding_mode="circular")(x))
+        return x.var(dim=(0, 2, 3)).mean().item()
+
+    # ReLU keeps (1 - 1/pi) / 2 = 0.341 of a centred normal's variance: 0.341 ** 3 = 0.040 after three layers.
+    assert variance_after(3, activation_gain=True) == pytest.approx(1, rel=0.15)
+    assert variance_after(3, activation_gain=False) == pytest.approx(0.040, rel=0.15)
+
+
+def test_every_activation_has_a_gamma_and_the_switch_removes_it() -> None:
+    assert set(GAMMA) == set(ACTIVATIONS)
+    assert isinstance(make_norm("sws").activation("silu"), ScaledActivation)
+    assert type(make_norm("sws", {"activation_gain": False}).activation("silu")) is nn.SiLU
+    assert type(make_norm("sws").activation("identity")) is nn.Identity
+
+
+def test_gain_is_a_gain_and_the_rest_are_weights() -> None:
+    spec = spec_of(SWSConv2d(2, 2, 3))
+    assert spec is not None
+    assert {name: tensor.kind for name, tensor in spec.tensors.items()} == {
+        "weight": Kind.WEIGHT,
+        "bias": Kind.WEIGHT,
+        "gain": Kind.GAIN,
+    }
+    assert not spec.normalizes

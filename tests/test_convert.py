@@ -1,0 +1,293 @@
+"""``convert`` on torchvision's, timm's and our own models: what changes, what stays, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fednorm.convert import ConversionReport, convert, convert_with_report
+from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.norms import NORMS, make_norm, spec_of
+from fednorm.norms.sws import ScaledActivation, SWSConv2d
+from fednorm.norms.ws_group_norm import WSConv2d
+from fednorm.plan import norm_plan
+from fednorm.roles import NORMALIZATION, RoleRule
+
+
+class PreActivation(nn.Module):
+    """A block whose activation works in place on what its norm returns, and which keeps its input for the shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anything = nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.conv(self.act(self.anything(x)))
+        return y
+
+
+class Nested(nn.Module):
+    """Three levels deep, a shared activation, names that betray nothing, a norm after a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shared = nn.ReLU()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), shared)
+        self.body = nn.ModuleDict({"a": nn.Sequential(PreActivation(), nn.Sequential(PreActivation()))})
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6), nn.BatchNorm1d(6), shared, nn.Linear(6, 4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body["a"](self.stem(x)))
+        return y
+
+
+def timm_model(name: str) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    model: nn.Module = timm.create_model(name, num_classes=4)
+    return model
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision resnet18": lambda: torchvision.models.resnet18(num_classes=4),
+    "torchvision mobilenet_v2": lambda: torchvision.models.mobilenet_v2(num_classes=4, width_mult=0.25),
+    "timm resnet18": lambda: timm_model("resnet18"),
+    "timm mobilenetv2_035 (BatchNormAct2d)": lambda: timm_model("mobilenetv2_035"),
+    "nested": Nested,
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    built = MODELS[request.param]()
+    built.train()
+    with torch.no_grad():  # running moments away from 0 and 1
+        built(torch.randn(4, 3, 32, 32))
+    return built
+
+
+def images(n: int = 2, size: int = 32) -> Tensor:
+    return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def normalizing(module: nn.Module) -> list[str]:
+    return [path for path, m in module.named_modules() if (spec := spec_of(m)) is not None and spec.normalizes]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
+    before = copy.deepcopy(model.state_dict())
+    converted, report = convert_with_report(model, name)
+    assert report.layers == normalizing(model)
+    wanted = {"ws_group_norm": {"group_norm"}, "none": set(), "sws": set()}.get(name, {name})
+    if name == "instance_norm" and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        wanted = {"instance_norm", "layer_norm"}  # features have no positions
+    assert {spec_of(converted.get_submodule(path)).name for path in normalizing(converted)} == wanted  # type: ignore[union-attr]
+    after = converted.state_dict()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            assert torch.equal(after[f"{path}.weight"], before[f"{path}.weight"])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the input was changed"
+    assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
+    converted = convert(model, name)
+    # 32x32 images end in maps of one position, which PyTorch's instance norm refuses.
+    converted(images(3, 64 if name == "instance_norm" else 32)).square().sum().backward()
+    missing = [key for key, parameter in converted.named_parameters() if parameter.grad is None]
+    assert missing == []
+    plan = norm_plan(converted, RoleRule())
+    assert [entry.key for entry in plan.entries] == list(converted.state_dict())
+    assert any(entry.kind in NORMALIZATION for entry in plan.entries) == (name not in ("none", "sws"))
+
+
+def test_converting_batch_norm_to_batch_norm_keeps_the_function(model: nn.Module) -> None:
+    converted = convert(model.eval(), "batch_norm")
+    torch.testing.assert_close(converted(images()), model(images()))
+    assert not converted.training
+    model.train()
+
+
+def test_no_normalization_is_the_model_with_its_layers_skipped(model: nn.Module) -> None:
+    """Affine-free batch norm that evaluates with mean 0 and variance 1 - eps is the identity, activations included."""
+    skipped = copy.deepcopy(model).eval()
+    for module in skipped.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_parameters()
+            assert module.running_var is not None
+            module.running_var.fill_(1 - module.eps)
+    torch.testing.assert_close(convert(model, "none").eval()(images()), skipped(images()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sws", SWSConv2d), ("ws_group_norm", WSConv2d)])
+def test_weight_methods_take_every_convolution_with_its_geometry(
+    model: nn.Module, name: str, kind: type[nn.Conv2d]
+) -> None:
+    converted, report = convert_with_report(model, name)
+    convolutions = {path: m for path, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    assert report.convolutions == list(convolutions)
+    for path, old in convolutions.items():
+        new = converted.get_submodule(path)
+        assert type(new) is kind
+        for attribute in ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size"):
+            assert getattr(new, attribute) == getattr(old, attribute)
+        if old.bias is not None:
+            assert torch.equal(new.bias, old.bias)
+        elif name == "sws":
+            assert torch.equal(new.bias, torch.zeros(old.out_channels))
+        else:
+            assert new.bias is None
+
+
+def test_activations_carry_gamma_only_where_it_is_on(model: nn.Module) -> None:
+    def scaled(**options: Any) -> tuple[int, ConversionReport]:
+        converted, report = convert_with_report(model, "sws", **options)
+        return sum(isinstance(m, ScaledActivation) for m in converted.modules()), report
+
+    plain = sum(isinstance(m, nn.ReLU | nn.ReLU6) for m in model.modules())
+    count, report = scaled()
+    assert (count, len(report.activations)) == (plain, plain)
+    assert any("Residual scaling" in note for note in report.notes)
+    assert scaled(activation_gain=False, alpha=0.0)[0] == 0
+    assert scaled(activation_gain=False, alpha=0.0)[1].notes == []
+
+
+def test_activations_behind_a_removed_layer_do_not_overwrite_the_shortcut() -> None:
+    torch.manual_seed(0)
+    block = PreActivation()
+    converted = convert(block, "sws")
+    conv = converted.conv
+    assert isinstance(conv, SWSConv2d)
+    x = torch.randn(2, 8, 5, 5)
+    kept = x.clone()
+    gamma = 1.7139588594436646
+    expected = x + functional.conv2d(
+        gamma * functional.relu(x), conv.standardized_weight(), conv.bias, padding=1, groups=2
+    )
+    torch.testing.assert_close(converted(x), expected)
+    assert torch.equal(x, kept)
+
+
+def test_fused_layers_keep_their_activation() -> None:
+    timm_layers = pytest.importorskip("timm.layers")
+    fused = timm_layers.BatchNormAct2d(6, act_layer=nn.SiLU).eval()
+    x = torch.randn(2, 6, 4, 4)
+    torch.testing.assert_close(convert(fused, "none")(x), functional.silu(x))
+    torch.testing.assert_close(convert(fused, "sws")(x), 1.7881293296813965 * functional.silu(x))
+    torch.testing.assert_close(convert(fused, "group_norm")(x), functional.silu(functional.group_norm(x, 2)))
+
+
+def test_a_shared_module_stays_shared() -> None:
+    converted = convert(Nested(), "sws")
+    assert isinstance(converted.stem[1], ScaledActivation)  # type: ignore[index]
+    assert converted.stem[1] is converted.head[4]  # type: ignore[index]
+
+
+def test_layers_with_channels_last_are_normalized_over_channels() -> None:
+    """torchvision's vision transformer and ConvNeXt have nn.LayerNorm over the last axis."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 6)
+    layer = nn.LayerNorm(6)
+    converted = convert(nn.Sequential(nn.Linear(6, 6), layer), "batch_norm")[1].train()  # type: ignore[index]
+    expected = functional.batch_norm(x.flatten(0, 1), None, None, training=True).view_as(x)
+    torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-5)
+    assert converted(x[:, 0]).shape == (3, 6)
+    layer.weight.data.uniform_()
+    torch.testing.assert_close(convert(layer, "layer_norm", over="channels")(x), layer(x))
+
+
+def test_a_convnext_converts() -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm_model("convnext_atto").eval()
+    same = convert(model, "layer_norm", over="channels", eps=1e-6)
+    torch.testing.assert_close(same(images()), model(images()), rtol=1e-4, atol=1e-4)
+    converted, report = convert_with_report(model, "batch_norm")
+    assert report.layers == normalizing(model)
+    assert converted.train()(images()).shape == (2, 4)
+
+
+def test_converting_back_gives_plain_convolutions_and_activations() -> None:
+    torch.manual_seed(0)
+    once, _ = convert_with_report(Nested(), "ws_group_norm")
+    back, _ = convert_with_report(once, "batch_norm")
+    assert {type(m) for m in back.modules() if isinstance(m, nn.Conv2d)} == {nn.Conv2d}
+    scaled = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), ScaledActivation(nn.ReLU(), 1.7))
+    assert not any(isinstance(m, ScaledActivation) for m in convert(scaled, "batch_norm").modules())
+
+
+def test_types_modes_and_frozen_weights_are_kept() -> None:
+    model = Nested().double()
+    model.body.eval()
+    model.stem[0].weight.requires_grad_(False)
+    converted = convert(model, "sws")
+    assert {p.dtype for p in converted.parameters()} == {torch.float64}
+    assert [m.training for m in converted.children()] == [True, False, True]
+    assert not converted.stem[0].weight.requires_grad  # type: ignore[index, union-attr]
+    assert converted.stem[0].bias.requires_grad  # type: ignore[index, union-attr]
+
+
+def test_the_callers_generator_is_left_alone() -> None:
+    model = Nested()
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first, second = convert(model, "sws"), convert(model, "sws")
+    assert torch.equal(torch.rand(3), expected)
+    for key, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[key])
+
+
+def test_a_configured_norm_is_taken_as_it_is() -> None:
+    converted = convert(Nested(), make_norm("group_norm", {"num_groups": 1, "eps": 0.5}))
+    layers = [m for m in converted.modules() if isinstance(m, nn.GroupNorm)]
+    assert {(m.num_groups, m.eps) for m in layers} == {(1, 0.5)}
+    with pytest.raises(ConfigError, match="has its own already"):
+        convert(Nested(), make_norm("group_norm"), num_groups=1)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_conversion_that_would_do_nothing_is_refused(name: str) -> None:
+    mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match=r"Sequential has no normalization layer .* would change nothing"):
+        convert(mlp, name)
+
+
+def test_standardized_weights_without_a_layer_to_take_the_scale_back_are_refused() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    with pytest.raises(ConfigError, match="no normalization layer"):
+        convert(plain, "ws_group_norm")
+    assert isinstance(convert(plain, "sws")[0], SWSConv2d)  # type: ignore[index]
+
+
+def test_errors_name_the_layer() -> None:
+    with pytest.raises(ConfigError, match=r"Layer '1' \(BatchNorm2d\).*9 channels"):
+        convert(nn.Sequential(nn.Conv2d(3, 9, 3), nn.BatchNorm2d(9)), "group_norm")
+    with pytest.raises(ConfigError, match=r"Layer '0' \(LazyBatchNorm2d\) does not know its shape"):
+        convert(nn.Sequential(nn.LazyBatchNorm2d()), "group_norm")
+    with pytest.raises(ConfigError, match=r"Convolution '0'.*two or more weights"):
+        convert(nn.Sequential(nn.Conv2d(4, 4, 1, groups=4), nn.BatchNorm2d(4)), "sws")
+    with pytest.raises(UnknownNameError):
+        convert(Nested(), "btach_norm")
+
+
+def test_a_convolution_with_a_forward_pass_of_its_own_is_refused_by_weight_methods_only() -> None:
+    timm_layers = pytest.importorskip("timm.layers")
+    model = nn.Sequential(timm_layers.Conv2dSame(3, 4, 3, stride=2), nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match="Convolution '0' is a Conv2dSame"):
+        convert(model, "sws")
+    for name in ("group_norm", "none"):
+        assert isinstance(convert(model, name)[0], timm_layers.Conv2dSame)  # type: ignore[index]

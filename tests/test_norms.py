@@ -1,0 +1,387 @@
+"""The contract of every normalization method: one suite, parametrized over the registry and the methods' variants."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.norms import NORMS, make_norm, norm_spec, spec_of
+from fednorm.plan import norm_plan
+from fednorm.roles import LEARNED, STATISTICS, Kind, RoleRule
+from fednorm.spec import Norm
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "batch_norm": ("batch_norm", {}),
+    "group_norm": ("group_norm", {}),
+    "group_norm-3": ("group_norm", {"num_groups": 3}),
+    "instance_norm": ("instance_norm", {}),
+    "layer_norm": ("layer_norm", {}),
+    "layer_norm-channels": ("layer_norm", {"over": "channels"}),
+    "none": ("none", {}),
+    "sws": ("sws", {}),
+    "sws-add": ("sws", {"floor": "add", "eps": 1e-6}),
+    "sws-unbiased": ("sws", {"unbiased": True, "gain": False, "activation_gain": False}),
+    "ws_group_norm": ("ws_group_norm", {}),
+    "ws_group_norm-deviation": ("ws_group_norm", {"eps_on": "deviation", "eps": 1e-3, "unbiased": False}),
+}
+OTHER_OPTIONS: dict[str, dict[str, Any]] = {
+    "batch_norm": {"eps": 0.5, "momentum": 0.7},
+    "group_norm": {"eps": 0.5, "num_groups": 3},
+    "instance_norm": {"eps": 0.5, "affine": False},
+    "layer_norm": {"eps": 0.5, "over": "channels"},
+    "none": {},
+    "sws": {"eps": 50.0, "floor": "add", "unbiased": True, "gain": False, "activation_gain": False, "alpha": 0.0},
+    "ws_group_norm": {"eps": 0.5, "group_eps": 0.5, "num_groups": 3, "eps_on": "deviation", "unbiased": False},
+}
+"""For every option of every method, a value that is not its default."""
+
+C_IN, C = 4, 6
+
+
+@pytest.fixture(params=VARIANTS)
+def norm(request: pytest.FixtureRequest) -> Norm:
+    name, options = VARIANTS[request.param]
+    return make_norm(name, options)
+
+
+def card(norm: Norm) -> Any:
+    return next(spec for spec in map(norm_spec, NORMS) if spec.make is type(norm))
+
+
+def unit(norm: Norm, spatial_dims: int = 2) -> nn.Sequential:
+    """Build a convolution (a linear layer for features), what follows it, and the nonlinearity, in float64."""
+    torch.manual_seed(0)
+    before = norm.conv(C_IN, C, 3, padding=1, groups=2, bias=False) if spatial_dims == 2 else nn.Linear(C_IN, C)
+    module = nn.Sequential(before, norm.layer(C, spatial_dims), norm.activation("gelu")).double()
+    for parameter in module.parameters():  # away from the initial ones and zeros, which hide errors
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def images(n: int = 5, size: int = 4) -> Tensor:
+    return torch.randn(n, C_IN, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def features(n: int = 5) -> Tensor:
+    return torch.randn(n, C_IN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+# What each method computes, written out from the papers' formulas.
+
+
+def moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    mean = x.mean(axes, keepdim=True)
+    return mean, ((x - mean) ** 2).mean(axes, keepdim=True)
+
+
+def affine(x: Tensor, layer: nn.Module) -> Tensor:
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    return x * layer.weight.view(shape) + layer.bias.view(shape)  # type: ignore[operator, union-attr]
+
+
+def reference_batch_norm(x: Tensor, layer: nn.Module) -> Tensor:
+    mean, var = moments(x, (0, *range(2, x.ndim)))
+    return affine((x - mean) / (var + 1e-5).sqrt(), layer)
+
+
+def reference_groups(groups: int) -> Callable[[Tensor, nn.Module], Tensor]:
+    def reference(x: Tensor, layer: nn.Module) -> Tensor:
+        grouped = x.reshape(len(x), groups, -1)
+        mean, var = moments(grouped, (2,))
+        return affine(((grouped - mean) / (var + 1e-5).sqrt()).reshape(x.shape), layer)
+
+    return reference
+
+
+def reference_channels(x: Tensor, layer: nn.Module) -> Tensor:
+    mean, var = moments(x, (1,))
+    return affine((x - mean) / (var + 1e-5).sqrt(), layer)
+
+
+def reference_instance(x: Tensor, layer: nn.Module) -> Tensor:
+    if x.ndim == 2:
+        return reference_groups(1)(x, layer)
+    mean, var = moments(x, tuple(range(2, x.ndim)))
+    return affine((x - mean) / (var + 1e-5).sqrt(), layer)
+
+
+def identity(x: Tensor, layer: nn.Module) -> Tensor:
+    del layer
+    return x
+
+
+LAYER_REFERENCES: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "batch_norm": reference_batch_norm,
+    "group_norm": reference_groups(2),
+    "group_norm-3": reference_groups(3),
+    "instance_norm": reference_instance,
+    "layer_norm": reference_groups(1),
+    "layer_norm-channels": reference_channels,
+    "none": identity,
+    "sws": identity,
+    "sws-add": identity,
+    "sws-unbiased": identity,
+    "ws_group_norm": reference_groups(2),
+    "ws_group_norm-deviation": reference_groups(2),
+}
+
+
+def standardized(variant: str, conv: nn.Conv2d) -> Tensor:
+    """Return what the method's convolution convolves with, one output channel at a time."""
+    gains = getattr(conv, "gain", None)
+    kernels = []
+    for index, kernel in enumerate(conv.weight):
+        n = kernel.numel()
+        centred = kernel - kernel.sum() / n
+        square = (centred**2).sum()
+        scale = {
+            "sws": 1 / (square / n * n).clamp_min(1e-4).sqrt(),
+            "sws-add": 1 / ((square / n + 1e-6) * n).sqrt(),
+            "sws-unbiased": 1 / (square / (n - 1) * n).clamp_min(1e-4).sqrt(),
+            "ws_group_norm": 1 / (square / (n - 1) + 1e-5).sqrt(),
+            "ws_group_norm-deviation": 1 / ((square / n).sqrt() + 1e-3),
+        }.get(variant)
+        kernels.append(kernel if scale is None else centred * scale * (1 if gains is None else gains[index]))
+    return torch.stack(kernels)
+
+
+@settings(deadline=None, max_examples=15)
+@given(n=st.integers(2, 5), height=st.integers(1, 4), width=st.integers(2, 4), seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_its_formula_on_images(variant: str, n: int, height: int, width: int, seed: int) -> None:
+    name, options = VARIANTS[variant]
+    module = unit(make_norm(name, options))
+    conv, layer, activation = module
+    generator = torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(n, C_IN, height, width, dtype=torch.float64, generator=generator) + 1
+    convolved = functional.conv2d(x, standardized(variant, conv), conv.bias, padding=1, groups=2)
+    torch.testing.assert_close(conv(x), convolved, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(layer(convolved), LAYER_REFERENCES[variant](convolved, layer), rtol=1e-8, atol=1e-10)
+    gamma = 1.7015043497085571 if variant in ("sws", "sws-add") else 1.0
+    torch.testing.assert_close(activation(x), gamma * functional.gelu(x), rtol=1e-14, atol=0)
+
+
+@settings(deadline=None, max_examples=15)
+@given(n=st.integers(2, 6), seed=st.integers(0, 2**31))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_matches_its_formula_on_features(variant: str, n: int, seed: int) -> None:
+    name, options = VARIANTS[variant]
+    linear, layer, _ = unit(make_norm(name, options), spatial_dims=0)
+    assert type(linear) is nn.Linear
+    x = torch.randn(n, C, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(layer(x), LAYER_REFERENCES[variant](x, layer), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "shape", [(3, C), (3, C, 5), (3, C, 2, 4), (3, C, 2, 3, 2)], ids=["NC", "NCL", "NCHW", "NCDHW"]
+)
+def test_layer_keeps_shape_type_and_memory_layout(norm: Norm, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    layer = norm.layer(C, len(shape) - 2).to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    y = layer(x)
+    assert (y.shape, y.dtype, y.is_contiguous()) == (x.shape, x.dtype, True)
+    if x.ndim == 4:
+        last = x.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(layer.eval()(last), layer(x))
+
+
+def test_one_sample_and_no_sample_evaluate(norm: Norm) -> None:
+    module = unit(norm).eval()
+    x = images(3)
+    torch.testing.assert_close(module(x[:1]), module(x)[:1], rtol=1e-10, atol=1e-12)
+    if not isinstance(module[1], nn.InstanceNorm2d):  # PyTorch's raises an IndexError on an empty batch
+        assert module(x[:0]).shape == (0, C, 4, 4)
+
+
+def test_constant_input_has_finite_output_and_gradient(norm: Norm) -> None:
+    for spatial_dims, shape in ((0, (3, C)), (2, (3, C, 4, 4))):
+        layer = norm.layer(C, spatial_dims).double()
+        x = torch.full(shape, 7.0, dtype=torch.float64, requires_grad=True)
+        y = layer(x)
+        y.square().sum().backward()
+        bias = getattr(layer, "bias", None)
+        if bias is not None:
+            torch.testing.assert_close(y, torch.zeros_like(y))  # x - mean is 0 whichever axes the mean is over
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+
+
+def test_constant_filters_have_finite_output_and_gradient(norm: Norm) -> None:
+    conv = norm.conv(C_IN, C, 3)
+    nn.init.constant_(conv.weight, 0.5)
+    y = conv(images().float())
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert conv.weight.grad is not None
+    assert conv.weight.grad.isfinite().all()
+
+
+def test_gradients_are_those_of_the_forward_pass(norm: Norm) -> None:
+    module = unit(norm)
+    parameters = [p.detach().clone().requires_grad_() for p in module.parameters()]
+    names = [name for name, _ in module.named_parameters()]
+
+    def forward(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(module, dict(zip(names, values, strict=True)), x)  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(forward, (images(3, 3).requires_grad_(), *parameters), fast_mode=True)
+
+
+def test_every_owned_tensor_is_declared_with_a_fitting_kind(norm: Norm) -> None:
+    for module in [*unit(norm).modules(), *unit(norm, spatial_dims=0).modules()]:
+        spec = spec_of(module)
+        if spec is None:
+            assert not dict(module.named_buffers(recurse=False)), f"{module} has state and no card"
+            continue
+        for name, _ in module.named_parameters(recurse=False):
+            assert spec.tensors[name].kind in LEARNED
+        for name, _ in module.named_buffers(recurse=False):
+            assert spec.tensors[name].kind in STATISTICS
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_every_declared_tensor_exists(name: str) -> None:
+    spec = norm_spec(name)
+    assert spec.name == name
+    owners: list[nn.Module] = list(unit(make_norm(name)).modules())
+    if name == "instance_norm":  # running moments come only with foreign models
+        owners.append(nn.InstanceNorm2d(C, affine=True, track_running_stats=True))
+    owners.append(make_norm(name).conv(C, C, 3, bias=True))
+    own = [m for m in owners if spec_of(m) is spec]
+    assert bool(own) == bool(spec.layers)
+    assert {key for module in own for key in module.state_dict()} == set(spec.tensors)
+
+
+def test_declared_batch_coupling_is_true_in_fact(norm: Norm) -> None:
+    module = unit(norm).train()
+    x = images()
+    other = x.clone()
+    other[0] += 1
+    coupled = not torch.allclose(module(x)[1:], module(other)[1:], rtol=0, atol=1e-12)
+    assert coupled == card(norm).batch_coupled
+
+
+def test_declared_difference_of_training_and_evaluation_is_true_in_fact(norm: Norm) -> None:
+    module = unit(norm).train()
+    x = images()
+    trained = module(x)
+    assert (not torch.allclose(trained, module.eval()(x))) == card(norm).train_eval_differ
+
+
+def test_forward_passes_change_declared_statistics_in_training_and_nothing_else(norm: Norm) -> None:
+    module = unit(norm)
+
+    def changed() -> set[str]:
+        before = copy.deepcopy(module.state_dict())
+        module(images())
+        return {key for key, value in module.state_dict().items() if not torch.equal(value, before[key])}
+
+    module.eval()
+    assert changed() == set()
+    module.train()
+    plan = norm_plan(module, RoleRule())
+    assert changed() == {entry.key for entry in plan.entries if entry.kind in STATISTICS}
+
+
+def test_pickle_deepcopy_and_state_dict_keep_the_function(norm: Norm) -> None:
+    module = unit(norm).eval()
+    y = module(images())
+    loaded = unit(norm).eval()
+    loaded.load_state_dict(module.state_dict())
+    for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert torch.equal(clone(images()), y)
+    assert pickle.loads(pickle.dumps(norm)) == norm
+
+
+def test_plan_covers_a_nested_model(norm: Norm) -> None:
+    model = nn.ModuleDict({"stem": unit(norm), "deep": nn.Sequential(nn.Sequential(unit(norm, 0)), nn.Linear(C, 2))})
+    plan = norm_plan(model, RoleRule())
+    assert [entry.key for entry in plan.entries] == list(model.state_dict())
+    assert {entry.kind for entry in plan.entries if entry.key.startswith("deep.1")} == {Kind.WEIGHT}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_no_option_is_ignored(name: str) -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(norm_spec(name).make)}
+    assert set(OTHER_OPTIONS[name]) == set(fields)
+    for option, value in OTHER_OPTIONS[name].items():
+        assert value != fields[option]
+        default, other = make_norm(name), make_norm(name, {option: value})
+        if option == "alpha":
+            assert (default.residual_alpha, other.residual_alpha) == (0.2, None)
+            continue
+        outputs = []
+        for norm in (default, other):
+            module = unit(norm).train()
+            module(images())
+            outputs.append((module(images()), module.eval()(images())))
+        same = all(torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in zip(*outputs, strict=True))
+        assert not same, f"{name}.{option} changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("batch_norm", {"eps": 0}, "batch_norm.eps must be greater than 0"),
+        ("batch_norm", {"eps": math.nan}, "finite"),
+        ("batch_norm", {"eps": "small"}, "must be a finite number; got 'small'"),
+        ("batch_norm", {"momentum": 1.5}, "at most 1; got 1.5"),
+        ("group_norm", {"num_groups": 0}, "an integer of 1 or more; got 0"),
+        ("group_norm", {"num_groups": 2.5}, "an integer of 1 or more; got 2.5"),
+        ("layer_norm", {"over": "pixels"}, "one of sample, channels; got 'pixels'"),
+        ("instance_norm", {"affine": 1}, "true or false; got 1"),
+        ("sws", {"floor": "min"}, "one of max, add; got 'min'"),
+        ("sws", {"alpha": -0.2}, "0 \\(off\\) or more; got -0.2"),
+        ("ws_group_norm", {"eps_on": "std"}, "one of variance, deviation; got 'std'"),
+        ("none", {"eps": 1e-5}, "has no option 'eps'"),
+    ],
+)
+def test_bad_options_are_refused_in_words(name: str, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_norm(name, options)
+
+
+def test_unknown_norm_offers_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'batch_norm'"):
+        make_norm("bach-norm")
+
+
+@pytest.mark.parametrize("name", ["group_norm", "ws_group_norm"])
+def test_indivisible_channels_are_refused_with_the_valid_counts(name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"has 15 channels and num_groups is 4\. Set num_groups to one of 1, 3, 5, 15"
+    ):
+        make_norm(name, {"num_groups": 4}).layer(15, 2)
+
+
+def test_convolutions_have_the_biases_that_their_norm_needs(norm: Norm) -> None:
+    conv = norm.conv(C_IN, C, 3, bias=False)
+    assert (conv.bias is not None) == (card(norm).name in ("none", "sws"))
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_convolutions_keep_the_whole_geometry(name: str) -> None:
+    geometry: dict[str, Any] = {
+        "stride": (2, 1),
+        "padding": (1, 2),
+        "dilation": (1, 2),
+        "groups": 2,
+        "padding_mode": "reflect",
+    }
+    conv = make_norm(name).conv(C_IN, C, (3, 2), **geometry)
+    plain = nn.Conv2d(C_IN, C, (3, 2), **geometry)
+    assert conv(images(2, 6).float()).shape == plain(images(2, 6).float()).shape
+    assert {key: getattr(conv, key) for key in geometry} == geometry
