@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fednorm.api import federated
-    from fednorm.convert import convert
+    from fednorm.conversion import convert
 
 __all__ = ["__version__", "convert", "federated"]
 
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.convert", "federated": "fednorm.api"}
+    homes = {"convert": "fednorm.conversion", "federated": "fednorm.api"}
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(import_module(homes[name]), name)

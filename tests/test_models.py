@@ -23,7 +23,7 @@ from fednorm.norms import NORMS, make_norm
 from fednorm.spec import Norm
 
 SMALL = {"alexnet": 64, "digits_cnn": 12, "mobilenet_v2": 16, "resnet18": 16}
-WIDTH = {"mobilenet_v2": 8, "resnet18": 8}
+WIDTH = {"digits_cnn": 64, "mobilenet_v2": 8, "resnet18": 8}
 
 
 @dataclass(frozen=True, kw_only=True)

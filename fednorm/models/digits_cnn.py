@@ -10,7 +10,6 @@ from fednorm.errors import DataError
 from fednorm.models import ModelSpec
 from fednorm.spec import Citation, Norm
 
-_CONVOLUTIONS = ((3, 64), (64, 64), (64, 128))
 _POOLED = (1, 2)
 """Only the first two convolutions are followed by a pooling, which divides the image's side by 4."""
 
@@ -23,25 +22,27 @@ class DigitsCNN(nn.Sequential):
     and 512 features; then the classifier. Convolutions have a bias although a norm follows, as in FedBN. Weights are
     drawn as PyTorch's layers draw them, which is what FedBN does.
 
-    With batch normalization, S = 28 and K = 10 it has 14,219,210 parameters.
+    With batch normalization, S = 28 and K = 10 it has 14,219,210 parameters. A width other than 64 scales every hidden
+    layer; only width 64 is FedBN's network.
 
     Args:
         norm: The normalization method.
         num_classes: K.
         image_size: S, a multiple of 4.
+        width: Channels of the first convolution.
     """
 
-    def __init__(self, norm: Norm, num_classes: int = 10, image_size: int = 28) -> None:
+    def __init__(self, norm: Norm, num_classes: int = 10, image_size: int = 28, width: int = 64) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, (channels_in, channels_out) in enumerate(_CONVOLUTIONS, start=1):
+        for i, (channels_in, channels_out) in enumerate(((3, width), (width, width), (width, 2 * width)), start=1):
             layers[f"conv{i}"] = norm.conv(channels_in, channels_out, 5, padding=2, bias=True)
             layers[f"norm{i}"] = norm.layer(channels_out, 2)
             layers[f"act{i}"] = norm.activation("relu")
             if i in _POOLED:
                 layers[f"pool{i}"] = nn.MaxPool2d(2)
         layers["flatten"] = nn.Flatten()
-        features = 128 * (image_size // 4) ** 2
-        for i, features_out in enumerate((2048, 512), start=1):
+        features = 2 * width * (image_size // 4) ** 2
+        for i, features_out in enumerate((32 * width, 8 * width), start=1):
             layers[f"fc{i}"] = nn.Linear(features, features_out)
             layers[f"norm{i + 3}"] = norm.layer(features_out, 0)
             layers[f"act{i + 3}"] = norm.activation("relu")
@@ -69,8 +70,7 @@ class DigitsCNN(nn.Sequential):
 
 
 def _make(norm: Norm, *, num_classes: int, image_size: int, width: int) -> nn.Module:
-    del width
-    return DigitsCNN(norm, num_classes, image_size)
+    return DigitsCNN(norm, num_classes, image_size, width)
 
 
 SPEC = ModelSpec(
@@ -87,4 +87,7 @@ SPEC = ModelSpec(
     input_size=28,
     min_size=4,
     size_step=4,
+    width=64,
+    width_step=4,
+    deviations=("a width other than 64 scales every hidden layer; FedBN has no such option",),
 )

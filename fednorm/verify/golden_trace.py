@@ -143,9 +143,10 @@ def read_trace(path: Path) -> Trace:
 
 def _arrays(path: Path) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.lib.npyio.NpzFile):
-            with archive:
+        # Opened here, because numpy leaves the file open when the archive in it is damaged.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.lib.npyio.NpzFile):
                 return {key: archive[key] for key in archive.files}
     except (OSError, EOFError, KeyError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"not a readable .npz archive of plain arrays ({error})") from error

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fednorm.convert import ConversionReport, convert, convert_with_report
+from fednorm.conversion import ConversionReport, convert, convert_with_report
 from fednorm.errors import ConfigError, UnknownNameError
 from fednorm.norms import NORMS, make_norm, spec_of
 from fednorm.norms.sws import ScaledActivation, SWSConv2d

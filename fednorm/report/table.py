@@ -1,0 +1,179 @@
+"""Tables of federated results: a row a method, a column a domain; made from results, never typed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+from rich.table import Table as RichTable
+
+Result = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: What it shows.
+        columns: Column heads; the first column holds names, the others numbers.
+        rows: The cells.
+        notes: Sentences under it.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def markdown(self) -> str:
+        """Return the table in Markdown."""
+        rule = ["---", *("---:" for _ in self.columns[1:])]
+        lines = ["| " + " | ".join(cells) + " |" for cells in (self.columns, rule, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines, "", *self.notes])
+
+    def rich(self) -> RichTable:
+        """Return the table for a terminal."""
+        table = RichTable(title=self.title, caption="\n".join(self.notes), title_justify="left", caption_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def method_name(result: Result) -> str:
+    """Return how a table calls a result's method: the strategy, and the norm where it is not the strategy's own."""
+    config = result["config"]
+    strategy, norm = config["strategy"], config["norm"]
+    own = {"fedwon": "sws"}.get(strategy["name"], "batch_norm")
+    options = [f"{key}={value}" for section in (strategy, norm) for key, value in section.items() if key != "name"]
+    name = strategy["name"] if norm["name"] == own else f"{strategy['name']} + {norm['name']}"
+    return f"{name} ({', '.join(options)})" if options else name
+
+
+def accuracy_table(results: Sequence[Result]) -> Table:
+    """Return the table of test accuracy by domain, over seeds where there are several.
+
+    Args:
+        results: Results of finished runs on the same data.
+    """
+    groups = _by_method(results)
+    domains = list(dict.fromkeys(domain for result in results for domain in result["final"]["per_domain"]))
+    rows = []
+    for name, group in groups.items():
+        cells = [_percent([r["final"]["per_domain"].get(domain) for r in group]) for domain in domains]
+        rows.append(
+            (
+                name,
+                *cells,
+                _percent([r["final"]["mean"] for r in group]),
+                _percent([r["final"]["worst"] for r in group]),
+                f"{mean(r['seconds'] for r in group):.0f}",
+                f"{mean(_bytes_per_round(r) for r in group) / 1e6:.2f}",
+            )
+        )
+    columns = ("method", *domains, "mean", "worst", "seconds", "MB a round")
+    return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, tuple(rows), _notes(results, groups))
+
+
+def evaluation_table(results: Sequence[Result]) -> Table:
+    """Return the evaluation matrix: for each method and choice of statistics, the accuracy by domain."""
+    rows: list[tuple[str, ...]] = []
+    domains = list(
+        dict.fromkeys(
+            domain
+            for result in results
+            for scores in _flat(result["evaluation"]).values()
+            for domain in scores.get("per_domain", {})
+        )
+    )
+    for result in results:
+        for kind, scores in _flat(result["evaluation"]).items():
+            name = f"{method_name(result)}: {kind}"
+            if "not_applicable" in scores:
+                rows.append((name, *("–" for _ in domains), "–"))
+            else:
+                cells = [_percent([scores["per_domain"].get(domain)]) for domain in domains]
+                rows.append((name, *cells, _percent([scores["mean"]])))
+    reasons = dict.fromkeys(
+        f"–: {scores['not_applicable']}."
+        for result in results
+        for scores in _flat(result["evaluation"]).values()
+        if "not_applicable" in scores
+    )
+    columns = ("evaluated under", *domains, "mean")
+    return Table(f"Evaluation matrix (%): {results[0]['data']['title']}", columns, tuple(rows), tuple(reasons))
+
+
+def plan_table(entries: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the norm plan, an entry of the state dict a row."""
+    rows = tuple(
+        (e["key"], e["layer_type"], e["norm"] or "–", e["kind"], e["role"], "×".join(map(str, e["shape"])) or "scalar")
+        for e in entries
+    )
+    return Table("Norm plan", ("entry", "layer", "norm", "kind", "role", "shape"), rows)
+
+
+def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Group results by everything but the seed; methods that share a name are told apart by what differs."""
+    keys: dict[str, list[Result]] = {}
+    for result in results:
+        keys.setdefault(_without_seed(result), []).append(result)
+    groups: dict[str, list[Result]] = {}
+    names = [method_name(group[0]) for group in keys.values()]
+    for name, group in zip(names, keys.values(), strict=True):
+        groups[f"{name} {_tuned(group[0])}" if names.count(name) > 1 else name] = group
+    return groups
+
+
+def _without_seed(result: Result) -> str:
+    config = {key: value for key, value in result["config"].items() if key != "seed"}
+    config["data"] = {key: value for key, value in config["data"].items() if key not in ("dir", "download")}
+    return repr(sorted(config.items()))
+
+
+def _tuned(result: Result) -> str:
+    train = result["config"]["train"]
+    return f"lr {train['learning_rate']:g}" + (f", agc {train['agc']:g}" if train["agc"] else "")
+
+
+def _percent(values: Sequence[float | None]) -> str:
+    """Return accuracies in [0, 1] as per cent: the mean, and the standard deviation where there are several."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return "–"
+    return f"{mean(known):.1f} ± {stdev(known):.1f}" if len(known) > 1 else f"{known[0]:.1f}"
+
+
+def _bytes_per_round(result: Result) -> float:
+    rounds = result["rounds"]
+    return sum(line["bytes_down"] + line["bytes_up"] for line in rounds) / len(rounds)
+
+
+def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
+    seeds = sorted({result["config"]["seed"] for result in results})
+    fewest, most = min(map(len, groups.values())), max(map(len, groups.values()))
+    number = f"n = {most} seeds, mean ± standard deviation" if most > 1 else "one seed, no interval"
+    if fewest != most:
+        number = f"n = {fewest} to {most} seeds, mean ± standard deviation where n > 1"
+    settings = "; ".join(f"{name}: {_tuned(group[0])}" for name, group in groups.items())
+    rounds = sorted({result["final"]["round"] for result in results})
+    selection = results[0]["final"]["selection"]
+    return (
+        f"Seeds {', '.join(map(str, seeds))} ({number}); accuracy after round {', '.join(map(str, rounds))} ({selection}).",
+        f"Settings: {settings}.",
+        *results[0]["data"]["notes"],
+    )
+
+
+def _flat(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    flat: dict[str, Mapping[str, Any]] = {}
+    for kind, scores in evaluation.items():
+        if "under" in scores:
+            flat |= {f"{kind}, statistics of {name}": inner for name, inner in scores["under"].items()}
+        else:
+            flat[f"{kind}, {scores['with']} tensors" if "with" in scores else kind] = scores
+    return flat
