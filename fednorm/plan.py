@@ -31,6 +31,7 @@ class Entry:
         role: What the federation does with it.
         shape: Its shape.
         nbytes: Its size in bytes.
+        dtype: The type of its values, e.g. ``float32``.
     """
 
     key: str
@@ -41,6 +42,7 @@ class Entry:
     role: Role
     shape: tuple[int, ...]
     nbytes: int
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class NormPlan:
     def local(self) -> tuple[str, ...]:
         """Return the keys that never leave a client."""
         return self.keys(Role.LOCAL)
+
+    @cached_property
+    def counters(self) -> tuple[str, ...]:
+        """Return the keys of the counters that travel; each client goes on with its own all the same."""
+        return tuple(key for key in self.sent if self.by_key[key].kind is Kind.COUNT)
 
     @cached_property
     def by_key(self) -> dict[str, Entry]:
@@ -136,6 +143,7 @@ def _entries(model: nn.Module, rule: RoleRule) -> Iterator[Entry]:
                 role=rule[kind],
                 shape=tuple(tensor.shape),
                 nbytes=tensor.numel() * tensor.element_size(),
+                dtype=str(tensor.dtype).removeprefix("torch."),
             )
 
 

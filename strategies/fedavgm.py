@@ -57,8 +57,10 @@ class FedAvgM(ServerOptimizer):
 
     def update(self, old: Tensor, mean: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
         """Return the next value of one tensor; its velocity is updated in place."""
-        velocity = slots["velocity"].mul_(self.server_momentum).add_(old - mean)
-        return old - self.server_learning_rate * velocity
+        delta = old - mean
+        velocity = slots["velocity"].mul_(self.server_momentum).add_(delta)
+        # old - eta v, written so that momentum 0 and learning rate 1 give the average to the last bit
+        return mean + (delta - self.server_learning_rate * velocity)
 
 
 SPEC = StrategySpec(

@@ -22,19 +22,12 @@ def reject_reason(reply: Message, plan: NormPlan) -> str:
         reply: A client's reply.
         plan: Which tensors, of which shapes, are expected.
     """
-    if reply.has_error():
-        return reply.error.reason or f"error code {reply.error.code}"
-    content = reply.content
-    if len(content.array_records) != 1 or len(content.metric_records) != 1:
-        return (
-            "expected one ArrayRecord and one MetricRecord; got "
-            f"{len(content.array_records)} and {len(content.metric_records)}"
-        )
-    arrays = next(iter(content.array_records.values()))
-    metrics = next(iter(content.metric_records.values()))
-    examples = metrics.get("num-examples")
-    if not isinstance(examples, int | float) or not examples > 0:
-        return f"expected the metric num-examples > 0; got {examples!r}"
+    if reason := reject_metrics(reply, at_least=1):
+        return reason
+    records = reply.content.array_records
+    if len(records) != 1:
+        return f"expected one ArrayRecord; got {len(records)}"
+    arrays = next(iter(records.values()))
     if set(arrays) != set(plan.sent):
         odd = sorted(set(arrays) ^ set(plan.sent))
         return f"expected the {len(plan.sent)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
@@ -42,8 +35,28 @@ def reject_reason(reply: Message, plan: NormPlan) -> str:
         tensor = tensor_of(arrays[key])
         if tuple(tensor.shape) != plan.by_key[key].shape:
             return f"{key} has shape {tuple(tensor.shape)}; expected {plan.by_key[key].shape}"
+        if (dtype := str(tensor.dtype).removeprefix("torch.")) != plan.by_key[key].dtype:
+            return f"{key} is of type {dtype}; expected {plan.by_key[key].dtype}"
         if not _finite(tensor):
             return f"{key} has NaN or infinite values"
+    return ""
+
+
+def reject_metrics(reply: Message, *, at_least: int = 0) -> str:
+    """Return why a reply's metrics cannot be averaged, or the empty string.
+
+    Args:
+        reply: A client's reply.
+        at_least: Fewest examples that count.
+    """
+    if reply.has_error():
+        return reply.error.reason or f"error code {reply.error.code}"
+    records = reply.content.metric_records
+    if len(records) != 1:
+        return f"expected one MetricRecord; got {len(records)}"
+    examples = next(iter(records.values())).get("num-examples")
+    if not isinstance(examples, int | float) or not at_least <= examples < math.inf:
+        return f"expected the metric num-examples of {at_least} or more; got {examples!r}"
     return ""
 
 

@@ -167,15 +167,16 @@ def reestimate(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
     Statistics are the cumulative average over batches of ``evaluate.batch_size`` images of equal size, computed layer
-    upon layer in one training-mode pass without gradients; labels are not used. Li et al., Revisiting Batch
-    Normalization for Practical Domain Adaptation, arXiv 1603.04779.
+    upon layer in one pass without gradients, the other layers in evaluation mode; labels are not used. Li et al.,
+    Revisiting Batch Normalization for Practical Domain Adaptation, arXiv 1603.04779.
     """
     layers = [module for module in bench.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
+    bench.model.eval()  # only the layers in question train: dropout would disturb what they measure
     for layer in layers:
         layer.reset_running_stats()
         layer.momentum = None
-    bench.model.train()
+        layer.train()
     images, _ = split.batch(torch.arange(min(count, len(split))))
     for batch in torch.split(pixels(images), max(bench.config.evaluate.batch_size, 2)):
         if len(batch) > 1:

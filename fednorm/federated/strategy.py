@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fednorm.errors import AggregationError, ConfigError
-from fednorm.federated.aggregation import Average, reject_reason
+from fednorm.federated.aggregation import Average, reject_metrics, reject_reason
 from fednorm.federated.wire import nbytes, pack, unpack
 from fednorm.plan import NormPlan, norm_plan
 from fednorm.rng import stream
@@ -207,8 +207,8 @@ class NormStrategy(Strategy):
         """Collect every client's metrics, and return their average weighted by test images."""
         del server_round
         for node, reply in self._in_order(replies):
-            if reply.has_error():
-                self.report.rejected.append((node.partition_id, f"evaluation failed: {reply.error.reason}"))
+            if reason := reject_metrics(reply):
+                self.report.rejected.append((node.partition_id, f"evaluation failed: {reason}"))
             else:
                 self.report.evaluate.append(ClientReport(node.partition_id, node.domain, _metrics(reply)))
         return _weighted_metrics(self.report.evaluate) if self.report.evaluate else None

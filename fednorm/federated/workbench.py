@@ -113,9 +113,7 @@ class Workbench:
         return tuple(entry.key for entry in self.plan.entries if entry.kind in STATISTICS)
 
     def receive(self, arrays: ArrayRecord, state: RecordDict) -> bool:
-        """Write one client's model: what the server sent, its own local tensors, initial values for the rest.
-
-        A client that has its own batch counter keeps it, as in FedBN's code; one that keeps nothing takes the server's.
+        """Write one client's model, as :func:`received` puts it together.
 
         Args:
             arrays: What the server sent. It may hold local tensors too: an evaluation under given statistics.
@@ -127,7 +125,7 @@ class Workbench:
         """
         sent = unpack(arrays)
         own = unpack(state.array_records[LOCAL_RECORD]) if LOCAL_RECORD in state.array_records else {}
-        self.write({**self._initial, **own, **sent})
+        self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local)
 
     @torch.no_grad()
@@ -145,9 +143,28 @@ class Workbench:
         return {key: self._state[key].detach().clone() for key in keys}
 
     def keep_local(self, state: RecordDict) -> None:
-        """Store the model's local tensors in a client's ``Context.state``."""
-        if self.plan.local:
-            state[LOCAL_RECORD] = pack(self.read(self.plan.local))
+        """Store the model's local tensors and its counters in a client's ``Context.state``."""
+        kept = (*self.plan.local, *self.plan.counters)
+        if kept:
+            state[LOCAL_RECORD] = pack(self.read(kept))
+
+
+def received(
+    plan: NormPlan, sent: Mapping[str, Tensor], own: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return one client's whole model: what the server sent, its own tensors, initial values for the rest.
+
+    A client that has its own batch counter keeps it, as in FedBN's code, also where the server sends one; a client
+    that keeps nothing yet takes the server's.
+
+    Args:
+        plan: Which of the tensors are counters.
+        sent: What the server sent.
+        own: What the client keeps.
+        initial: Initial values of the tensors that the server need not send.
+    """
+    counters = {key: own[key] for key in plan.counters if key in own}
+    return {**initial, **own, **sent, **counters}
 
 
 BenchSource = Callable[[Context], Workbench]
@@ -156,7 +173,9 @@ BenchSource = Callable[[Context], Workbench]
 
 @lru_cache(maxsize=2)
 def _workbench(config: str) -> Workbench:
-    return Workbench(resolve_config(json.loads(config or "{}")))
+    bench = Workbench(resolve_config(json.loads(config or "{}")))
+    torch.set_num_threads(bench.config.threads)  # Flower's processes are ours alone
+    return bench
 
 
 def process_workbench(context: Context) -> Workbench:

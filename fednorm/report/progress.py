@@ -42,7 +42,9 @@ class RoundProgress:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Stop showing; what was shown stays."""
         if self._console.is_terminal:
             self._bar.stop()

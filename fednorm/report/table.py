@@ -149,8 +149,8 @@ def _percent(values: Sequence[float | None]) -> str:
 
 
 def _bytes_per_round(result: Result) -> float:
-    rounds = result["rounds"]
-    return sum(line["bytes_down"] + line["bytes_up"] for line in rounds) / len(rounds)
+    lines = result["rounds"]
+    return float(mean(line["bytes_down"] + line["bytes_up"] for line in lines))
 
 
 def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
@@ -162,8 +162,9 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     settings = "; ".join(f"{name}: {_tuned(group[0])}" for name, group in groups.items())
     rounds = sorted({result["final"]["round"] for result in results})
     selection = results[0]["final"]["selection"]
+    after = ", ".join(map(str, rounds))
     return (
-        f"Seeds {', '.join(map(str, seeds))} ({number}); accuracy after round {', '.join(map(str, rounds))} ({selection}).",
+        f"Seeds {', '.join(map(str, seeds))} ({number}); accuracy after round {after} ({selection}).",
         f"Settings: {settings}.",
         *results[0]["data"]["notes"],
     )

@@ -11,10 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 
 from fednorm.errors import DataError
-from fednorm.verify import golden_agc, golden_ws
+from fednorm.verify import golden_agc, golden_fedbn, golden_ws
 from fednorm.verify.golden_trace import Family, Trace, read_trace
 
-FAMILIES: tuple[Family, ...] = (*golden_ws.FAMILIES, *golden_agc.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*golden_ws.FAMILIES, *golden_agc.FAMILIES, *golden_fedbn.FAMILIES)
 
 
 class Status(StrEnum):
@@ -93,7 +93,8 @@ def replay(path: str | Path) -> Replay:
             f"|recorded|; the worst is {worst.key} ({shapes})"
         )
         return Replay(path, family.method, largest, Status.FAIL, detail)
-    return Replay(path, family.method, largest, Status.PASS, f"{len(comparisons)} arrays reproduced")
+    reproduced = f"{len(comparisons)} arrays reproduced"
+    return Replay(path, family.method, largest, Status.PASS, "; ".join(filter(None, (reproduced, family.note(trace)))))
 
 
 def replay_folder(folder: str | Path) -> list[Replay]:

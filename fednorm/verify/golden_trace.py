@@ -80,11 +80,13 @@ class Comparison:
         key: The recorded array's key.
         ours: What fednorm computed.
         recorded: What the official implementation computed.
+        exact: Whether no rounding is involved, so that both must be equal.
     """
 
     key: str
     ours: Tensor
     recorded: Tensor
+    exact: bool = False
 
     @property
     def error(self) -> float:
@@ -97,7 +99,9 @@ class Comparison:
         return difference if difference == difference else float("inf")
 
     def within(self, rtol: float, atol: float) -> bool:
-        """Return whether |ours - recorded| <= atol + rtol * |recorded| everywhere."""
+        """Return whether |ours - recorded| <= atol + rtol * |recorded| everywhere, or equality where it must be."""
+        if self.exact:
+            return torch.equal(self.ours, self.recorded)
         return self.ours.shape == self.recorded.shape and torch.allclose(
             self.ours.double(), self.recorded.double(), rtol=rtol, atol=atol
         )
@@ -113,6 +117,7 @@ class Family:
         replay: Computes everything the trace recorded.
         rtol: Largest relative error.
         atol: Largest absolute error on top of it.
+        note: What a reader of a passed replay must know: what was left out, and why. Empty for most.
     """
 
     method: str
@@ -120,6 +125,7 @@ class Family:
     replay: Callable[[Trace], Iterable[Comparison]]
     rtol: float = RTOL
     atol: float = ATOL
+    note: Callable[[Trace], str] = lambda _: ""
 
 
 def read_trace(path: Path) -> Trace:

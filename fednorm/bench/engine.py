@@ -1,0 +1,235 @@
+"""``fednorm bench engine``: what a federated run costs here, beside a bare PyTorch loop and Flower's own runtime.
+
+Every engine runs the same case to the same weights, which is checked. All of them run a first round to warm up, which
+counts as start; the rounds after it are timed. Engines take turns within each repetition, so that a slow minute of the
+machine meets all of them, and the fastest round of each counts: whatever else runs on a machine only adds time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fednorm.bench.bare import Data, federated_averaging
+from fednorm.bench.case import Case, case_of
+from fednorm.bench.flower_apps import STAMPS
+from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
+from fednorm.config import choose
+from fednorm.data.domain import pixels
+from fednorm.errors import ConfigError
+from fednorm.federated.flower_runtime import run_with_flower, write_app
+from fednorm.federated.simulate import simulate, torch_threads
+from fednorm.report.table import Table
+from fednorm.study.record import versions
+
+THREADS = 1
+"""PyTorch threads of every engine's every process."""
+
+_FLOWER_TIMEOUT = 3600.0
+
+
+def run_bare(case: Case, *, channels_last: bool = True) -> Cost:
+    """Run a case in the bare loop.
+
+    Args:
+        case: The case.
+        channels_last: Lay images and weights out as the engine does; else as PyTorch does by default.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    bench = case.workbench()
+    model = bench.model.to(memory_format=layout)
+    clients = [
+        Data(
+            pixels(client.train.images[client.train.index]).contiguous(memory_format=layout),
+            client.train.labels[client.train.index],
+            pixels(client.test.images[client.test.index]).contiguous(memory_format=layout),
+            client.test.labels[client.test.index],
+        )
+        for client in bench.federation.clients
+    ]
+    with torch_threads(THREADS), ProcessWatch(descendants=False) as watch:
+        clock = RoundClock()
+        tensors = federated_averaging(
+            model,
+            clients,
+            rounds=case.rounds + 1,
+            batch_size=case.batch_size,
+            learning_rate=bench.config.train.learning_rate,
+            seed=case.seed,
+            on_round=clock.tick,
+        )
+    return cost(clock.wall, clock.cpu, watch.memory, tensors)
+
+
+def run_fednorm(case: Case) -> Cost:
+    """Run a case on the in-process grid, without a record."""
+    bench = case.workbench()
+    with torch_threads(THREADS), ProcessWatch(descendants=False) as watch:
+        clock = RoundClock()
+        simulate(bench.config, runs=None, observer=clock, bench=bench)
+    # FedAvg shares every tensor, and a run ends by evaluating the server's: the model holds them.
+    tensors = {key: tensor.clone() for key, tensor in bench.model.state_dict().items()}
+    return cost(clock.wall, clock.cpu, watch.memory, tensors)
+
+
+def run_flower(case: Case) -> Cost:
+    """Run a case on Flower's simulation runtime, one client a core at a time, and measure all its processes together.
+
+    Raises:
+        ConfigError: The simulation extra is not installed.
+        AggregationError: The run failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="fednorm-bench-") as folder:
+        home, runs = Path(folder, "home"), Path(folder, "runs")
+        config = {"case": case.to_json(), "runs": str(runs)}
+        apps = "fednorm.bench.flower_apps"
+        app = write_app(Path(folder, "app"), f"{apps}:server", f"{apps}:client", config)
+        with ProcessWatch(descendants=True) as watch:
+            run_with_flower(app, num_supernodes=case.clients, run_config=config, home=home, timeout=_FLOWER_TIMEOUT)
+        ends = [float(line) for line in (runs / STAMPS).read_text(encoding="utf-8").split()]
+        tensors = load_file(next(runs.glob("*/model.safetensors")))
+    times = [watch.started, *ends]
+    return cost(times, watch.cpu_at(times), watch.memory, tensors)
+
+
+ENGINES: Mapping[str, Callable[[Case], Cost]] = {
+    "bare": run_bare,
+    "bare-contiguous": partial(run_bare, channels_last=False),
+    "fednorm": run_fednorm,
+    "flower": run_flower,
+}
+"""How each engine runs a case. ``bare-contiguous`` is the bare loop in PyTorch's default memory layout."""
+
+
+def bench_engine(
+    cases: Sequence[str], against: Sequence[str], repeats: int, on_line: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Time fednorm's engine beside others.
+
+    Args:
+        cases: Names of :data:`~fednorm.bench.case.CASES`.
+        against: Names of :data:`ENGINES`; ``fednorm`` is always run.
+        repeats: How often each engine runs each case.
+        on_line: Is told what has been measured, a line at a time.
+
+    Returns:
+        A document for JSON: ``machine``, and for each of ``cases`` its ``engines`` with, each a round: ``cpu_seconds``
+        and ``wall_seconds`` (the fastest, and ``all_cpu_seconds`` as they came), ``ratio`` of processor time to the
+        bare loop's and ``overhead_ms`` a client over it (None without ``bare``); ``startup_cpu_seconds`` and
+        ``startup_wall_seconds`` to the end of the first round; ``memory_mb``; and ``difference``, the largest of a
+        final weight to fednorm's.
+
+    Raises:
+        ConfigError: An engine is unknown or not installed, or ``repeats`` is less than 1.
+        UnknownNameError: There is no such case.
+        AggregationError: Flower's run failed.
+    """
+    if repeats < 1:
+        raise ConfigError(f"repeats must be at least 1; got {repeats}.")
+    for name in against:
+        choose("against", name, ENGINES)
+    engines = [name for name in ENGINES if name in {*against, "fednorm"}]
+    documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in map(case_of, cases)}
+    return {"kind": "bench engine", "machine": _machine(), "repeats": repeats, "cases": documents}
+
+
+def _bench_case(
+    case: Case, engines: Sequence[str], repeats: int, on_line: Callable[[str], None] | None
+) -> dict[str, Any]:
+    costs: dict[str, list[Cost]] = {name: [] for name in engines}
+    for repeat in range(repeats):
+        for name in engines:
+            costs[name].append(run := ENGINES[name](case))
+            if on_line:
+                on_line(f"{case.name}, {name}, run {repeat + 1} of {repeats}: {min(run.cpu):.3f} CPU seconds a round")
+    bare = _fastest(run.cpu for run in costs["bare"]) if "bare" in costs else None
+    ours = costs["fednorm"][0].tensors
+    return {
+        "summary": case.summary,
+        "clients": case.clients,
+        "rounds": case.rounds,
+        "engines": {name: _engine_document(runs, case, bare, ours) for name, runs in costs.items()},
+    }
+
+
+def _engine_document(
+    runs: Sequence[Cost], case: Case, bare: float | None, ours: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    cpu = _fastest(run.cpu for run in runs)
+    return {
+        "cpu_seconds": cpu,
+        "wall_seconds": _fastest(run.wall for run in runs),
+        "ratio": cpu / bare if bare else None,
+        "overhead_ms": 1000 * (cpu - bare) / case.clients if bare is not None else None,
+        "startup_cpu_seconds": min(run.startup_cpu for run in runs),
+        "startup_wall_seconds": min(run.startup_wall for run in runs),
+        "memory_mb": min(run.memory for run in runs) / 1e6,
+        "difference": max(_difference(run.tensors, ours) for run in runs),
+        "all_cpu_seconds": [list(run.cpu) for run in runs],
+    }
+
+
+def _fastest(runs: Iterable[Sequence[float]]) -> float:
+    return min(min(rounds) for rounds in runs)
+
+
+def _difference(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
+    return max(float((tensors[key].double() - other.double()).abs().max()) for key, other in others.items())
+
+
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cores": cores,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": THREADS,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": versions(),
+    }
+
+
+def bench_table(result: Mapping[str, Any]) -> Table:
+    """Return the table of a result of :func:`bench_engine`, a row an engine and case."""
+    rows = [
+        (
+            f"{name}: {engine}",
+            f"{cost['cpu_seconds']:.3f}",
+            f"{cost['wall_seconds']:.3f}",
+            "–" if cost["ratio"] is None else f"{cost['ratio']:.2f}×",
+            "–" if cost["overhead_ms"] is None else f"{cost['overhead_ms']:+.2f}",
+            f"{cost['startup_wall_seconds']:.1f}",
+            f"{cost['startup_cpu_seconds']:.1f}",
+            f"{cost['memory_mb']:.0f}",
+            f"{cost['difference']:.1e}" if cost["difference"] else "0",
+        )
+        for name, case in result["cases"].items()
+        for engine, cost in case["engines"].items()
+    ]
+    columns = (
+        "case: engine",
+        "CPU s a round",
+        "wall s a round",
+        "CPU to bare",
+        "ms a client over bare",
+        "start s",
+        "start CPU s",
+        "memory MB",
+        "largest difference",
+    )
+    machine, found = result["machine"], result["machine"]["versions"]
+    notes = (
+        *(f"{name}: {case['summary']}; {case['rounds']} timed rounds." for name, case in result["cases"].items()),
+        f"Fastest round of {result['repeats']} runs; start: until the first round's end, which is not timed; flower: "
+        "all its processes; largest difference: of a final weight to fednorm's.",
+        f"{machine['cores']} cores ({machine['cpu_capability']}), {machine['torch_threads']} PyTorch thread a process, "
+        f"load average {machine['load_average']}; torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",
+    )
+    return Table("Engine", columns, tuple(rows), notes)

@@ -1,0 +1,256 @@
+"""The command line: ``fednorm demo | federated | compare | report | list | explain | bench | verify``.
+
+Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
+user's mistake ends with exit code 2 and a sentence, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from fednorm.errors import ConfigError, FedNormError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
+    "with FedAvg, FedBN, FedWon and their rivals on Flower, and compare.",
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the real data.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
+]
+
+
+def err() -> Console:
+    """Return the console for everything that is not a result."""
+    return _console(stderr=True)
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return _console(stderr=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console, wide when it is no terminal, so that no table and no line is cut."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+@app.command()
+def demo(
+    runs: RunsOption = Path("runs/demo"),
+    rounds: Annotated[int, typer.Option(help="Rounds of each strategy.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of every random stream.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """FedAvg, FedBN and FedWon on embedded multi-domain digits: two minutes, no data folder, no network."""
+    from fednorm.commands.demo import run_demo
+
+    run_demo(runs=runs, rounds=rounds, seed=seed, as_json=as_json)
+
+
+@app.command()
+def federated(  # noqa: PLR0913 - one parameter an option
+    config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Benchmark: fednorm list data.")] = None,
+    data_dir: DataDirOption = None,
+    domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
+    images: Annotated[int | None, typer.Option("--train-per-client", help="Most training images a client.")] = None,
+    clients: Annotated[int | None, typer.Option("--clients-per-domain", help="Clients that share a domain.")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet or shards.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model: fednorm list models.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients' SGD.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    local_epochs: Annotated[int | None, typer.Option(help="Epochs of a client a round.")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Any of own,cross,averaged,pooled,reestimated,unseen; separated by commas.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one federation, or go on with one that was cut short."""
+    from fednorm.commands.federated import run_federated
+    from fednorm.commands.options import collect
+
+    flags = {
+        "data.name": data,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.domains": domains,
+        "data.held_out": held_out,
+        "data.train_per_client": images,
+        "data.clients_per_domain": clients,
+        "data.partition": partition,
+        "data.alpha": alpha,
+        "data.download": download,
+        "strategy.name": strategy,
+        "norm.name": norm,
+        "model.name": model,
+        "rounds.num_rounds": rounds,
+        "rounds.fraction": fraction,
+        "train.learning_rate": learning_rate,
+        "train.batch_size": batch_size,
+        "train.local_epochs": local_epochs,
+        "evaluate.kinds": evaluate,
+        "seed": seed,
+    }
+    resolved = collect(config, flags, settings or [])
+    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
+
+
+@app.command()
+def compare(
+    study: Annotated[
+        str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm list studies.")
+    ],
+    data_dir: DataDirOption = None,
+    runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
+    settings: SetOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a grid of configurations; finished runs are read back, cut ones go on."""
+    from fednorm.commands.compare import run_compare
+
+    run_compare(
+        study, data_dir=data_dir, runs=runs, jobs=jobs, settings=settings or [], dry_run=dry_run, as_json=as_json
+    )
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Records, folders of records, or summaries (.json).")],
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    select: Annotated[bool, typer.Option("--select", help="Show each method's best configuration only.")] = False,
+    summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make tables from records."""
+    from fednorm.commands.report import run_report
+
+    run_report(runs, markdown=markdown, select=select, summary=summary, as_json=as_json)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="norms, strategies, models, data, scenarios or studies.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List what is there, a line each."""
+    from fednorm.commands.catalogue import run_list
+
+    run_list(what, as_json=as_json)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="A norm, strategy, model, benchmark or configuration section.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a method: formula, paper, options, what each of its tensors is, where we differ."""
+    from fednorm.commands.catalogue import run_explain
+
+    run_explain(name, as_json=as_json)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
+verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(verify_app, name="verify")
+
+
+@bench_app.command("engine")
+def bench_engine(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
+    from fednorm.commands.bench import run_bench_engine
+
+    run_bench_engine(case, against, repeats, as_json=as_json)
+
+
+@verify_app.command("golden")
+def verify_golden(
+    folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
+) -> None:
+    """Replay traces recorded from official implementations with our own classes."""
+    from fednorm.commands.verify import run_golden
+
+    run_golden(folder, as_json=as_json)
+
+
+@verify_app.command("determinism")
+def verify_determinism(
+    config: Annotated[Path | None, typer.Argument(help="Configuration file (TOML); a small run by default.")] = None,
+    data_dir: DataDirOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
+    from fednorm.commands.verify import run_determinism
+
+    run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what went wrong on standard error, and leave."""
+    err().print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    raise SystemExit(code)
+
+
+def _plain(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    try:
+        app(standalone_mode=True)
+    except FedNormError as error:
+        message = str(error.args[0]) if error.args else type(error).__name__
+        fail(message if not isinstance(error, ConfigError) else str(error))
+    except KeyboardInterrupt:
+        fail("stopped. Run the same command again to go on from the last checkpoint.", 130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        raise SystemExit(141) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What each command does; ``fednorm.cli`` reads the options and calls these."""

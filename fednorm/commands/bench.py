@@ -1,0 +1,17 @@
+"""``fednorm bench engine``: speed, side by side."""
+
+from __future__ import annotations
+
+from fednorm.bench.engine import CASES, bench_engine, bench_table
+from fednorm.cli import err, out, print_json
+
+
+def run_bench_engine(case: str, against: str, repeats: int, *, as_json: bool) -> None:
+    """Run the cases and print their table."""
+    cases = [name.strip() for name in case.split(",") if name.strip()] or list(CASES)
+    engines = [name.strip() for name in against.split(",") if name.strip()]
+    result = bench_engine(cases, engines, repeats, on_line=lambda line: err().print(line, markup=False))
+    if as_json:
+        print_json(result)
+    else:
+        out().print(bench_table(result).rich())

@@ -1,0 +1,89 @@
+"""``fednorm federated``: one run, its plan before it and its tables after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fednorm.cli import err, out, print_json
+from fednorm.config import RunConfig, choose
+from fednorm.federated.estimate import estimate_seconds
+from fednorm.federated.server import Observer
+from fednorm.federated.simulate import plan, simulate, torch_threads
+from fednorm.federated.simulate_flower import simulate_flower
+from fednorm.federated.workbench import Workbench
+from fednorm.report.progress import RoundProgress
+from fednorm.report.table import accuracy_table, evaluation_table, plan_table
+from fednorm.study.record import RunRecord
+
+
+def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool, layers: bool, as_json: bool) -> None:
+    """Show the plan, run (unless it is a dry run), show the result."""
+    runtime = runtime.replace("_", "-")
+    choose("--runtime", runtime, ("in-process", "flower"))
+    if not dry_run and (finished := RunRecord(runs, config).result()):
+        err().print(f"This run has finished before; its record is read back: {finished['run']}")
+        return show_result(finished, as_json=as_json)
+    bench = Workbench(config)
+    document = plan(config, bench)
+    if layers:
+        document["entries"] = [
+            {**dataclasses.asdict(entry), "kind": entry.kind.value, "role": entry.role.value}
+            for entry in bench.plan.entries
+        ]
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
+    if dry_run and as_json:
+        return print_json(document)
+    show_plan(document, out() if dry_run else err())
+    if dry_run:
+        return None
+    with RoundProgress(err()) as progress:
+        return show_result(_run(config, bench, runs, runtime, progress), as_json=as_json)
+
+
+def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:
+    if runtime == "flower":
+        return simulate_flower(config, runs=runs, observer=observer)
+    return simulate(config, runs=runs, observer=observer, bench=bench)
+
+
+def show_plan(document: Mapping[str, Any], console: Console) -> None:
+    """Print what is known before training."""
+    config, counts, data = document["config"], document["plan"], document["data"]
+    console.print(
+        f"[bold]{config['strategy']['name']}[/] with norm {config['norm']['name']} on {data['title']}: model "
+        f"{config['model']['name']}, {document['parameters']:,} parameters"
+    )
+    roles = ", ".join(f"{counts[role]} {role}" for role in ("shared", "local", "pooled", "reset"))
+    console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
+    for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
+        members = [client for client in data["clients"] if client["domain"] == domain]
+        train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
+        held = "held out, " if members[0]["held_out"] else ""
+        console.print(
+            f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
+        )
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
+    if "entries" in document:
+        console.print(plan_table(document["entries"]).rich())
+
+
+def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a result: its tables, or the document."""
+    if as_json:
+        return print_json(result)
+    console = out()
+    console.print(accuracy_table([result]).rich())
+    if set(result["evaluation"]) - {"own"}:
+        console.print(evaluation_table([result]).rich())
+    if result["rejected_updates"]:
+        console.print(f"{result['rejected_updates']} updates were rejected; see rounds.jsonl.")
+    console.print(f"record: {result['run']}")
+    return None

@@ -1,0 +1,39 @@
+"""From a configuration file, options and ``--set`` to one configuration: the later overrides the earlier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fednorm.config import RunConfig, merge, override, read_config
+from fednorm.registry import resolve_config
+
+
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys as nested dictionaries, without those that are None."""
+    values: dict[str, Any] = {}
+    for key, value in flags.items():
+        if value is not None:
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            values = merge(values, value)
+    return values
+
+
+def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
+    """Return the configuration of a run.
+
+    Args:
+        config: A TOML file, if any.
+        flags: Dotted keys with the values of options; None where an option was not given.
+        settings: ``section.key=value`` each.
+
+    Raises:
+        FedNormError: A key or a value is wrong.
+    """
+    values = read_config(config) if config else {}
+    values = merge(values, nested(flags))
+    for setting in settings:
+        values = merge(values, override(setting))
+    return resolve_config(values)

@@ -1,0 +1,93 @@
+"""A federated run on Flower's own simulation runtime (Ray), from a configuration to its result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fednorm.config import RunConfig
+from fednorm.errors import RecordError
+from fednorm.federated.flower_runtime import run_with_flower, write_app
+from fednorm.federated.server import Observer, check
+from fednorm.federated.workbench import Workbench
+from fednorm.study.record import RunRecord
+
+SERVERAPP = "fednorm.federated.server:app"
+CLIENTAPP = "fednorm.federated.client:app"
+
+
+def simulate_flower(
+    config: RunConfig, *, runs: Path, observer: Observer | None = None, timeout: float = 24 * 3600.0
+) -> dict[str, Any]:
+    """Run a federation with ``flwr run`` on a SuperLink of its own; a finished run is read back.
+
+    The apps are those of the in-process runtime, and so are the numbers. There is no checkpoint: clients' local
+    tensors live in Flower's processes, so a run that was cut short here starts again from round 1. The record is
+    written by the ServerApp.
+
+    Args:
+        config: The run's configuration.
+        runs: The folder of records.
+        observer: Is told how the run goes.
+        timeout: Seconds until the run is given up.
+
+    Returns:
+        The result, as in ``result.json``.
+
+    Raises:
+        FedNormError: The configuration cannot be run, or the run failed.
+    """
+    record = RunRecord(runs, config)
+    if finished := record.result():
+        return finished
+    bench = Workbench(config)
+    check(bench)
+    (record.folder / "rounds.jsonl").unlink(missing_ok=True)
+    run_config = {"config": json.dumps(config.to_dict()), "runs": str(record.folder.parent)}
+    flower = record.folder / "flower"
+    app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)
+    if observer:
+        observer.begin(bench, 1)
+    num_nodes = len(bench.federation.clients)
+    del bench
+    with _told(record, observer):
+        run_with_flower(app, num_supernodes=num_nodes, run_config=run_config, home=flower / "home", timeout=timeout)
+    result = record.result()
+    if result is None:
+        raise RecordError(f"Flower reports the run as completed, but it left no result in {record.folder}.")
+    shutil.rmtree(flower, ignore_errors=True)
+    return result
+
+
+@contextmanager
+def _told(record: RunRecord, observer: Observer | None) -> Iterator[None]:
+    """Tell an observer of the rounds that another process appends to a record."""
+    if observer is None:
+        yield
+        return
+    ended = threading.Event()
+    told = 0
+
+    def tell() -> None:
+        nonlocal told
+        for line in record.rounds()[told:]:
+            observer.round(line)
+            told += 1
+
+    def watch() -> None:
+        while not ended.wait(0.5):
+            tell()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        tell()
