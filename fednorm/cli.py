@@ -245,8 +245,10 @@ def main() -> None:
     except FedNormError as error:
         message = str(error.args[0]) if error.args else type(error).__name__
         fail(message if not isinstance(error, ConfigError) else str(error))
-    except KeyboardInterrupt:
-        fail("stopped. Run the same command again to go on from the last checkpoint.", 130)
+    except SystemExit as ended:
+        if ended.code == 130:  # Typer has turned a KeyboardInterrupt into this
+            fail("stopped. Run the same command again to go on from the last checkpoint.", 130)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(141) from None

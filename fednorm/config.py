@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -284,26 +285,30 @@ def _near(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+
+
 def _convert(key: str, value: Any, annotation: Any) -> Any:
     """Convert a TOML or command-line value to a field's type, or say what was expected."""
     origin = typing.get_origin(annotation)
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
-        _require(isinstance(items, list | tuple), f"{key} must be a list of names; got {value!r}.")
-        return tuple(item.strip() for item in items if str(item).strip())
+        names = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
+        _require(names, f"{key} must be a list of names; got {value!r}.")
+        return tuple(item.strip() for item in items if item.strip())
     wanted = annotation
     try:
         if wanted is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
         if wanted is int and not isinstance(value, bool | float):
             return int(value)
-        if wanted is float and not isinstance(value, bool):
-            return float(value)
+        if wanted is float and not isinstance(value, bool) and math.isfinite(number := float(value)):
+            return number
         if wanted is str and isinstance(value, str):
             return value
-    except (KeyError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         pass
-    raise ConfigError(f"{key} must be of type {getattr(wanted, '__name__', wanted)}; got {value!r}.")
+    raise ConfigError(f"{key} must be {_EXPECTED[wanted]}; got {value!r}.")
 
 
 def scalar(text: str) -> Scalar:
@@ -328,6 +333,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], path: str) -> Any:
     for key, value in values.items():
         full = f"{path}{key}"
         if free and key == "options":
+            _require(isinstance(value, Mapping), f"{full} is a table of options; got {value!r}.")
             options.update(value)
         elif key not in known and free:
             options[key] = value

@@ -64,7 +64,7 @@ def resolve_config(values: Mapping[str, Any]) -> RunConfig:
     name = chosen.get("name", "fedavg") if isinstance(chosen, Mapping) else str(chosen)
     spec = strategy_spec(str(name))
     norm = values.get("norm", {})
-    if isinstance(norm, Mapping) and norm.get("name") == "auto":
+    if isinstance(norm, Mapping) and canonical(str(norm.get("name", ""))) == "auto":
         values = {**values, "norm": {key: value for key, value in norm.items() if key != "name"}}
     defaults = merge({"norm": {"name": "batch_norm"}}, spec.defaults)
     config = config_from_dict(merge(defaults, values))
@@ -79,10 +79,15 @@ def resolve_config(values: Mapping[str, Any]) -> RunConfig:
 def _beside(defaults: Mapping[str, Any], options: Mapping[str, Scalar]) -> dict[str, Scalar]:
     """Return the options that differ from their defaults, numbers in the type of the default."""
     typed = {
-        key: float(value) if isinstance(defaults.get(key), float) and isinstance(value, int) else value
+        key: float(value) if isinstance(defaults.get(key), float) and type(value) is int else value
         for key, value in options.items()
     }
-    return {key: value for key, value in typed.items() if key not in defaults or defaults[key] != value}
+    return {key: value for key, value in typed.items() if not _same(value, defaults.get(key, ...))}
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Return whether two options are the same; ``True`` is not 1, though Python finds them equal."""
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
 
 
 def make_strategy(config: RunConfig, model: nn.Module, *, num_nodes: int) -> NormStrategy:

@@ -124,7 +124,7 @@ def test_nested_names_become_nested_modules(tmp_path: Path) -> None:
     ("hparams", "words"),
     [
         ({"mode": "fedbm"}, "no strategy named 'fedbm'"),
-        ({"clients": 3}, "3 clients have 2 client_weights"),
+        ({"clients": 1}, "1 clients have 2 client_weights"),
         ({"clients": 3, "client_weights": [1, 1, 1]}, "no array"),
         ({"client_weights": [1.0]}, "2 clients have 1 client_weights"),
     ],

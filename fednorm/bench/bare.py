@@ -77,7 +77,7 @@ def _train(model: nn.Module, data: Data, batch_size: int, learning_rate: float, 
     optimizer = torch.optim.SGD(model.parameters(), lr=learning_rate)
     model.train()
     total = 0.0
-    for rows in torch.randperm(len(data.train_labels), generator=generator).split(batch_size):
+    for rows in torch.split(torch.randperm(len(data.train_labels), generator=generator), batch_size):
         optimizer.zero_grad()
         loss = functional.cross_entropy(model(data.train_images[rows]), data.train_labels[rows])
         loss.backward()  # type: ignore[no-untyped-call]
@@ -98,7 +98,8 @@ def _accumulate(sums: dict[str, Tensor], model: nn.Module, images: int) -> None:
 def _evaluate(model: nn.Module, data: Data, batch_size: int = 64) -> tuple[float, float]:
     model.eval()
     loss, hits = 0.0, 0
-    for images, labels in zip(data.test_images.split(batch_size), data.test_labels.split(batch_size), strict=True):
+    batches = zip(torch.split(data.test_images, batch_size), torch.split(data.test_labels, batch_size), strict=True)
+    for images, labels in batches:
         logits = model(images)
         loss += functional.cross_entropy(logits, labels, reduction="sum").item()
         hits += int((logits.argmax(1) == labels).sum())

@@ -230,6 +230,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         f"Fastest round of {result['repeats']} runs; start: until the first round's end, which is not timed; flower: "
         "all its processes; largest difference: of a final weight to fednorm's.",
         f"{machine['cores']} cores ({machine['cpu_capability']}), {machine['torch_threads']} PyTorch thread a process, "
-        f"load average {machine['load_average']}; torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",
+        f"load average {machine['load_average']}; "
+        f"torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",
     )
     return Table("Engine", columns, tuple(rows), notes)

@@ -31,7 +31,7 @@ class _Stamps:
     def begin(self, bench: Workbench, first_round: int) -> None:
         """Do nothing: the launcher knows when it began."""
 
-    def round(self, line: Mapping[str, Any]) -> None:
+    def round(self, line: Mapping[str, Any]) -> None:  # noqa: ARG002 - an Observer's method
         """Append the time to the file."""
         with self._path.open("a", encoding="utf-8") as file:
             file.write(f"{time.time()}\n")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil  # type: ignore[import-untyped]
+import psutil
 from torch import Tensor
 
 from fednorm.federated.workbench import Workbench
@@ -63,7 +63,7 @@ class RoundClock:
     def begin(self, bench: Workbench, first_round: int) -> None:
         """Do nothing: what goes before the first round is part of the start."""
 
-    def round(self, line: Mapping[str, Any]) -> None:
+    def round(self, line: Mapping[str, Any]) -> None:  # noqa: ARG002 - an Observer's method
         """Read the clocks."""
         self.tick()
 

@@ -130,10 +130,11 @@ def deal(domain: str, train_labels: Rows, num_test: int, config: DataConfig, see
     Returns:
         A share a client. Training shares are disjoint; test shares are disjoint, of equal size up to one, dealt at
         random whatever the training partition, and together all test images (or ``test_per_domain`` of them), so
-        that evaluating every client scores each test image once.
+        that evaluating every client scores each test image once. Where a domain has more clients than test images,
+        the last of them have none.
 
     Raises:
-        DataError: A client gets no training or no test image.
+        DataError: A client gets no training image, or no validation image where it should.
     """
     count = config.clients_per_domain
     rng = stream(seed, "data", domain, "train", count)
@@ -162,7 +163,7 @@ def draw_test(domain: str, num_test: int, config: DataConfig, seed: int) -> Rows
 
 
 def _refuse_empty(share: Share, client: str, totals: tuple[int, int], config: DataConfig) -> None:
-    """Raise where a client has nothing to train on, to validate on though it should, or to test on."""
+    """Raise where a client has nothing to train on, or to validate on though it should."""
     count = config.clients_per_domain
     remedies = [f"lower data.clients_per_domain (now {count})"]
     if not len(share.train):
@@ -174,10 +175,6 @@ def _refuse_empty(share: Share, client: str, totals: tuple[int, int], config: Da
     elif config.validation and not len(share.validation):
         what = "validation"
         remedies += ["give it two training images or more", "set data.validation to 0"]
-    elif not len(share.test):
-        what = "test"
-        if config.test_per_domain:
-            remedies += [f"raise data.test_per_domain (now {config.test_per_domain})"]
     else:
         return
     raise DataError(

@@ -136,7 +136,7 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows in torch.split(torch.arange(len(split)), size):
+    for rows in torch.split(torch.arange(len(split)), size) if len(split) else ():
         images, labels = split.batch(rows)
         yield pixels(images), labels
 

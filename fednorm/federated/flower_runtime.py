@@ -38,7 +38,7 @@ from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from fednorm.errors import AggregationError, ConfigError
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ from fednorm.registry import strategy_spec
 from fednorm.study.record import Checkpoint, RunRecord
 
 Document = dict[str, Any]
+
+log = logging.getLogger("flwr")
 
 
 class Observer(Protocol):
@@ -221,5 +224,17 @@ def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None
     return RunRecord(Path(runs), bench.config) if runs else None
 
 
-app = make_server_app(process_workbench, _record_from_context)
+class _Log:
+    """Tells Flower's log how a run goes; ``flwr run --stream`` shows it."""
+
+    def begin(self, bench: Workbench, first_round: int) -> None:
+        config = bench.config
+        log.info("fednorm: %s + %s from round %d", config.strategy.name, config.norm.name, first_round)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst") if key in line}
+        log.info("fednorm: round %d: %s", line["round"], shown)
+
+
+app = make_server_app(process_workbench, _record_from_context, _Log())
 """The ServerApp that Flower's runtimes load."""

@@ -32,6 +32,10 @@ from fednorm.rng import stream
 from fednorm.roles import RoleRule
 
 
+NODE_SECONDS = 120.0
+"""How long to wait for the nodes of a run."""
+
+
 @dataclass(frozen=True)
 class Node:
     """One client as the server knows it: how to reach it, and what it said of itself."""
@@ -279,10 +283,20 @@ class NormStrategy(Strategy):
     # Nodes --------------------------------------------------------------------------------------------------------
 
     def discover(self, grid: Grid) -> None:
-        """Wait for the nodes and ask each for its partition id and domain, once."""
+        """Wait for the nodes and ask each for its partition id and domain, once.
+
+        Raises:
+            AggregationError: Too few nodes came.
+        """
         if self.nodes:
             return
+        waited_until = time.monotonic() + NODE_SECONDS
         while len(ids := sorted(grid.get_node_ids())) < self.min_nodes:
+            if time.monotonic() > waited_until:
+                raise AggregationError(
+                    f"The run has {self.min_nodes} clients, and only {len(ids)} nodes came within {NODE_SECONDS:.0f} s. "
+                    f"With flwr run: --federation-config 'num-supernodes={self.min_nodes}'."
+                )
             time.sleep(0.2)
         ask = [Message(RecordDict(), dst_node_id=node_id, message_type="query.describe") for node_id in ids]
         replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(ask, timeout=600)}

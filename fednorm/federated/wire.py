@@ -6,6 +6,7 @@ when somebody asks for its bytes: on our in-process grid nobody does.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -71,4 +72,9 @@ def tensor_of(array: Array) -> Tensor:
 
 def nbytes(arrays: Iterable[Array]) -> int:
     """Return the bytes of the arrays' values, without the few bytes of each header."""
-    return sum(int(np.dtype(array.dtype).itemsize * np.prod(array.shape, dtype=np.int64)) for array in arrays)
+    return sum(_nbytes(array) for array in arrays)
+
+
+def _nbytes(array: Array) -> int:
+    held = array.__dict__.get("tensor")
+    return held.nbytes if isinstance(held, Tensor) else np.dtype(array.dtype).itemsize * math.prod(array.shape)

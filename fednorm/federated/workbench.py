@@ -140,7 +140,7 @@ class Workbench:
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return copies of some of the model's tensors."""
-        return {key: self._state[key].detach().clone() for key in keys}
+        return {key: self._state[key].clone() for key in keys}
 
     def keep_local(self, state: RecordDict) -> None:
         """Store the model's local tensors and its counters in a client's ``Context.state``."""

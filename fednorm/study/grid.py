@@ -15,6 +15,7 @@ train.learning_rate = [0.01, 0.1]
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -27,6 +28,8 @@ from fednorm.errors import ConfigError, FedNormError
 from fednorm.registry import resolve_config
 
 SECTIONS = ("base", "points", "grid")
+
+log = logging.getLogger("fednorm")
 
 
 def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> list[RunConfig]:
@@ -46,7 +49,12 @@ def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> list[R
             f"{path} must have a [base] table and may have [[points]] and a [grid] table of lists; "
             f"got {', '.join(study) or 'an empty file'}."
         )
-    return expand(study["base"], study.get("points", [{}]), study.get("grid", {}), overrides or {})
+    base, points, grid = study["base"], study.get("points", [{}]), study.get("grid", {})
+    if not isinstance(base, Mapping) or not isinstance(grid, Mapping):
+        raise ConfigError(f"{path}: [base] and [grid] are tables of keys; got base = {base!r}, grid = {grid!r}.")
+    if not isinstance(points, list) or not points or not all(isinstance(point, Mapping) for point in points):
+        raise ConfigError(f"{path}: [[points]] are tables of keys, one a method; got {points!r}.")
+    return expand(base, points, grid, overrides or {})
 
 
 def expand(
@@ -55,7 +63,20 @@ def expand(
     grid: Mapping[str, Any],
     overrides: Mapping[str, Any],
 ) -> list[RunConfig]:
-    """Return the configurations of every point with every combination of the grid's lists, in that order."""
+    """Return the configurations of every point with every combination of the grid's lists, in that order.
+
+    Args:
+        base: Keys that all runs share.
+        points: Keys of each method, laid over the base.
+        grid: Lists of values at the end of nested keys, laid over the points.
+        overrides: Keys laid over everything.
+
+    Returns:
+        The configurations, each once.
+
+    Raises:
+        ConfigError: A key of the grid is no list of values, or a configuration is wrong.
+    """
     axes = list(_axes(grid, ()))
     runs: dict[str, RunConfig] = {}
     for point in points:
@@ -72,10 +93,10 @@ def _axes(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tup
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from _axes(value, (*path, key))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and value:
             yield (*path, key), value
         else:
-            raise ConfigError(f"grid.{'.'.join((*path, key))} must be a list of values; got {value!r}.")
+            raise ConfigError(f"grid.{'.'.join((*path, key))} must be a list of one value or more; got {value!r}.")
 
 
 def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:
@@ -105,7 +126,11 @@ def run_study(
             pool.submit(_run, config, runs): config for config in configs
         }
         for future in as_completed(futures):
-            result, reason = future.result()
+            try:
+                result, reason = future.result()
+            except Exception as error:  # a mistake of ours, or a process that was killed: the other runs go on
+                log.debug("run %s failed", futures[future].hash, exc_info=True)
+                result, reason = None, f"{type(error).__name__}: {error}"
             on_done(futures[future], result, reason)
 
 

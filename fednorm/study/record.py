@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -32,6 +32,9 @@ from fednorm.config import RunConfig
 from fednorm.errors import RecordError
 
 Tensors = dict[str, Tensor]
+
+NEEDED = frozenset({"hash", "config", "data", "rounds", "final", "evaluation", "seconds"})
+"""Keys without which no table can be made of a result."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ class RunRecord:
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
             probe.touch()
-            probe.unlink()
+            probe.unlink(missing_ok=True)  # another process may probe at this moment
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -93,13 +96,17 @@ class RunRecord:
         with self._writing("lock the record"):
             handle = (self.folder / ".lock").open("w")
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RecordError(
-                    f"Another process is running this run now ({self.folder}). Wait for it, or end it; then call again."
-                ) from error
+            with self._writing("lock the record"):
+                self._lock(handle)
             yield
+
+    def _lock(self, handle: TextIO) -> None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecordError(
+                f"Another process is running this run now ({self.folder}). Wait for it, or end it; then call again."
+            ) from error
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
@@ -141,7 +148,7 @@ class RunRecord:
         """
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
-            (self.folder / "rounds.jsonl").unlink(missing_ok=True)
+            self.drop_rounds()
             return None
         checkpoint = Checkpoint(0, {})
         try:
@@ -159,9 +166,18 @@ class RunRecord:
             raise RecordError(
                 f"The checkpoint {path} is damaged ({error}). Remove the file to start this run over."
             ) from error
-        kept = [line for line in self.rounds() if line["round"] <= checkpoint.server_round]
-        self._replace("rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self.drop_rounds(after=checkpoint.server_round)
+        if (found := len(self.rounds())) != checkpoint.server_round:
+            raise RecordError(
+                f"{self.folder / 'rounds.jsonl'} has the lines of {found} rounds, and the checkpoint beside it was "
+                f"written after round {checkpoint.server_round}. Remove {path} to start this run over."
+            )
         return checkpoint
+
+    def drop_rounds(self, after: int = 0) -> None:
+        """Drop the lines of the rounds after ``after``, and a line cut short by a kill."""
+        kept = [line for line in self.rounds() if line["round"] <= after]
+        self._replace("rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def save_model(self, tensors: Tensors) -> None:
         """Write the final server tensors."""
@@ -172,24 +188,33 @@ class RunRecord:
         self._replace("result.json", json.dumps(result, indent=1))
 
     def result(self) -> dict[str, Any] | None:
-        """Return the result of a finished run, or None."""
+        """Return the result of a finished run, or None.
+
+        Raises:
+            RecordError: The file is damaged.
+        """
         path = self.folder / "result.json"
-        if not path.exists():
-            return None
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return document
+        return {**read_result(path), "run": str(self.folder)} if path.exists() else None
 
     def _save_tensors(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> None:
-        part = self.folder / f"{name}.part"
-        with self._writing(f"write {name}"):
+        with self._replacing(name) as part:
             save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata=metadata)
-            os.replace(part, self.folder / name)
 
     def _replace(self, name: str, text: str) -> None:
+        with self._replacing(name) as part:
+            part.write_text(text, encoding="utf-8")
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        """Give a file to write to, and put it in the place of ``name`` once it is whole."""
         part = self.folder / f"{name}.part"
         with self._writing(f"write {name}"):
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, self.folder / name)
+            try:
+                yield part
+                os.replace(part, self.folder / name)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -203,3 +228,23 @@ class RunRecord:
                 f"Cannot {what} in {self.folder}: {reason}. What was written before is whole. Free some space or "
                 "choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
             ) from error
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Return a file of results: a run's ``result.json``, or summaries of several under ``results``.
+
+    Raises:
+        RecordError: The file cannot be read, or is no JSON document of that kind.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{path} is not a result: {error}.") from error
+    results = document.get("results", [document]) if isinstance(document, dict) else None
+    if not isinstance(results, list) or not all(isinstance(r, dict) and NEEDED <= r.keys() for r in results):
+        raise RecordError(
+            f"{path} is not a result: it needs the keys {', '.join(sorted(NEEDED))}. Give a record's folder, a folder "
+            "of records, or a summary that 'fednorm report --summary' wrote; a damaged result.json can be removed: "
+            "the run's last round is then evaluated again."
+        )
+    return dict(document)

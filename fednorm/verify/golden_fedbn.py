@@ -29,7 +29,10 @@ def _matches(trace: Trace) -> bool:
 
 
 def _state(trace: Trace, prefix: str) -> dict[str, Tensor]:
-    return {name: trace.tensor(prefix + name) for name in trace.names(prefix)}
+    state = {name: trace.tensor(prefix + name) for name in trace.names(prefix)}
+    if not state:
+        raise DataError(f"the trace has no array {prefix + '*'!r}")
+    return state
 
 
 def _leaf(path: str, tensors: State) -> nn.Module:

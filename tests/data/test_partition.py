@@ -155,8 +155,6 @@ def test_a_class_of_one_cannot_be_merged() -> None:
     ("num_train", "num_test", "options", "message"),
     [
         (2, 9, {"clients_per_domain": 3}, r"Client 2 of domain d gets no training .*clients_per_domain \(now 3\)"),
-        (9, 2, {"clients_per_domain": 3}, "Client 2 of domain d gets no test image"),
-        (9, 9, {"clients_per_domain": 3, "test_per_domain": 2}, r"raise data\.test_per_domain \(now 2\)"),
         (1, 9, {"validation": 0.5}, r"no validation image.*set data\.validation to 0"),
         (9, 9, {"clients_per_domain": 8, "partition": "dirichlet", "alpha": 0.01}, r"raise data\.alpha \(now 0\.01\)"),
     ],
@@ -169,3 +167,9 @@ def test_an_empty_client_is_an_error(num_train: int, num_test: int, options: dic
 def test_drawn_test_rows_are_all_rows_or_the_cap() -> None:
     assert sorted(draw_test("d", 7, DataConfig(), 1).tolist()) == list(range(7))
     assert len(draw_test("d", 7, DataConfig(test_per_domain=3), 1)) == 3
+
+
+def test_more_clients_than_test_images_leaves_the_last_ones_without() -> None:
+    shares = deal("d", np.arange(9) % 3, 2, DataConfig(clients_per_domain=3), 1)
+    assert [len(share.test) for share in shares] == [1, 1, 0]
+    assert sorted(np.concatenate([share.test for share in shares]).tolist()) == [0, 1]
