@@ -1,4 +1,4 @@
-"""The command line: ``fednorm demo | federated | compare | report | list | explain | bench | verify``.
+"""The command line: ``fednorm`` demo, federated, compare, report, list, data, explain, bench, verify.
 
 Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
 user's mistake ends with exit code 2 and a sentence, never with a traceback.
@@ -163,13 +163,35 @@ def report(
 
 @app.command("list")
 def list_names(
-    what: Annotated[str, typer.Argument(help="norms, strategies, models, data, scenarios or studies.")],
+    what: Annotated[str, typer.Argument(help="norms, strategies, models, data, scenarios, learners or studies.")],
     as_json: JsonOption = False,
 ) -> None:
     """List what is there, a line each."""
     from fednorm.commands.catalogue import run_list
 
     run_list(what, as_json=as_json)
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(metavar="DATA", help="Benchmark: fednorm list data.")] = "digits_mini",
+    data_dir: DataDirOption = None,
+    domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
+    image_size: Annotated[int, typer.Option(help="Height and width to decode to, in pixels.")] = 28,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show who holds what: images and labels of every client."""
+    from fednorm.commands.data import run_data
+    from fednorm.commands.options import collect
+
+    flags = {
+        "data.name": name,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.domains": domains,
+        "data.image_size": image_size,
+    }
+    run_data(collect(None, flags, settings or []), as_json=as_json)
 
 
 @app.command()

@@ -228,7 +228,8 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     notes = (
         *(f"{name}: {case['summary']}; {case['rounds']} timed rounds." for name, case in result["cases"].items()),
         f"Fastest round of {result['repeats']} runs; start: until the first round's end, which is not timed; flower: "
-        "all its processes; largest difference: of a final weight to fednorm's.",
+        "all its processes; largest difference: of a final weight to fednorm's (another memory layout rounds "
+        "differently, which training amplifies).",
         f"{machine['cores']} cores ({machine['cpu_capability']}), {machine['torch_threads']} PyTorch thread a process, "
         f"load average {machine['load_average']}; "
         f"torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",

@@ -51,6 +51,7 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
     "models": _models,
     "data": _data,
     "scenarios": lambda: [{"name": name} for name in scenario_names()],
+    "learners": list,  # they come with the continual scenarios
     "studies": lambda: [{"name": name} for name in recipe_names()],
 }
 

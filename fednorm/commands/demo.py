@@ -37,5 +37,5 @@ def run_demo(*, runs: Path, rounds: int, seed: int, as_json: bool) -> None:
     if as_json:
         return print_json({"results": results})
     out().print(accuracy_table(results).rich())
-    out().print(f"records: {Path(results[0]['run']).parent}")
+    out().print(f"records: {Path(results[0]['run']).parent}", markup=False, soft_wrap=True)
     return None

@@ -26,7 +26,9 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
     if not dry_run and (finished := RunRecord(runs, config).result()):
-        err().print(f"This run has finished before; its record is read back: {finished['run']}")
+        err().print(
+            f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
+        )
         return show_result(finished, as_json=as_json)
     bench = Workbench(config)
     document = plan(config, bench)
@@ -85,5 +87,5 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
         console.print(evaluation_table([result]).rich())
     if result["rejected_updates"]:
         console.print(f"{result['rejected_updates']} updates were rejected; see rounds.jsonl.")
-    console.print(f"record: {result['run']}")
+    console.print(f"record: {result['run']}", markup=False, soft_wrap=True)
     return None

@@ -10,14 +10,16 @@ from typing import Any
 from fednorm.cli import err, out, print_json
 from fednorm.errors import RecordError
 from fednorm.report.table import Table, accuracy_table, evaluation_table
+from fednorm.study.record import read_result
 from fednorm.study.select import best_by_method
 
 KEPT = ("kind", "hash", "config", "norm", "strategy", "parameters", "plan", "data", "final", "evaluation", "seconds")
 
 
 def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: Path | None, as_json: bool) -> None:
-    """Print the tables of all results found, one set a data set."""
-    results = [result for path in paths for result in read_results(path)]
+    """Print the tables of all results found, one set for each data set and choice of the images that are scored."""
+    found = [result for path in paths for result in read_results(path)]
+    results = list({result["hash"]: result for result in found}.values())  # a run that was named twice counts once
     if not results:
         raise RecordError(f"There is no finished run (result.json) in {', '.join(map(str, paths))}.")
     if select:
@@ -26,12 +28,17 @@ def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: 
         _write(summary, results)
     if as_json:
         return print_json({"results": results})
-    for title in dict.fromkeys(result["data"]["title"] for result in results):
-        group = [result for result in results if result["data"]["title"] == title]
+    for scored in dict.fromkeys(map(_scored, results)):
+        group = [result for result in results if _scored(result) == scored]
         _show(accuracy_table(group), markdown=markdown)
         if any(set(result["evaluation"]) - {"own"} for result in group):
             _show(evaluation_table(group), markdown=markdown)
     return None
+
+
+def _scored(result: Mapping[str, Any]) -> tuple[str, str]:
+    """Return on what a result was scored; accuracies on different images never stand in one table."""
+    return result["data"]["title"], result["config"]["evaluate"]["split"]
 
 
 def read_results(path: Path) -> Iterator[dict[str, Any]]:
@@ -44,10 +51,7 @@ def read_results(path: Path) -> Iterator[dict[str, Any]]:
         raise RecordError(f"There is no {path}. Give a record's folder, a folder of records, or a summary file.")
     files = [path] if path.is_file() else sorted(path.rglob("result.json"))
     for file in files:
-        try:
-            document = json.loads(file.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecordError(f"{file} is not a result: {error}.") from error
+        document = read_result(file)
         yield from document.get("results", [document])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from fednorm.errors import AggregationError
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.matrix import EvaluationMatrix, check_evaluations, summarize
 from fednorm.federated.strategy import ClientReport, RoundReport
@@ -115,7 +117,9 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     if record:
         record.describe(about)
         # Clients' local tensors live outside this process on Flower's own runtimes: there is nothing to go on from.
-        if isinstance(grid, InProcessGrid) and (checkpoint := record.load_checkpoint()):
+        if not isinstance(grid, InProcessGrid):
+            record.drop_rounds()
+        elif checkpoint := record.load_checkpoint():
             arrays, first_round = _restore(checkpoint, bench, grid), checkpoint.server_round + 1
             lines = record.rounds()
     if observer:
@@ -149,7 +153,13 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
 def _document(
     grid: Grid, bench: Workbench, record: RunRecord | None, about: Document, lines: list[Document], arrays: ArrayRecord
 ) -> Document:
-    last = next(line for line in reversed(lines) if "per_domain" in line)
+    last = lines[-1]
+    if not last.get("per_domain"):
+        reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in last["rejected"][:3])
+        raise AggregationError(
+            f"No client could be evaluated after the last round ({reasons or 'there are no images to score'}). The "
+            "record keeps the round."
+        )
     own = {key: last[key] for key in ("per_domain", "mean", "worst")}
     bench.strategy.discover(grid)
     matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, own)
@@ -181,8 +191,8 @@ def round_line(report: RoundReport) -> Document:
         "bytes_up": report.bytes_up,
         "seconds": round(report.seconds, 4),
         "clients": {
-            "train": [{"client": r.partition_id, "domain": r.domain, **r.metrics} for r in report.train],
-            "evaluate": [{"client": r.partition_id, "domain": r.domain, **r.metrics} for r in report.evaluate],
+            "train": [_of_client(r) for r in report.train],
+            "evaluate": [_of_client(r) for r in report.evaluate],
         },
     }
     if report.evaluate:
@@ -190,9 +200,19 @@ def round_line(report: RoundReport) -> Document:
     return line
 
 
+def _of_client(report: ClientReport) -> Document:
+    metrics = {key: _number(value) for key, value in report.metrics.items()}
+    return {"client": report.partition_id, "domain": report.domain, **metrics}
+
+
+def _number(value: float) -> float | None:
+    """Return a metric, or None for what JSON has no number for: the loss of a model that diverged."""
+    return value if math.isfinite(value) else None
+
+
 def _mean(reports: Sequence[ClientReport], key: str) -> float | None:
     total = sum(report.metrics["num-examples"] for report in reports)
-    return sum(r.metrics["num-examples"] * r.metrics[key] for r in reports) / total if total else None
+    return _number(sum(r.metrics["num-examples"] * r.metrics[key] for r in reports) / total) if total else None
 
 
 def _by_domain(reports: Sequence[ClientReport]) -> dict[str, float]:

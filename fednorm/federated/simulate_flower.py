@@ -47,7 +47,8 @@ def simulate_flower(
         return finished
     bench = Workbench(config)
     check(bench)
-    (record.folder / "rounds.jsonl").unlink(missing_ok=True)
+    with record.locked():  # not while another process writes to it
+        record.drop_rounds()
     run_config = {"config": json.dumps(config.to_dict()), "runs": str(record.folder.parent)}
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)

@@ -7,6 +7,7 @@ next: every turn begins by writing every entry of the state dict.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -143,10 +144,17 @@ class Workbench:
         return {key: self._state[key].clone() for key in keys}
 
     def keep_local(self, state: RecordDict) -> None:
-        """Store the model's local tensors and its counters in a client's ``Context.state``."""
-        kept = (*self.plan.local, *self.plan.counters)
+        """Store the model's local tensors and its counters in a client's ``Context.state``.
+
+        Tensors of a training that diverged are not kept: the server rejects its update, and the client's next round
+        starts from what it had before.
+        """
+        kept = self.read((*self.plan.local, *self.plan.counters))
+        floats = [tensor for tensor in kept.values() if tensor.is_floating_point()]
+        if floats and not torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all():
+            return
         if kept:
-            state[LOCAL_RECORD] = pack(self.read(kept))
+            state[LOCAL_RECORD] = pack(kept)
 
 
 def received(

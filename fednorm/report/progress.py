@@ -61,7 +61,7 @@ class RoundProgress:
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Show one finished round."""
-        state = f"loss {line['train_loss']:.3f}"
+        state = "loss not finite" if line["train_loss"] is None else f"loss {line['train_loss']:.3f}"
         if "mean" in line:
             state += f", mean accuracy {100 * line['mean']:.1f} %, worst {100 * line['worst']:.1f} %"
         if line["rejected"]:

@@ -11,6 +11,12 @@ from rich.table import Table as RichTable
 
 Result = Mapping[str, Any]
 
+IMMATERIAL = frozenset({"seed", "data.dir", "data.download", "rounds.checkpoint_every"})
+"""Keys of the configuration in which two results of one method may differ."""
+
+SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
+"""How tables call settings that they name often."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -82,6 +88,7 @@ def accuracy_table(results: Sequence[Result]) -> Table:
 def evaluation_table(results: Sequence[Result]) -> Table:
     """Return the evaluation matrix: for each method and choice of statistics, the accuracy by domain."""
     rows: list[tuple[str, ...]] = []
+    names = _names(results)
     domains = list(
         dict.fromkeys(
             domain
@@ -90,9 +97,9 @@ def evaluation_table(results: Sequence[Result]) -> Table:
             for domain in scores.get("per_domain", {})
         )
     )
-    for result in results:
+    for name_of_run, result in zip(names, results, strict=True):
         for kind, scores in _flat(result["evaluation"]).items():
-            name = f"{method_name(result)}: {kind}"
+            name = f"{name_of_run}: {kind}"
             if "not_applicable" in scores:
                 rows.append((name, *("–" for _ in domains), "–"))
             else:
@@ -122,17 +129,44 @@ def _by_method(results: Sequence[Result]) -> dict[str, list[Result]]:
     keys: dict[str, list[Result]] = {}
     for result in results:
         keys.setdefault(_without_seed(result), []).append(result)
-    groups: dict[str, list[Result]] = {}
-    names = [method_name(group[0]) for group in keys.values()]
-    for name, group in zip(names, keys.values(), strict=True):
-        groups[f"{name} {_tuned(group[0])}" if names.count(name) > 1 else name] = group
-    return groups
+    groups = list(keys.values())
+    names = [method_name(group[0]) for group in groups]
+    alike = [[other[0] for other, called in zip(groups, names, strict=True) if called == name] for name in names]
+    labels = [
+        f"{name} {_difference(group[0], others)}" if len(others) > 1 else name
+        for name, group, others in zip(names, groups, alike, strict=True)
+    ]
+    return dict(zip(labels, groups, strict=True))
+
+
+def _names(results: Sequence[Result]) -> list[str]:
+    """Return a name for each result that no other has: its group's, and the seed where the group has several."""
+    names = {
+        id(result): f"{name}, seed {result['config']['seed']}" if len(group) > 1 else name
+        for name, group in _by_method(results).items()
+        for result in group
+    }
+    return [names[id(result)] for result in results]
+
+
+def _flat_config(result: Result) -> dict[str, Any]:
+    """Return the configuration that numbers depend on, the seed left out, as dotted keys."""
+    flat: dict[str, Any] = {}
+    for section, values in result["config"].items():
+        inner = values.items() if isinstance(values, Mapping) else (("", values),)
+        flat |= {f"{section}.{key}".rstrip("."): value for key, value in inner}
+    return {key: value for key, value in flat.items() if key not in IMMATERIAL}
 
 
 def _without_seed(result: Result) -> str:
-    config = {key: value for key, value in result["config"].items() if key != "seed"}
-    config["data"] = {key: value for key, value in config["data"].items() if key not in ("dir", "download")}
-    return repr(sorted(config.items()))
+    return repr(sorted(_flat_config(result).items()))
+
+
+def _difference(result: Result, others: Sequence[Result]) -> str:
+    """Return the settings that tell a result from others of the same name."""
+    own, rest = _flat_config(result), [_flat_config(other) for other in others]
+    odd = [key for key in own if any(own[key] != other.get(key) for other in rest)]
+    return ", ".join(f"{SHORT.get(key, key)} {own[key]}" for key in odd)
 
 
 def _tuned(result: Result) -> str:

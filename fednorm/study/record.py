@@ -125,7 +125,7 @@ class RunRecord:
         """Return the rounds' lines; a line cut short by a kill is left out."""
         path = self.folder / "rounds.jsonl"
         lines = []
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(text))
             except json.JSONDecodeError:
@@ -241,7 +241,7 @@ def read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not a result: {error}.") from error
     results = document.get("results", [document]) if isinstance(document, dict) else None
-    if not isinstance(results, list) or not all(isinstance(r, dict) and NEEDED <= r.keys() for r in results):
+    if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= NEEDED for r in results):
         raise RecordError(
             f"{path} is not a result: it needs the keys {', '.join(sorted(NEEDED))}. Give a record's folder, a folder "
             "of records, or a summary that 'fednorm report --summary' wrote; a damaged result.json can be removed: "

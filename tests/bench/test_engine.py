@@ -216,7 +216,8 @@ def test_watch_of_this_process_sees_its_own_memory_and_time() -> None:
         ended = time.time()
     assert held.nbytes < watch.memory
     first, last = watch.cpu_at([watch.started, ended])
-    assert 0.3 <= last - first < 2.0
+    # The system counts a process's time in hundredths of a second.
+    assert 0.25 < last - first < 2.0
 
 
 @pytest.mark.flower

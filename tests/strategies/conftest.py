@@ -126,7 +126,7 @@ class Lab:
         """Return the server's tensors after one round for each set of answers, from its initial ones."""
         tensors = dict(old if old is not None else unpack(strategy.initial_arrays(cls.network(cls.name_of(strategy)))))
         for answers in updates:
-            strategy.nodes = ()
+            strategy.nodes = ()  # every round has a grid of its own, with other node ids
             tensors = cls.round(strategy, tensors, cls.answers(answers))
         return tensors
 

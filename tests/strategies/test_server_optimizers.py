@@ -80,7 +80,7 @@ def test_five_rounds_are_the_formula_on_learned_tensors_and_the_average_elsewher
     slots: dict[str, dict[str, np.ndarray]] = {key: {} for key in ours}
     for r, updates in rounds.items():
         ours = lab.round(strategy, ours, lab.answers(updates), r)
-        strategy.nodes = ()
+        strategy.nodes = ()  # every round has a grid of its own
         for key, entry in strategy.plan.by_key.items():
             mean = sum(n / 6 * state[key].numpy() for state, n in updates.values())
             if entry.kind in LEARNED:
@@ -104,7 +104,7 @@ def test_flowers_own_agrees_once_its_two_differences_are_undone(name: str, flowe
         if name == "fedadam":  # Flower corrects for bias, with one round more than there were; the paper does not
             strategy.server_learning_rate = ETA * (1 - BETA_2 ** (r + 1)) ** 0.5 / (1 - BETA_1 ** (r + 1))
         grid = lab.answers(updates)
-        strategy.nodes = ()
+        strategy.nodes = ()  # every round has a grid of its own
         replies = list(grid.send_and_receive(strategy.configure_train(r, pack(ours), ConfigRecord(), grid)))
         arrays, _ = strategy.aggregate_train(r, replies)
         assert arrays is not None
