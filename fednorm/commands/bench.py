@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fednorm.bench.engine import CASES, bench_engine, bench_table
+from fednorm.bench.case import CASES
+from fednorm.bench.engine import bench_engine, bench_table
 from fednorm.cli import err, out, print_json
 
 

@@ -17,6 +17,7 @@ on its own training images; it keeps nothing of that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -166,9 +167,10 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
 def reestimate(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
-    Statistics are the cumulative average over batches of ``evaluate.batch_size`` images of equal size, computed layer
-    upon layer in one pass without gradients, the other layers in evaluation mode; labels are not used. Li et al.,
-    Revisiting Batch Normalization for Practical Domain Adaptation, arXiv 1603.04779.
+    Statistics are the average over batches of ``evaluate.batch_size`` images or one or two fewer, as equal as can be,
+    computed layer upon layer in one pass without gradients, the other layers in evaluation mode; labels are not used.
+    From a single image nothing can be estimated: it leaves the initial statistics. Li et al., Revisiting Batch
+    Normalization for Practical Domain Adaptation, arXiv 1603.04779.
     """
     layers = [module for module in bench.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [layer.momentum for layer in layers]
@@ -178,9 +180,9 @@ def reestimate(bench: Workbench, split: Split, count: int) -> None:
         layer.momentum = None
         layer.train()
     images, _ = split.batch(torch.arange(min(count, len(split))))
-    for batch in torch.split(pixels(images), max(bench.config.evaluate.batch_size, 2)):
-        if len(batch) > 1:
-            bench.model(batch)
+    parts = math.ceil(len(images) / max(bench.config.evaluate.batch_size, 2))
+    for batch in torch.tensor_split(pixels(images), parts) if len(images) > 1 else ():
+        bench.model(batch)
     for layer, momentum in zip(layers, momenta, strict=True):
         layer.momentum = momentum
 

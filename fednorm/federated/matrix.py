@@ -26,6 +26,8 @@ from fednorm.roles import STATISTICS
 
 Scores = dict[str, Any]
 
+NO_STATISTICS = "the network has no running statistics"
+
 
 def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federation, strategy: str) -> None:
     """Refuse, before training, an evaluation that could not be made after it.
@@ -44,6 +46,10 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
                 f"Strategy {strategy!r} keeps {len(plan.local)} tensors on the clients ({plan.local[0]}, …), so its "
                 "server model has none for an unseen domain and cannot be evaluated there. Name the tensors to use "
                 "instead: evaluate.fallback = 'pooled', 'averaged' or 'reestimated'; or leave 'unseen' out."
+            )
+        if plan.local and config.fallback in ("pooled", "reestimated") and not _has_statistics(plan):
+            raise ConfigError(
+                f"evaluate.fallback is {config.fallback!r}, and the network has no running statistics. Use 'averaged'."
             )
     if config.split == "validation" and not any(len(client.validation) for client in federation.clients):
         raise ConfigError(
@@ -103,11 +109,13 @@ class EvaluationMatrix:
     def _given(self, how: str) -> Scores:
         if not self._plan.local:
             return _not_applicable("the strategy keeps no tensors on clients: every domain is tested with one model")
+        if how == "pooled" and not _has_statistics(self._plan):
+            return _not_applicable(NO_STATISTICS)
         return self._scores(self._seen(), self._shared | self._combined(how), mode="given")
 
     def _reestimated(self) -> Scores:
-        if not self._has_statistics():
-            return _not_applicable("the network has no running statistics")
+        if not _has_statistics(self._plan):
+            return _not_applicable(NO_STATISTICS)
         return self._scores(self._seen(), self._shared, mode="reestimated")
 
     def _unseen(self) -> Scores:
@@ -120,9 +128,6 @@ class EvaluationMatrix:
                 "with": fallback
             }
         return self._scores(nodes, self._shared | self._combined(fallback), mode="given") | {"with": fallback}
-
-    def _has_statistics(self) -> bool:
-        return any(entry.kind in STATISTICS for entry in self._plan.entries)
 
     def _seen(self) -> list[Node]:
         return [node for node in self._strategy.nodes if not node.held_out]
@@ -190,6 +195,10 @@ def summarize(per_domain: Mapping[str, float]) -> Scores:
         "mean": sum(values) / len(values) if values else None,
         "worst": min(values) if values else None,
     }
+
+
+def _has_statistics(plan: NormPlan) -> bool:
+    return any(entry.kind in STATISTICS for entry in plan.entries)
 
 
 def _not_applicable(reason: str) -> Scores:

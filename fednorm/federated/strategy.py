@@ -31,7 +31,6 @@ from fednorm.plan import NormPlan, norm_plan
 from fednorm.rng import stream
 from fednorm.roles import RoleRule
 
-
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
 
@@ -294,7 +293,7 @@ class NormStrategy(Strategy):
         while len(ids := sorted(grid.get_node_ids())) < self.min_nodes:
             if time.monotonic() > waited_until:
                 raise AggregationError(
-                    f"The run has {self.min_nodes} clients, and only {len(ids)} nodes came within {NODE_SECONDS:.0f} s. "
+                    f"The run has {self.min_nodes} clients, and {len(ids)} nodes came within {NODE_SECONDS:.0f} s. "
                     f"With flwr run: --federation-config 'num-supernodes={self.min_nodes}'."
                 )
             time.sleep(0.2)

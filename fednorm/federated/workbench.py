@@ -144,12 +144,12 @@ class Workbench:
         return {key: self._state[key].clone() for key in keys}
 
     def keep_local(self, state: RecordDict) -> None:
-        """Store the model's local tensors and its counters in a client's ``Context.state``.
+        """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.
 
         Tensors of a training that diverged are not kept: the server rejects its update, and the client's next round
         starts from what it had before.
         """
-        kept = self.read((*self.plan.local, *self.plan.counters))
+        kept = self.read(self.plan.local)
         floats = [tensor for tensor in kept.values() if tensor.is_floating_point()]
         if floats and not torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all():
             return
@@ -162,8 +162,8 @@ def received(
 ) -> dict[str, Tensor]:
     """Return one client's whole model: what the server sent, its own tensors, initial values for the rest.
 
-    A client that has its own batch counter keeps it, as in FedBN's code, also where the server sends one; a client
-    that keeps nothing yet takes the server's.
+    A client that keeps a batch counter of its own goes on with it, as in FedBN's code, also where the server sends
+    one; a client that keeps nothing yet takes the server's.
 
     Args:
         plan: Which of the tensors are counters.

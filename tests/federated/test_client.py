@@ -19,6 +19,7 @@ from fednorm.roles import LEARNED, STATISTICS, Role
 
 State = dict[str, Tensor]
 GROUP_NORM = {"name": "group_norm", "num_groups": 2}
+TWICE = {"train": {"local_epochs": 2}}
 
 
 def equal(a: State, b: State) -> bool:
@@ -130,16 +131,20 @@ def test_dropout_draws_from_the_clients_own_stream(make_site: Any) -> None:
     assert not equal(trained(0), make_site().train(0, 1))
 
 
+def test_batches_do_not_depend_on_what_the_model_draws(make_site: Any) -> None:
+    plain, drawing = (batches_of(site, 0, 1) for site in (make_site(**TWICE), with_dropout(make_site(**TWICE))))
+    assert len(plain) == 4
+    assert all(torch.equal(a, b) for a, b in zip(plain, drawing, strict=True))
+
+
 # What a client keeps ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("strategy", "kinds"),
-    [("fedbn", STATISTICS | {"scale", "shift"}), ("silobn", STATISTICS), ("fedavg", {"count"}), ("fedwon", set())],
+    [("fedbn", STATISTICS | {"scale", "shift"}), ("silobn", STATISTICS), ("fedavg", set()), ("fedwon", set())],
 )
-def test_a_client_keeps_its_local_tensors_and_counters_and_nothing_else(
-    strategy: str, kinds: set[str], make_site: Any
-) -> None:
+def test_a_client_keeps_its_local_tensors_and_nothing_else(strategy: str, kinds: set[str], make_site: Any) -> None:
     site = make_site(strategy)
     assert site.kept(0) == {}
     site.evaluate(0)
@@ -192,11 +197,31 @@ def test_a_returning_client_trains_on_from_its_own_tensors(make_site: Any) -> No
     assert equal(seen, {key: {**own, **unpack(arrays)}[key] for key in seen})
 
 
-def test_each_client_goes_on_with_its_own_counter_under_fedavg(make_site: Any) -> None:
+@pytest.mark.parametrize("strategy", ["fedbn", "silobn"])
+def test_a_training_that_diverged_leaves_the_clients_tensors_as_they_were(strategy: str, make_site: Any) -> None:
+    site = make_site(strategy)
+    good = pack(site.train(0, 1))
+    kept = site.kept(0)
+    bad = unpack(good)
+    bad["conv1.weight"] = torch.full_like(bad["conv1.weight"], torch.nan)
+    assert site.train(0, 2, pack(bad))["fc3.weight"].isnan().any()
+    assert equal(site.kept(0), kept)
+    site.train(0, 3, good)
+    assert not equal(site.kept(0), kept)
+
+
+@pytest.mark.parametrize("strategy", ["fedbn", "silobn"])
+def test_each_client_goes_on_with_its_own_counter(strategy: str, make_site: Any) -> None:
+    site = make_site(strategy, train={"batch_size": 2})
+    site.strategy.start(site.grid, site.strategy.initial_arrays(site.bench.model), num_rounds=2)
+    kept = [site.kept(pid).items() for pid in range(3)]
+    counters = [{int(tensor) for key, tensor in own if key.endswith("num_batches_tracked")} for own in kept]
+    assert counters == [{2 * 4}, {2 * 4}, {2 * 2}]  # 9, 8 and 5 images in batches of two, none of one
+
+
+def test_fedavgs_counters_are_the_first_clients(make_site: Any) -> None:
     site = make_site("fedavg", train={"batch_size": 2})
     result = site.strategy.start(site.grid, site.strategy.initial_arrays(site.bench.model), num_rounds=2)
-    counters = [{int(tensor) for tensor in site.kept(pid).values()} for pid in range(3)]
-    assert counters == [{2 * 4}, {2 * 4}, {2 * 2}]  # 9, 8 and 5 images in batches of two, none of one
     assert {int(unpack(result.arrays)[key]) for key in site.bench.plan.counters} == {8}
 
 
@@ -260,11 +285,12 @@ def test_reestimated_statistics_are_the_batches_mean_moments(count: int, make_si
     client, model = site.bench.federation.clients[1], site.bench.model
     with torch.no_grad():
         model.norm1.running_mean.fill_(7)
+        model.norm1.num_batches_tracked.fill_(5)
     momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     conv = model.conv1
     images = client.train.images[client.train.index[:count]].double() / 127.5 - 1
     maps = functional.conv2d(images, conv.weight.double(), conv.bias.double(), padding=2)
-    parts = [batch.transpose(0, 1).flatten(1) for batch in maps.split(4)]
+    parts = [batch.transpose(0, 1).flatten(1) for batch in maps.tensor_split(-(-len(maps) // 4))]
     mean = torch.stack([part.mean(1) for part in parts]).mean(0)
     var = torch.stack([part.var(1, unbiased=True) for part in parts]).mean(0)
     reestimate(site.bench, client.train, count)

@@ -348,6 +348,14 @@ def test_round_one_waits_for_every_node(lab: Any) -> None:
     assert strategy.report.sampled == (0, 1, 2, 3)
 
 
+def test_nodes_that_never_come_end_the_wait(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fednorm.federated.strategy.NODE_SECONDS", 0.0)
+    strategy = lab.make("fedavg", min_nodes=3)
+    update = lab.update(strategy, 0)
+    with pytest.raises(AggregationError, match=r"has 3 clients, and 2 nodes came"):
+        strategy.start(lab.answers(dict.fromkeys(range(2), (update, 1))), pack(update))
+
+
 @every_strategy
 def test_a_clientapp_that_knows_nothing_of_fednorm_takes_part(name: str, lab: Any) -> None:
     app = ClientApp()

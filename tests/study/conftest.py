@@ -33,7 +33,6 @@ import fednorm.federated.client as client
 import fednorm.study.record as record
 from fednorm.errors import FedNormError
 from fednorm.federated.simulate import simulate
-from fednorm.federated.workbench import Workbench
 from fednorm.registry import resolve_config
 
 torch.set_num_threads(1)
@@ -99,7 +98,7 @@ def arm(where, n):
 
 
 config = resolve_config(json.loads(sys.argv[1]))
-Workbench(config)  # imports and reads what all children need
+simulate(config, runs=None)  # imports and reads what all children need
 print("ready", flush=True)
 for request in map(json.loads, sys.stdin):
     pid = os.fork()

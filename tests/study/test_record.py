@@ -1,0 +1,463 @@
+"""The record on disk: what it holds, what damage and a full or forbidden disk do to it, and what names a run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from fednorm.config import RunConfig, config_from_dict, merge
+from fednorm.errors import AggregationError, RecordError
+from fednorm.federated import client, server
+from fednorm.federated.simulate import simulate
+from fednorm.federated.workbench import Workbench
+from fednorm.registry import resolve_config
+from fednorm.study import record as record_module
+from fednorm.study.record import Checkpoint, RunRecord, versions
+
+Make = Callable[..., RunConfig]
+
+
+class Act:
+    """Does something after a round."""
+
+    def __init__(self, server_round: int, act: Callable[[], None]) -> None:
+        self._server_round, self._act = server_round, act
+
+    def begin(self, bench: Workbench, first_round: int) -> None:
+        pass
+
+    def round(self, line: Any) -> None:
+        if line["round"] == self._server_round:
+            self._act()
+
+
+# What a record holds --------------------------------------------------------------------------------------------------
+
+
+def test_a_record_says_what_was_run_and_what_came_out(make: Make, tmp_path: Path) -> None:
+    config = make(seed=3)
+    result = simulate(config, runs=tmp_path)
+    folder = tmp_path / f"fedbn-batch_norm-digits_mini-seed3-{config.hash}"
+    assert result["run"] == str(folder)
+    names = {path.name for path in folder.iterdir()} - {".lock"}
+    assert names == {"run.json", "rounds.jsonl", "checkpoint.safetensors", "model.safetensors", "result.json"}
+    run = json.loads((folder / "run.json").read_text())
+    assert resolve_config(run["config"]) == config
+    assert run["hash"] == config.hash
+    assert run["versions"] == versions()
+    assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
+    assert json.loads((folder / "result.json").read_text()) == result
+    plan = Workbench(config).plan
+    assert set(load_file(folder / "model.safetensors")) == set(plan.sent)
+
+
+def test_a_round_s_line_holds_every_client(make: Make, tmp_path: Path) -> None:
+    result = simulate(make(), runs=tmp_path)
+    lines = [json.loads(line) for line in (Path(result["run"]) / "rounds.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    for line, round_ in zip(lines, result["rounds"], strict=True):
+        clients = line["clients"]
+        assert [c["client"] for c in clients["train"]] == [c["client"] for c in clients["evaluate"]] == [0, 1, 2, 3, 4]
+        assert [c["domain"] for c in clients["train"]] == ["scans", "photo", "fonts", "street", "faint"]
+        assert {c["num-examples"] for c in clients["train"]} == {24}
+        mean_loss = sum(c["loss"] for c in clients["train"]) / 5  # equally many images each
+        assert line["train_loss"] == pytest.approx(mean_loss, rel=1e-12)
+        accuracies = {c["domain"]: c["accuracy"] for c in clients["evaluate"]}
+        assert line["per_domain"] == accuracies
+        assert line["mean"] == pytest.approx(sum(accuracies.values()) / 5, rel=1e-12)
+        assert line["worst"] == min(accuracies.values())
+        assert round_ == {key: value for key, value in line.items() if key != "clients"}
+    assert result["final"]["per_domain"] == lines[-1]["per_domain"]
+
+
+def test_bytes_of_a_round_are_those_of_the_tensors_that_travel(make: Make) -> None:
+    result = simulate(make(rounds={"fraction": 0.4}), runs=None)
+    state = Workbench(make()).model.state_dict()
+    shared = sum(tensor.nbytes for key, tensor in state.items() if "norm" not in key)  # digits_cnn's names
+    for line in result["rounds"]:
+        assert len(line["sampled"]) == 2
+        assert line["bytes_down"] == line["bytes_up"] == 2 * shared
+    assert result["plan"]["bytes_per_round"] == 4 * shared
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cut(make: Make, tmp_path: Path) -> Path:
+    """The folder of a run that was cut short after its second round."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(make(), runs=tmp_path, observer=Act(2, stop))
+    return next(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"not a checkpoint",
+        lambda whole: whole[: len(whole) // 2],
+        lambda whole: whole.replace(b'"round"', b'"rouns"', 1),
+        lambda whole: whole.replace(b'"round":"2"', b'"round":"x"', 1),
+        lambda whole: whole.replace(b"client/0/", b"client/q/"),
+    ],
+    ids=["empty", "other bytes", "half", "no round", "round no number", "client no number"],
+)
+def test_a_damaged_checkpoint_is_named_and_removing_it_starts_over(
+    damage: Callable[[bytes], bytes], cut: Path, make: Make, tmp_path: Path
+) -> None:
+    path = cut / "checkpoint.safetensors"
+    assert damage(path.read_bytes()) != path.read_bytes()
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(RecordError, match="is damaged") as caught:
+        simulate(make(), runs=tmp_path)
+    assert str(path) in str(caught.value)
+    path.unlink()
+    result = simulate(make(), runs=tmp_path)
+    assert [line["round"] for line in result["rounds"]] == [1, 2, 3, 4]
+    assert len((cut / "rounds.jsonl").read_text().splitlines()) == 4
+
+
+def test_lines_that_are_lost_are_noticed(cut: Path, make: Make, tmp_path: Path) -> None:
+    path = cut / "rounds.jsonl"
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(RecordError, match=r"rounds\.jsonl has the lines of 1 rounds, .* after round 2"):
+        simulate(make(), runs=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"hash": 1}'])
+def test_a_damaged_result_is_named_and_removing_it_helps(text: str, make: Make, tmp_path: Path) -> None:
+    first = simulate(make(), runs=tmp_path)
+    path = Path(first["run"]) / "result.json"
+    path.write_text(text)
+    with pytest.raises(RecordError, match=r"result\.json is not a result"):
+        simulate(make(), runs=tmp_path)
+    path.unlink()
+    assert simulate(make(), runs=tmp_path) == first
+
+
+# Disks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "rounds.jsonl", "model.safetensors", "result.json"])
+def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
+    name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = simulate(make(), runs=tmp_path / "reference")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill() -> None:
+        def save_file(tensors: Any, path: Path, metadata: Any = None) -> None:
+            if path.name == f"{name}.part":
+                path.write_bytes(b"half of it")
+                raise full
+            saving(tensors, path, metadata)
+
+        def replaced(self: Path, *args: Any, **kwargs: Any) -> Any:
+            if self.name in (name, f"{name}.part"):
+                raise full
+            return writing(self, *args, **kwargs)
+
+        saving, writing = record_module.save_file, Path.open
+        patch.setattr(record_module, "save_file", save_file)
+        patch.setattr(Path, "open", replaced)
+
+    with monkeypatch.context() as patch:
+        with pytest.raises(RecordError, match="No space left on device") as caught:
+            simulate(make(), runs=tmp_path / "runs", observer=Act(2, fill))
+    assert name in str(caught.value)
+    folder = next((tmp_path / "runs").iterdir())
+    assert not list(folder.glob("*.part"))
+    rounds = 2 if name in ("checkpoint.safetensors", "rounds.jsonl") else 4
+    checkpoint = RunRecord(tmp_path / "runs", make()).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.server_round == rounds
+    result = simulate(make(), runs=tmp_path / "runs")
+    assert [line["mean"] for line in result["rounds"]] == [line["mean"] for line in reference["rounds"]]
+    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, reference)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[1])
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_before_training(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("I am no folder")
+    monkeypatch.setattr(server, "_serve", lambda *_: pytest.fail("training started"))
+    with pytest.raises(RecordError, match="Cannot make the run's folder in .*: Not a directory.*--runs"):
+        simulate(make(), runs=tmp_path / "file" / "runs")
+
+
+def test_a_read_only_folder_is_an_error_before_training(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    monkeypatch.setattr(server, "_serve", lambda *_: pytest.fail("training started"))
+    with pytest.raises(RecordError, match="Read-only file system"):
+        simulate(make(), runs=tmp_path)
+
+
+def test_two_processes_may_make_one_folder_at_once(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch = Path.touch
+
+    def probed_by_another(self: Path, *args: Any, **kwargs: Any) -> None:
+        touch(self, *args, **kwargs)
+        self.unlink()  # as the other's probe does
+
+    monkeypatch.setattr(Path, "touch", probed_by_another)
+    assert RunRecord(tmp_path, make()).folder.is_dir()
+
+
+def test_a_lock_ends_with_its_process(make: Make, tmp_path: Path) -> None:
+    with RunRecord(tmp_path, make()).locked():
+        with pytest.raises(RecordError, match="Another process"), RunRecord(tmp_path, make()).locked():
+            pass
+        with RunRecord(tmp_path, make(seed=2)).locked():
+            pass  # another run is free
+    with RunRecord(tmp_path, make()).locked():
+        pass
+
+
+# Diverging ------------------------------------------------------------------------------------------------------------
+
+
+def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make(train={"learning_rate": 1e30, "local_epochs": 2}, strategy={"name": "fedavg"})
+    with pytest.raises(AggregationError, match=r"Round 1: none of the 5 sampled clients .*NaN or infinite"):
+        simulate(config, runs=tmp_path)
+    record = RunRecord(tmp_path, config)
+    assert record.rounds() == []
+    assert record.load_checkpoint() is None
+
+    fit = client.fit
+
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, mu=mu)
+        if server_round == 3:
+            bench.model.fc1.weight.data[0, 0] = math.nan
+        return metrics
+
+    monkeypatch.setattr(client, "fit", poisoned)
+    with pytest.raises(AggregationError, match=r"Round 3: none of the 5 .*client 0: fc1\.weight has NaN"):
+        simulate(make(), runs=tmp_path)
+    record = RunRecord(tmp_path, make())
+    assert [line["round"] for line in record.rounds()] == [1, 2]
+    monkeypatch.setattr(client, "fit", fit)
+    result = simulate(make(), runs=tmp_path)
+    assert result["rounds"][2:] == [
+        {**line, "seconds": again["seconds"]}
+        for line, again in zip(simulate(make(), runs=None)["rounds"][2:], result["rounds"][2:], strict=True)
+    ]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["fc1.weight", "norm1.running_var"])
+def test_one_client_s_bad_update_is_rejected_and_counted_and_the_round_goes_on(
+    key: str, value: float, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, values = client.fit, {"strategy": {"name": "fedavg"}, "rounds": {"num_rounds": 2}}
+
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, mu=mu)
+        if (server_round, who.partition_id) == (1, 2):
+            bench.model.state_dict()[key].view(-1)[0] = value
+        return metrics
+
+    monkeypatch.setattr(client, "fit", poisoned)
+    result = simulate(make(**values), runs=tmp_path)
+    assert result["rejected_updates"] == 1
+    first, second = result["rounds"]
+    assert first["rejected"] == [{"client": 2, "reason": f"{key} has NaN or infinite values"}]
+    assert second["rejected"] == []
+    lines = RunRecord(tmp_path, make(**values)).rounds()
+    assert [c["client"] for c in lines[0]["clients"]["train"]] == [0, 1, 3, 4]
+    assert first["bytes_up"] * 5 == first["bytes_down"] * 4
+    model = load_file(Path(result["run"]) / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in model.values())
+
+
+def test_a_rejected_client_goes_on_with_the_local_tensors_it_had(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A FedBN client whose training diverged once must not carry NaN in its own layers for ever after."""
+    fit = client.fit
+
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, mu=mu)
+        if (server_round, who.partition_id) == (2, 1):
+            for tensor in bench.model.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.fill_(math.nan)
+        return metrics
+
+    monkeypatch.setattr(client, "fit", poisoned)
+    result = simulate(make(), runs=tmp_path)
+    assert [[r["client"] for r in line["rejected"]] for line in result["rounds"]] == [[], [1], [], []]
+    checkpoint = RunRecord(tmp_path, make()).load_checkpoint()
+    assert checkpoint is not None
+    assert all(bool(tensor.isfinite().all()) for local in checkpoint.clients.values() for tensor in local.values())
+
+
+def test_a_record_is_json_also_where_a_loss_is_not_finite(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = client.score
+    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan})
+    result = simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    for name in ("rounds.jsonl", "result.json"):
+        json.loads((Path(result["run"]) / name).read_text(), parse_constant=refuse)
+    line = RunRecord(tmp_path, make(rounds={"num_rounds": 1})).rounds()[0]
+    assert [c["loss"] for c in line["clients"]["evaluate"]] == [None] * 5
+
+
+def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for the images")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "score", fail)
+        with pytest.raises(AggregationError, match="No client could be evaluated.*no memory for the images"):
+            simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)
+
+
+# What names a run -----------------------------------------------------------------------------------------------------
+
+LEAVES: dict[str, Any] = {
+    "seed": 2,
+    "threads": 2,
+    "data.name": "digits",
+    "data.domains": ["scans", "photo"],
+    "data.image_size": 32,
+    "data.train_per_client": 7,
+    "data.test_per_domain": 7,
+    "data.clients_per_domain": 2,
+    "data.partition": "dirichlet",
+    "data.alpha": 0.1,
+    "data.shards_per_client": 3,
+    "data.held_out": "scans",
+    "data.validation": 0.5,
+    "data.merge": True,
+    "model.name": "alexnet",
+    "model.width": 8,
+    "norm.name": "group_norm",
+    "norm.eps": 0.1,
+    "strategy.name": "fedprox",
+    "train.learning_rate": 0.02,
+    "train.batch_size": 7,
+    "train.local_epochs": 2,
+    "train.momentum": 0.5,
+    "train.weight_decay": 0.5,
+    "train.agc": 0.5,
+    "rounds.num_rounds": 11,
+    "rounds.fraction": 0.5,
+    "rounds.weighting": "equal",
+    "rounds.evaluate_every": 2,
+    "evaluate.kinds": ["own", "cross"],
+    "evaluate.images": 64,
+    "evaluate.fallback": "pooled",
+    "evaluate.split": "validation",
+    "evaluate.batch_size": 32,
+}
+
+ELSEWHERE: dict[str, Any] = {"data.dir": "/elsewhere", "data.download": True, "rounds.checkpoint_every": 7}
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def dotted(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def test_whatever_changes_numbers_changes_the_hash() -> None:
+    every = {key for key, _ in dotted(resolve_config({}).to_dict())} - {"kind"}
+    assert every | {"norm.eps"} == set(LEAVES) | set(ELSEWHERE)
+    hashes = [resolve_config(nested(key, value)).hash for key, value in LEAVES.items()]
+    assert len({resolve_config({}).hash, *hashes}) == len(LEAVES) + 1
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_where_a_run_happens_leaves_the_hash_alone(key: str) -> None:
+    changed = resolve_config(nested(key, ELSEWHERE[key]))
+    assert changed != resolve_config({})
+    assert changed.hash == resolve_config({}).hash
+
+
+@given(st.sets(st.sampled_from([key for key, _ in dotted(resolve_config({}).to_dict())])), st.integers(1, 99))
+def test_writing_a_default_out_leaves_the_hash_alone(keys: set[str], seed: int) -> None:
+    defaults = dict(dotted(resolve_config({}).to_dict()))
+    values: dict[str, Any] = {"seed": seed, "strategy": {"name": "fedbn"}}
+    written: dict[str, Any] = {}
+    for key in keys:
+        written = merge(written, nested(key, defaults[key]))
+    assert resolve_config(merge(written, values)).hash == resolve_config(values).hash
+
+
+def test_the_default_of_an_option_leaves_the_hash_alone() -> None:
+    plain = resolve_config({"strategy": {"name": "fedprox"}, "norm": {"name": "group_norm"}})
+    spelled = resolve_config({"strategy": {"name": "FedProx", "mu": plain_mu()}, "norm": {"name": "group-norm"}})
+    assert plain.hash == spelled.hash
+    assert resolve_config({"strategy": {"name": "fedprox", "mu": 2}}) == resolve_config(
+        {"strategy": {"name": "fedprox", "mu": 2.0}}
+    )
+
+
+def plain_mu() -> Any:
+    from fednorm.registry import strategy_spec
+
+    return strategy_spec("fedprox").options["mu"]
+
+
+def test_hashes_are_those_of_records_already_written() -> None:
+    """Records outlive versions: these hashes were made by version 0.1.0."""
+    assert {name: resolve_config({"strategy": {"name": name}}).hash for name in ("fedavg", "fedbn", "fedwon")} == HASHES
+    assert config_from_dict(resolve_config({}).to_dict()).hash == HASHES["fedavg"]
+
+
+HASHES = {"fedavg": "76ce0c3de10c", "fedbn": "0fce69fee01e", "fedwon": "895bb107f5cf"}
+
+
+def test_a_checkpoint_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, make())
+    draw = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(3, 4, generator=draw), torch.tensor(2**53 + 1), torch.randn(4, 3, generator=draw).T]
+    checkpoint = Checkpoint(0, {"a/b": tensors[0]}, {"first/a": tensors[1]}, {7: {"x/y.z": tensors[2]}})
+    record.save_checkpoint(checkpoint)
+    back = record.load_checkpoint()
+    assert back is not None
+    assert torch.equal(back.server["a/b"], tensors[0])
+    assert torch.equal(back.strategy["first/a"], tensors[1])
+    assert torch.equal(back.clients[7]["x/y.z"], tensors[2])
+    assert (back.server_round, list(back.clients)) == (0, [7])
