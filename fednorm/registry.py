@@ -13,6 +13,7 @@ from torch import nn
 from fednorm.config import RunConfig, Scalar, config_from_dict, merge
 from fednorm.errors import ConfigError, canonical, unknown_name
 from fednorm.norms import make_norm
+from fednorm.options import flag, number
 
 if TYPE_CHECKING:
     from fednorm.federated.spec import StrategySpec
@@ -99,15 +100,19 @@ def make_strategy(config: RunConfig, model: nn.Module, *, num_nodes: int) -> Nor
         num_nodes: Nodes to wait for before the first round.
 
     Raises:
-        ConfigError: The strategy has no such option, or its value is out of range.
+        ConfigError: The strategy has no such option, or its value is of the wrong type or out of range.
         RoleError: The strategy would do nothing on this model.
     """
     spec = strategy_spec(config.strategy.name)
-    for key in config.strategy.options:
+    for key, value in config.strategy.options.items():
         if key not in spec.options:
             raise ConfigError(
                 f"strategy {spec.name} has no option {key!r}. Its options: {', '.join(spec.options) or 'none'}."
             )
+        if isinstance(spec.options[key], bool):
+            flag("strategy", key, value)
+        elif isinstance(spec.options[key], int | float):
+            number("strategy", key, value)
     return spec.make(
         model,
         fraction=config.rounds.fraction,

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
 from fednorm.errors import AggregationError
 from fednorm.federated.grid import InProcessGrid
@@ -118,7 +119,7 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         record.describe(about)
         # Clients' local tensors live outside this process on Flower's own runtimes: there is nothing to go on from.
         if not isinstance(grid, InProcessGrid):
-            record.drop_rounds()
+            record.start_over()
         elif checkpoint := record.load_checkpoint():
             arrays, first_round = _restore(checkpoint, bench, grid), checkpoint.server_round + 1
             lines = record.rounds()
@@ -145,8 +146,7 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     )
     document = _document(grid, bench, record, about, lines, result.arrays)
     if record:
-        record.save_model(unpack(result.arrays))
-        record.save_result(document)
+        record.finish(document, unpack(result.arrays), _local_tensors(grid))
     return document
 
 
@@ -221,13 +221,18 @@ def _by_domain(reports: Sequence[ClientReport]) -> dict[str, float]:
     return {domain: mean for domain, mean in means.items() if mean is not None}
 
 
-def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid) -> Checkpoint:
-    clients = {
+def _local_tensors(grid: Grid) -> dict[int, dict[str, Tensor]]:
+    """Return each client's local tensors, where the clients live in this process."""
+    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
+    return {
         int(context.node_config["partition-id"]): unpack(context.state.array_records[LOCAL_RECORD])
-        for context in grid.contexts.values()
+        for context in contexts
         if LOCAL_RECORD in context.state.array_records
     }
-    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), clients)
+
+
+def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid) -> Checkpoint:
+    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), _local_tensors(grid))
 
 
 def _restore(checkpoint: Checkpoint, bench: Workbench, grid: InProcessGrid) -> ArrayRecord:

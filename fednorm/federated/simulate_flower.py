@@ -40,7 +40,8 @@ def simulate_flower(
         The result, as in ``result.json``.
 
     Raises:
-        FedNormError: The configuration cannot be run, or the run failed.
+        FedNormError: The configuration cannot be run, the run failed, or its record has a checkpoint that only the
+            in-process runtime can go on from.
     """
     record = RunRecord(runs, config)
     if finished := record.result():
@@ -48,7 +49,7 @@ def simulate_flower(
     bench = Workbench(config)
     check(bench)
     with record.locked():  # not while another process writes to it
-        record.drop_rounds()
+        record.start_over()
     run_config = {"config": json.dumps(config.to_dict()), "runs": str(record.folder.parent)}
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)

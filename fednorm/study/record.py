@@ -3,8 +3,9 @@
     RUNS/fedbn-batch_norm-digits-seed1-0123456789ab/
         run.json                  the resolved configuration, its hash, versions, the plan, the data's title and notes
         rounds.jsonl              one line a round: every client's metrics
-        checkpoint.safetensors    the server's tensors, its optimizer's, every client's local ones; the round
+        checkpoint.safetensors    the server's tensors, its optimizer's, every client's; the round; while it runs
         model.safetensors         the final server tensors
+        clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
         result.json               the result; there once the run has finished
 
 Files are replaced whole, never half. Lines of rounds after the checkpoint are dropped on resume: those rounds are run
@@ -32,6 +33,8 @@ from fednorm.config import RunConfig
 from fednorm.errors import RecordError
 
 Tensors = dict[str, Tensor]
+
+CHECKPOINT = "checkpoint.safetensors"
 
 NEEDED = frozenset({"hash", "config", "data", "rounds", "final", "evaluation", "seconds"})
 """Keys without which no table can be made of a result."""
@@ -80,6 +83,7 @@ class RunRecord:
         name = f"{config.strategy.name}-{config.norm.name}-{config.data.name}-seed{config.seed}-{config.hash}"
         self.folder = Path(root).absolute() / name
         self.config = config
+        self._checkpoint = self.folder / CHECKPOINT
         with self._writing("make the run's folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -138,7 +142,7 @@ class RunRecord:
         tensors |= {f"strategy/{key}": tensor for key, tensor in checkpoint.strategy.items()}
         for partition_id, local in checkpoint.clients.items():
             tensors |= {f"client/{partition_id}/{key}": tensor for key, tensor in local.items()}
-        self._save_tensors("checkpoint.safetensors", tensors, {"round": str(checkpoint.server_round)})
+        self._save_tensors(CHECKPOINT, tensors, {"round": str(checkpoint.server_round)})
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint, and drop the lines of later rounds; None where there is none.
@@ -146,7 +150,7 @@ class RunRecord:
         Raises:
             RecordError: The file is damaged.
         """
-        path = self.folder / "checkpoint.safetensors"
+        path = self._checkpoint
         if not path.exists():
             self.drop_rounds()
             return None
@@ -174,18 +178,38 @@ class RunRecord:
             )
         return checkpoint
 
+    def start_over(self) -> None:
+        """Forget the rounds of an earlier attempt that left no checkpoint.
+
+        Raises:
+            RecordError: There is a checkpoint, which is not lost for a runtime that cannot use it.
+        """
+        if self._checkpoint.exists():
+            raise RecordError(
+                f"This run was begun in process, and Flower's runtime cannot go on from its checkpoint. Go on with "
+                f"--runtime in-process, choose another folder with --runs, or remove {self._checkpoint}."
+            )
+        self.drop_rounds()
+
     def drop_rounds(self, after: int = 0) -> None:
         """Drop the lines of the rounds after ``after``, and a line cut short by a kill."""
         kept = [line for line in self.rounds() if line["round"] <= after]
         self._replace("rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save_model(self, tensors: Tensors) -> None:
-        """Write the final server tensors."""
-        self._save_tensors("model.safetensors", tensors, {"hash": self.config.hash})
+    def finish(self, result: Mapping[str, Any], server: Tensors, clients: Mapping[int, Tensors]) -> None:
+        """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
-    def save_result(self, result: Mapping[str, Any]) -> None:
-        """Write the result: the run has finished."""
+        Args:
+            result: The result.
+            server: The server's tensors.
+            clients: Each client's local tensors, by partition id.
+        """
+        self._save_tensors("model.safetensors", server, {"hash": self.config.hash})
+        if clients:
+            local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
+            self._save_tensors("clients.safetensors", local, {"hash": self.config.hash})
         self._replace("result.json", json.dumps(result, indent=1))
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of a finished run, or None.

@@ -105,9 +105,7 @@ def test_values_that_are_lists_themselves_are_lists_of_lists() -> None:
         ('[base]\nkind = "continual"', "kind must be one of federated; got 'continual'"),
     ],
 )
-def test_a_file_that_is_no_study_is_refused(
-    text: str, message: str, study: Callable[[str], list[RunConfig]], tmp_path: Path
-) -> None:
+def test_a_file_that_is_no_study_is_refused(text: str, message: str, study: Callable[[str], list[RunConfig]]) -> None:
     with pytest.raises(ConfigError, match=message):
         study(text)
 
@@ -172,7 +170,7 @@ class _Pool:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def submit(self, run: Any, config: RunConfig, runs: Path) -> Any:
+    def submit(self, _run: Any, config: RunConfig, _runs: Path) -> Any:
         from concurrent.futures import Future
         from concurrent.futures.process import BrokenProcessPool
 

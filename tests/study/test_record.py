@@ -109,8 +109,8 @@ def cut(make: Make, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda whole: b"",
-        lambda whole: b"not a checkpoint",
+        lambda _: b"",
+        lambda _: b"not a checkpoint",
         lambda whole: whole[: len(whole) // 2],
         lambda whole: whole.replace(b'"round"', b'"rouns"', 1),
         lambda whole: whole.replace(b'"round":"2"', b'"round":"x"', 1),
@@ -177,9 +177,8 @@ def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
         patch.setattr(record_module, "save_file", save_file)
         patch.setattr(Path, "open", replaced)
 
-    with monkeypatch.context() as patch:
-        with pytest.raises(RecordError, match="No space left on device") as caught:
-            simulate(make(), runs=tmp_path / "runs", observer=Act(2, fill))
+    with monkeypatch.context() as patch, pytest.raises(RecordError, match="No space left on device") as caught:
+        simulate(make(), runs=tmp_path / "runs", observer=Act(2, fill))
     assert name in str(caught.value)
     folder = next((tmp_path / "runs").iterdir())
     assert not list(folder.glob("*.part"))
@@ -198,7 +197,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_before_training(
 ) -> None:
     (tmp_path / "file").write_text("I am no folder")
     monkeypatch.setattr(server, "_serve", lambda *_: pytest.fail("training started"))
-    with pytest.raises(RecordError, match="Cannot make the run's folder in .*: Not a directory.*--runs"):
+    with pytest.raises(RecordError, match=r"Cannot make the run's folder in .*: Not a directory.*--runs"):
         simulate(make(), runs=tmp_path / "file" / "runs")
 
 
@@ -341,7 +340,7 @@ def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
 
     with monkeypatch.context() as patch:
         patch.setattr(client, "score", fail)
-        with pytest.raises(AggregationError, match="No client could be evaluated.*no memory for the images"):
+        with pytest.raises(AggregationError, match=r"No client could be evaluated.*no memory for the images"):
             simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)
 
 

@@ -62,6 +62,7 @@ class Watch:
         self.rounds: list[int] = []
 
     def begin(self, bench: Workbench, first_round: int) -> None:
+        assert bench.config.rounds.num_rounds == 4
         self.first = first_round
 
     def round(self, line: Any) -> None:

@@ -1,0 +1,235 @@
+"""What scripts rely on: one JSON document on standard output, names, exit codes, streams."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fednorm.cli as cli
+from fednorm.commands.catalogue import SECTIONS
+from fednorm.config import config_from_dict
+from fednorm.data.benchmarks import BENCHMARKS
+from fednorm.federated import client
+from fednorm.models import MODELS
+from fednorm.norms import NORMS
+from fednorm.registry import resolve_config, strategy_names
+
+Call = Callable[..., Any]
+Refused = Callable[..., None]
+Small = tuple[str, ...]
+
+
+# What scripts rely on -------------------------------------------------------------------------------------------------
+
+
+def test_federated_prints_one_document(call: Call, tmp_path: Path, small: Small) -> None:
+    outcome = call("federated", "--strategy", "fedbn", "--evaluate", "own,cross", "--json", *small)
+    assert outcome.code == 0
+    result = outcome.document
+    assert {"plan", "rounds", "final", "run", "config", "evaluation", "hash", "seconds"} <= set(result)
+    assert set(result["plan"]) == {"shared", "local", "pooled", "reset", "bytes_per_round"}
+    assert (result["plan"]["shared"], result["plan"]["local"]) == (12, 25)  # six layers' weights and biases; five BN
+    assert {"per_domain", "mean", "worst"} <= set(result["final"])
+    assert list(result["final"]["per_domain"]) == ["scans", "photo", "fonts", "street", "faint"]
+    assert [line["round"] for line in result["rounds"]] == [1, 2]
+    for line in result["rounds"]:
+        assert line["bytes_down"] + line["bytes_up"] == result["plan"]["bytes_per_round"]
+    assert set(result["evaluation"]) == {"own", "cross"}
+    assert resolve_config(result["config"]) == config_from_dict(result["config"])
+    folder = Path(result["run"])
+    assert folder.parent == tmp_path / "runs"
+    assert json.loads((folder / "result.json").read_text()) == result
+
+    again = call("federated", "--strategy", "fedbn", "--evaluate", "own,cross", "--json", *small)
+    assert again.document == result
+    assert "has finished before" in again.err
+
+
+def test_a_dry_run_prints_the_same_document_without_training(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Small
+) -> None:
+    whole = call("federated", "--json", *small).document
+    monkeypatch.setattr("fednorm.commands.federated.simulate", lambda *_, **__: pytest.fail("it trained"))
+    dry = call("federated", "--json", "--dry-run", "--runs", tmp_path / "dry", *small)
+    assert dry.code == 0
+    document = dry.document
+    assert document.pop("estimated_seconds") < 60
+    assert document == {key: whole[key] for key in document}
+    assert {"plan", "config", "hash", "parameters", "data"} <= set(document)
+    assert not (tmp_path / "dry").exists()
+    longer = call("federated", "--json", "--dry-run", *small, "--rounds", "9999").document
+    assert 1 < longer["estimated_seconds"] < 9999
+
+
+def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> None:
+    outcome = call("federated", "--strategy", "silobn", "--dry-run", "--layers", *small)
+    assert outcome.code == 0
+    assert "estimated time:" in outcome.out
+    assert "scans: 1 client, 16 train, 10 test images" in outcome.out
+    rows = [line.split() for line in outcome.out.splitlines() if "norm1." in line or "conv1." in line]
+    roles = {cells[i]: next(r for r in ("shared", "local", "pooled", "reset") if r in cells)
+             for cells in rows for i in (0, 1) if "." in cells[i]}  # fmt: skip
+    assert roles["conv1.weight"] == roles["norm1.weight"] == "shared"
+    assert roles["norm1.running_mean"] == roles["norm1.running_var"] == "local"
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("norms", list(NORMS)),
+        ("strategies", list(strategy_names())),
+        ("models", list(MODELS)),
+        ("data", list(BENCHMARKS)),
+        ("scenarios", []),
+        ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "study/recipes").glob("*.toml"))),
+    ],
+)
+def test_list_names_everything(what: str, names: list[str], call: Call) -> None:
+    document = call("list", what, "--json").document
+    assert list(document) == [what]
+    assert [row["name"] for row in document[what]] == names
+    plain = call("list", what.upper())
+    assert plain.code == 0
+    assert [line.split()[0] for line in plain.out.splitlines()] == (names or ["There"])
+    if what in ("norms", "strategies", "models", "data"):
+        assert all(row["summary"] for row in document[what])
+
+
+@pytest.mark.parametrize("name", [*NORMS, *strategy_names(), *MODELS, *BENCHMARKS, *SECTIONS])
+def test_explain_explains_every_name(name: str, call: Call) -> None:
+    card = call("explain", name.replace("_", "-"), "--json").document
+    assert card["name"] == name
+    assert card.get("about") or card["summary"]
+    if name in (*NORMS, *strategy_names()):
+        assert card["citation"]["title"] or name == "none"
+        assert isinstance(card["options"], dict)
+    text = call("explain", name)
+    assert text.code == 0
+    assert text.out.startswith(f"{name} (")
+
+
+def test_explain_tells_what_each_tensor_is(call: Call) -> None:
+    card = call("explain", "batch-norm", "--json").document
+    kinds = {key: tensor["kind"] for key, tensor in card["tensors"].items()}
+    assert kinds == {
+        "weight": "scale", "bias": "shift", "running_mean": "mean", "running_var": "var", "num_batches_tracked": "count"
+    }  # fmt: skip
+    assert card["normalizes"]
+    assert card["batch_coupled"]
+    assert "Tensor running_mean: mean" in call("explain", "batch-norm").out
+
+
+def test_explain_and_list_offer_the_nearest_name(call: Call, refused: Refused) -> None:
+    refused(call("explain", "fedbm"), "'fedbm'", "Did you mean 'fedbn'")
+    refused(call("list", "norm"), "'norm'", "Did you mean 'norms'")
+
+
+def test_options_override_the_file_and_settings_override_options(call: Call, tmp_path: Path, small: Small) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('seed = 5\n[strategy]\nname = "fed-bn"\n[train]\nmomentum = 0.5\n[data]\ntrain_per_client = 4')
+    arguments = ("--config", path, "--dry-run", "--json", "--strategy", "FedProx", "--seed", "6", *small)
+    config = call("federated", *arguments, "--set", "strategy.mu=0.25", "--set", "seed=7").document["config"]
+    assert config["strategy"] == {"name": "fedprox", "mu": 0.25}
+    assert (config["seed"], config["train"]["momentum"], config["data"]["train_per_client"]) == (7, 0.5, 16)
+
+
+def test_names_are_read_with_dashes_and_underscores(call: Call, small: Small) -> None:
+    documents = [
+        call("federated", "--data", data, "--norm", norm, "--model", model, "--dry-run", "--json", *small).document
+        for data, norm, model in (
+            ("digits-mini", "group-norm", "digits-cnn"),
+            ("digits_mini", "Group_Norm", "digits_cnn"),
+        )
+    ]
+    assert documents[0]["hash"] == documents[1]["hash"]
+
+
+# A process of its own -------------------------------------------------------------------------------------------------
+
+
+def test_the_console_script_s_exit_codes_and_streams(tmp_path: Path, small: Small) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fednorm.cli"]
+
+    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    good = process("federated", "--json", *small)
+    assert good.returncode == 0
+    assert json.loads(good.stdout)["final"]["round"] == 2
+    assert "round 2/2" in good.stderr
+    bad = process("explain", "fedbm")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert bad.stderr.startswith("error: There is no ")
+
+
+def test_results_are_not_mixed_with_flower_s_log(call: Call, small: Small) -> None:
+    logging.getLogger("flwr").setLevel(logging.INFO)
+    assert call("federated", "--json", *small).document["final"]["round"] == 2
+
+
+# Verify ---------------------------------------------------------------------------------------------------------------
+
+
+def test_verify_golden_prints_a_row_a_trace(call: Call) -> None:
+    default = Path(__file__).resolve().parents[2] / "../shared/golden"
+    folder = Path(os.environ.get("FEDNORM_GOLDEN") or default)
+    if not folder.is_dir():
+        pytest.skip("no golden traces: set FEDNORM_GOLDEN to their folder")
+    outcome = call("verify", "golden", folder, "--json")
+    assert outcome.code == 0
+    rows = outcome.document["traces"]
+    assert {row["file"] for row in rows} == {path.name for path in folder.glob("*.npz")}
+    for row in rows:
+        assert set(row) == {"file", "method", "largest_error", "status", "passed", "detail"}
+        assert (row["status"] == "pass") == bool(row["passed"])
+    replayed = [row for row in rows if row["status"] == "pass"]
+    assert {"agc", "scaled", "ws", "fedbn"} <= {row["file"].split("_")[0] for row in replayed}
+    assert all(row["largest_error"] < 1e-4 for row in replayed)
+
+
+def test_verify_golden_fails_on_a_trace_it_does_not_reproduce(call: Call, tmp_path: Path, refused: Refused) -> None:
+    (tmp_path / "traces").mkdir()
+    refused(call("verify", "golden", tmp_path / "traces"), "holds no .npz trace")
+    refused(call("verify", "golden", tmp_path / "nowhere"), "There is no folder")
+    (tmp_path / "traces" / "broken.npz").write_bytes(b"not a trace")
+    outcome = call("verify", "golden", tmp_path / "traces", "--json")
+    assert outcome.code == 1
+    assert outcome.document["traces"][0]["status"] == "unreadable"
+    assert "broken.npz" in outcome.err
+
+
+def test_verify_determinism_compares_bit_for_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ("--set", "model.width=4", "--set", "data.train_per_client=16", "--set", "rounds.num_rounds=2")
+    outcome = call("verify", "determinism", "--json", *settings)
+    assert outcome.code == 0
+    assert outcome.document["checks"] == {"run again": True, "cut short and gone on with": True}
+    assert "cut after round 1, going on" in outcome.err
+
+    calls, fit = [0], client.fit
+
+    def drifting(bench: Any, *args: Any, **kwargs: Any) -> Any:
+        metrics, calls[0] = fit(bench, *args, **kwargs), calls[0] + 1
+        bench.model.fc1.weight.data[0, 0] += calls[0] * 1e-6
+        return metrics
+
+    monkeypatch.setattr(client, "fit", drifting)
+    outcome = call("verify", "determinism", "--json", *settings)
+    assert outcome.code == 1
+    assert outcome.document["checks"] == {"run again": False, "cut short and gone on with": False}

@@ -1,0 +1,206 @@
+"""The arrows of the design, read from the imports: config → data → model → step → clients → record → study → report."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fednorm", "strategies", "scenarios")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("fednorm.errors", "fednorm.rng", "fednorm.roles"),
+    ("fednorm.spec", "fednorm.options", "fednorm.config"),
+    ("fednorm.data", "fednorm.norms", "fednorm.optim"),
+    ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
+    ("fednorm.registry",),
+    ("fednorm.step",),
+    ("fednorm.study.record",),
+    ("fednorm.federated",),
+    ("strategies", "scenarios"),
+    ("fednorm.study", "fednorm.api"),
+    ("fednorm.report",),
+    ("fednorm.verify", "fednorm.bench"),
+    ("fednorm.cli",),
+    ("fednorm.commands",),
+)
+"""Modules import their own layer and those above; the longest prefix counts."""
+
+LATER: dict[str, str] = {
+    "fednorm.registry": "names to strategies and scenarios, asked for by name",
+    "fednorm.cli": "a command's module is imported when the command is called",
+    "fednorm.study.grid": "a run's process imports what trains only then",
+    "fednorm.federated": "the package answers a call of fednorm.federated as the function does",
+    "fednorm.api": "so that importing fednorm stays quick",
+    "fednorm": "so that importing fednorm stays quick",
+}
+"""Modules that import within a function what their layer could not import at once, and why."""
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        yield str(node.module)
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imports(path: Path, *, now: bool = False) -> set[str]:
+    """Return every module and name that a file imports; with ``now`` those that its own import imports."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [tree(path)]
+    while pending:
+        node = pending.pop()
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        if now and (typing_only or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
+            continue
+        found.update(_imported(node))
+        pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def layer(module: str) -> int | None:
+    fits = [(len(p), depth) for depth, level in enumerate(LAYERS) for p in level if within(module, p)]
+    return max(fits)[1] if fits else None
+
+
+def importers(package: str) -> set[str]:
+    return {name_of(path) for path in FILES if any(within(name, package) for name in imports(path))}
+
+
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+@every_file
+def test_imports_go_one_way(path: Path) -> None:
+    own = layer(name_of(path))
+    assert own is not None or name_of(path) == "fednorm", f"{name_of(path)} stands in no layer of this test"
+    for name in imports(path, now=True):
+        other = layer(name)
+        if own is not None and other is not None:
+            assert other <= own, f"{name_of(path)} imports {name}, which comes after it"
+
+
+@every_file
+def test_only_those_with_a_reason_import_late(path: Path) -> None:
+    late = imports(path) - imports(path, now=True)
+    guards = [n for n in ast.walk(tree(path)) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
+    typing = {name for guard in guards for inner in ast.walk(guard) for name in _imported(inner)}
+    ours = {name for name in late - typing if within(name, "fednorm") or within(name, "strategies")}
+    if any((layer(name) or 0) > (layer(name_of(path)) or 0) for name in ours):
+        assert name_of(path) in LATER
+
+
+def test_the_test_would_see_an_arrow_that_goes_back(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.py"
+    path.write_text("from fednorm.report import table\ndef f():\n    import fednorm.cli")
+    assert imports(path, now=True) == {"fednorm.report", "fednorm.report.table"}
+    assert imports(path) == {"fednorm.report", "fednorm.report.table", "fednorm.cli"}
+    assert (
+        (layer("fednorm.study.record") or 0)
+        < (layer("fednorm.federated.server") or 0)
+        < (layer("fednorm.study.grid") or 0)
+    )
+
+
+def test_only_the_registry_knows_strategies_and_scenarios() -> None:
+    for package in ("strategies", "scenarios"):
+        ours = {name for name in importers(package) if within(name, "fednorm")}
+        assert ours <= {"fednorm.registry"}
+    loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
+    assert {name for name in loaders if within(name, "fednorm")} <= {
+        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue"
+    }  # fmt: skip
+
+
+def test_strategies_and_scenarios_do_not_know_each_other() -> None:
+    assert not {name for name in importers("scenarios") if within(name, "strategies")}
+    assert not {name for name in importers("strategies") if within(name, "scenarios")}
+
+
+def test_nothing_but_commands_imports_the_command_line() -> None:
+    assert all(within(name, "fednorm.commands") for name in importers("fednorm.cli"))
+    assert importers("fednorm.cli")
+
+
+def test_flower_and_avalanche_stay_in_their_places() -> None:
+    homes = ("fednorm.federated", "strategies", "fednorm.bench")
+    assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
+    assert {name for name in importers("avalanche") if not within(name, "scenarios")} == set()
+    public = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
+    private = {
+        name_of(path)
+        for path in FILES
+        for name in imports(path)
+        if within(name, "flwr") and not any(within(name, package) for package in public)
+    }
+    assert private == {"fednorm.federated.flower_private"}
+
+
+def test_models_do_not_name_norms() -> None:
+    norms = {path.stem for path in (ROOT / "fednorm/norms").glob("[a-z]*.py")}
+    for path in (ROOT / "fednorm/models").glob("*.py"):
+        assert not {name for name in imports(path) if within(name, "fednorm.norms") and name.split(".")[2:3] != [] and
+                    name.split(".")[2] in norms}  # fmt: skip
+
+
+@every_file
+def test_files_and_functions_are_short_and_documented(path: Path) -> None:
+    assert ast.get_docstring(tree(path)), "a module says what it is for"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
+            assert lines <= 60, f"{node.name} has {lines} lines"
+
+
+@every_file
+def test_nothing_prints(path: Path) -> None:
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_public_names_are_there() -> None:
+    for path in FILES:
+        module = importlib.import_module(name_of(path))
+        for name in getattr(module, "__all__", ()):
+            assert hasattr(module, name), f"{module.__name__}.{name}"
+    fednorm = importlib.import_module("fednorm")
+    assert set(fednorm.__all__) == {"__version__", "convert", "federated"}
+    with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
+        fednorm.fedrated  # noqa: B018
+
+
+def test_importing_fednorm_is_quick() -> None:
+    code = (
+        "import sys, fednorm, fednorm.cli; heavy = {'torch', 'flwr', 'avalanche', 'ray', 'sklearn', 'matplotlib'};"
+        "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
