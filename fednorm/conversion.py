@@ -153,7 +153,7 @@ class _Conversion:
     def __init__(self, norm: Norm) -> None:
         self.norm = norm
         self.report = ConversionReport(norm)
-        self.rebuilds_convolutions = type(norm).conv is not Norm.conv
+        self.rebuilds_convolutions = type(norm).conv_layer is not Norm.conv_layer or not norm.shifts
         self.normalizes = type(norm).layer is not Norm.layer
         self.done: dict[int, nn.Module] = {}
         self.kept: list[nn.Module] = []

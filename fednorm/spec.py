@@ -47,7 +47,7 @@ class Norm:
     """A normalization method with its options: what a model is given in place of a layer class.
 
     Subclasses are frozen dataclasses whose fields *are* the method's options. A method overrides what it changes:
-    an activation normalization :meth:`layer`, a weight reparameterization :meth:`conv`.
+    an activation normalization :meth:`layer`, a weight reparameterization :attr:`conv_layer`.
     """
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
@@ -76,7 +76,7 @@ class Norm:
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
     ) -> nn.Conv2d:
-        """Return a 2-D convolution, reparameterized where the method says so.
+        """Return a 2-D convolution: the method's :meth:`conv_layer`, with a bias where nothing else shifts.
 
         Args:
             in_channels: Channels in.
@@ -87,13 +87,13 @@ class Norm:
             dilation: Dilation.
             groups: Number of channel groups.
             bias: Whether the architecture has a bias here *when a normalization layer follows*. A method that
-                puts no shift after the convolution has a bias all the same.
+                puts no shift after the convolution (:attr:`shifts`) has a bias all the same.
             padding_mode: Padding mode.
 
         Returns:
             The convolution.
         """
-        return nn.Conv2d(
+        return self.conv_layer(
             in_channels,
             out_channels,
             kernel_size,
@@ -101,9 +101,19 @@ class Norm:
             padding=padding,
             dilation=dilation,
             groups=groups,
-            bias=bias,
+            bias=bias or not self.shifts,
             padding_mode=padding_mode,
         )
+
+    @property
+    def conv_layer(self) -> Callable[..., nn.Conv2d]:
+        """The convolution's class, with the method's own arguments; a weight reparameterization overrides it."""
+        return nn.Conv2d
+
+    @property
+    def shifts(self) -> bool:
+        """Whether the method's layer adds a learned shift, which makes a convolution's bias redundant."""
+        return True
 
     def activation(self, name: str = "relu") -> nn.Module:
         """Return the nonlinearity called ``name`` (a key of :data:`ACTIVATIONS`), scaled where the method says so."""

@@ -21,9 +21,10 @@ carry gamma: ``activation_gain`` is the switch. The gammas are DeepMind's, about
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,40 +194,15 @@ class ScaledWeightStandardization(Norm):
         if self.alpha < 0:
             raise ConfigError(f"sws.alpha scales a residual branch and must be 0 (off) or more; got {self.alpha!r}.")
 
-    def conv(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-    ) -> nn.Conv2d:
-        """Return a standardized convolution that has a bias whatever ``bias`` says.
+    @property
+    def conv_layer(self) -> Callable[..., nn.Conv2d]:
+        """The standardized convolution; building it raises a ConfigError where the fan-in is 1."""
+        return partial(SWSConv2d, eps=self.eps, floor=self.floor, unbiased=self.unbiased, gain=self.gain)
 
-        Raises:
-            ConfigError: The fan-in is 1.
-        """
-        del bias
-        return SWSConv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=True,
-            padding_mode=padding_mode,
-            eps=self.eps,
-            floor=self.floor,
-            unbiased=self.unbiased,
-            gain=self.gain,
-        )
+    @property
+    def shifts(self) -> bool:
+        """Return False: no normalization layer follows, so every convolution has a bias."""
+        return False
 
     def activation(self, name: str = "relu") -> nn.Module:
         """Return the nonlinearity called ``name``, multiplied by its gamma where ``activation_gain`` is on."""

@@ -21,8 +21,10 @@ or add it to the root (``eps_on="deviation"``, DeepLab code). timm's StdConv2d h
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -113,38 +115,10 @@ class WeightStandardizationGroupNorm(Norm):
         """
         return GroupNorm(num_groups=self.num_groups, eps=self.group_eps).layer(num_channels, spatial_dims)
 
-    def conv(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        *,
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
-    ) -> nn.Conv2d:
-        """Return a standardized convolution.
-
-        Raises:
-            ConfigError: The fan-in is 1.
-        """
-        return WSConv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            eps=self.eps,
-            eps_on=self.eps_on,
-            unbiased=self.unbiased,
-        )
+    @property
+    def conv_layer(self) -> Callable[..., nn.Conv2d]:
+        """The standardized convolution; building it raises a ConfigError where the fan-in is 1."""
+        return partial(WSConv2d, eps=self.eps, eps_on=self.eps_on, unbiased=self.unbiased)
 
 
 SPEC = NormSpec(

@@ -209,7 +209,7 @@ class RunRecord:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
             self._save_tensors("clients.safetensors", local, {"hash": self.config.hash})
         self._replace("result.json", json.dumps(result, indent=1))
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        self._checkpoint.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of a finished run, or None.
@@ -268,7 +268,7 @@ def read_result(path: Path) -> dict[str, Any]:
     if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= NEEDED for r in results):
         raise RecordError(
             f"{path} is not a result: it needs the keys {', '.join(sorted(NEEDED))}. Give a record's folder, a folder "
-            "of records, or a summary that 'fednorm report --summary' wrote; a damaged result.json can be removed: "
-            "the run's last round is then evaluated again."
+            "of records, or a summary that 'fednorm report --summary' wrote; where a result.json is damaged, remove "
+            "it, and the run is made again."
         )
     return dict(document)

@@ -81,14 +81,13 @@ class Trained:
         with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             patch.setattr(InProcessGrid, "_handle", noted)
             self.result = simulate(config, runs=Path(folder), bench=Workbench(config, federation()))
-            tensors = load_file(Path(self.result["run"]) / "checkpoint.safetensors")
+            self.server = load_file(Path(self.result["run"]) / "model.safetensors")
+            clients = load_file(Path(self.result["run"]) / "clients.safetensors")
         self.evaluation = self.result["evaluation"]
-        self.server = {key.removeprefix("server/"): t for key, t in tensors.items() if key.startswith("server/")}
         self.local: dict[int, State] = {}
-        for key, tensor in tensors.items():
-            if key.startswith("client/"):
-                _, pid, name = key.split("/", 2)
-                self.local.setdefault(int(pid), {})[name] = tensor
+        for key, tensor in clients.items():
+            pid, name = key.split("/", 1)
+            self.local.setdefault(int(pid), {})[name] = tensor
 
     def sent(self, message_type: str) -> list[int]:
         return [pid for kind, pid in self.messages if kind == message_type]

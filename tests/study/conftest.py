@@ -93,7 +93,9 @@ def arm(where, n):
             return len(checkpoints) == n
         before(record.os, "replace", nth, die)
     elif where == "before the result":
-        before(rec, "save_result", lambda *_: True, die)
+        before(rec, "finish", lambda *_: True, die)
+    elif where == "in the result":
+        before(record.os, "replace", lambda part, name: str(name).endswith("result.json"), die)
     return Watch(where, n)
 
 
@@ -175,7 +177,8 @@ class Written:
 
     def __init__(self, folder: Path) -> None:
         self.model = load_file(folder / "model.safetensors")
-        self.checkpoint = load_file(folder / "checkpoint.safetensors")
+        self.clients = load_file(folder / "clients.safetensors")
+        assert not (folder / "checkpoint.safetensors").exists()
         lines = map(json.loads, (folder / "rounds.jsonl").read_text().splitlines())
         self.rounds = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
         result = json.loads((folder / "result.json").read_text())
@@ -183,7 +186,7 @@ class Written:
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Written)
-        for mine, theirs in ((self.model, other.model), (self.checkpoint, other.checkpoint)):
+        for mine, theirs in ((self.model, other.model), (self.clients, other.clients)):
             assert mine.keys() == theirs.keys()
             different = [key for key in mine if mine[key].numpy().tobytes() != theirs[key].numpy().tobytes()]
             assert not different

@@ -36,6 +36,7 @@ PLACES = (
     "in the checkpoint",
     "after the round",
     "before the result",
+    "in the result",
 )
 
 
@@ -82,7 +83,7 @@ def test_a_run_killed_anywhere_goes_on(
     _, how = launcher.run(values, tmp_path, place, 3)
     assert how == -signal.SIGKILL
     folder, watch = go_on(values, tmp_path)
-    assert watch.first == {"after the round": 4, "before the result": 5}.get(place, 3)
+    assert watch.first == {"after the round": 4, "before the result": 5, "in the result": 5}.get(place, 3)
     assert watch.rounds == list(range(watch.first, 5))
     assert written(folder) == whole(values)
     assert not list(folder.glob("*.part"))
@@ -138,8 +139,9 @@ def test_the_comparison_would_notice_lost_state(
         assert written(folder) == whole(values)
 
 
-def test_a_checkpoint_holds_every_client_s_local_tensors(small: Any, tmp_path: Path) -> None:
-    folder, _ = go_on(small(), tmp_path)
+def test_a_checkpoint_holds_every_client_s_local_tensors(small: Any, launcher: Any, tmp_path: Path) -> None:
+    launcher.run(small(), tmp_path, "after the round", 2)
+    folder = next(tmp_path.iterdir())
     tensors = load_file(folder / "checkpoint.safetensors")
     plan = Workbench(resolve_config(small())).plan
     expected = {f"server/{key}" for key in plan.sent} | {f"client/{i}/{key}" for i in range(5) for key in plan.local}
