@@ -111,43 +111,71 @@ def _options(bench: Workbench) -> Document:
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
-    strategy, config = bench.strategy, bench.config
-    lines: list[Document] = []
-    arrays, first_round = strategy.initial_arrays(bench.model), 1
-    about = describe(bench)
+    config, about = bench.config, describe(bench)
     if record:
         record.describe(about)
-        # Clients' local tensors live outside this process on Flower's own runtimes: there is nothing to go on from.
-        if not isinstance(grid, InProcessGrid):
-            record.start_over()
-        elif checkpoint := record.load_checkpoint():
-            arrays, first_round = _restore(checkpoint, bench, grid), checkpoint.server_round + 1
-            lines = record.rounds()
-    if observer:
-        observer.begin(bench, first_round)
-
-    def on_round(report: RoundReport, new: ArrayRecord) -> None:
-        lines.append(line := round_line(report))
-        if record:
-            record.append_round(line)
-            last = report.server_round == config.rounds.num_rounds
-            if isinstance(grid, InProcessGrid) and (last or report.server_round % config.rounds.checkpoint_every == 0):
-                record.save_checkpoint(_checkpoint(report.server_round, new, bench, grid))
-        if observer:
-            observer.round(line)
-
-    result = strategy.start(
-        grid,
-        arrays,
-        num_rounds=config.rounds.num_rounds,
-        first_round=first_round,
-        evaluate_every=config.rounds.evaluate_every,
-        on_round=on_round,
-    )
-    document = _document(grid, bench, record, about, lines, result.arrays)
+    journal = _Journal(grid, bench, record, observer)
+    arrays, first_round = journal.open()
+    try:
+        result = bench.strategy.start(
+            grid,
+            arrays,
+            num_rounds=config.rounds.num_rounds,
+            first_round=first_round,
+            evaluate_every=config.rounds.evaluate_every,
+            on_round=journal.round,
+        )
+    finally:
+        journal.close()
+    document = _document(grid, bench, record, about, journal.lines, result.arrays)
     if record:
         record.finish(document, unpack(result.arrays), _local_tensors(grid))
     return document
+
+
+class _Journal:
+    """Takes down every round: its line, now and then a checkpoint, a word to the observer.
+
+    Clients' local tensors live outside this process on Flower's own runtimes: there, no checkpoint is written.
+
+    Attributes:
+        lines: Every round's line so far.
+    """
+
+    def __init__(self, grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> None:
+        self.lines: list[Document] = []
+        self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
+        self._pending: Checkpoint | None = None
+
+    def open(self) -> tuple[ArrayRecord, int]:
+        """Return the tensors to start from and the first round, from the checkpoint if there is one."""
+        arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
+        if self._record and not isinstance(self._grid, InProcessGrid):
+            self._record.start_over()
+        elif self._record and (checkpoint := self._record.load_checkpoint()):
+            arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
+            self.lines = self._record.rounds()
+        if self._observer:
+            self._observer.begin(self._bench, first_round)
+        return arrays, first_round
+
+    def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
+        """Take down one round."""
+        self.lines.append(line := round_line(report))
+        if self._record:
+            self._record.append_round(line)
+            if isinstance(self._grid, InProcessGrid):
+                self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid)
+                if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
+                    self.close()
+        if self._observer:
+            self._observer.round(line)
+
+    def close(self) -> None:
+        """Write the last round's checkpoint where that is not done: a run that ends, well or not, keeps its rounds."""
+        if self._record and self._pending:
+            checkpoint, self._pending = self._pending, None
+            self._record.save_checkpoint(checkpoint)
 
 
 def _document(
@@ -235,9 +263,10 @@ def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: 
     return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), _local_tensors(grid))
 
 
-def _restore(checkpoint: Checkpoint, bench: Workbench, grid: InProcessGrid) -> ArrayRecord:
+def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecord:
     bench.strategy.load_state_dict(checkpoint.strategy)
-    for context in grid.contexts.values():
+    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
+    for context in contexts:
         local = checkpoint.clients.get(int(context.node_config["partition-id"]))
         if local:
             context.state[LOCAL_RECORD] = pack(local)

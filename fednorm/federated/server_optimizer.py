@@ -49,14 +49,17 @@ class ServerOptimizer(NormStrategy):
         return mean | {key: self.update(old[key], mean[key], self._slots[key]) for key in self._learned}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the slots, as ``slot/key``."""
-        return {f"{slot}/{key}": tensor for key, slots in self._slots.items() for slot, tensor in slots.items()}
+        """Return copies of the slots, as ``slot/key``: the slots themselves change in place."""
+        return {name: tensor.clone() for name, tensor in self._named_slots().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back the slots."""
-        own = self.state_dict()
+        own = self._named_slots()
         if set(own) != set(state):
             odd = sorted(set(own) ^ set(state))
             raise ConfigError(f"The checkpoint's optimizer does not fit {type(self).__name__}: {', '.join(odd[:5])}.")
         for key, tensor in own.items():
             tensor.copy_(state[key])
+
+    def _named_slots(self) -> dict[str, Tensor]:
+        return {f"{slot}/{key}": tensor for key, slots in self._slots.items() for slot, tensor in slots.items()}

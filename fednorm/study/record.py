@@ -69,14 +69,11 @@ def versions() -> dict[str, str]:
 
 
 class RunRecord:
-    """The record of one run.
+    """The record of one run. Nothing is written before :meth:`prepare`.
 
     Args:
         root: The folder that holds records.
         config: The run's configuration.
-
-    Raises:
-        RecordError: The folder cannot be made or written.
     """
 
     def __init__(self, root: Path, config: RunConfig) -> None:
@@ -84,6 +81,13 @@ class RunRecord:
         self.folder = Path(root).absolute() / name
         self.config = config
         self._checkpoint = self.folder / CHECKPOINT
+
+    def prepare(self) -> None:
+        """Make the run's folder.
+
+        Raises:
+            RecordError: It cannot be made or written.
+        """
         with self._writing("make the run's folder"):
             self.folder.mkdir(parents=True, exist_ok=True)
             probe = self.folder / ".writable"
@@ -92,11 +96,12 @@ class RunRecord:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the record for this process.
+        """Make the run's folder and hold the record for this process.
 
         Raises:
-            RecordError: Another process is running this very run.
+            RecordError: The folder cannot be made or written, or another process is running this very run.
         """
+        self.prepare()
         with self._writing("lock the record"):
             handle = (self.folder / ".lock").open("w")
         with handle:

@@ -82,7 +82,8 @@ class Trained:
             patch.setattr(InProcessGrid, "_handle", noted)
             self.result = simulate(config, runs=Path(folder), bench=Workbench(config, federation()))
             self.server = load_file(Path(self.result["run"]) / "model.safetensors")
-            clients = load_file(Path(self.result["run"]) / "clients.safetensors")
+            path = Path(self.result["run"]) / "clients.safetensors"
+            clients = load_file(path) if path.exists() else {}
         self.evaluation = self.result["evaluation"]
         self.local: dict[int, State] = {}
         for key, tensor in clients.items():

@@ -177,7 +177,8 @@ class Written:
 
     def __init__(self, folder: Path) -> None:
         self.model = load_file(folder / "model.safetensors")
-        self.clients = load_file(folder / "clients.safetensors")
+        clients = folder / "clients.safetensors"
+        self.clients = load_file(clients) if clients.exists() else {}
         assert not (folder / "checkpoint.safetensors").exists()
         lines = map(json.loads, (folder / "rounds.jsonl").read_text().splitlines())
         self.rounds = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]

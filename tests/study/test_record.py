@@ -225,7 +225,10 @@ def test_two_processes_may_make_one_folder_at_once(make: Make, tmp_path: Path, m
         self.unlink()  # as the other's probe does
 
     monkeypatch.setattr(Path, "touch", probed_by_another)
-    assert RunRecord(tmp_path, make()).folder.is_dir()
+    record = RunRecord(tmp_path, make())
+    assert not record.folder.exists()
+    record.prepare()
+    assert record.folder.is_dir()
 
 
 def test_a_lock_ends_with_its_process(make: Make, tmp_path: Path) -> None:
@@ -251,7 +254,7 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
     assert record.rounds() == []
     assert record.load_checkpoint() is None
 
-    fit = client.fit
+    fit, rare = client.fit, make(rounds={"num_rounds": 4, "checkpoint_every": 3})
 
     def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
         metrics = fit(bench, who, server_round=server_round, mu=mu)
@@ -261,14 +264,17 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
 
     monkeypatch.setattr(client, "fit", poisoned)
     with pytest.raises(AggregationError, match=r"Round 3: none of the 5 .*client 0: fc1\.weight has NaN"):
-        simulate(make(), runs=tmp_path)
-    record = RunRecord(tmp_path, make())
+        simulate(rare, runs=tmp_path)
+    record = RunRecord(tmp_path, rare)
     assert [line["round"] for line in record.rounds()] == [1, 2]
+    checkpoint = record.load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.server_round == 2
     monkeypatch.setattr(client, "fit", fit)
-    result = simulate(make(), runs=tmp_path)
+    result = simulate(rare, runs=tmp_path)
     assert result["rounds"][2:] == [
         {**line, "seconds": again["seconds"]}
-        for line, again in zip(simulate(make(), runs=None)["rounds"][2:], result["rounds"][2:], strict=True)
+        for line, again in zip(simulate(rare, runs=None)["rounds"][2:], result["rounds"][2:], strict=True)
     ]
 
 
@@ -454,6 +460,7 @@ HASHES = {"fedavg": "76ce0c3de10c", "fedbn": "0fce69fee01e", "fedwon": "895bb107
 
 def test_a_checkpoint_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
     record = RunRecord(tmp_path, make())
+    record.prepare()
     draw = torch.Generator().manual_seed(1)
     tensors = [torch.randn(3, 4, generator=draw), torch.tensor(2**53 + 1), torch.randn(4, 3, generator=draw).T]
     checkpoint = Checkpoint(0, {"a/b": tensors[0]}, {"first/a": tensors[1]}, {7: {"x/y.z": tensors[2]}})
