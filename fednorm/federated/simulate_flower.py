@@ -50,7 +50,6 @@ def simulate_flower(
     check(bench)
     with record.locked():  # not while another process writes to it
         record.start_over()
-    record.prepare()
     run_config = {"config": json.dumps(config.to_dict()), "runs": str(record.folder.parent)}
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)

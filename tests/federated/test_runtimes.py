@@ -126,6 +126,7 @@ def test_a_finished_run_is_read_back_on_any_runtime(tmp_path: Path) -> None:
 def test_flower_never_touches_the_record_of_a_run_that_goes_on_elsewhere(tmp_path: Path) -> None:
     config = resolve_config(VALUES)
     record = RunRecord(tmp_path, config)
+    record.prepare()
     record.append_round({"round": 1})
     with record.locked(), pytest.raises(RecordError, match="Another process"):
         simulate_flower.simulate_flower(config, runs=tmp_path)
@@ -139,6 +140,7 @@ def test_flower_never_touches_the_record_of_a_run_that_goes_on_elsewhere(tmp_pat
 def test_lines_of_an_attempt_that_was_cut_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve_config(VALUES)
     record = RunRecord(tmp_path, config)
+    record.prepare()
     record.append_round({"round": 1, "old": True})
     seen: list[Any] = []
 
