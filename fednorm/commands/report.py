@@ -20,6 +20,7 @@ def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: 
     """Print the tables of all results found, one set for each data set and choice of the images that are scored."""
     found = [result for path in paths for result in read_results(path)]
     results = list({result["hash"]: result for result in found}.values())  # a run that was named twice counts once
+    results.sort(key=_order)
     if not results:
         raise RecordError(f"There is no finished run (result.json) in {', '.join(map(str, paths))}.")
     if select:
@@ -34,6 +35,13 @@ def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: 
         if any(set(result["evaluation"]) - {"own"} for result in group):
             _show(evaluation_table(group), markdown=markdown)
     return None
+
+
+def _order(result: Mapping[str, Any]) -> tuple[str, str, float, float, int]:
+    """Return where a result stands in a table: by method, then by its settings, then by seed."""
+    config = result["config"]
+    methods = [json.dumps(config[section], sort_keys=True) for section in ("strategy", "norm")]
+    return methods[0], methods[1], config["train"]["learning_rate"], config["train"]["agc"], config["seed"]
 
 
 def _scored(result: Mapping[str, Any]) -> tuple[str, str]:

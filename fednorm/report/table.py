@@ -193,13 +193,14 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     number = f"n = {most} seeds, mean ± standard deviation" if most > 1 else "one seed, no interval"
     if fewest != most:
         number = f"n = {fewest} to {most} seeds, mean ± standard deviation where n > 1"
-    settings = "; ".join(f"{name}: {_tuned(group[0])}" for name, group in groups.items())
+    tuned = {name: _tuned(group[0]) for name, group in groups.items()}
+    settings = "; ".join(f"{name}: {values}" for name, values in tuned.items() if values.split(",")[0] not in name)
     rounds = sorted({result["final"]["round"] for result in results})
     selection = results[0]["final"]["selection"]
     after = ", ".join(map(str, rounds))
     return (
-        f"Seeds {', '.join(map(str, seeds))} ({number}); accuracy after round {after} ({selection}).",
-        f"Settings: {settings}.",
+        f"Seed {', '.join(map(str, seeds))} ({number}); accuracy after round {after} ({selection}); wall-clock seconds.",
+        *([f"Settings: {settings}."] if settings else []),
         *results[0]["data"]["notes"],
     )
 
