@@ -199,7 +199,7 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     selection = results[0]["final"]["selection"]
     after = ", ".join(map(str, rounds))
     return (
-        f"Seed {', '.join(map(str, seeds))} ({number}); accuracy after round {after} ({selection}); wall-clock seconds.",
+        f"Seed {', '.join(map(str, seeds))} ({number}); accuracy after round {after} ({selection}); wall clock.",
         *([f"Settings: {settings}."] if settings else []),
         *results[0]["data"]["notes"],
     )
