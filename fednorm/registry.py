@@ -16,6 +16,7 @@ from fednorm.norms import make_norm
 from fednorm.options import flag, number
 
 if TYPE_CHECKING:
+    from fednorm.continual.spec import ScenarioSpec
     from fednorm.federated.spec import StrategySpec
     from fednorm.federated.strategy import NormStrategy
 
@@ -52,6 +53,18 @@ def strategy_spec(name: str) -> StrategySpec:
     if name not in strategy_names():
         raise unknown_name("strategy", name, strategy_names())
     return cast("StrategySpec", import_module(f"strategies.{name}").SPEC)
+
+
+def scenario_spec(name: str) -> ScenarioSpec:
+    """Return the identity card of a scenario.
+
+    Raises:
+        UnknownNameError: There is no such scenario.
+    """
+    name = canonical(name)
+    if name not in scenario_names():
+        raise unknown_name("scenario", name, scenario_names())
+    return cast("ScenarioSpec", import_module(f"scenarios.{name}").SPEC)
 
 
 def resolve_config(values: Mapping[str, Any]) -> RunConfig:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fednorm.roles import Carry, Kind
 
@@ -40,6 +40,29 @@ class TensorSpec:
 
     kind: Kind
     carry: Carry = Carry.KEEP
+
+
+class HookedLayer:
+    """A layer that takes part in the training step beyond its forward pass; a mixin beside ``nn.Module``.
+
+    :class:`~fednorm.step.TrainingStep` finds such layers and calls these methods; each does nothing unless overridden.
+    """
+
+    def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:
+        """Be told about the coming batch; called before every training forward.
+
+        Args:
+            tasks: The task number of every sample, integers in [0, ``num_tasks``), shape (N,). None where tasks are
+                unknown, as in a federation: the layer then does what it documents for a single task.
+            num_tasks: How many tasks have been seen, the present one included; the present one is ``num_tasks - 1``.
+        """
+
+    def penalty(self) -> Tensor | None:
+        """Return a term of the loss, a scalar; called after every training forward. None for no term."""
+        return None
+
+    def end_experience(self) -> None:
+        """Be told that an experience has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)

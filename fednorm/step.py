@@ -8,20 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fednorm.spec import NormSpec
+from fednorm.errors import DataError
+from fednorm.spec import HookedLayer, NormSpec
 
 
 class TrainingStep:
     """One step of training on one batch.
 
-    The order is: forward, cross-entropy, backward, ``adjust`` (each may change the gradients in place: a proximal
-    term, clipping), the optimizer's update, ``after`` (each may change the parameters: a projection).
+    The order is: the layers' hooks are told the tasks, forward, cross-entropy plus the layers' penalties, backward,
+    ``adjust`` (each may change the gradients in place: a proximal term, clipping), the optimizer's update, ``after``
+    (each may change the parameters: a projection).
 
     Attributes:
-        model: The model; it must be in training mode.
+        model: The model; it must be in training mode. Its layers are looked through once, here.
         optimizer: Updates the parameters.
         adjust: Called between backward and update.
         after: Called after the update.
+        hooked: The model's layers that take part in the step, in module order.
     """
 
     def __init__(
@@ -36,27 +39,75 @@ class TrainingStep:
         self.optimizer = optimizer
         self.adjust = tuple(adjust)
         self.after = tuple(after)
+        self.hooked = tuple(module for module in model.modules() if isinstance(module, HookedLayer))
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Train on one batch.
 
         Args:
             images: Floats, shape (B, C, H, W).
             labels: Class numbers, shape (B,).
+            tasks: The task number of every image, integers in [0, ``num_tasks``), shape (B,); None where unknown. Only
+                layers with hooks see them.
+            num_tasks: How many tasks have been seen, the present one included.
 
         Returns:
-            The batch's mean loss before the update, and its logits, shape (B, K); both detached.
+            The batch's mean cross-entropy before the update, penalties not included, and its logits, shape (B, K);
+            both detached.
+
+        Raises:
+            DataError: A layer needs the tasks, and they do not fit the batch.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        self.announce(tasks, num_tasks, len(images))
         logits = self.model(images)
         loss = functional.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.penalized(loss).backward()  # type: ignore[no-untyped-call]
         for change in self.adjust:
             change()
         self.optimizer.step()
         for change in self.after:
             change()
         return loss.detach(), logits.detach()
+
+    def announce(self, tasks: Tensor | None, num_tasks: int, count: int) -> None:
+        """Tell the layers with hooks the tasks of the coming batch of ``count`` images.
+
+        Raises:
+            DataError: There is not one task in [0, ``num_tasks``) for each image.
+        """
+        if not self.hooked:
+            return
+        if tasks is not None:
+            _require_tasks(tasks, num_tasks, count)
+        for layer in self.hooked:
+            layer.set_tasks(tasks, num_tasks)
+
+    def penalized(self, loss: Tensor) -> Tensor:
+        """Return a loss plus the penalties of the latest forward pass; each counts once."""
+        for layer in self.hooked:
+            penalty = layer.penalty()
+            if penalty is not None:
+                loss = loss + penalty
+        return loss
+
+    def end_experience(self) -> None:
+        """Tell the layers with hooks that an experience has ended."""
+        for layer in self.hooked:
+            layer.end_experience()
+
+
+def _require_tasks(tasks: Tensor, num_tasks: int, count: int) -> None:
+    if tuple(tasks.shape) != (count,):
+        raise DataError(f"The step needs one task number per image: {count} images; got shape {tuple(tasks.shape)}.")
+    low, high = (int(bound) for bound in tasks.aminmax())
+    if low < 0 or high >= num_tasks:
+        raise DataError(
+            f"Task numbers lie in 0 to {num_tasks - 1}, for {num_tasks} tasks seen so far; got {low} to {high}. Pass "
+            "num_tasks including the present task, and count tasks from 0."
+        )
 
 
 class ProximalTerm:

@@ -1,9 +1,24 @@
-"""Continual scenarios: streams of experiences for Avalanche. None has landed yet."""
+"""Continual scenarios: one file each, a stream of experiences, and an Avalanche benchmark where one is wanted.
+
+from fednorm.config import DataConfig
+from fednorm.continual.avalanche_benchmark import to_avalanche
+from scenarios.split_digits import SPEC
+stream = SPEC.stream(DataConfig(), image_size=28, seed=1, options={"num_experiences": 5})
+benchmark = to_avalanche(stream)
+"""
 
 from __future__ import annotations
 
 FEDNORM_API = 1
 """Tells ``fednorm.registry`` that this is fednorm's package and not a stranger's of the same name."""
 
-SCENARIOS: tuple[str, ...] = ()
-"""The names of the scenarios."""
+SCENARIOS: tuple[str, ...] = (
+    "domain_digits",
+    "permuted_labels",
+    "permuted_pixels",
+    "random_labels",
+    "split_cifar10",
+    "split_cifar100",
+    "split_digits",
+)
+"""The names of the scenarios; each is a module of this package with a ``SPEC``."""

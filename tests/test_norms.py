@@ -23,7 +23,13 @@ from fednorm.roles import LEARNED, STATISTICS, Kind, RoleRule
 from fednorm.spec import Norm
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "adab2n": ("adab2n", {}),
     "batch_norm": ("batch_norm", {}),
+    "batch_norm_corrected": ("batch_norm_corrected", {}),
+    # r and d are constant for the gradient: bounds that stay at 1 and 0 leave the plain derivative to compare.
+    "batch_renorm": ("batch_renorm", {"growth": 1e-12}),
+    "continual_norm": ("continual_norm", {}),
+    "continual_norm-3": ("continual_norm", {"num_groups": 3}),
     "group_norm": ("group_norm", {}),
     "group_norm-3": ("group_norm", {"num_groups": 3}),
     "instance_norm": ("instance_norm", {}),
@@ -33,19 +39,32 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sws": ("sws", {}),
     "sws-add": ("sws", {"floor": "add", "eps": 1e-6}),
     "sws-unbiased": ("sws", {"unbiased": True, "gain": False, "activation_gain": False}),
+    "switch_norm": ("switch_norm", {}),
+    "task_balanced_norm": ("task_balanced_norm", {}),
     "ws_group_norm": ("ws_group_norm", {}),
     "ws_group_norm-deviation": ("ws_group_norm", {"eps_on": "deviation", "eps": 1e-3, "unbiased": False}),
 }
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
+    "adab2n": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9, "lambd": 0.5, "num_tasks": 3, "ada_t0": 1, "corrected": True},
     "batch_norm": {"eps": 0.5, "momentum": 0.7},
+    "batch_norm_corrected": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9},
+    "batch_renorm": {"eps": 0.5, "momentum": 0.7, "r_max": 1.0, "d_max": 0.0, "growth": 0.1},
+    "continual_norm": {"eps": 0.5, "momentum": 0.7, "num_groups": 3},
     "group_norm": {"eps": 0.5, "num_groups": 3},
     "instance_norm": {"eps": 0.5, "affine": False},
     "layer_norm": {"eps": 0.5, "over": "channels"},
     "none": {},
     "sws": {"eps": 50.0, "floor": "add", "unbiased": True, "gain": False, "activation_gain": False, "alpha": 0.0},
+    "switch_norm": {"eps": 0.5, "momentum": 0.7},
+    "task_balanced_norm": {"eps": 0.5, "momentum": 0.7, "batch_ratio": 1},
     "ws_group_norm": {"eps": 0.5, "group_eps": 0.5, "num_groups": 3, "eps_on": "deviation", "unbiased": False},
 }
 """For every option of every method, a value that is not its default."""
+NEEDS_TASKS = {
+    ("adab2n", "lambd"), ("adab2n", "num_tasks"), ("adab2n", "ada_t0"), ("adab2n", "corrected"),
+    ("task_balanced_norm", "batch_ratio"),
+}  # fmt: skip
+"""Options that act through the training step's hooks; the methods' own tests show that each does."""
 
 C_IN, C = 4, 6
 
@@ -122,8 +141,35 @@ def identity(x: Tensor, layer: nn.Module) -> Tensor:
     return x
 
 
+def reference_continual(groups: int) -> Callable[[Tensor, nn.Module], Tensor]:
+    def reference(x: Tensor, layer: nn.Module) -> Tensor:
+        grouped = x.reshape(len(x), groups, -1)
+        mean, var = moments(grouped, (2,))
+        return reference_batch_norm(((grouped - mean) / (var + 1e-5).sqrt()).reshape(x.shape), layer)
+
+    return reference
+
+
+def reference_switch(x: Tensor, layer: nn.Module) -> Tensor:
+    axes = [(1,), (0,)] if x.ndim == 2 else [(2, 3), (1, 2, 3), (0, 2, 3)]
+    mean, var = torch.zeros_like(x), torch.zeros_like(x)
+    gates = zip(axes, layer.mean_weight.exp(), layer.var_weight.exp(), strict=True)  # type: ignore[operator, union-attr]
+    for over, a, b in gates:
+        one_mean, one_var = moments(x, over)
+        mean = mean + a / layer.mean_weight.exp().sum() * one_mean  # type: ignore[operator, union-attr]
+        var = var + b / layer.var_weight.exp().sum() * one_var  # type: ignore[operator, union-attr]
+    return affine((x - mean) / (var + 1e-5).sqrt(), layer)
+
+
 LAYER_REFERENCES: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+    "adab2n": reference_batch_norm,
     "batch_norm": reference_batch_norm,
+    "batch_norm_corrected": reference_batch_norm,
+    "batch_renorm": reference_batch_norm,
+    "continual_norm": reference_continual(2),
+    "continual_norm-3": reference_continual(3),
+    "switch_norm": reference_switch,
+    "task_balanced_norm": reference_batch_norm,
     "group_norm": reference_groups(2),
     "group_norm-3": reference_groups(3),
     "instance_norm": reference_instance,
@@ -320,6 +366,8 @@ def test_no_option_is_ignored(name: str) -> None:
     for option, value in OTHER_OPTIONS[name].items():
         assert value != fields[option]
         default, other = make_norm(name), make_norm(name, {option: value})
+        if (name, option) in NEEDS_TASKS:
+            continue
         if option == "alpha":
             assert (default.residual_alpha, other.residual_alpha) == (0.2, None)
             continue
@@ -327,7 +375,7 @@ def test_no_option_is_ignored(name: str) -> None:
         for norm in (default, other):
             module = unit(norm).train()
             module(images())
-            outputs.append((module(images()), module.eval()(images())))
+            outputs.append((module(2 * images()), module.eval()(images())))
         same = all(torch.allclose(a, b, rtol=1e-9, atol=0) for a, b in zip(*outputs, strict=True))
         assert not same, f"{name}.{option} changes nothing"
 
@@ -339,6 +387,17 @@ def test_no_option_is_ignored(name: str) -> None:
         ("batch_norm", {"eps": math.nan}, "finite"),
         ("batch_norm", {"eps": "small"}, "must be a finite number; got 'small'"),
         ("batch_norm", {"momentum": 1.5}, "at most 1; got 1.5"),
+        ("adab2n", {"kappa": -0.1}, "kappa must be 0 or more; got -0.1"),
+        ("adab2n", {"kappa": 1.1}, "at most 1; got 1.1"),
+        ("adab2n", {"lambd": -1}, "lambd must be 0 or more; got -1"),
+        ("adab2n", {"num_tasks": 0}, "an integer of 1 or more; got 0"),
+        ("adab2n", {"ada_t0": -1}, "an integer of 0 or more; got -1"),
+        ("adab2n", {"corrected": "yes"}, "true or false; got 'yes'"),
+        ("batch_norm_corrected", {"kappa": -1}, "kappa must be 0 or more; got -1"),
+        ("batch_renorm", {"r_max": 0.5}, "r_max must be 1 or more and d_max 0 or more; got 0.5 and 5.0"),
+        ("batch_renorm", {"growth": 0}, "greater than 0; got 0"),
+        ("continual_norm", {"num_groups": 0}, "an integer of 1 or more; got 0"),
+        ("task_balanced_norm", {"batch_ratio": 0.5}, "an integer of 1 or more; got 0.5"),
         ("group_norm", {"num_groups": 0}, "an integer of 1 or more; got 0"),
         ("group_norm", {"num_groups": 2.5}, "an integer of 1 or more; got 2.5"),
         ("layer_norm", {"over": "pixels"}, "one of sample, channels; got 'pixels'"),
@@ -359,7 +418,7 @@ def test_unknown_norm_offers_the_nearest() -> None:
         make_norm("bach-norm")
 
 
-@pytest.mark.parametrize("name", ["group_norm", "ws_group_norm"])
+@pytest.mark.parametrize("name", ["continual_norm", "group_norm", "ws_group_norm"])
 def test_indivisible_channels_are_refused_with_the_valid_counts(name: str) -> None:
     with pytest.raises(
         ConfigError, match=r"has 15 channels and num_groups is 4\. Set num_groups to one of 1, 3, 5, 15"

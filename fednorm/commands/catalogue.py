@@ -15,7 +15,7 @@ from fednorm.data.benchmarks import BENCHMARKS
 from fednorm.errors import canonical, unknown_name
 from fednorm.models import MODELS, model_spec
 from fednorm.norms import NORMS, norm_spec
-from fednorm.registry import scenario_names, strategy_names, strategy_spec
+from fednorm.registry import scenario_names, scenario_spec, strategy_names, strategy_spec
 from fednorm.spec import Citation
 
 Row = dict[str, Any]
@@ -37,6 +37,10 @@ def _strategies() -> list[Row]:
     return [{"name": name, "summary": strategy_spec(name).summary} for name in strategy_names()]
 
 
+def _scenarios() -> list[Row]:
+    return [{"name": name, "summary": scenario_spec(name).summary} for name in scenario_names()]
+
+
 def _models() -> list[Row]:
     return [{"name": name, "summary": model_spec(name).summary} for name in MODELS]
 
@@ -50,7 +54,7 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
     "strategies": _strategies,
     "models": _models,
     "data": _data,
-    "scenarios": lambda: [{"name": name} for name in scenario_names()],
+    "scenarios": _scenarios,
     "learners": list,  # they come with the continual scenarios
     "studies": lambda: [{"name": name} for name in recipe_names()],
 }
@@ -81,10 +85,11 @@ def run_explain(name: str, *, as_json: bool) -> None:
         **{model: lambda key=model: _model(key) for model in MODELS},  # type: ignore[misc]
         **{norm: lambda key=norm: _norm(key) for norm in NORMS},  # type: ignore[misc]
         **{strategy: lambda key=strategy: _strategy(key) for strategy in strategy_names()},  # type: ignore[misc]
+        **{scenario: lambda key=scenario: _scenario(key) for scenario in scenario_names()},  # type: ignore[misc]
         **{bench: lambda key=bench: _benchmark(key) for bench in BENCHMARKS},  # type: ignore[misc]
     }
     if name not in makers:
-        raise unknown_name("norm, strategy, model, benchmark or section", name, makers)
+        raise unknown_name("norm, strategy, scenario, model, benchmark or section", name, makers)
     card = makers[name]()
     if as_json:
         return print_json(card)
@@ -111,6 +116,12 @@ def _strategy(name: str) -> Row:
     spec = strategy_spec(name)
     card = _card("strategy", name, spec.summary, spec.citation, f"strategies.{name}", spec.options)
     return card | {"defaults": dict(spec.defaults), "personalised": spec.personalised}
+
+
+def _scenario(name: str) -> Row:
+    spec = scenario_spec(name)
+    card = _card("scenario", name, spec.summary, spec.citation, f"scenarios.{name}", spec.options)
+    return card | {"data": list(spec.data)}
 
 
 def _model(name: str) -> Row:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -43,12 +42,12 @@ def run_golden(folder: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"traces": rows})
     else:
-        table = Table("trace", "method", "largest error", "outcome", "detail")
+        width = max(len(str(row["file"])) for row in rows)
         for row in rows:
-            error = row["largest_error"]
-            shown = "–" if error is None else f"{error:.2e}"
-            table.add_row(str(row["file"]), str(row["method"] or "–"), shown, str(row["status"]), str(row["detail"]))
-        out().print(table)
+            error, method = row["largest_error"], f"{row['method']}: " if row["method"] else ""
+            shown = "" if error is None else f"{error:.1e}"
+            line = f"{row['file']:<{width}}  {row['status']:<9}  {shown:>7}  {method}{row['detail']}"
+            out().print(line, markup=False, soft_wrap=True)
     if failed:
         fail(f"{len(failed)} traces were not reproduced: {', '.join(map(str, failed))}", 1)
 

@@ -14,12 +14,18 @@ from fednorm.errors import ConfigError, canonical, unknown_name
 from fednorm.spec import Norm, NormSpec
 
 NORMS: tuple[str, ...] = (
+    "adab2n",
     "batch_norm",
+    "batch_norm_corrected",
+    "batch_renorm",
+    "continual_norm",
     "group_norm",
     "instance_norm",
     "layer_norm",
     "none",
+    "switch_norm",
     "sws",
+    "task_balanced_norm",
     "ws_group_norm",
 )
 

@@ -11,10 +11,28 @@ from enum import StrEnum
 from pathlib import Path
 
 from fednorm.errors import DataError
-from fednorm.verify import golden_agc, golden_fedbn, golden_ws
+from fednorm.verify import (
+    golden_adab2n,
+    golden_agc,
+    golden_batchrenorm,
+    golden_cl_metrics,
+    golden_cn,
+    golden_fedbn,
+    golden_tbbn,
+    golden_ws,
+)
 from fednorm.verify.golden_trace import Family, Trace, read_trace
 
-FAMILIES: tuple[Family, ...] = (*golden_ws.FAMILIES, *golden_agc.FAMILIES, *golden_fedbn.FAMILIES)
+FAMILIES: tuple[Family, ...] = (
+    *golden_ws.FAMILIES,
+    *golden_agc.FAMILIES,
+    *golden_fedbn.FAMILIES,
+    *golden_cl_metrics.FAMILIES,
+    *golden_adab2n.FAMILIES,
+    *golden_cn.FAMILIES,
+    *golden_tbbn.FAMILIES,
+    *golden_batchrenorm.FAMILIES,
+)
 
 
 class Status(StrEnum):

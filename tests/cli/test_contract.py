@@ -20,7 +20,7 @@ from fednorm.data.benchmarks import BENCHMARKS
 from fednorm.federated import client
 from fednorm.models import MODELS
 from fednorm.norms import NORMS
-from fednorm.registry import resolve_config, strategy_names
+from fednorm.registry import resolve_config, scenario_names, strategy_names
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -88,7 +88,7 @@ def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> No
         ("strategies", list(strategy_names())),
         ("models", list(MODELS)),
         ("data", list(BENCHMARKS)),
-        ("scenarios", []),
+        ("scenarios", list(scenario_names())),
         ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "study/recipes").glob("*.toml"))),
     ],
 )

@@ -1,0 +1,1 @@
+"""Continual learning: streams of experiences, and what is measured on them."""

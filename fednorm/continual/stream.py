@@ -1,0 +1,155 @@
+"""The nouns of continual learning: a stream is a sequence of experiences, an experience is rows of shared arrays.
+
+Nothing here knows Avalanche; :mod:`fednorm.continual.avalanche_benchmark` makes a benchmark of a stream.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fednorm.data.domain import Split
+from fednorm.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, eq=False)
+class PermutedSplit(Split):
+    """A split whose pixels change places when a batch is taken; the shared array stays as it is.
+
+    Take pixels with :meth:`batch`, never from ``images``: those are the unpermuted ones.
+
+    Attributes:
+        pixel_order: A permutation of 0 to H * W - 1, int64: pixel p of a batch is pixel ``pixel_order[p]`` of the
+            array, in every channel.
+    """
+
+    pixel_order: Tensor
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return permuted images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
+        images, labels = super().batch(rows)
+        return images.flatten(2)[:, :, self.pixel_order].view(images.shape), labels
+
+
+@dataclass(frozen=True, eq=False)
+class Experience:
+    """What a learner sees between two boundaries: one task.
+
+    Attributes:
+        number: Its place in the stream, from 0; also the task of each of its samples.
+        title: How a table names it, e.g. ``classes 3, 5`` (of the original data) or a domain's name.
+        classes: The labels it is about, ascending.
+        train: Its training images.
+        validation: Images held back from its training images for choosing hyper-parameters; may be empty.
+        test: Its test images.
+    """
+
+    number: int
+    title: str
+    classes: tuple[int, ...]
+    train: Split
+    validation: Split
+    test: Split
+
+    def tasks(self, count: int) -> Tensor:
+        """Return the task of each of ``count`` samples of this experience, int64, shape (count,).
+
+        For the norm and the buffer, which keep it with each sample; no model is told.
+        """
+        return torch.full((count,), self.number, dtype=torch.int64)
+
+    @property
+    def splits(self) -> tuple[tuple[str, Split], ...]:
+        """Return the three splits by name."""
+        return ("training", self.train), ("validation", self.validation), ("test", self.test)
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A continual benchmark for one seed.
+
+    Attributes:
+        title: How a table names it.
+        num_classes: K; labels are 0 to K - 1 in every experience.
+        image_size: Height and width of the images.
+        experiences: In order, numbered from 0.
+        class_order: The original class of each label: label k was class ``class_order[k]``.
+        classes_per_task: C where the task of a sample is ``label // C``, 0 where its label does not tell its task.
+        memorization: True where the test images *are* the training images, because the labels are random and
+            nothing but memory can be tested.
+        notes: Sentences that belong under a table of results.
+
+    Raises:
+        DataError: An experience has no training or no test images, or a label is outside 0 to K - 1.
+    """
+
+    title: str
+    num_classes: int
+    image_size: int
+    experiences: tuple[Experience, ...]
+    class_order: tuple[int, ...]
+    classes_per_task: int = 0
+    memorization: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for experience in self.experiences:
+            for name, split in experience.splits:
+                self._check(f"Experience {experience.number} ({experience.title}) of {self.title}", name, split)
+
+    def _check(self, experience: str, name: str, split: Split) -> None:
+        if not len(split):
+            if name == "validation":
+                return
+            raise DataError(
+                f"{experience} has no {name} images. Give the data more images of it, or make fewer experiences, or "
+                "hold back less for validation (data.validation)."
+            )
+        labels = split.labels[split.index]
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.num_classes:
+            raise DataError(
+                f"{experience} has {name} labels from {low} to {high}; the stream's {self.num_classes} classes are "
+                f"numbered 0 to {self.num_classes - 1}."
+            )
+
+    def __len__(self) -> int:
+        """Return T, the number of experiences."""
+        return len(self.experiences)
+
+    def __iter__(self) -> Iterator[Experience]:
+        """Yield the experiences in order."""
+        return iter(self.experiences)
+
+    def task_of(self, labels: Tensor) -> Tensor:
+        """Return the task of each sample from its label, ``label // classes_per_task``.
+
+        Raises:
+            ConfigError: In this stream a label does not tell its task.
+        """
+        if not self.classes_per_task:
+            raise ConfigError(
+                f"In {self.title} a label does not tell its task: every experience has every class. Keep the task of "
+                "each sample with it (Experience.tasks)."
+            )
+        return labels.div(self.classes_per_task, rounding_mode="floor")
+
+    def digest(self) -> str:
+        """Return what identifies the stream: SHA-256 of its rows, labels and pixel orders, 16 hexadecimal digits.
+
+        The pixels themselves are not read; the data's own files identify them.
+        """
+        digest = hashlib.sha256()
+        for experience in self.experiences:
+            for name, split in experience.splits:
+                digest.update(f"{experience.number}|{name}|{len(split)}|{experience.classes}".encode())
+                tensors = [split.index, split.labels[split.index]]
+                if isinstance(split, PermutedSplit):
+                    tensors.append(split.pixel_order)
+                for tensor in tensors:
+                    digest.update(tensor.numpy().astype("<i8").tobytes())
+        return digest.hexdigest()[:16]

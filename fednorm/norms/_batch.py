@@ -1,0 +1,69 @@
+"""What layers that estimate moments from a batch have in common: checks of the input, and the count of batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fednorm.errors import ConfigError, DataError
+
+
+class BatchLayer(_BatchNorm):
+    """PyTorch's batch normalization for any number of spatial axes: learned (C,) scale and shift, running moments.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        momentum: Weight of the new batch in the running moments. None averages all batches alike, as in PyTorch.
+    """
+
+    def __init__(self, num_features: int, *, eps: float, momentum: float) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.weight: nn.Parameter
+        self.bias: nn.Parameter
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.num_batches_tracked: Tensor
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Require (N, C, ...) and, in training, more than one value per channel.
+
+        Raises:
+            DataError: The input is something else.
+        """
+        name, shape = type(self).__name__, tuple(input.shape)
+        if input.ndim < 2 or shape[1] != self.num_features:
+            raise DataError(f"{name} expects an input (N, {self.num_features}, ...); got shape {shape}.")
+        if self.training and input.numel() <= self.num_features:
+            raise DataError(
+                f"{name} estimates a variance from each batch and needs more than one value per channel; got shape "
+                f"{shape}. Use a batch size of at least 2, drop the last batch, or call model.eval()."
+            )
+
+    @torch.no_grad()
+    def count_batch(self) -> float:
+        """Count a batch, and return its weight in the running moments."""
+        self.num_batches_tracked.add_(1)
+        return 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    @torch.no_grad()
+    def update(self, mean: Tensor, var: Tensor, rate: float) -> None:
+        """Move the running moments towards a batch's: running <- (1 - rate) * running + rate * batch."""
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(var, rate)
+
+
+def per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Return values of shape (C,) or (N, C) as (1, C, 1, ...) or (N, C, 1, ...), to go with ``like`` (N, C, ...)."""
+    return values.view(-1, like.shape[1], *[1] * (like.ndim - 2))
+
+
+def check_spatial_dims(method: str, spatial_dims: int) -> None:
+    """Require 0 to 3 spatial axes.
+
+    Raises:
+        ConfigError: It is another number.
+    """
+    if spatial_dims not in (0, 1, 2, 3):
+        raise ConfigError(f"{method} is defined for 0 to 3 spatial axes; got {spatial_dims}.")

@@ -1,0 +1,66 @@
+"""split_cifar10: CIFAR-10 in five experiences of two classes each, class-incremental.
+
+Splitting a data set's classes into tasks: Zenke, Poole, Ganguli. Continual Learning Through Synaptic Intelligence.
+ICML 2017. https://arxiv.org/abs/1703.04200 (there CIFAR-10 followed by parts of CIFAR-100). Five tasks of two classes,
+tested over all classes without being told the task, are the usual Split CIFAR-10 of the replay literature, e.g. Buzzega
+et al., https://arxiv.org/abs/2004.07211.
+
+The class order is drawn from the seed, so that a mean over seeds is one over orders too; with
+``class_order="sorted"`` it is 0 to 9, as in mammoth, whose code AdaB2N's is built on.
+"""
+
+from __future__ import annotations
+
+from fednorm.continual.dealing import class_incremental
+from fednorm.continual.spec import ScenarioSpec
+from fednorm.continual.stream import Stream
+from fednorm.data.benchmarks import Reader
+from fednorm.spec import Citation
+
+
+def make(
+    reader: Reader,
+    seed: int,
+    *,
+    num_experiences: int = 5,
+    class_order: str = "shuffled",
+    train_per_experience: int = 0,
+    test_per_experience: int = 0,
+) -> Stream:
+    """Build the stream.
+
+    Args:
+        reader: Reads the data.
+        seed: The run's seed.
+        num_experiences: T; it must divide the number of classes.
+        class_order: ``shuffled`` by the seed, or ``sorted``.
+        train_per_experience: Most training images an experience; 0 for all.
+        test_per_experience: Most test images an experience; 0 for all.
+
+    Raises:
+        ConfigError: More experiences than classes, or a number that does not divide them.
+        DataError: The data is missing or corrupt.
+    """
+    return class_incremental(
+        "split_cifar10",
+        reader,
+        seed,
+        num_experiences=num_experiences,
+        class_order=class_order,
+        train=train_per_experience,
+        test=test_per_experience,
+    )
+
+
+SPEC = ScenarioSpec(
+    name="split_cifar10",
+    summary="CIFAR-10 in five experiences of two classes each.",
+    citation=Citation(
+        title="Continual Learning Through Synaptic Intelligence",
+        authors="Zenke, Poole, Ganguli",
+        year=2017,
+        arxiv="1703.04200",
+    ),
+    make=make,
+    data=("cifar10",),
+)

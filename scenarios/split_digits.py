@@ -1,0 +1,63 @@
+"""split_digits: the embedded ``digits_mini`` in five experiences of two digits each, class-incremental.
+
+The Split MNIST of Zenke, Poole, Ganguli. Continual Learning Through Synaptic Intelligence. ICML 2017.
+https://arxiv.org/abs/1703.04200, on the small embedded images, so that a demonstration and the tests need no folder.
+It is a stand-in: its numbers are not Split MNIST's. Every experience has images of all the domains of ``digits_mini``
+(or of those in ``data.domains``).
+"""
+
+from __future__ import annotations
+
+from fednorm.continual.dealing import class_incremental
+from fednorm.continual.spec import ScenarioSpec
+from fednorm.continual.stream import Stream
+from fednorm.data.benchmarks import Reader
+from fednorm.spec import Citation
+
+
+def make(
+    reader: Reader,
+    seed: int,
+    *,
+    num_experiences: int = 5,
+    class_order: str = "shuffled",
+    train_per_experience: int = 0,
+    test_per_experience: int = 0,
+) -> Stream:
+    """Build the stream.
+
+    Args:
+        reader: Reads the data.
+        seed: The run's seed.
+        num_experiences: T; it must divide the number of classes.
+        class_order: ``shuffled`` by the seed, or ``sorted``.
+        train_per_experience: Most training images an experience; 0 for all.
+        test_per_experience: Most test images an experience; 0 for all.
+
+    Raises:
+        ConfigError: More experiences than classes, or a number that does not divide them.
+        DataError: The data is missing or corrupt.
+    """
+    return class_incremental(
+        "split_digits",
+        reader,
+        seed,
+        num_experiences=num_experiences,
+        class_order=class_order,
+        train=train_per_experience,
+        test=test_per_experience,
+    )
+
+
+SPEC = ScenarioSpec(
+    name="split_digits",
+    summary="The embedded digits in five experiences of two digits each; needs no folder.",
+    citation=Citation(
+        title="Continual Learning Through Synaptic Intelligence",
+        authors="Zenke, Poole, Ganguli",
+        year=2017,
+        arxiv="1703.04200",
+    ),
+    make=make,
+    data=("digits_mini",),
+)
