@@ -61,12 +61,12 @@ def test_a_dry_run_prints_the_same_document_without_training(
     dry = call("federated", "--json", "--dry-run", "--runs", tmp_path / "dry", *small)
     assert dry.code == 0
     document = dry.document
-    assert document.pop("estimated_seconds") < 60
+    estimated = document.pop("estimated_seconds")
     assert document == {key: whole[key] for key in document}
     assert {"plan", "config", "hash", "parameters", "data"} <= set(document)
     assert not (tmp_path / "dry").exists()
     longer = call("federated", "--json", "--dry-run", *small, "--rounds", "9999").document
-    assert 1 < longer["estimated_seconds"] < 9999
+    assert longer["estimated_seconds"] > estimated >= 0
 
 
 def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> None:
