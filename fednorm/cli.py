@@ -216,12 +216,13 @@ def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
     against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
     from fednorm.commands.bench import run_bench_engine
 
-    run_bench_engine(case, against, repeats, as_json=as_json)
+    run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
 
 
 @verify_app.command("golden")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from fednorm.bench.case import CASES
 from fednorm.bench.engine import bench_engine, bench_table
-from fednorm.cli import err, out, print_json
+from fednorm.cli import err, print_json
+from fednorm.commands.report import show
 
 
-def run_bench_engine(case: str, against: str, repeats: int, *, as_json: bool) -> None:
+def run_bench_engine(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:
     """Run the cases and print their table."""
     cases = [name.strip() for name in case.split(",") if name.strip()] or list(CASES)
     engines = [name.strip() for name in against.split(",") if name.strip()]
@@ -15,4 +16,4 @@ def run_bench_engine(case: str, against: str, repeats: int, *, as_json: bool) ->
     if as_json:
         print_json(result)
     else:
-        out().print(bench_table(result).rich())
+        show(bench_table(result), markdown=markdown)

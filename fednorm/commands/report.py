@@ -31,9 +31,9 @@ def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: 
         return print_json({"results": results})
     for scored in dict.fromkeys(map(_scored, results)):
         group = [result for result in results if _scored(result) == scored]
-        _show(accuracy_table(group), markdown=markdown)
+        show(accuracy_table(group), markdown=markdown)
         if any(set(result["evaluation"]) - {"own"} for result in group):
-            _show(evaluation_table(group), markdown=markdown)
+            show(evaluation_table(group), markdown=markdown)
     return None
 
 
@@ -83,7 +83,8 @@ def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
     err().print(f"summaries: {path}")
 
 
-def _show(table: Table, *, markdown: bool) -> None:
+def show(table: Table, *, markdown: bool) -> None:
+    """Print a table for a person, or in Markdown."""
     if markdown:
         out().print(table.markdown(), markup=False, soft_wrap=True)
     else:
