@@ -46,7 +46,8 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     if dry_run:
         return None
     with RoundProgress(err()) as progress:
-        return show_result(_run(config, bench, runs, runtime, progress), as_json=as_json)
+        result = _run(config, bench, runs, runtime, progress)
+    return show_result(result, as_json=as_json)
 
 
 def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:

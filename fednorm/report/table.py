@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 
 Result = Mapping[str, Any]
@@ -42,9 +43,18 @@ class Table:
 
     def rich(self) -> RichTable:
         """Return the table for a terminal."""
-        table = RichTable(title=self.title, caption="\n".join(self.notes), title_justify="left", caption_justify="left")
+        table = RichTable(
+            title=self.title,
+            caption="\n".join(self.notes),
+            title_justify="left",
+            caption_justify="left",
+            box=SIMPLE_HEAD,  # without lines and margins, ten columns fit a terminal of 80 characters
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1, 0, 0),
+        )
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left", no_wrap=not i)
+            table.add_column(column, justify="right" if i else "left", no_wrap=not i, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table
