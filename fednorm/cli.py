@@ -152,13 +152,14 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Records, folders of records, or summaries (.json).")],
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     select: Annotated[bool, typer.Option("--select", help="Show each method's best configuration only.")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Also show the accuracy after every evaluated round.")] = False,
     summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make tables from records."""
     from fednorm.commands.report import run_report
 
-    run_report(runs, markdown=markdown, select=select, summary=summary, as_json=as_json)
+    run_report(runs, markdown=markdown, select=select, summary=summary, as_json=as_json, curve=curve)
 
 
 @app.command("list")

@@ -35,7 +35,8 @@ def test_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]
     shown = re.findall(r"fednorm report (\.records/\S+\.json) --markdown", README)
     assert {ROOT / path for path in shown} == set(summaries)
     for path in summaries:
-        run_report([path], markdown=True, select=False, summary=None, as_json=False)
+        curve = f".records/{path.name} --curve" in README
+        run_report([path], markdown=True, select=False, summary=None, as_json=False, curve=curve)
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert rows
         missing = [row for row in rows if row not in README]

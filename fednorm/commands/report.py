@@ -9,14 +9,22 @@ from typing import Any
 
 from fednorm.cli import err, out, print_json
 from fednorm.errors import RecordError
-from fednorm.report.table import Table, accuracy_table, evaluation_table
+from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
 from fednorm.study.record import read_result
 from fednorm.study.select import best_by_method
 
 KEPT = ("kind", "hash", "config", "norm", "strategy", "parameters", "plan", "data", "final", "evaluation", "seconds")
 
 
-def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: Path | None, as_json: bool) -> None:
+def run_report(
+    paths: Sequence[Path],
+    *,
+    markdown: bool,
+    select: bool,
+    summary: Path | None,
+    as_json: bool,
+    curve: bool = False,
+) -> None:
     """Print the tables of all results found, one set for each data set and choice of the images that are scored."""
     found = [result for path in paths for result in read_results(path)]
     results = list({result["hash"]: result for result in found}.values())  # a run that was named twice counts once
@@ -32,6 +40,8 @@ def run_report(paths: Sequence[Path], *, markdown: bool, select: bool, summary: 
     for scored in dict.fromkeys(map(_scored, results)):
         group = [result for result in results if _scored(result) == scored]
         show(accuracy_table(group), markdown=markdown)
+        if curve:
+            show(curve_table(group), markdown=markdown)
         if any(set(result["evaluation"]) - {"own"} for result in group):
             show(evaluation_table(group), markdown=markdown)
     return None

@@ -477,8 +477,9 @@ class _ProcessTree:
                 with suppress(psutil.NoSuchProcess):
                     request(process)
         self._wait(_POLITE_SECONDS)
-        for root in self._roots:
-            root.poll()
+        for root in self._roots:  # a zombie with threads still ending cannot be reaped at once
+            with suppress(subprocess.TimeoutExpired):
+                root.wait(_POLITE_SECONDS)
 
     def _wait(self, seconds: float) -> list[psutil.Process]:
         """Wait for the whole tree to end; return what is still alive."""

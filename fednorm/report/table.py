@@ -95,6 +95,22 @@ def accuracy_table(results: Sequence[Result]) -> Table:
     return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, tuple(rows), _notes(results, groups))
 
 
+def curve_table(results: Sequence[Result]) -> Table:
+    """Return the mean accuracy over domains after every evaluated round: how far the last one can be trusted.
+
+    Args:
+        results: Results of finished runs on the same data.
+    """
+    groups = _by_method(results)
+    rounds = sorted({line["round"] for result in results for line in result["rounds"] if "mean" in line})
+    rows = []
+    for name, group in groups.items():
+        curves = [{line["round"]: line["mean"] for line in result["rounds"] if "mean" in line} for result in group]
+        rows.append((name, *(_percent([curve.get(number) for curve in curves]) for number in rounds)))
+    columns = ("mean accuracy after round", *map(str, rounds))
+    return Table(f"Mean accuracy by round (%): {results[0]['data']['title']}", columns, tuple(rows))
+
+
 def evaluation_table(results: Sequence[Result]) -> Table:
     """Return the evaluation matrix: for each method and choice of statistics, the accuracy by domain."""
     rows: list[tuple[str, ...]] = []

@@ -163,7 +163,7 @@ def test_demo_ends_in_a_table_and_the_path_of_the_records(call: Call, tmp_path: 
     assert [r["config"]["strategy"]["name"] for r in results] == ["fedavg", "fedbn", "fedwon"]
     outcome = call("demo", "--rounds", "1")
     for r in results:
-        row = next(line for line in outcome.out.splitlines() if f" {r['config']['strategy']['name']} " in line)
+        row = next(line for line in outcome.out.splitlines() if line.startswith(r["config"]["strategy"]["name"] + " "))
         numbers = row.replace("│", " ").split()[1:]
         scores = [*r["final"]["per_domain"].values(), r["final"]["mean"], r["final"]["worst"]]
         assert numbers[:-2] == [f"{100 * score:.1f}" for score in scores]
