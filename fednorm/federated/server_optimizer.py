@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
-from fednorm.federated.strategy import NormStrategy
+from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.roles import LEARNED
 
 
@@ -23,8 +23,8 @@ class ServerOptimizer(NormStrategy):
     slots: ClassVar[tuple[str, ...]] = ()
     """Names of the tensors the optimizer keeps beside each learned one."""
 
-    def __init__(self, model: nn.Module, **common: object) -> None:
-        super().__init__(model, **common)  # type: ignore[arg-type]
+    def __init__(self, model: nn.Module, **common: Unpack[Common]) -> None:
+        super().__init__(model, **common)
         self._learned = [key for key in self.plan.sent if self.plan.by_key[key].kind in LEARNED]
         state = model.state_dict()
         self._slots = {key: {slot: self.initial(slot, state[key]) for slot in self.slots} for key in self._learned}
