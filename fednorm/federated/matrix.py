@@ -167,15 +167,11 @@ class EvaluationMatrix:
     def _scores(self, nodes: Iterable[Node], tensors: Mapping[str, Tensor], *, mode: str) -> Scores:
         config = ConfigRecord({"mode": mode, "images": self._config.images})
         content = RecordDict({"arrays": pack(tensors), "config": config})
-        hits: dict[str, float] = {}
-        counts: dict[str, float] = {}
+        scored: list[tuple[str, float, float]] = []
         for node, reply in self._ask(nodes, content, "evaluate"):
             metrics = reply.content.metric_records["metrics"]
-            count, accuracy = float(str(metrics["num-examples"])), float(str(metrics["accuracy"]))
-            hits[node.domain] = hits.get(node.domain, 0.0) + count * accuracy
-            counts[node.domain] = counts.get(node.domain, 0.0) + count
-        per_domain = {domain: hits[domain] / counts[domain] for domain in hits if counts[domain]}
-        return summarize(per_domain)
+            scored.append((node.domain, float(str(metrics["num-examples"])), float(str(metrics["accuracy"]))))
+        return summarize(by_domain(scored))
 
     def _ask(self, nodes: Iterable[Node], content: RecordDict, message_type: str) -> Iterable[tuple[Node, Message]]:
         by_id = {node.node_id: node for node in nodes}
@@ -185,6 +181,20 @@ class EvaluationMatrix:
             if reply.has_error():
                 raise AggregationError(f"Client {node.partition_id} ({node.domain}) failed: {reply.error.reason}")
             yield node, reply
+
+
+def by_domain(scored: Iterable[tuple[str, float, float]]) -> dict[str, float]:
+    """Return each domain's accuracy over all its clients' images; domains without images are left out.
+
+    Args:
+        scored: Domain, number of images and accuracy of each client.
+    """
+    hits: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    for domain, count, accuracy in scored:
+        hits[domain] = hits.get(domain, 0.0) + count * accuracy
+        counts[domain] = counts.get(domain, 0.0) + count
+    return {domain: hits[domain] / counts[domain] for domain in hits if counts[domain]}
 
 
 def summarize(per_domain: Mapping[str, float]) -> Scores:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fednorm.errors import AggregationError
 from fednorm.federated.grid import InProcessGrid
-from fednorm.federated.matrix import EvaluationMatrix, check_evaluations, summarize
+from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
 from fednorm.federated.strategy import ClientReport, RoundReport
 from fednorm.federated.wire import pack, unpack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
@@ -224,7 +224,8 @@ def round_line(report: RoundReport) -> Document:
         },
     }
     if report.evaluate:
-        line |= summarize(_by_domain(report.evaluate))
+        scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
+        line |= summarize(by_domain(scored))
     return line
 
 
@@ -241,12 +242,6 @@ def _number(value: float) -> float | None:
 def _mean(reports: Sequence[ClientReport], key: str) -> float | None:
     total = sum(report.metrics["num-examples"] for report in reports)
     return _number(sum(r.metrics["num-examples"] * r.metrics[key] for r in reports) / total) if total else None
-
-
-def _by_domain(reports: Sequence[ClientReport]) -> dict[str, float]:
-    domains = dict.fromkeys(report.domain for report in reports)
-    means = {domain: _mean([r for r in reports if r.domain == domain], "accuracy") for domain in domains}
-    return {domain: mean for domain, mean in means.items() if mean is not None}
 
 
 def _local_tensors(grid: Grid) -> dict[int, dict[str, Tensor]]:
