@@ -4,7 +4,11 @@ Layers are found by type, never by name. The given model is left as it is; the r
 
 * every normalization layer is what the method puts there (an identity for ``none`` and ``sws``);
 * every ``nn.Conv2d`` is the method's convolution, where the method has one, with the old weight and geometry;
-* every activation *module* carries the method's constant, where the method has one.
+* every activation *module* carries the method's constant, where the method has one;
+* what the method does to a network built with it is done (:meth:`~fednorm.spec.Norm.prepare`: ``nap`` removes biases).
+
+A network without normalization layers is refused, but for a method that wants a layer before every nonlinearity
+(``nap``): there, each activation module that follows a hidden linear layer or convolution gets one before it.
 
 What is kept: weights and biases of convolutions and linear layers, devices, types, training mode, ``requires_grad``,
 modules that occur in several places. What is not: scale, shift and running statistics of the old normalization layers,
@@ -14,6 +18,7 @@ unless old and new are the same method; they were learned for a function that is
 from __future__ import annotations
 
 import copy
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +32,7 @@ from fednorm.norms import make_norm, spec_of
 from fednorm.norms.layer_norm import ChannelLayerNorm
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
+from fednorm.optim.hidden import ACTIVATIONS, Place, WeightLayer, in_order, out_channels
 from fednorm.rng import torch_seeded
 from fednorm.spec import Norm
 
@@ -65,6 +71,7 @@ class ConversionReport:
     Attributes:
         norm: The method that was put in.
         layers: Paths of the normalization layers that were replaced.
+        inserted: Paths of the activations before which a layer was put, in a network that had none.
         convolutions: Paths of the convolutions that were rebuilt.
         activations: Paths of the activations that were multiplied by their constant.
         notes: What a reader of the results should know, one sentence each.
@@ -72,6 +79,7 @@ class ConversionReport:
 
     norm: Norm
     layers: list[str] = field(default_factory=list)
+    inserted: list[str] = field(default_factory=list)
     convolutions: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -133,7 +141,7 @@ def convert_with_report(model: nn.Module, norm: str | Norm, **options: Any) -> t
     conversion = _Conversion(norm)
     # Building layers draws initial weights; the caller's generator must not notice.
     with torch_seeded(0, "convert"):
-        converted = conversion.convert(copy.deepcopy(model))
+        converted = conversion.complete(conversion.convert(copy.deepcopy(model)))
     conversion.finish(model)
     return converted, conversion.report
 
@@ -180,10 +188,63 @@ class _Conversion:
         self.done[id(module)] = new
         return new
 
+    def complete(self, model: nn.Module) -> nn.Module:
+        """Insert layers into a converted network that had none, where the method wants that; then prepare it."""
+        if self.norm.inserts and not self.report.layers:
+            self._insert(model)
+        elif self.norm.inserts:
+            bare = [place.after.path for place in _hidden_weights(model) if place.after and _is_activation(place.after)]
+            if bare:
+                self.report.notes.append(
+                    f"Only the network's own layers were replaced; none stands before: {', '.join(bare)}."
+                )
+        before = [key for key, _ in model.named_parameters()]
+        prepared = self.norm.prepare(model)
+        kept = {key for key, _ in prepared.named_parameters()}
+        removed = [key for key in before if key not in kept]
+        if removed:
+            self.report.notes.append(f"Removed, as {type(self.norm).__name__} has it: {', '.join(removed)}.")
+        return prepared
+
+    def _insert(self, model: nn.Module) -> None:
+        """Put a layer before the activation of every weight layer but the last, the output layer.
+
+        Raises:
+            ConfigError: There is no such layer, or where its activation stands cannot be seen.
+        """
+        hidden, method = _hidden_weights(model), type(self.norm).__name__
+        if not hidden:
+            raise ConfigError(
+                f"{type(model).__name__} has nothing that {method} could normalize: no normalization layer, and no "
+                "linear layer or convolution before its last one, which is the output layer. Give a network with a "
+                "hidden layer."
+            )
+        uses = Counter(id(place.module) for place in in_order(model))
+        for place in hidden:
+            after = place.after
+            if after is None or not _is_activation(after) or uses[id(after.module)] > 1:
+                raise ConfigError(_no_own_activation(place, method))
+            pair = nn.Sequential(OrderedDict(norm=self._layer_after(place), activation=after.module))
+            parent, _, name = after.path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = pair.train(after.module.training)
+            self.report.inserted.append(after.path)
+
+    def _layer_after(self, place: Place) -> nn.Module:
+        weight_layer = place.module
+        assert isinstance(weight_layer, WeightLayer)
+        channels = out_channels(weight_layer)
+        if isinstance(weight_layer, nn.Linear):
+            # It may be applied to (N, ..., C).
+            layer: nn.Module = ChannelsLast(self.norm.layer(channels, 1))
+        else:
+            dims = next(dims for kind, dims in _POSITIONS_AFTER if isinstance(weight_layer, kind))
+            layer = self.norm.layer(channels, dims)
+        return layer.to(device=weight_layer.weight.device, dtype=weight_layer.weight.dtype)
+
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
         report, name = self.report, type(before).__name__
-        if not report.layers and (self.normalizes or not report.convolutions):
+        if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
             raise ConfigError(
                 f"{name} has no normalization layer that {type(self.norm).__name__} could replace, so converting it "
                 "would change nothing. Give a model with one of nn.BatchNorm*, nn.GroupNorm, nn.LayerNorm or "
@@ -303,9 +364,31 @@ _OTHER_CONVOLUTIONS = (
 )
 
 
+def _hidden_weights(model: nn.Module) -> list[Place]:
+    """Return the places of the linear layers and convolutions but the last, which is the output layer."""
+    return [place for place in in_order(model) if isinstance(place.module, WeightLayer)][:-1]
+
+
+def _is_activation(place: Place) -> bool:
+    return isinstance(place.module, ACTIVATIONS)
+
+
+def _no_own_activation(place: Place, method: str) -> str:
+    after = place.after
+    found = f"{after.path!r} ({type(after.module).__name__}) comes after it" if after else "nothing comes after it"
+    if after and _is_activation(after):
+        found += ", and stands in other places too"
+    return (
+        f"{method} puts a layer between {place.path!r} ({type(place.module).__name__}) and its activation, which must "
+        f"be a module of its own, registered right after it: {found}. One activation module for several layers, and "
+        "functional calls such as F.relu, hide where a nonlinearity is: give every layer its own, e.g. nn.ReLU(). "
+        "Where a layer is meant to have none, put the norm in by hand: make_norm(...).layer(channels, spatial_dims)."
+    )
+
+
 def _shape_of(layer: nn.Module, path: str, positions: int) -> tuple[int, int, bool]:
     """Return C, the number of axes after it, and whether the channels are the last axis instead of the second."""
-    if isinstance(layer, nn.LayerNorm):
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         shape = layer.normalized_shape
         if len(shape) > 1:
             return shape[0], len(shape) - 1, False

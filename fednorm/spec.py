@@ -142,6 +142,48 @@ class Norm:
         """Return the nonlinearity called ``name`` (a key of :data:`ACTIVATIONS`), scaled where the method says so."""
         return ACTIVATIONS[name]()
 
+    def for_stream(self, *, num_tasks: int, batch_ratio: int) -> Norm:
+        """Return this method fitted to what trains with it on a stream; itself unless the method needs to know.
+
+        Args:
+            num_tasks: The stream's number of tasks.
+            batch_ratio: New samples for each memory sample of a batch; 0 where there is no memory, or no such integer.
+        """
+        del num_tasks, batch_ratio
+        return self
+
+    @property
+    def inserts(self) -> bool:
+        """Whether ``convert`` puts layers into a network that has none, before its nonlinearities; else it refuses."""
+        return False
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Do what the method does to a network that was just built with it or converted to it.
+
+        Args:
+            model: The network, with its initial weights; it may be changed in place.
+
+        Returns:
+            The network to use: the one given, unless the method says otherwise.
+        """
+        return model
+
+    def after_update(self, model: nn.Module) -> Callable[[], None] | None:
+        """Return what is to be done to a network's parameters after every update of the optimizer, or None.
+
+        Called once, with the network's initial parameters and before any checkpoint is loaded, so that what it returns
+        may refer to them. What it returns may have ``state_dict()`` and ``load_state_dict()`` of plain tensors, which
+        a resumed run needs.
+
+        Args:
+            model: The network, as :meth:`prepare` returned it.
+
+        Raises:
+            ConfigError: The method cannot do it to this network.
+        """
+        del model
+        return None
+
     @property
     def residual_alpha(self) -> float | None:
         """The NF residual scale alpha, or None for an ordinary residual sum.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -259,7 +260,7 @@ def test_a_configured_norm_is_taken_as_it_is() -> None:
         convert(Nested(), make_norm("group_norm"), num_groups=1)
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", [name for name in NORMS if not make_norm(name).inserts])
 def test_a_conversion_that_would_do_nothing_is_refused(name: str) -> None:
     mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match=r"Sequential has no normalization layer .* would change nothing"):
@@ -291,3 +292,147 @@ def test_a_convolution_with_a_forward_pass_of_its_own_is_refused_by_weight_metho
         convert(model, "sws")
     for name in ("group_norm", "none"):
         assert isinstance(convert(model, name)[0], timm_layers.Conv2dSame)  # type: ignore[index]
+
+
+# Methods that want a layer before every nonlinearity: nap.
+
+
+def plain_cnn() -> nn.Sequential:
+    """Build a network without normalization, pooling before a nonlinearity and one nonlinearity after the output."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, groups=2), nn.MaxPool2d(2), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Dropout(0.5), nn.Linear(216, 5), nn.Dropout(0.0), nn.Tanh(), nn.Linear(5, 2), nn.Sigmoid(),
+    )  # fmt: skip
+
+
+def test_layers_are_inserted_before_every_nonlinearity_of_a_network_without_any() -> None:
+    model = plain_cnn().eval()
+    converted, report = convert_with_report(model, "nap", eps=1e-5)
+    assert (report.layers, report.inserted) == ([], ["1", "4", "9"])
+    assert any("Removed, as NaP has it: 0.bias, 2.bias, 7.bias." in note for note in report.notes)
+    x = images(3, 16)
+    h = functional.conv2d(x, model[0].weight)
+    h = functional.relu(functional.layer_norm(h, h.shape[1:]))
+    h = functional.max_pool2d(functional.conv2d(h, model[2].weight, groups=2), 2)
+    h = functional.leaky_relu(functional.layer_norm(h, h.shape[1:]), 0.2)
+    h = functional.linear(h.flatten(1), model[7].weight)
+    h = torch.tanh(functional.layer_norm(h, h.shape[1:]))
+    torch.testing.assert_close(converted(x), torch.sigmoid(model[10](h)), rtol=1e-4, atol=1e-5)
+    assert isinstance(converted[9], nn.Sequential)  # type: ignore[index]
+    assert [name for name, _ in converted[9].named_children()] == ["norm", "activation"]  # type: ignore[index]
+    assert not any(m.training for m in converted.modules())
+    assert torch.equal(model[0].bias, plain_cnn()[0].bias), "the input was changed"
+    assert {entry.norm for entry in norm_plan(converted, RoleRule()).entries} == {"", "nap"}
+
+
+def test_inserted_layers_make_the_network_independent_of_its_hidden_weights_scale() -> None:
+    converted = convert(plain_cnn().double().eval(), "nap", eps=1e-14)
+    before = converted(images(3, 16).double())
+    for index in (0, 2, 7):
+        converted[index].weight.data *= 3.0  # type: ignore[index, operator, union-attr]
+    torch.testing.assert_close(converted(images(3, 16).double()), before, rtol=1e-8, atol=1e-9)
+    projection = make_norm("nap").after_update(converted)
+    assert list(projection.radii) == ["0", "2", "7"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("name", "inserted"), [("alexnet", 7), ("vgg11", 10), ("squeezenet1_1", 25)])
+def test_torchvisions_networks_without_normalization_become_nap_networks(name: str, inserted: int) -> None:
+    with torch.device("meta"):
+        model = getattr(torchvision.models, name)(num_classes=4)
+        converted, report = convert_with_report(model, "nap")
+        assert converted(torch.empty(2, 3, 64, 64)).shape == (2, 4)
+    assert len(report.inserted) == inserted
+    weights = [path for path, m in converted.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    with_bias = [path for path in weights if converted.get_parameter(f"{path}.weight") is not None
+                 and converted.get_submodule(path).bias is not None]  # fmt: skip
+    assert with_bias == weights[-1:]
+    kept = {key for key, _ in model.named_parameters() if key.endswith("weight")}
+    assert kept <= {key for key, _ in converted.named_parameters()}, "weights keep their names"
+
+
+def test_existing_layers_become_nap_layers_and_biases_before_them_go(model: nn.Module) -> None:
+    converted, report = convert_with_report(model, "nap")
+    assert report.inserted == []
+    order = [m for m in converted.modules() if not list(m.children())]
+    for layer, after in itertools.pairwise(order):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and (spec := spec_of(after)) is not None:
+            assert spec.name == "nap"
+            assert layer.bias is None
+
+
+def test_nonlinearities_that_a_normalized_network_leaves_bare_are_named() -> None:
+    with torch.device("meta"):
+        _, report = convert_with_report(torchvision.models.vgg11_bn(), "nap")
+    assert any("none stands before: classifier.1, classifier.4." in note for note in report.notes)
+
+
+def test_linear_layers_get_their_layer_over_the_last_axis() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 2))
+    converted = convert(model, "nap", over="channels", statistics="rms_norm")
+    x = torch.randn(3, 5, 4)  # as many tokens as channels: over axis 1 nothing would fail
+    hidden = functional.gelu(functional.rms_norm(functional.linear(x, model[0].weight), (5,)))  # type: ignore[arg-type]
+    torch.testing.assert_close(converted(x), model[2](hidden), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(converted(x[:, 0]), model[2](hidden)[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "axes"), [(nn.Conv1d, 1), (nn.Conv3d, 3), (nn.ConvTranspose2d, 2)])
+def test_convolutions_of_every_dimension_get_a_layer(kind: type[nn.Module], axes: int) -> None:
+    model = nn.Sequential(kind(3, 4, 2), nn.ReLU(), kind(4, 2, 2)).double().eval()  # type: ignore[call-arg]
+    converted = convert(model, "nap")
+    assert converted(torch.ones(2, 3, *[4] * axes, dtype=torch.float64)).dtype == torch.float64
+    assert converted[0].bias is None  # type: ignore[index, union-attr]
+    assert not converted[1].training  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize("name", ["none", "sws"])
+def test_networks_that_were_converted_away_from_normalization_come_back(name: str) -> None:
+    bare = convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3)), name)
+    converted, report = convert_with_report(bare, "nap")
+    assert report.inserted == ["2"]
+    assert type(converted[0]) is nn.Conv2d  # type: ignore[index]
+    assert torch.equal(converted[0].weight, bare[0].weight)  # type: ignore[index, union-attr]
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(functional.relu(self.first(x)))
+        return y
+
+
+class OneActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.third(self.act(self.second(self.act(self.first(x)))))
+        return y
+
+
+def several_places() -> nn.Module:
+    act = nn.ReLU()
+    return nn.Sequential(nn.Linear(4, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (Functional, r"between 'first' \(Linear\) and its activation.*'second' \(Linear\) comes after it.*F\.relu"),
+        (OneActivation, r"between 'first' \(Linear\).*'second' \(Linear\) comes after it.*give every layer its own"),
+        (several_places, r"between '0' \(Linear\).*'1' \(ReLU\) comes after it, and stands in other places too"),
+        (lambda: nn.Sequential(nn.Linear(4, 2), nn.Softmax(1)), "has nothing that NaP could normalize"),
+        (lambda: nn.ReLU(), "has nothing that NaP could normalize"),
+    ],
+    ids=["functional", "one activation", "several places", "output layer only", "no layer"],
+)
+def test_networks_whose_nonlinearities_cannot_be_placed_are_refused(build: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        convert(build(), "nap")

@@ -35,7 +35,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "instance_norm": ("instance_norm", {}),
     "layer_norm": ("layer_norm", {}),
     "layer_norm-channels": ("layer_norm", {"over": "channels"}),
+    "nap": ("nap", {}),
+    "nap-channels": ("nap", {"over": "channels", "offset": False}),
+    "nap-rms_norm": ("nap", {"statistics": "rms_norm", "offset": False}),
     "none": ("none", {}),
+    "rms_norm": ("rms_norm", {}),
+    "rms_norm-channels": ("rms_norm", {"over": "channels"}),
     "sws": ("sws", {}),
     "sws-add": ("sws", {"floor": "add", "eps": 1e-6}),
     "sws-unbiased": ("sws", {"unbiased": True, "gain": False, "activation_gain": False}),
@@ -53,7 +58,17 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "group_norm": {"eps": 0.5, "num_groups": 3},
     "instance_norm": {"eps": 0.5, "affine": False},
     "layer_norm": {"eps": 0.5, "over": "channels"},
+    "nap": {
+        "statistics": "rms_norm",
+        "over": "channels",
+        "offset": False,
+        "affine": "joint",
+        "decay": 0.5,
+        "every": 2,
+        "eps": 0.5,
+    },
     "none": {},
+    "rms_norm": {"eps": 0.5, "over": "channels"},
     "sws": {"eps": 50.0, "floor": "add", "unbiased": True, "gain": False, "activation_gain": False, "alpha": 0.0},
     "switch_norm": {"eps": 0.5, "momentum": 0.7},
     "task_balanced_norm": {"eps": 0.5, "momentum": 0.7, "batch_ratio": 1},
@@ -62,10 +77,11 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
 """For every option of every method, a value that is not its default."""
 NEEDS_TASKS = {
     ("adab2n", "lambd"), ("adab2n", "num_tasks"), ("adab2n", "ada_t0"), ("adab2n", "corrected"),
-    ("task_balanced_norm", "batch_ratio"),
+    ("task_balanced_norm", "batch_ratio"), ("nap", "affine"), ("nap", "decay"), ("nap", "every"),
 }  # fmt: skip
-"""Options that act through the training step's hooks; the methods' own tests show that each does."""
+"""Options that act through the training step; the methods' own tests show that each does."""
 
+Reference = Callable[[Tensor, nn.Module], Tensor]
 C_IN, C = 4, 6
 
 
@@ -107,7 +123,8 @@ def moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
 def affine(x: Tensor, layer: nn.Module) -> Tensor:
     shape = (1, -1, *[1] * (x.ndim - 2))
-    return x * layer.weight.view(shape) + layer.bias.view(shape)  # type: ignore[operator, union-attr]
+    y: Tensor = x * layer.weight.view(shape)  # type: ignore[operator]
+    return y if getattr(layer, "bias", None) is None else y + layer.bias.view(shape)  # type: ignore[operator, union-attr]
 
 
 def reference_batch_norm(x: Tensor, layer: nn.Module) -> Tensor:
@@ -161,7 +178,24 @@ def reference_switch(x: Tensor, layer: nn.Module) -> Tensor:
     return affine((x - mean) / (var + 1e-5).sqrt(), layer)
 
 
-LAYER_REFERENCES: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
+def reference_over(axes: Callable[[Tensor], tuple[int, ...]], *, centred: bool, eps: float) -> Reference:
+    def reference(x: Tensor, layer: nn.Module) -> Tensor:
+        centre = x - x.mean(axes(x), keepdim=True) if centred else x
+        y = centre / ((centre**2).mean(axes(x), keepdim=True) + eps).sqrt()
+        return affine(y, layer)
+
+    return reference
+
+
+def reference_sample(*, centred: bool, eps: float) -> Reference:
+    return reference_over(lambda x: tuple(range(1, x.ndim)), centred=centred, eps=eps)
+
+
+def reference_position(*, centred: bool, eps: float) -> Reference:
+    return reference_over(lambda _: (1,), centred=centred, eps=eps)
+
+
+LAYER_REFERENCES: dict[str, Reference] = {
     "adab2n": reference_batch_norm,
     "batch_norm": reference_batch_norm,
     "batch_norm_corrected": reference_batch_norm,
@@ -175,6 +209,11 @@ LAYER_REFERENCES: dict[str, Callable[[Tensor, nn.Module], Tensor]] = {
     "instance_norm": reference_instance,
     "layer_norm": reference_groups(1),
     "layer_norm-channels": reference_channels,
+    "nap": reference_sample(centred=True, eps=1e-8),
+    "nap-channels": reference_position(centred=True, eps=1e-8),
+    "nap-rms_norm": reference_sample(centred=False, eps=1e-8),
+    "rms_norm": reference_sample(centred=False, eps=1e-5),
+    "rms_norm-channels": reference_position(centred=False, eps=1e-5),
     "none": identity,
     "sws": identity,
     "sws-add": identity,
@@ -402,6 +441,13 @@ def test_no_option_is_ignored(name: str) -> None:
         ("group_norm", {"num_groups": 2.5}, "an integer of 1 or more; got 2.5"),
         ("layer_norm", {"over": "pixels"}, "one of sample, channels; got 'pixels'"),
         ("instance_norm", {"affine": 1}, "true or false; got 1"),
+        ("rms_norm", {"over": "pixels"}, "one of sample, channels; got 'pixels'"),
+        ("nap", {"statistics": "batch_norm"}, "one of layer_norm, rms_norm; got 'batch_norm'"),
+        ("nap", {"affine": "decayed"}, "one of decay, joint, free; got 'decayed'"),
+        ("nap", {"decay": 1.5}, "at most 1; got 1.5"),
+        ("nap", {"decay": -0.5}, "nap.decay is the share of the old value that is kept, 0 to 1; got -0.5"),
+        ("nap", {"every": 0}, "an integer of 1 or more; got 0"),
+        ("nap", {"offset": 0}, "true or false; got 0"),
         ("sws", {"floor": "min"}, "one of max, add; got 'min'"),
         ("sws", {"alpha": -0.2}, "0 \\(off\\) or more; got -0.2"),
         ("ws_group_norm", {"eps_on": "std"}, "one of variance, deviation; got 'std'"),
@@ -428,7 +474,7 @@ def test_indivisible_channels_are_refused_with_the_valid_counts(name: str) -> No
 
 def test_convolutions_have_the_biases_that_their_norm_needs(norm: Norm) -> None:
     conv = norm.conv(C_IN, C, 3, bias=False)
-    assert (conv.bias is not None) == (card(norm).name in ("none", "sws"))
+    assert (conv.bias is not None) == (card(norm).name in ("none", "rms_norm", "sws"))
 
 
 @pytest.mark.parametrize("name", NORMS)

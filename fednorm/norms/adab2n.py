@@ -32,7 +32,7 @@ times faster than composed operations; there is no second derivative.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -320,6 +320,11 @@ class AdaB2N(Norm):
         """
         check_spatial_dims("adab2n", spatial_dims)
         return AdaB2NLayer(num_channels, self)
+
+    def for_stream(self, *, num_tasks: int, batch_ratio: int) -> AdaB2N:
+        """Return the method with an entry of psi for every task of the stream."""
+        del batch_ratio
+        return replace(self, num_tasks=max(num_tasks, self.num_tasks))
 
 
 SPEC = NormSpec(

@@ -23,7 +23,7 @@ Differs: the official layer takes the first B_c samples for current whatever the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -145,6 +145,11 @@ class TaskBalancedNorm(Norm):
         """
         check_spatial_dims("task_balanced_norm", spatial_dims)
         return TaskBalancedNormLayer(num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum)
+
+    def for_stream(self, *, num_tasks: int, batch_ratio: int) -> TaskBalancedNorm:
+        """Return the method with the learner's ratio of new to memory samples."""
+        del num_tasks
+        return replace(self, batch_ratio=batch_ratio) if batch_ratio else self
 
 
 SPEC = NormSpec(
