@@ -23,7 +23,8 @@ from fednorm.errors import ConfigError, canonical
 Scalar = bool | int | float | str
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ConfigError with the message unless the condition holds."""
     if not condition:
         raise ConfigError(message)
 
@@ -65,16 +66,16 @@ class DataConfig:
     download: bool = False
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.clients_per_domain >= 1, f"data.clients_per_domain must be at least 1; got {self.clients_per_domain}."
         )
-        _require(0 <= self.validation < 1, f"data.validation is a share in [0, 1); got {self.validation}.")
-        _require(self.alpha > 0, f"data.alpha, a Dirichlet concentration, must be positive; got {self.alpha}.")
-        _require(
+        require(0 <= self.validation < 1, f"data.validation is a share in [0, 1); got {self.validation}.")
+        require(self.alpha > 0, f"data.alpha, a Dirichlet concentration, must be positive; got {self.alpha}.")
+        require(
             self.shards_per_client >= 1, f"data.shards_per_client must be at least 1; got {self.shards_per_client}."
         )
         for key in ("image_size", "train_per_client", "test_per_domain"):
-            _require(getattr(self, key) >= 0, f"data.{key} must be 0 (no limit) or more; got {getattr(self, key)}.")
+            require(getattr(self, key) >= 0, f"data.{key} must be 0 (no limit) or more; got {getattr(self, key)}.")
         choose("data.partition", self.partition, ("iid", "dirichlet", "shards"))
 
 
@@ -85,13 +86,15 @@ class ModelConfig:
     Attributes:
         name: The model (``fednorm list models``).
         width: Channels of the first stage, for models that have it; 0 for the model's own.
+        activation: The nonlinearity in place of the model's ReLUs, e.g. ``leaky_relu``; empty for the model's own.
     """
 
     name: str = "digits_cnn"
     width: int = 0
+    activation: str = ""
 
     def __post_init__(self) -> None:
-        _require(self.width >= 0, f"model.width must be 0 (the model's own) or a number of channels; got {self.width}.")
+        require(self.width >= 0, f"model.width must be 0 (the model's own) or a number of channels; got {self.width}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,12 +144,12 @@ class TrainConfig:
     agc: float = 0.0
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}.")
-        _require(self.batch_size >= 1, f"train.batch_size must be at least 1; got {self.batch_size}.")
-        _require(self.local_epochs >= 1, f"train.local_epochs must be at least 1; got {self.local_epochs}.")
-        _require(0 <= self.momentum < 1, f"train.momentum must be in [0, 1); got {self.momentum}.")
-        _require(self.weight_decay >= 0, f"train.weight_decay must be 0 or more; got {self.weight_decay}.")
-        _require(self.agc >= 0, f"train.agc is lambda of adaptive gradient clipping, 0 (off) or more; got {self.agc}.")
+        require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}.")
+        require(self.batch_size >= 1, f"train.batch_size must be at least 1; got {self.batch_size}.")
+        require(self.local_epochs >= 1, f"train.local_epochs must be at least 1; got {self.local_epochs}.")
+        require(0 <= self.momentum < 1, f"train.momentum must be in [0, 1); got {self.momentum}.")
+        require(self.weight_decay >= 0, f"train.weight_decay must be 0 or more; got {self.weight_decay}.")
+        require(self.agc >= 0, f"train.agc is lambda of adaptive gradient clipping, 0 (off) or more; got {self.agc}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,12 +171,10 @@ class RoundConfig:
     checkpoint_every: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.num_rounds >= 1, f"rounds.num_rounds must be at least 1; got {self.num_rounds}.")
-        _require(0 < self.fraction <= 1, f"rounds.fraction is a share in (0, 1]; got {self.fraction}.")
-        _require(self.evaluate_every >= 1, f"rounds.evaluate_every must be at least 1; got {self.evaluate_every}.")
-        _require(
-            self.checkpoint_every >= 1, f"rounds.checkpoint_every must be at least 1; got {self.checkpoint_every}."
-        )
+        require(self.num_rounds >= 1, f"rounds.num_rounds must be at least 1; got {self.num_rounds}.")
+        require(0 < self.fraction <= 1, f"rounds.fraction is a share in (0, 1]; got {self.fraction}.")
+        require(self.evaluate_every >= 1, f"rounds.evaluate_every must be at least 1; got {self.evaluate_every}.")
+        require(self.checkpoint_every >= 1, f"rounds.checkpoint_every must be at least 1; got {self.checkpoint_every}.")
         choose("rounds.weighting", self.weighting, ("examples", "equal"))
 
 
@@ -204,8 +205,8 @@ class EvaluateConfig:
             choose("evaluate.kinds", kind, EVALUATIONS)
         choose("evaluate.fallback", self.fallback, ("refuse", "averaged", "pooled", "reestimated"))
         choose("evaluate.split", self.split, ("test", "validation"))
-        _require(self.images >= 2, f"evaluate.images must be at least 2 to estimate a variance; got {self.images}.")
-        _require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}.")
+        require(self.images >= 2, f"evaluate.images must be at least 2 to estimate a variance; got {self.images}.")
+        require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         choose("kind", self.kind, ("federated",))
-        _require(self.threads >= 1, f"threads must be at least 1; got {self.threads}.")
+        require(self.threads >= 1, f"threads must be at least 1; got {self.threads}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, options beside their method's name."""
@@ -254,11 +255,25 @@ class RunConfig:
         Only what differs from the defaults enters, so that a new key leaves the runs of older versions their names;
         and nothing that leaves the numbers alone: the same run on another machine has the same hash.
         """
-        plain = _without(self.to_dict(), RunConfig().to_dict())
-        for section, key in (("data", "dir"), ("data", "download"), ("rounds", "checkpoint_every")):
-            plain.get(section, {}).pop(key, None)
-        plain = {key: value for key, value in plain.items() if value != {}}
-        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(self.to_dict(), RunConfig().to_dict(), IMMATERIAL)
+
+    @property
+    def title(self) -> str:
+        """Return what the run is called in the names of folders, its hash left out."""
+        return f"{self.strategy.name}-{self.norm.name}-{self.data.name}-seed{self.seed}"
+
+
+IMMATERIAL = (("data", "dir"), ("data", "download"), ("rounds", "checkpoint_every"), ("train", "checkpoint_every"))
+"""Section and key of what no number depends on."""
+
+
+def digest(values: Mapping[str, Any], defaults: Mapping[str, Any], immaterial: Iterable[tuple[str, str]]) -> str:
+    """Return 12 hexadecimal digits that identify what differs from the defaults, immaterial keys left out."""
+    plain = _without(values, defaults)
+    for section, key in immaterial:
+        plain.get(section, {}).pop(key, None)
+    plain = {key: value for key, value in plain.items() if value != {}}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _without(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,7 +309,7 @@ def _convert(key: str, value: Any, annotation: Any) -> Any:
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         names = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
-        _require(names, f"{key} must be a list of names; got {value!r}.")
+        require(names, f"{key} must be a list of names; got {value!r}.")
         return tuple(item.strip() for item in items if item.strip())
     wanted = annotation
     try:
@@ -324,7 +339,17 @@ def scalar(text: str) -> Scalar:
     return text
 
 
-def _build(cls: type[Any], values: Mapping[str, Any], path: str) -> Any:
+def build(cls: type[Any], values: Mapping[str, Any], path: str = "") -> Any:
+    """Build a frozen record of the configuration, and those within it, from nested dictionaries.
+
+    Args:
+        cls: The record's class.
+        values: Its keys.
+        path: What stands before a key in an error, e.g. ``train.``.
+
+    Raises:
+        ConfigError: A key is unknown, or a value has the wrong type or is out of range.
+    """
     hints = typing.get_type_hints(cls)
     known = {f.name: hints[f.name] for f in fields(cls)}
     free = "options" in known
@@ -333,7 +358,7 @@ def _build(cls: type[Any], values: Mapping[str, Any], path: str) -> Any:
     for key, value in values.items():
         full = f"{path}{key}"
         if free and key == "options":
-            _require(isinstance(value, Mapping), f"{full} is a table of options; got {value!r}.")
+            require(isinstance(value, Mapping), f"{full} is a table of options; got {value!r}.")
             options.update(value)
         elif key not in known and free:
             options[key] = value
@@ -342,8 +367,8 @@ def _build(cls: type[Any], values: Mapping[str, Any], path: str) -> Any:
                 f"There is no configuration key {full!r}.{_near(key, known)} Known here: {', '.join(known)}."
             )
         elif is_dataclass(known[key]):
-            _require(isinstance(value, Mapping), f"{full} is a table of keys; got {value!r}.")
-            built[key] = _build(typing.cast(type[Any], known[key]), value, f"{full}.")
+            require(isinstance(value, Mapping), f"{full} is a table of keys; got {value!r}.")
+            built[key] = build(typing.cast(type[Any], known[key]), value, f"{full}.")
         else:
             built[key] = _convert(full, value, known[key])
     if free:
@@ -359,7 +384,7 @@ def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
     Raises:
         ConfigError: A key is unknown, or a value has the wrong type or is out of range.
     """
-    return typing.cast(RunConfig, _build(RunConfig, values, ""))
+    return typing.cast(RunConfig, build(RunConfig, values))
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -394,7 +419,7 @@ def override(assignment: str) -> dict[str, Any]:
         ConfigError: There is no ``=``.
     """
     key, equals, text = assignment.partition("=")
-    _require(bool(equals) and bool(key.strip()), f"--set takes section.key=value; got {assignment!r}.")
+    require(bool(equals) and bool(key.strip()), f"--set takes section.key=value; got {assignment!r}.")
     nested: Any = scalar(text)
     for part in reversed(key.strip().split(".")):
         nested = {part: nested}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,8 +22,8 @@ from fednorm.models import MODELS, make_model, model_spec
 from fednorm.norms import NORMS, make_norm
 from fednorm.spec import Norm
 
-SMALL = {"alexnet": 64, "digits_cnn": 12, "mobilenet_v2": 16, "resnet18": 16}
-WIDTH = {"digits_cnn": 64, "mobilenet_v2": 8, "resnet18": 8}
+SMALL = {"alexnet": 64, "cnn": 12, "digits_cnn": 12, "mlp": 8, "mobilenet_v2": 16, "resnet18": 16}
+WIDTH = {"cnn": 8, "digits_cnn": 64, "mlp": 32, "mobilenet_v2": 8, "resnet18": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +106,8 @@ def copy_in_order(source: nn.Module, target: nn.Module) -> None:
         ("resnet18", 64, 11_173_962),  # kuangliu/pytorch-cifar
         ("resnet18", 0, 11_173_962),
         ("mobilenet_v2", 0, 3_504_872 - 1281 * 1000 + 1281 * 10),  # torchvision's, with 10 classes
+        ("mlp", 0, 2_366_474 + 4 * 2 * 512),  # 3072 → 512 → 512 → 512 → 512 → 10, written out in tests/models
+        ("cnn", 0, 555_754 + 2 * (4 * 32 + 256)),
         # torchvision's AlexNet with 10 classes, and a scale and a shift a channel
         ("alexnet", 0, 61_100_840 - 4097 * 1000 + 4097 * 10 + 2 * (64 + 192 + 384 + 256 + 256 + 4096 + 4096)),
     ],
@@ -136,7 +138,9 @@ def test_digits_cnn_state_names_are_stable() -> None:
     ("name", "digest"),
     [
         ("alexnet", "6e3e38a8c204"),
+        ("cnn", "9bc9f4ab1021"),
         ("digits_cnn", "1a52febd3c06"),
+        ("mlp", "cc4a5e3babc0"),
         ("mobilenet_v2", "3a597abce589"),
         ("resnet18", "e82e49dd1b09"),
     ],
@@ -155,7 +159,8 @@ def test_shortcut_norms_are_nested_where_a_search_by_name_misses_them() -> None:
 
 
 def test_biases_follow_the_published_networks() -> None:
-    for name, bias in {"digits_cnn": True, "alexnet": True, "resnet18": False, "mobilenet_v2": False}.items():
+    published = {"digits_cnn": True, "alexnet": True, "cnn": True, "resnet18": False, "mobilenet_v2": False}
+    for name, bias in published.items():
         convs = [m for m in small(name, BatchNorm()).modules() if isinstance(m, nn.Conv2d)]
         assert {conv.bias is not None for conv in convs} == {bias}
 
@@ -412,7 +417,7 @@ def test_networks_that_average_take_every_size(size: int, name: str) -> None:
         (
             lambda: make_model("alexnet", Norm(), num_classes=3, width=64),
             ConfigError,
-            "fixed width.*mobilenet_v2, resnet18",
+            "fixed width.*cnn, digits_cnn, mlp, mobilenet_v2, resnet18",
         ),
         (
             lambda: make_model("mobilenet_v2", Norm(), num_classes=3, width=20),
@@ -421,6 +426,16 @@ def test_networks_that_average_take_every_size(size: int, name: str) -> None:
         ),
         (lambda: make_model("resnet18", Norm(), num_classes=3, width=-1), ConfigError, "got width = -1"),
         (lambda: make_model("resnet18", Norm(), num_classes=0), ConfigError, "at least 1 class"),
+        (
+            lambda: make_model("cnn", Norm(), num_classes=3, activation="crelu"),
+            ConfigError,
+            "model.activation must be one of relu, .*leaky_relu.*'crelu'",
+        ),
+        (
+            lambda: small("mlp", Norm())(torch.zeros(2, 3, 8, 9)),
+            DataError,
+            r"this mlp .*\(N, 3, 8, 8\).*\(2, 3, 8, 9\)",
+        ),
         (
             lambda: small("digits_cnn", Norm())(torch.zeros(2, 3, 28, 28)),
             DataError,
@@ -432,6 +447,64 @@ def test_networks_that_average_take_every_size(size: int, name: str) -> None:
 def test_bad_input_is_explained(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+# --- another nonlinearity ----------------------------------------------------------------------------------------
+
+
+def kinds(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("norm_name", ["batch_norm", "sws"])
+def test_another_nonlinearity_takes_the_place_of_every_relu_and_nothing_else_changes(name: str, norm_name: str) -> None:
+    norm = make_norm(norm_name)
+    size = {"num_classes": 7, "image_size": SMALL[name], "width": WIDTH.get(name, 0), "seed": 3}
+    plain = make_model(name, norm, **size)  # type: ignore[arg-type]
+    leaky = make_model(name, norm, **size, activation="Leaky-ReLU")  # type: ignore[arg-type]
+    relus = (nn.ReLU, nn.ReLU6)
+    assert any(kind in relus for kind in kinds(plain))
+    assert kinds(leaky) == [nn.LeakyReLU if kind in relus else kind for kind in kinds(plain)]
+    state = leaky.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in plain.state_dict().items())
+    # The constant of sws is the other nonlinearity's: 1 / std of leaky_relu(z) for standard normal z.
+    gammas = {m.gamma for m in leaky.modules() if hasattr(m, "gamma")}
+    assert gammas == (set() if norm_name == "batch_norm" else {1.70590341091156})
+
+
+def test_the_other_nonlinearity_is_what_is_computed() -> None:
+    model = make_model("mlp", Norm(), num_classes=3, image_size=2, width=5, activation="tanh").double()
+    w = model.state_dict()
+    x = torch.randn(4, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    h = x.reshape(4, 12)
+    for i in range(1, 5):
+        h = torch.tanh(h @ w[f"fc{i}.weight"].T + w[f"fc{i}.bias"])
+    torch.testing.assert_close(model(x), h @ w["fc5.weight"].T + w["fc5.bias"])
+
+
+def test_a_model_without_a_relu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gelu_only(norm: Norm, **_: int) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 2), norm.activation("gelu"))
+
+    card = replace(model_spec("mlp"), make=gelu_only)
+    monkeypatch.setattr("fednorm.models.model_spec", lambda _: card)
+    assert kinds(make_model("mlp", Norm(), num_classes=2))[-1] is nn.GELU
+    with pytest.raises(ConfigError, match="mlp has no ReLU that leaky_relu could take the place of"):
+        make_model("mlp", Norm(), num_classes=2, activation="leaky_relu")
+
+
+def test_the_norm_prepares_the_network_that_is_returned() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wrapped(Norm):
+        def prepare(self, model: nn.Module) -> nn.Module:
+            assert [m for m in model.modules() if isinstance(m, nn.Tanh)]
+            return nn.Sequential(model, Times(2.0))
+
+    plain = small("mlp", Norm())
+    wrapped = make_model("mlp", Wrapped(), num_classes=7, image_size=8, width=32, activation="tanh")
+    assert isinstance(wrapped[1], Times)  # type: ignore[index]
+    assert torch.equal(wrapped.state_dict()["0.fc1.weight"], plain.state_dict()["fc1.weight"])
 
 
 def test_62_pixels_are_too_few_for_alexnet_and_63_are_not() -> None:

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol, cast
 
-from torch import nn
+from torch import Tensor, nn
 
-from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm import options
+from fednorm.errors import ConfigError, DataError, canonical, unknown_name
 from fednorm.rng import torch_seeded
-from fednorm.spec import Citation, Norm
+from fednorm.spec import ACTIVATIONS, Citation, Norm
 
 MODELS: tuple[str, ...] = (
     "alexnet",
+    "cnn",
     "digits_cnn",
+    "mlp",
     "mobilenet_v2",
     "resnet18",
 )
@@ -44,7 +47,8 @@ class ModelSpec:
         input_size: Height and width of the published input, in pixels; the default.
         min_size: Smallest height and width that leave something of an image after the last pooling.
         size_step: Height and width must be a multiple of it.
-        width: Channels of the first convolution as published; 0 where the width is fixed.
+        width: Channels of the first convolution, or features of the first linear layer, as published; 0 where the
+            width is fixed.
         width_step: A width must be a multiple of it.
         deviations: Where we differ from the paper or its official code.
     """
@@ -79,8 +83,29 @@ def model_spec(name: str) -> ModelSpec:
     return spec
 
 
+def require_images(model: str, images: Tensor, image_size: int) -> None:
+    """Require images of shape (N, 3, image_size, image_size), for a model that is built for one size.
+
+    Raises:
+        DataError: They are of another shape.
+    """
+    expected = (3, image_size, image_size)
+    if images.ndim != 4 or images.shape[1:] != expected:
+        raise DataError(
+            f"this {model} takes images of shape (N, {', '.join(map(str, expected))}); got {tuple(images.shape)}. "
+            "Resize the images, or build the model with their image_size."
+        )
+
+
 def make_model(
-    name: str, norm: Norm, *, num_classes: int, image_size: int = 0, width: int = 0, seed: int = 0
+    name: str,
+    norm: Norm,
+    *,
+    num_classes: int,
+    image_size: int = 0,
+    width: int = 0,
+    seed: int = 0,
+    activation: str = "",
 ) -> nn.Module:
     """Return the model called ``name`` in training mode, float32, on the CPU.
 
@@ -93,12 +118,16 @@ def make_model(
         norm: The normalization method.
         num_classes: Number of logits.
         image_size: Height and width of the images, in pixels; 0 for the published size.
-        width: Channels of the first convolution; 0 for the published width.
+        width: Channels of the first convolution, or features of the first linear layer; 0 for the published width.
         seed: Of the initial weights.
+        activation: A name of :data:`~fednorm.spec.ACTIVATIONS` that takes the place of every ReLU and ReLU6 of the
+            architecture, scaled where the norm says so; dashes are read as underscores. Empty for the architecture's
+            own. The initial weights are the same.
 
     Raises:
         UnknownNameError: There is no such model.
-        ConfigError: The size, the width or the number of classes does not fit the architecture.
+        ConfigError: The size, the width or the number of classes does not fit the architecture; there is no such
+            activation, or the architecture has no ReLU that it could replace.
     """
     spec = model_spec(name)
     size = image_size or spec.input_size
@@ -121,5 +150,48 @@ def make_model(
             f"model {spec.name} takes a width that is a positive multiple of {spec.width_step}, "
             f"or 0 for its own, {spec.width}; got width = {width}."
         )
+    asked = _OtherActivation(norm, canonical(activation)) if activation else None
     with torch_seeded(seed, "model", spec.name):
-        return spec.make(norm, num_classes=num_classes, image_size=size, width=width or spec.width)
+        model = spec.make(
+            norm if asked is None else cast(Norm, asked),
+            num_classes=num_classes,
+            image_size=size,
+            width=width or spec.width,
+        )
+        if asked is not None and not asked.replaced:
+            raise ConfigError(
+                f"model {spec.name} has no ReLU that {asked.name} could take the place of. Leave model.activation "
+                "empty, or take another model."
+            )
+        return norm.prepare(model)
+
+
+class _OtherActivation:
+    """A norm that answers with another nonlinearity where a model asks for a ReLU; in all else it is the norm.
+
+    A model gets every nonlinearity from its norm. So none is missed, whatever the norm wraps it in, and the model is
+    never searched.
+
+    Args:
+        norm: The normalization method.
+        name: The nonlinearity, a key of :data:`~fednorm.spec.ACTIVATIONS`.
+
+    Raises:
+        ConfigError: There is no such nonlinearity.
+    """
+
+    def __init__(self, norm: Norm, name: str) -> None:
+        options.one_of("model", "activation", name, ACTIVATIONS)
+        self.norm = norm
+        self.name = name
+        self.replaced = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.norm, name)
+
+    def activation(self, name: str = "relu") -> nn.Module:
+        """Return the other nonlinearity for ``relu`` and ``relu6``, and what the norm returns for any other name."""
+        if name not in ("relu", "relu6"):
+            return self.norm.activation(name)
+        self.replaced += 1
+        return self.norm.activation(self.name)

@@ -251,7 +251,7 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
     with pytest.raises(AggregationError, match=r"Round 1: none of the 5 sampled clients .*NaN or infinite"):
         simulate(config, runs=tmp_path)
     record = RunRecord(tmp_path, config)
-    assert record.rounds() == []
+    assert record.lines() == []
     assert record.load_checkpoint() is None
 
     fit, rare = client.fit, make(rounds={"num_rounds": 4, "checkpoint_every": 3})
@@ -266,7 +266,7 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
     with pytest.raises(AggregationError, match=r"Round 3: none of the 5 .*client 0: fc1\.weight has NaN"):
         simulate(rare, runs=tmp_path)
     record = RunRecord(tmp_path, rare)
-    assert [line["round"] for line in record.rounds()] == [1, 2]
+    assert [line["round"] for line in record.lines()] == [1, 2]
     checkpoint = record.load_checkpoint()
     assert checkpoint is not None
     assert checkpoint.server_round == 2
@@ -297,7 +297,7 @@ def test_one_client_s_bad_update_is_rejected_and_counted_and_the_round_goes_on(
     first, second = result["rounds"]
     assert first["rejected"] == [{"client": 2, "reason": f"{key} has NaN or infinite values"}]
     assert second["rejected"] == []
-    lines = RunRecord(tmp_path, make(**values)).rounds()
+    lines = RunRecord(tmp_path, make(**values)).lines()
     assert [c["client"] for c in lines[0]["clients"]["train"]] == [0, 1, 3, 4]
     assert first["bytes_up"] * 5 == first["bytes_down"] * 4
     model = load_file(Path(result["run"]) / "model.safetensors")
@@ -338,7 +338,7 @@ def test_a_record_is_json_also_where_a_loss_is_not_finite(
 
     for name in ("rounds.jsonl", "result.json"):
         json.loads((Path(result["run"]) / name).read_text(), parse_constant=refuse)
-    line = RunRecord(tmp_path, make(rounds={"num_rounds": 1})).rounds()[0]
+    line = RunRecord(tmp_path, make(rounds={"num_rounds": 1})).lines()[0]
     assert [c["loss"] for c in line["clients"]["evaluate"]] == [None] * 5
 
 
@@ -385,6 +385,7 @@ LEAVES: dict[str, Any] = {
     "rounds.num_rounds": 11,
     "rounds.fraction": 0.5,
     "rounds.weighting": "equal",
+    "model.activation": "leaky_relu",
     "rounds.evaluate_every": 2,
     "evaluate.kinds": ["own", "cross"],
     "evaluate.images": 64,
