@@ -3,6 +3,7 @@
 import fednorm
 model = fednorm.convert(torchvision.models.resnet18(num_classes=10), norm="sws")
 result = fednorm.federated(strategy="fedbn", data="digits_mini", rounds=10, seed=0)
+result = fednorm.continual(scenario="split_digits", learner="er_ace", norm="adab2n", online=True, seed=0)
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fednorm.api import federated
+    from fednorm.api import continual, federated
     from fednorm.conversion import convert
 
-__all__ = ["__version__", "convert", "federated"]
+__all__ = ["__version__", "continual", "convert", "federated"]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.conversion", "federated": "fednorm.api"}
+    homes = {"continual": "fednorm.api", "convert": "fednorm.conversion", "federated": "fednorm.api"}
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(import_module(homes[name]), name)

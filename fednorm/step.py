@@ -40,11 +40,12 @@ class TrainingStep:
         self.adjust = tuple(adjust)
         self.after = tuple(after)
         self.hooked = tuple(module for module in model.modules() if isinstance(module, HookedLayer))
+        self._penalties: list[Tensor] = []
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Train on one batch.
+        """Train on one batch with the cross-entropy.
 
         Args:
             images: Floats, shape (B, C, H, W).
@@ -60,17 +61,34 @@ class TrainingStep:
         Raises:
             DataError: A layer needs the tasks, and they do not fit the batch.
         """
-        self.optimizer.zero_grad(set_to_none=True)
-        self.announce(tasks, num_tasks, len(images))
-        logits = self.model(images)
+        logits = self.forward(images, tasks=tasks, num_tasks=num_tasks)
         loss = functional.cross_entropy(logits, labels)
-        self.penalized(loss).backward()  # type: ignore[no-untyped-call]
+        self.update(loss)
+        return loss.detach(), logits.detach()
+
+    def forward(self, images: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1) -> Tensor:
+        """Return the logits of a training forward pass, the layers told its tasks.
+
+        For a loss of one's own: any number of forward passes, then one :meth:`update`. Arguments and errors are those
+        of a call.
+        """
+        self.announce(tasks, num_tasks, len(images))
+        logits: Tensor = self.model(images)
+        self._penalties += [penalty for layer in self.hooked if (penalty := layer.penalty()) is not None]
+        return logits
+
+    def update(self, loss: Tensor) -> None:
+        """Update the parameters by a loss, to which the penalties of the forward passes since the last update go."""
+        penalties, self._penalties = self._penalties, []
+        for penalty in penalties:
+            loss = loss + penalty
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
         for change in self.adjust:
             change()
         self.optimizer.step()
         for change in self.after:
             change()
-        return loss.detach(), logits.detach()
 
     def announce(self, tasks: Tensor | None, num_tasks: int, count: int) -> None:
         """Tell the layers with hooks the tasks of the coming batch of ``count`` images.
@@ -84,14 +102,6 @@ class TrainingStep:
             _require_tasks(tasks, num_tasks, count)
         for layer in self.hooked:
             layer.set_tasks(tasks, num_tasks)
-
-    def penalized(self, loss: Tensor) -> Tensor:
-        """Return a loss plus the penalties of the latest forward pass; each counts once."""
-        for layer in self.hooked:
-            penalty = layer.penalty()
-            if penalty is not None:
-                loss = loss + penalty
-        return loss
 
     def end_experience(self) -> None:
         """Tell the layers with hooks that an experience has ended."""

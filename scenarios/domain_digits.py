@@ -84,4 +84,5 @@ SPEC = ScenarioSpec(
     ),
     make=make,
     data=("digits_mini", "digits", "office_caltech10", "pacs", "folders"),
+    defaults={"model": {"name": "digits_cnn", "width": 16}},
 )

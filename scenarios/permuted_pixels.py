@@ -75,4 +75,9 @@ SPEC = ScenarioSpec(
         arxiv="1312.6211",
     ),
     make=make,
+    defaults={
+        "model": {"name": "mlp"},
+        "learner": {"name": "naive"},
+        "train": {"optimizer": "adam", "learning_rate": 0.001},
+    },
 )

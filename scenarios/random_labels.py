@@ -77,4 +77,9 @@ SPEC = ScenarioSpec(
         arxiv="2407.01800",
     ),
     make=make,
+    defaults={
+        "model": {"name": "mlp"},
+        "learner": {"name": "naive"},
+        "train": {"optimizer": "adam", "learning_rate": 0.001},
+    },
 )

@@ -7,6 +7,8 @@ et al., https://arxiv.org/abs/2004.07211.
 
 The class order is drawn from the seed, so that a mean over seeds is one over orders too; with
 ``class_order="sorted"`` it is 0 to 9, as in mammoth, whose code AdaB2N's is built on.
+
+Brings along the slim ResNet-18 of online continual learning (20 channels) and its random crop and flip.
 """
 
 from __future__ import annotations
@@ -63,4 +65,5 @@ SPEC = ScenarioSpec(
     ),
     make=make,
     data=("cifar10",),
+    defaults={"model": {"name": "resnet18", "width": 20}, "train": {"augment": "crop_flip"}},
 )

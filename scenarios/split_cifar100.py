@@ -59,4 +59,5 @@ SPEC = ScenarioSpec(
     ),
     make=make,
     data=("cifar100",),
+    defaults={"model": {"name": "resnet18", "width": 20}, "train": {"augment": "crop_flip"}},
 )

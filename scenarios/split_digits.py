@@ -60,4 +60,5 @@ SPEC = ScenarioSpec(
     ),
     make=make,
     data=("digits_mini",),
+    defaults={"model": {"name": "digits_cnn", "width": 16}},
 )

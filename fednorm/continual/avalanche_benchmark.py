@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fednorm.continual.stream import Stream
+from fednorm.continual.stream import Experience, Stream
 from fednorm.data.domain import Split, pixels
 
 with warnings.catch_warnings():
@@ -39,7 +39,7 @@ class SplitDataset(Dataset[tuple[Tensor, int]]):
     def __init__(self, split: Split, prepare: Prepare = pixels) -> None:
         self.split = split
         self.prepare = prepare
-        self.targets: list[int] = split.labels[split.index].tolist()
+        self.targets: list[int] = split.targets.tolist()
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -49,6 +49,16 @@ class SplitDataset(Dataset[tuple[Tensor, int]]):
         """Return one image and its label."""
         images, _ = self.split.batch(torch.tensor([row]))
         return self.prepare(images)[0], self.targets[row]
+
+
+class StreamDataset(AvalancheDataset):  # type: ignore[misc]
+    """An Avalanche data set that knows the experience it was made of.
+
+    Attributes:
+        source: The experience, whose ``train`` split our learners take whole batches from.
+    """
+
+    source: Experience
 
 
 def to_avalanche(stream: Stream, *, prepare: Prepare = pixels) -> CLScenario:
@@ -64,24 +74,42 @@ def to_avalanche(stream: Stream, *, prepare: Prepare = pixels) -> CLScenario:
         images back. Experiences have ``dataset``, ``classes_in_this_experience`` and the rest of Avalanche's classes
         timeline. ``task_label`` is 0 in all of them: which task a sample belongs to is hidden from the model.
     """
-    splits: dict[str, Sequence[Split]] = {
-        "train": [experience.train for experience in stream],
-        "test": [experience.test for experience in stream],
+    return _benchmark(stream.experiences, prepare)
+
+
+def joint_to_avalanche(stream: Stream, *, prepare: Prepare = pixels) -> CLScenario:
+    """Return all experiences of the stream as the one experience of an Avalanche benchmark.
+
+    Raises:
+        ConfigError: Some image has different labels in different experiences.
+    """
+    return _benchmark([stream.joint()], prepare)
+
+
+def _benchmark(experiences: Sequence[Experience], prepare: Prepare) -> CLScenario:
+    splits: dict[str, list[Split]] = {
+        "train": [experience.train for experience in experiences],
+        "test": [experience.test for experience in experiences],
     }
-    if all(len(experience.validation) for experience in stream):
-        splits["valid"] = [experience.validation for experience in stream]
+    if all(len(experience.validation) for experience in experiences):
+        splits["valid"] = [experience.validation for experience in experiences]
     benchmark: Any = benchmark_from_datasets(
-        **{name: [_dataset(split, prepare) for split in parts] for name, parts in splits.items()}
+        **{
+            name: [_dataset(split, prepare, source) for split, source in zip(parts, experiences, strict=True)]
+            for name, parts in splits.items()
+        }
     )
     return with_task_labels(with_classes_timeline(benchmark))
 
 
-def _dataset(split: Split, prepare: Prepare) -> Any:
+def _dataset(split: Split, prepare: Prepare, source: Experience) -> StreamDataset:
     data = SplitDataset(split, prepare)
-    return AvalancheDataset(
+    dataset = StreamDataset(
         [data],
         data_attributes=[
             DataAttribute(data.targets, "targets"),
             TaskLabels(ConstantSequence(0, len(data))),
         ],
     )
+    dataset.source = source
+    return dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class ScenarioSpec:
         citation: Where it was published.
         make: Builds the stream from a reader of the data and a seed; its keyword arguments are the options.
         data: The benchmarks it can be made of, its own first; empty for any that ``data.name`` names.
+        defaults: What the scenario brings along: configuration keys, laid under those the user wrote.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ScenarioSpec:
     citation: Citation
     make: Callable[..., Stream]
     data: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -55,17 +55,70 @@ class Experience:
     validation: Split
     test: Split
 
-    def tasks(self, count: int) -> Tensor:
-        """Return the task of each of ``count`` samples of this experience, int64, shape (count,).
+    def tasks_of(self, rows: Tensor) -> Tensor:
+        """Return the task of some rows of the training images, int64, shape (n,): the experience's number.
 
         For the norm and the buffer, which keep it with each sample; no model is told.
         """
-        return torch.full((count,), self.number, dtype=torch.int64)
+        return torch.full((len(rows),), self.number, dtype=torch.int64)
 
     @property
     def splits(self) -> tuple[tuple[str, Split], ...]:
         """Return the three splits by name."""
         return ("training", self.train), ("validation", self.validation), ("test", self.test)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedSplit(Split):
+    """Several splits as one: the rows of the first, then those of the second, and so on.
+
+    Take pixels and labels with :meth:`batch` only; ``images``, ``labels`` and ``index`` are those of the first part.
+
+    Attributes:
+        parts: The splits.
+    """
+
+    parts: tuple[Split, ...]
+
+    def __len__(self) -> int:
+        """Return the number of images of all parts."""
+        return sum(map(len, self.parts))
+
+    @property
+    def targets(self) -> Tensor:
+        """Return the label of every row of all parts, int64, shape (n,)."""
+        return torch.cat([part.targets for part in self.parts])
+
+    @property
+    def part_of(self) -> Tensor:
+        """Return the number of the part that each row is in, int64, shape (n,)."""
+        return torch.repeat_interleave(torch.tensor([len(part) for part in self.parts]))
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (uint8) and labels of some rows, numbered 0 to n - 1 over all parts."""
+        first = self.images
+        images, labels = first.new_empty((len(rows), *first.shape[1:])), self.labels.new_empty(len(rows))
+        start = 0
+        for part in self.parts:
+            here = (rows >= start) & (rows < start + len(part))
+            images[here], labels[here] = part.batch(rows[here] - start)
+            start += len(part)
+        return images, labels
+
+
+@dataclass(frozen=True, eq=False)
+class JointExperience(Experience):
+    """All experiences of a stream at once, for a learner that is given everything.
+
+    Attributes:
+        task_of_row: The experience that each row of the training images comes from, int64, shape (n,).
+    """
+
+    task_of_row: Tensor
+
+    def tasks_of(self, rows: Tensor) -> Tensor:
+        """Return the task of some rows of the training images, int64, shape (n,)."""
+        return self.task_of_row[rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +162,7 @@ class Stream:
                 f"{experience} has no {name} images. Give the data more images of it, or make fewer experiences, or "
                 "hold back less for validation (data.validation)."
             )
-        labels = split.labels[split.index]
+        labels = split.targets
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= self.num_classes:
             raise DataError(
@@ -138,6 +191,30 @@ class Stream:
             )
         return labels.div(self.classes_per_task, rounding_mode="floor")
 
+    def joint(self) -> JointExperience:
+        """Return all experiences as one.
+
+        Raises:
+            ConfigError: Some image has different labels in different experiences, so that no model can know all.
+        """
+        labels: dict[tuple[int, int, int], int] = {}
+        for experience in self.experiences:
+            train = experience.train
+            pixels = train.pixel_order.data_ptr() if isinstance(train, PermutedSplit) else 0
+            for row, label in zip(train.index.tolist(), train.targets.tolist(), strict=True):
+                if labels.setdefault((train.images.data_ptr(), pixels, row), label) != label:
+                    raise ConfigError(
+                        f"In {self.title} the same image has different labels in different experiences, so that they "
+                        "cannot be learned jointly. Take another learner (naive, er, ...) or another scenario."
+                    )
+        parts = tuple(experience.train for experience in self.experiences)
+        first, last = self.experiences[0], self.experiences[-1]
+        train = JoinedSplit(parts[0].images, parts[0].labels, parts[0].index, parts)
+        classes = tuple(sorted({k for experience in self.experiences for k in experience.classes}))
+        return JointExperience(
+            last.number, "all experiences", classes, train, first.validation, first.test, train.part_of
+        )
+
     def digest(self) -> str:
         """Return what identifies the stream: SHA-256 of its rows, labels and pixel orders, 16 hexadecimal digits.
 
@@ -147,7 +224,7 @@ class Stream:
         for experience in self.experiences:
             for name, split in experience.splits:
                 digest.update(f"{experience.number}|{name}|{len(split)}|{experience.classes}".encode())
-                tensors = [split.index, split.labels[split.index]]
+                tensors = [split.index, split.targets]
                 if isinstance(split, PermutedSplit):
                     tensors.append(split.pixel_order)
                 for tensor in tensors:

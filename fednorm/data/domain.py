@@ -30,6 +30,11 @@ class Split:
         """Return the number of images, n."""
         return len(self.index)
 
+    @property
+    def targets(self) -> Tensor:
+        """Return the label of every row, int64, shape (n,)."""
+        return self.labels[self.index]
+
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
         where = self.index[rows]

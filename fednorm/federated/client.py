@@ -17,18 +17,18 @@ on its own training images; it keeps nothing of that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fednorm.data.domain import Client, Split, pixels
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.recalibration import in_batches, reestimate
 from fednorm.rng import torch_seeded, torch_stream
 from fednorm.step import ProximalTerm, TrainingStep
 
@@ -55,9 +55,9 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         config = message.content.config_records["config"]
         complete = bench.receive(message.content.array_records["arrays"], context.state)
         if config.get("mode") == "reestimated":
-            reestimate(bench, client.test, _int(config, "images"))
+            reestimate_on(bench, client.test, _int(config, "images"))
         elif not complete and bench.statistics and not client.held_out:
-            reestimate(bench, client.train, len(client.train))
+            reestimate_on(bench, client.train, len(client.train))
         split = client.validation if bench.config.evaluate.split == "validation" else client.test
         return Message(RecordDict({"metrics": MetricRecord(dict(score(bench, split)))}), reply_to=message)
 
@@ -112,7 +112,12 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
         foreach=True,
     )
     adjust = [ProximalTerm(bench.shared_parameters, mu)] if mu else []
-    step = TrainingStep(bench.model, optimizer, adjust=[*adjust, *([bench.agc] if bench.agc else [])])
+    step = TrainingStep(
+        bench.model,
+        optimizer,
+        adjust=[*adjust, *([bench.agc] if bench.agc else [])],
+        after=[bench.after_update] if bench.after_update else [],
+    )
     names = ("client", client.partition_id, "round", server_round)
     losses, hits, seen = [], [], 0
     bench.model.train()
@@ -163,28 +168,15 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
     return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
-@torch.no_grad()
-def reestimate(bench: Workbench, split: Split, count: int) -> None:
+def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
-    Statistics are the average over batches of ``evaluate.batch_size`` images or one or two fewer, as equal as can be,
-    computed layer upon layer in one pass without gradients, the other layers in evaluation mode; labels are not used.
-    From a single image nothing can be estimated: it leaves the initial statistics. Li et al., Revisiting Batch
-    Normalization for Practical Domain Adaptation, arXiv 1603.04779.
+    Batches have ``evaluate.batch_size`` images or one or two fewer, as equal as can be. From a single image nothing
+    can be estimated: it leaves the initial statistics.
     """
-    layers = [module for module in bench.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    bench.model.eval()  # only the layers in question train: dropout would disturb what they measure
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
     images, _ = split.batch(torch.arange(min(count, len(split))))
-    parts = math.ceil(len(images) / max(bench.config.evaluate.batch_size, 2))
-    for batch in torch.tensor_split(pixels(images), parts) if len(images) > 1 else ():
-        bench.model(batch)
-    for layer, momentum in zip(layers, momenta, strict=True):
-        layer.momentum = momentum
+    size = bench.config.evaluate.batch_size
+    reestimate(bench.model, in_batches(pixels(images), size) if len(images) > 1 else ())
 
 
 def _int(config: ConfigRecord, key: str) -> int:

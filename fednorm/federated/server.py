@@ -154,7 +154,7 @@ class _Journal:
             self._record.start_over()
         elif self._record and (checkpoint := self._record.load_checkpoint()):
             arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
-            self.lines = self._record.rounds()
+            self.lines = self._record.lines()
         if self._observer:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
@@ -163,7 +163,7 @@ class _Journal:
         """Take down one round."""
         self.lines.append(line := round_line(report))
         if self._record:
-            self._record.append_round(line)
+            self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
                 self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid)
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context, RecordDict
 
 from fednorm.config import RunConfig
@@ -17,17 +14,7 @@ from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.server import Observer, check, describe, make_server_app
 from fednorm.federated.workbench import Workbench
 from fednorm.study.record import RunRecord
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Run a block with a number of PyTorch threads, then restore it: the last bits of sums depend on it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from fednorm.threads import torch_threads
 
 
 def plan(config: RunConfig, bench: Workbench | None = None) -> dict[str, Any]:

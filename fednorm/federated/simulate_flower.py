@@ -77,7 +77,7 @@ def _told(record: RunRecord, observer: Observer | None) -> Iterator[None]:
 
     def tell() -> None:
         nonlocal told
-        for line in record.rounds()[told:]:
+        for line in record.lines()[told:]:
             observer.round(line)
             told += 1
 

@@ -66,6 +66,7 @@ class Workbench:
             num_classes=self.federation.num_classes,
             image_size=self.federation.image_size,
             width=config.model.width,
+            activation=config.model.activation,
             seed=config.seed,
         ).to(memory_format=torch.channels_last)  # oneDNN's convolutions are a tenth to a third faster in this layout
         self.strategy: NormStrategy = make_strategy(config, self.model, num_nodes=len(self.federation.clients))
@@ -80,6 +81,8 @@ class Workbench:
         )
         self._check_batches()
         self.agc = AdaptiveGradientClipping(self.model, config.train.agc) if config.train.agc else None
+        # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
+        self.after_update = self.norm.after_update(self.model)
 
     def _check_batches(self) -> None:
         """Refuse what would leave a batch-coupled layer with a batch of one."""

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError
-from fednorm.federated.client import fit, reestimate, score
+from fednorm.federated.client import fit, reestimate_on, score
 from fednorm.federated.wire import pack, unpack
 from fednorm.roles import LEARNED, STATISTICS, Role
 
@@ -238,7 +238,7 @@ def test_a_client_that_never_trained_estimates_its_statistics_on_its_training_im
     client = other.bench.federation.clients[1]
     other.bench.write({**other.bench.read(other.bench.model.state_dict()), **unpack(arrays)})
     wrong = score(other.bench, client.test)
-    reestimate(other.bench, client.train, 8)
+    reestimate_on(other.bench, client.train, 8)
     assert evaluated == score(other.bench, client.test)
     assert evaluated["loss"] != wrong["loss"]
     assert site.kept(1) == {}
@@ -293,7 +293,7 @@ def test_reestimated_statistics_are_the_batches_mean_moments(count: int, make_si
     parts = [batch.transpose(0, 1).flatten(1) for batch in maps.tensor_split(-(-len(maps) // 4))]
     mean = torch.stack([part.mean(1) for part in parts]).mean(0)
     var = torch.stack([part.var(1, unbiased=True) for part in parts]).mean(0)
-    reestimate(site.bench, client.train, count)
+    reestimate_on(site.bench, client.train, count)
     torch.testing.assert_close(model.norm1.running_mean.double(), mean, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.norm1.running_var.double(), var, rtol=1e-5, atol=1e-6)
     assert [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)] == momenta
@@ -304,7 +304,7 @@ def test_reestimation_measures_without_dropout_and_changes_nothing_learned(make_
     learned = [key for key, entry in site.bench.plan.by_key.items() if entry.kind in LEARNED]
     before = site.bench.read(learned)
     for each in (plain, site):
-        reestimate(each.bench, each.bench.federation.clients[1].train, 8)
+        reestimate_on(each.bench, each.bench.federation.clients[1].train, 8)
     assert equal(site.bench.read(learned), before)
     assert equal(site.bench.read(site.bench.statistics), plain.bench.read(plain.bench.statistics))
 

@@ -127,13 +127,13 @@ def test_flower_never_touches_the_record_of_a_run_that_goes_on_elsewhere(tmp_pat
     config = resolve_config(VALUES)
     record = RunRecord(tmp_path, config)
     record.prepare()
-    record.append_round({"round": 1})
+    record.append_line({"round": 1})
     with record.locked(), pytest.raises(RecordError, match="Another process"):
         simulate_flower.simulate_flower(config, runs=tmp_path)
     record.save_checkpoint(Checkpoint(1, {}))
     with pytest.raises(RecordError, match=r"cannot go on from its checkpoint.*--runtime in-process"):
         simulate_flower.simulate_flower(config, runs=tmp_path)
-    assert record.rounds() == [{"round": 1}]
+    assert record.lines() == [{"round": 1}]
     assert record.load_checkpoint() is not None
 
 
@@ -141,15 +141,15 @@ def test_lines_of_an_attempt_that_was_cut_are_forgotten(tmp_path: Path, monkeypa
     config = resolve_config(VALUES)
     record = RunRecord(tmp_path, config)
     record.prepare()
-    record.append_round({"round": 1, "old": True})
+    record.append_line({"round": 1, "old": True})
     seen: list[Any] = []
 
     def start(*_: Any, **__: Any) -> None:
-        seen.extend(record.rounds())
-        record.append_round({"round": 1})
+        seen.extend(record.lines())
+        record.append_line({"round": 1})
 
     monkeypatch.setattr(simulate_flower, "run_with_flower", start)
     with pytest.raises(RecordError, match="left no result"):
         simulate_flower.simulate_flower(config, runs=tmp_path)
     assert seen == []
-    assert record.rounds() == [{"round": 1}]
+    assert record.lines() == [{"round": 1}]

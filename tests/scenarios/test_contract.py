@@ -81,7 +81,7 @@ def test_labels_are_in_range_and_experiences_numbered(name: str, make: Make) -> 
         for split in (experience.train, experience.test):
             assert set(labels(split).tolist()) <= set(experience.classes)
         assert set(experience.classes) <= set(range(stream.num_classes))
-        assert experience.tasks(3).tolist() == [experience.number] * 3
+        assert experience.tasks_of(torch.arange(3)).tolist() == [experience.number] * 3
 
 
 @every_scenario
@@ -164,7 +164,7 @@ def test_classes_are_cut_into_tasks_that_labels_tell(name: str, make: Make) -> N
     assert (len(stream), stream.classes_per_task) == default
     for experience in stream:
         for split in (experience.train, experience.test):
-            assert torch.equal(stream.task_of(labels(split)), experience.tasks(len(split)))
+            assert torch.equal(stream.task_of(labels(split)), experience.tasks_of(torch.arange(len(split))))
             assert set(labels(split).tolist()) == set(experience.classes)
 
 
