@@ -1,7 +1,7 @@
 """Studies: grids of runs from one TOML file, each run resumable, several at a time.
 
 [base]                       # configuration keys that all runs share
-kind = "federated"
+kind = "federated"            # or "continual"
 data = { name = "digits", merge = true, train_per_client = 743 }
 
 [[points]]                   # optional: named methods, each a table of keys laid over the base
@@ -24,15 +24,18 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.config import RunConfig, merge, read_config
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError, FedNormError
-from fednorm.registry import resolve_config
+from fednorm.registry import resolve
+
+AnyConfig = RunConfig | ContinualConfig
 
 SECTIONS = ("base", "points", "grid")
 
 log = logging.getLogger("fednorm")
 
 
-def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> list[RunConfig]:
+def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> list[AnyConfig]:
     """Read a study's file and return its runs' configurations, all of them checked.
 
     Args:
@@ -62,7 +65,7 @@ def expand(
     points: Sequence[Mapping[str, Any]],
     grid: Mapping[str, Any],
     overrides: Mapping[str, Any],
-) -> list[RunConfig]:
+) -> list[AnyConfig]:
     """Return the configurations of every point with every combination of the grid's lists, in that order.
 
     Args:
@@ -78,13 +81,13 @@ def expand(
         ConfigError: A key of the grid is no list of values, or a configuration is wrong.
     """
     axes = list(_axes(grid, ()))
-    runs: dict[str, RunConfig] = {}
+    runs: dict[str, AnyConfig] = {}
     for point in points:
         for values in itertools.product(*(choices for _, choices in axes)):
             nested: dict[str, Any] = {}
             for (path, _), value in zip(axes, values, strict=True):
                 nested = merge(nested, _nest(path, value))
-            config = resolve_config(merge(merge(merge(base, point), nested), overrides))
+            config = resolve(merge(merge(merge(base, point), nested), overrides))
             runs.setdefault(config.hash, config)
     return list(runs.values())
 
@@ -106,11 +109,11 @@ def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def run_study(
-    configs: Sequence[RunConfig],
+    configs: Sequence[AnyConfig],
     *,
     runs: Path,
     jobs: int,
-    on_done: Callable[[RunConfig, dict[str, Any] | None, str], None],
+    on_done: Callable[[AnyConfig, dict[str, Any] | None, str], None],
 ) -> None:
     """Run configurations, ``jobs`` at a time, each in a process of its own; finished ones are read back.
 
@@ -122,7 +125,7 @@ def run_study(
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[tuple[dict[str, Any] | None, str]], RunConfig] = {
+        futures: dict[Future[tuple[dict[str, Any] | None, str]], AnyConfig] = {
             pool.submit(_run, config, runs): config for config in configs
         }
         for future in as_completed(futures):
@@ -134,10 +137,19 @@ def run_study(
             on_done(futures[future], result, reason)
 
 
-def _run(config: RunConfig, runs: Path) -> tuple[dict[str, Any] | None, str]:
-    from fednorm.federated.simulate import simulate
-
+def _run(config: AnyConfig, runs: Path) -> tuple[dict[str, Any] | None, str]:
     try:
-        return simulate(config, runs=runs), ""
+        return _simulate(config, runs), ""
     except FedNormError as error:
         return None, str(error)
+
+
+def _simulate(config: AnyConfig, runs: Path) -> dict[str, Any]:
+    """Run one configuration of either kind; what trains is imported only here, in the run's own process."""
+    if isinstance(config, ContinualConfig):
+        from fednorm.continual.simulate import simulate as simulate_stream
+
+        return simulate_stream(config, runs=runs)
+    from fednorm.federated.simulate import simulate
+
+    return simulate(config, runs=runs)

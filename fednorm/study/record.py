@@ -8,7 +8,10 @@
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
         result.json               the result; there once the run has finished
 
-Files are replaced whole, never half. Lines of rounds after the checkpoint are dropped on resume: those rounds are run
+A continual run's record has ``experiences.jsonl``, one line an experience, in place of ``rounds.jsonl``; its checkpoint
+holds the learner's tensors, and what else it needs as JSON in the file's metadata.
+
+Files are replaced whole, never half. Lines written after the checkpoint are dropped on resume: what they tell of is run
 again, to the same numbers.
 """
 
@@ -30,14 +33,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fednorm.config import RunConfig
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import RecordError
 
 Tensors = dict[str, Tensor]
 
 CHECKPOINT = "checkpoint.safetensors"
 
-NEEDED = frozenset({"hash", "config", "data", "rounds", "final", "evaluation", "seconds"})
-"""Keys without which no table can be made of a result."""
+CHECKPOINT_VERSION = 1
+"""Of the checkpoint of a continual run; a checkpoint of another version is refused."""
+
+LINES: Mapping[str, str] = {"federated": "rounds.jsonl", "continual": "experiences.jsonl"}
+"""The file of a record that grows while a run goes, by kind."""
+
+_COMMON = frozenset({"hash", "config", "data", "final", "seconds"})
+NEEDED: Mapping[str, frozenset[str]] = {
+    "federated": _COMMON | {"rounds", "evaluation"},
+    "continual": _COMMON | {"experiences", "accuracy_matrix"},
+}
+"""Keys without which no table can be made of a result, by kind."""
 
 
 @dataclass
@@ -60,7 +74,17 @@ class Checkpoint:
 def versions() -> dict[str, str]:
     """Return the versions that a run's numbers may depend on."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in ("fednorm", "torch", "torchvision", "numpy", "flwr", "scikit-learn", "matplotlib", "pillow"):
+    for name in (
+        "fednorm",
+        "torch",
+        "torchvision",
+        "numpy",
+        "flwr",
+        "avalanche-lib",
+        "scikit-learn",
+        "matplotlib",
+        "pillow",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -76,11 +100,11 @@ class RunRecord:
         config: The run's configuration.
     """
 
-    def __init__(self, root: Path, config: RunConfig) -> None:
-        name = f"{config.strategy.name}-{config.norm.name}-{config.data.name}-seed{config.seed}-{config.hash}"
-        self.folder = Path(root).absolute() / name
+    def __init__(self, root: Path, config: RunConfig | ContinualConfig) -> None:
+        self.folder = Path(root).absolute() / f"{config.title}-{config.hash}"
         self.config = config
         self._checkpoint = self.folder / CHECKPOINT
+        self._lines = LINES[config.kind]
 
     def prepare(self) -> None:
         """Make the run's folder.
@@ -122,17 +146,17 @@ class RunRecord:
         document = {"config": self.config.to_dict(), "hash": self.config.hash, "versions": versions(), **about}
         self._replace("run.json", json.dumps(document, indent=1))
 
-    def append_round(self, line: Mapping[str, Any]) -> None:
-        """Append one round's line to ``rounds.jsonl``."""
+    def append_line(self, line: Mapping[str, Any]) -> None:
+        """Append the line of a round or an experience."""
         with (
-            self._writing("append to rounds.jsonl"),
-            (self.folder / "rounds.jsonl").open("a", encoding="utf-8") as file,
+            self._writing(f"append to {self._lines}"),
+            (self.folder / self._lines).open("a", encoding="utf-8") as file,
         ):
             file.write(json.dumps(line) + "\n")
 
-    def rounds(self) -> list[dict[str, Any]]:
-        """Return the rounds' lines; a line cut short by a kill is left out."""
-        path = self.folder / "rounds.jsonl"
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of the rounds or experiences; a line cut short by a kill is left out."""
+        path = self.folder / self._lines
         lines = []
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
             try:
@@ -140,6 +164,11 @@ class RunRecord:
             except json.JSONDecodeError:
                 break
         return lines
+
+    def keep_lines(self, count: int) -> None:
+        """Drop the lines after the first ``count``, and a line cut short by a kill."""
+        kept = self.lines()[:count]
+        self._replace(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint."""
@@ -157,7 +186,7 @@ class RunRecord:
         """
         path = self._checkpoint
         if not path.exists():
-            self.drop_rounds()
+            self.keep_lines(0)
             return None
         checkpoint = Checkpoint(0, {})
         try:
@@ -175,13 +204,54 @@ class RunRecord:
             raise RecordError(
                 f"The checkpoint {path} is damaged ({error}). Remove the file to start this run over."
             ) from error
-        self.drop_rounds(after=checkpoint.server_round)
-        if (found := len(self.rounds())) != checkpoint.server_round:
-            raise RecordError(
-                f"{self.folder / 'rounds.jsonl'} has the lines of {found} rounds, and the checkpoint beside it was "
-                f"written after round {checkpoint.server_round}. Remove {path} to start this run over."
-            )
+        self._require_lines(checkpoint.server_round, "round")
         return checkpoint
+
+    def save_state(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint of a continual run.
+
+        Args:
+            tensors: The learner's tensors.
+            state: What else it needs, for JSON; ``experiences``, how many have ended, among it.
+        """
+        document = json.dumps({"version": CHECKPOINT_VERSION, **state})
+        self._save_tensors(CHECKPOINT, tensors, {"state": document})
+
+    def load_state(self) -> tuple[Tensors, dict[str, Any]] | None:
+        """Return what :meth:`save_state` wrote, and drop the lines of later experiences; None where there is none.
+
+        Raises:
+            RecordError: The file is damaged, or of another version of fednorm.
+        """
+        path = self._checkpoint
+        if not path.exists():
+            self.keep_lines(0)
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+                version_found, ended = state["version"], int(state["experiences"])
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise RecordError(
+                f"The checkpoint {path} is damaged ({error}). Remove the file to start this run over."
+            ) from error
+        if version_found != CHECKPOINT_VERSION:
+            raise RecordError(
+                f"The checkpoint {path} has version {version_found}, and this fednorm reads {CHECKPOINT_VERSION}. "
+                "Go on with the fednorm that wrote it, or remove the file to start this run over."
+            )
+        self._require_lines(ended, "experience")
+        return tensors, state
+
+    def _require_lines(self, count: int, what: str) -> None:
+        """Drop what was written after the checkpoint, and refuse a record that has lost what came before it."""
+        self.keep_lines(count)
+        if (found := len(self.lines())) != count:
+            raise RecordError(
+                f"{self.folder / self._lines} has the lines of {found} {what}s, and the checkpoint beside it was "
+                f"written after {what} {count}. Remove {self._checkpoint} to start this run over."
+            )
 
     def start_over(self) -> None:
         """Forget the rounds of an earlier attempt that left no checkpoint.
@@ -194,22 +264,17 @@ class RunRecord:
                 f"This run was begun in process, and Flower's runtime cannot go on from its checkpoint. Go on with "
                 f"--runtime in-process, choose another folder with --runs, or remove {self._checkpoint}."
             )
-        self.drop_rounds()
+        self.keep_lines(0)
 
-    def drop_rounds(self, after: int = 0) -> None:
-        """Drop the lines of the rounds after ``after``, and a line cut short by a kill."""
-        kept = [line for line in self.rounds() if line["round"] <= after]
-        self._replace("rounds.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-    def finish(self, result: Mapping[str, Any], server: Tensors, clients: Mapping[int, Tensors]) -> None:
+    def finish(self, result: Mapping[str, Any], model: Tensors, clients: Mapping[int, Tensors] | None = None) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
         Args:
             result: The result.
-            server: The server's tensors.
+            model: The model's tensors; the server's, in a federation.
             clients: Each client's local tensors, by partition id.
         """
-        self._save_tensors("model.safetensors", server, {"hash": self.config.hash})
+        self._save_tensors("model.safetensors", model, {"hash": self.config.hash})
         if clients:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
             self._save_tensors("clients.safetensors", local, {"hash": self.config.hash})
@@ -270,10 +335,15 @@ def read_result(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise RecordError(f"{path} is not a result: {error}.") from error
     results = document.get("results", [document]) if isinstance(document, dict) else None
-    if not isinstance(results, list) or not all(isinstance(r, dict) and r.keys() >= NEEDED for r in results):
+    if not isinstance(results, list) or not all(map(_is_result, results)):
+        needed = "; ".join(f"{', '.join(sorted(keys))} ({kind})" for kind, keys in NEEDED.items())
         raise RecordError(
-            f"{path} is not a result: it needs the keys {', '.join(sorted(NEEDED))}. Give a record's folder, a folder "
+            f"{path} is not a result: it needs the keys {needed}. Give a record's folder, a folder "
             "of records, or a summary that 'fednorm report --summary' wrote; where a result.json is damaged, remove "
             "it, and the run is made again."
         )
     return dict(document)
+
+
+def _is_result(result: Any) -> bool:
+    return isinstance(result, dict) and result.keys() >= NEEDED.get(result.get("kind", "federated"), {"kind of result"})

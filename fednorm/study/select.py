@@ -3,44 +3,107 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from fednorm.config import IMMATERIAL
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError
 
 Result = Mapping[str, Any]
 
+METHOD_OPTIONS = frozenset({"passes", "statistics", "recalibrate", "corrected", "project", "activation"})
+"""Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
+
+METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})
+"""Keys that make another method where they are not at their default; how far they are from it is tuned."""
+
 
 def best_by_method(results: Sequence[Result]) -> list[Any]:
-    """Return, for each strategy and norm, the results of the configuration with the best mean validation accuracy.
+    """Return, for each method, the results of the configuration with the best mean score; ties go to the first.
 
-    Options of the norm and of the strategy count as hyper-parameters, the seed does not: a configuration is judged by
-    the mean over its seeds, and all of them are returned. Ties go to the first.
+    The seed is no hyper-parameter: a configuration is judged by the mean over its seeds, and all of them are returned.
+
+    *Federated*: a method is a strategy and a norm, their options are tuned, and the score is the mean validation
+    accuracy over domains. *Continual*: a method is a learner, a norm, :data:`METHOD_OPTIONS` and
+    :data:`METHOD_SWITCHES`, chosen for each stream; the score is the average accuracy on validation images after the
+    last experience. A memorization stream has nothing to hold out: there the score is plasticity, the accuracy on
+    training images, which is what the stream is about (:func:`rules` says so).
 
     Args:
         results: Results scored on validation images.
 
     Raises:
-        ConfigError: A result was scored on test images: choosing by those would be tuning on test data.
+        ConfigError: A result was scored on test images: choosing by those would be tuning on test data. Or a stream's
+            average accuracy was not measured.
     """
-    methods: dict[tuple[str, str], dict[str, list[Result]]] = {}
+    methods: dict[Hashable, dict[str, list[Result]]] = {}
     for result in results:
-        config = result["config"]
-        if config["evaluate"]["split"] != "validation":
-            raise ConfigError(
-                f"Run {result['hash']} was scored on test images, and a configuration is chosen on validation images "
-                "only. Run the study with evaluate.split = 'validation' and data.validation > 0."
-            )
-        method = methods.setdefault((config["strategy"]["name"], config["norm"]["name"]), {})
-        method.setdefault(_without_seed(config), []).append(result)
-    best = (max(method.values(), key=_score) for method in methods.values())
+        _require_held_out(result)
+        configurations = methods.setdefault(_method(result), {})
+        configurations.setdefault(_without_seed(result["config"]), []).append(result)
+    best = (max(configurations.values(), key=_mean_score) for configurations in methods.values())
     return [result for group in best for result in group]
 
 
+def rules(results: Sequence[Result]) -> list[str]:
+    """Return by what :func:`best_by_method` chooses among these results, a sentence each."""
+    said = {
+        "federated": "Chosen by the mean validation accuracy over domains.",
+        "continual": "Chosen by the average accuracy on validation images after the last experience.",
+        "memorization": "Chosen by plasticity, the training accuracy in the last tenth of the experiences: "
+        "a memorization stream has no images to hold out.",
+    }
+    return list(dict.fromkeys(said[_kind(result)] for result in results))
+
+
+def _kind(result: Result) -> str:
+    kind = str(result["config"].get("kind", "federated"))
+    return "memorization" if kind == "continual" and result["data"]["memorization"] else kind
+
+
+def _require_held_out(result: Result) -> None:
+    if _kind(result) != "memorization" and result["config"]["evaluate"]["split"] != "validation":
+        raise ConfigError(
+            f"Run {result['hash']} was scored on test images, and a configuration is chosen on validation images "
+            "only. Run the study with evaluate.split = 'validation' and data.validation > 0."
+        )
+
+
+def _method(result: Result) -> Hashable:
+    """Return what makes a result's method; results with equal ones are configurations of it."""
+    config = result["config"]
+    if _kind(result) == "federated":
+        return config["strategy"]["name"], config["norm"]["name"]
+    defaults = ContinualConfig().to_dict()
+    told = []
+    for section, values in config.items():
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
+                told.append((section, key, value if key in METHOD_OPTIONS else "on"))
+    return result["data"]["title"], config["learner"]["name"], config["norm"]["name"], tuple(sorted(told))
+
+
 def _without_seed(config: Mapping[str, Any]) -> str:
-    return json.dumps({key: value for key, value in config.items() if key != "seed"}, sort_keys=True)
+    """Return a configuration as text, without the seed and what leaves the numbers alone."""
+    plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()}
+    plain.pop("seed")
+    for section, key in IMMATERIAL:
+        plain.get(section, {}).pop(key, None)
+    return json.dumps(plain, sort_keys=True)
 
 
-def _score(seeds: Sequence[Result]) -> float:
-    return float(mean(result["final"]["mean"] for result in seeds))
+def _mean_score(group: Sequence[Result]) -> float:
+    return float(mean(map(_score, group)))
+
+
+def _score(result: Result) -> float:
+    final = result["final"]
+    score = final[{"federated": "mean", "continual": "average_accuracy", "memorization": "plasticity"}[_kind(result)]]
+    if score is None:
+        raise ConfigError(
+            f"Run {result['hash']} has no average accuracy to be chosen by: evaluate.experiences is "
+            f"{result['config']['evaluate']['experiences']!r}. Run the study with 'all' or 'seen'."
+        )
+    return float(score)

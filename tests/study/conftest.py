@@ -82,9 +82,9 @@ def arm(where, n):
         when = lambda bench, who, server_round, **_: server_round == n and who.partition_id == 3
         before(client, "fit", when, die)
     elif where == "before the line":
-        before(rec, "append_round", lambda self, line: line["round"] == n, die)
+        before(rec, "append_line", lambda self, line: line["round"] == n, die)
     elif where == "in the line":
-        before(rec, "append_round", lambda self, line: line["round"] == n, half_a_line)
+        before(rec, "append_line", lambda self, line: line["round"] == n, half_a_line)
     elif where == "before the checkpoint":
         before(rec, "save_checkpoint", lambda self, checkpoint: checkpoint.server_round == n, die)
     elif where == "in the checkpoint":

@@ -102,7 +102,7 @@ def test_values_that_are_lists_themselves_are_lists_of_lists() -> None:
         ("[base]\nseed = [1, 2]", r"seed must be an integer; got \[1, 2\]"),
         ("[base]\n[grid]\ntrain.learnin_rate = [1.0]", r"no configuration key 'train\.learnin_rate'.*learning_rate"),
         ("[base]\n[grid]\nseed = [[1]]", r"seed must be an integer; got \[1\]"),
-        ('[base]\nkind = "continual"', "kind must be one of federated; got 'continual'"),
+        ('[base]\nkind = "centralised"', "kind must be one of federated, continual; got 'centralised'"),
     ],
 )
 def test_a_file_that_is_no_study_is_refused(text: str, message: str, study: Callable[[str], list[RunConfig]]) -> None:
