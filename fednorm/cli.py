@@ -1,4 +1,4 @@
-"""The command line: ``fednorm`` demo, federated, compare, report, list, data, explain, bench, verify.
+"""The command line: ``fednorm`` demo, federated, continual, compare, report, list, data, explain, bench, verify.
 
 Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
 user's mistake ends with exit code 2 and a sentence, never with a traceback.
@@ -22,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
-    "with FedAvg, FedBN, FedWon and their rivals on Flower, and compare.",
+    "on Flower and continual streams with Avalanche, and compare.",
 )
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
@@ -58,13 +58,14 @@ def print_json(document: Any) -> None:
 def demo(
     runs: RunsOption = Path("runs/demo"),
     rounds: Annotated[int, typer.Option(help="Rounds of each strategy.")] = 20,
+    images: Annotated[int, typer.Option(help="Training images of an experience of the streams; 0 for all.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of every random stream.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """FedAvg, FedBN and FedWon on embedded multi-domain digits: two minutes, no data folder, no network."""
+    """Strategies on embedded multi-domain digits, then norms on streams of them: no data folder, no network."""
     from fednorm.commands.demo import run_demo
 
-    run_demo(runs=runs, rounds=rounds, seed=seed, as_json=as_json)
+    run_demo(runs=runs, rounds=rounds, images=images, seed=seed, as_json=as_json)
 
 
 @app.command()
@@ -125,6 +126,52 @@ def federated(  # noqa: PLR0913 - one parameter an option
     }
     resolved = collect(config, flags, settings or [])
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
+
+
+@app.command()
+def continual(  # noqa: PLR0913 - one parameter an option
+    config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
+    scenario: Annotated[str | None, typer.Option(help="Scenario: fednorm list scenarios.")] = None,
+    data: Annotated[str | None, typer.Option(help="Benchmark, where the scenario leaves a choice.")] = None,
+    data_dir: DataDirOption = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
+    experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
+    learner: Annotated[str | None, typer.Option(help="Learner: fednorm list learners.")] = None,
+    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model: fednorm list models.")] = None,
+    online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a learner on a stream of experiences, or go on with a run that was cut short."""
+    from fednorm.commands.continual import collect_continual, run_continual
+
+    flags = {
+        "scenario.name": scenario,
+        "scenario.num_experiences": experiences,
+        "data.name": data,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.download": download,
+        "learner.name": learner,
+        "learner.memory_size": memory_size,
+        "norm.name": norm,
+        "model.name": model,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.optimizer": optimizer,
+        "train.learning_rate": learning_rate,
+        "seed": seed,
+    }
+    resolved = collect_continual(config, flags, settings or [], online=online)
+    run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
 
 
 @app.command()

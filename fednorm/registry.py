@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
-from fednorm.config import RunConfig, Scalar, config_from_dict, merge
+from fednorm.config import RunConfig, Scalar, choose, config_from_dict, merge
+from fednorm.continual_config import ContinualConfig, LearnerConfig, continual_config_from_dict
 from fednorm.errors import ConfigError, canonical, unknown_name
 from fednorm.norms import make_norm
 from fednorm.options import flag, number
 
 if TYPE_CHECKING:
+    from fednorm.continual.learner import LearnerOptions, LearnerSpec
     from fednorm.continual.spec import ScenarioSpec
     from fednorm.federated.spec import StrategySpec
     from fednorm.federated.strategy import NormStrategy
@@ -67,6 +69,95 @@ def scenario_spec(name: str) -> ScenarioSpec:
     return cast("ScenarioSpec", import_module(f"scenarios.{name}").SPEC)
 
 
+def learner_names() -> tuple[str, ...]:
+    """Return the names of all learners."""
+    _package("scenarios")
+    return cast(tuple[str, ...], import_module("scenarios.learners").LEARNERS)
+
+
+def learner_spec(name: str) -> LearnerSpec:
+    """Return the identity card of a learner.
+
+    Raises:
+        UnknownNameError: There is no such learner.
+    """
+    name = canonical(name)
+    if name not in learner_names():
+        raise unknown_name("learner", name, learner_names())
+    return cast("LearnerSpec", import_module(f"scenarios.learners.{name}").SPEC)
+
+
+def resolve(values: Mapping[str, Any]) -> RunConfig | ContinualConfig:
+    """Build the configuration of a run of either kind; ``kind`` says which, ``federated`` by default.
+
+    Raises:
+        UnknownNameError: A name is not registered.
+        ConfigError: A key or a value is wrong.
+    """
+    kind = str(values.get("kind", "federated"))
+    choose("kind", kind, ("federated", "continual"))
+    return resolve_continual(values) if kind == "continual" else resolve_config(values)
+
+
+def resolve_continual(values: Mapping[str, Any]) -> ContinualConfig:
+    """Build a continual run's configuration, the scenario's own defaults laid under what the user wrote.
+
+    Raises:
+        UnknownNameError: The scenario, the learner or the norm is not registered.
+        ConfigError: A key or a value is wrong.
+    """
+    values = _without_auto(values)
+    written = continual_config_from_dict(values)
+    scenario, learner = scenario_spec(written.scenario.name), learner_spec(written.learner.name)
+    defaults = merge({"kind": "continual", "norm": {"name": "batch_norm"}}, _fitting(scenario.defaults, values))
+    config = continual_config_from_dict(merge(defaults, values))
+    norm_defaults = dataclasses.asdict(make_norm(config.norm.name))
+    return dataclasses.replace(
+        config,
+        norm=dataclasses.replace(config.norm, options=_beside(norm_defaults, config.norm.options)),
+        scenario=dataclasses.replace(config.scenario, options=_beside(scenario.options, config.scenario.options)),
+        learner=dataclasses.replace(config.learner, options=_beside(learner.options, config.learner.options)),
+    )
+
+
+def _fitting(defaults: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the default sections, without those whose name the user replaced: a width belongs to its model."""
+
+    def replaced(section: str) -> bool:
+        name, default = _name_in(values, section), _name_in(defaults, section)
+        return bool(name and default and canonical(name) != canonical(default))
+
+    return {section: table for section, table in defaults.items() if not replaced(section)}
+
+
+def _name_in(values: Mapping[str, Any], section: str) -> str:
+    table = values.get(section, {})
+    return str(table.get("name", "")) if isinstance(table, Mapping) else ""
+
+
+def _without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without the norm's name where that is ``auto``, so that a default can take its place."""
+    norm = values.get("norm", {})
+    if isinstance(norm, Mapping) and canonical(str(norm.get("name", ""))) == "auto":
+        return {**values, "norm": {key: value for key, value in norm.items() if key != "name"}}
+    return dict(values)
+
+
+def learner_options(config: LearnerConfig) -> LearnerOptions:
+    """Return the options of a run's learner.
+
+    Raises:
+        ConfigError: There is no such option, or its value is of the wrong type or out of range.
+    """
+    spec = learner_spec(config.name)
+    for key in config.options:
+        if key not in spec.options:
+            raise ConfigError(
+                f"learner {spec.name} has no option {key!r}. Its options: {', '.join(spec.options) or 'none'}."
+            )
+    return spec.make.Options(**cast(dict[str, Any], dict(config.options)))
+
+
 def resolve_config(values: Mapping[str, Any]) -> RunConfig:
     """Build a run's configuration, the strategy's own defaults laid under what the user wrote.
 
@@ -77,9 +168,7 @@ def resolve_config(values: Mapping[str, Any]) -> RunConfig:
     chosen = values.get("strategy", {})
     name = chosen.get("name", "fedavg") if isinstance(chosen, Mapping) else str(chosen)
     spec = strategy_spec(str(name))
-    norm = values.get("norm", {})
-    if isinstance(norm, Mapping) and canonical(str(norm.get("name", ""))) == "auto":
-        values = {**values, "norm": {key: value for key, value in norm.items() if key != "name"}}
+    values = _without_auto(values)
     defaults = merge({"norm": {"name": "batch_norm"}}, spec.defaults)
     config = config_from_dict(merge(defaults, values))
     norm_defaults = dataclasses.asdict(make_norm(config.norm.name))

@@ -17,12 +17,12 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles"),
-    ("fednorm.spec", "fednorm.options", "fednorm.config"),
+    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
+    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
     ("fednorm.data", "fednorm.norms", "fednorm.optim"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
-    ("fednorm.step",),
+    ("fednorm.step", "fednorm.recalibration"),
     ("fednorm.study.record",),
     ("fednorm.federated", "fednorm.continual"),
     ("strategies", "scenarios"),
@@ -38,7 +38,7 @@ LATER: dict[str, str] = {
     "fednorm.registry": "names to strategies and scenarios, asked for by name",
     "fednorm.cli": "a command's module is imported when the command is called",
     "fednorm.study.grid": "a run's process imports what trains only then",
-    "fednorm.federated": "the package answers a call of fednorm.federated as the function does",
+    "fednorm._package": "a package answers the call of the function of its name",
     "fednorm.api": "so that importing fednorm stays quick",
     "fednorm": "so that importing fednorm stays quick",
 }
@@ -149,7 +149,13 @@ def test_nothing_but_commands_imports_the_command_line() -> None:
 def test_flower_and_avalanche_stay_in_their_places() -> None:
     homes = ("fednorm.federated", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
-    assert importers("avalanche") == {"fednorm.continual.avalanche_benchmark"}
+    homes = (
+        "fednorm.continual.avalanche_benchmark",
+        "fednorm.continual.learner",
+        "scenarios.learners",
+        "fednorm.bench",
+    )
+    assert {name for name in importers("avalanche") if not any(within(name, home) for home in homes)} == set()
     public = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
     private = {
         name_of(path)
@@ -190,7 +196,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "convert", "federated"}
+    assert set(fednorm.__all__) == {"__version__", "continual", "convert", "federated"}
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 

@@ -26,9 +26,10 @@ from fednorm.config import choose
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.federated.flower_runtime import run_with_flower, write_app
-from fednorm.federated.simulate import simulate, torch_threads
+from fednorm.federated.simulate import simulate
 from fednorm.report.table import Table
 from fednorm.study.record import versions
+from fednorm.threads import torch_threads
 
 THREADS = 1
 """PyTorch threads of every engine's every process."""

@@ -9,24 +9,33 @@ from importlib import import_module
 from typing import Any
 
 from fednorm import config as configuration
+from fednorm import continual_config
 from fednorm.cli import out, print_json
 from fednorm.commands.compare import recipe_names
 from fednorm.data.benchmarks import BENCHMARKS
 from fednorm.errors import canonical, unknown_name
 from fednorm.models import MODELS, model_spec
 from fednorm.norms import NORMS, norm_spec
-from fednorm.registry import scenario_names, scenario_spec, strategy_names, strategy_spec
+from fednorm.registry import (
+    learner_names,
+    learner_spec,
+    scenario_names,
+    scenario_spec,
+    strategy_names,
+    strategy_spec,
+)
 from fednorm.spec import Citation
 
 Row = dict[str, Any]
 
-SECTIONS: Mapping[str, type[Any]] = {
-    "data": configuration.DataConfig,
-    "model": configuration.ModelConfig,
-    "train": configuration.TrainConfig,
-    "rounds": configuration.RoundConfig,
-    "evaluate": configuration.EvaluateConfig,
+SECTIONS: Mapping[str, tuple[type[Any], ...]] = {
+    "data": (configuration.DataConfig,),
+    "model": (configuration.ModelConfig,),
+    "train": (configuration.TrainConfig, continual_config.StreamTrainConfig),
+    "rounds": (configuration.RoundConfig,),
+    "evaluate": (configuration.EvaluateConfig, continual_config.StreamEvaluateConfig),
 }
+"""The sections' records: that of both kinds of run, or the federated one and the continual one."""
 
 
 def _norms() -> list[Row]:
@@ -39,6 +48,10 @@ def _strategies() -> list[Row]:
 
 def _scenarios() -> list[Row]:
     return [{"name": name, "summary": scenario_spec(name).summary} for name in scenario_names()]
+
+
+def _learners() -> list[Row]:
+    return [{"name": name, "summary": learner_spec(name).summary} for name in learner_names()]
 
 
 def _models() -> list[Row]:
@@ -55,7 +68,7 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
     "models": _models,
     "data": _data,
     "scenarios": _scenarios,
-    "learners": list,  # they come with the continual scenarios
+    "learners": _learners,
     "studies": lambda: [{"name": name} for name in recipe_names()],
 }
 
@@ -86,10 +99,11 @@ def run_explain(name: str, *, as_json: bool) -> None:
         **{norm: lambda key=norm: _norm(key) for norm in NORMS},  # type: ignore[misc]
         **{strategy: lambda key=strategy: _strategy(key) for strategy in strategy_names()},  # type: ignore[misc]
         **{scenario: lambda key=scenario: _scenario(key) for scenario in scenario_names()},  # type: ignore[misc]
+        **{learner: lambda key=learner: _learner(key) for learner in learner_names()},  # type: ignore[misc]
         **{bench: lambda key=bench: _benchmark(key) for bench in BENCHMARKS},  # type: ignore[misc]
     }
     if name not in makers:
-        raise unknown_name("norm, strategy, scenario, model, benchmark or section", name, makers)
+        raise unknown_name("norm, strategy, scenario, learner, model, benchmark or section", name, makers)
     card = makers[name]()
     if as_json:
         return print_json(card)
@@ -121,7 +135,14 @@ def _strategy(name: str) -> Row:
 def _scenario(name: str) -> Row:
     spec = scenario_spec(name)
     card = _card("scenario", name, spec.summary, spec.citation, f"scenarios.{name}", spec.options)
-    return card | {"data": list(spec.data)}
+    return card | {"data": list(spec.data), "defaults": dict(spec.defaults)}
+
+
+def _learner(name: str) -> Row:
+    spec = learner_spec(name)
+    card = _card("learner", name, spec.summary, spec.citation, f"scenarios.learners.{name}", spec.options)
+    about = inspect.getdoc(spec.make.Options) or ""
+    return card | {"about": f"{card['about']}\n\n{about}".strip(), "deviations": list(spec.deviations)}
 
 
 def _model(name: str) -> Row:
@@ -135,9 +156,9 @@ def _benchmark(name: str) -> Row:
 
 
 def _section(name: str) -> Row:
-    section = SECTIONS[name]
-    about = inspect.getdoc(section) or ""
-    return {"what": "section of the configuration", "name": name, "options": _fields(section), "about": about}
+    about = "\n\n".join(inspect.getdoc(section) or "" for section in SECTIONS[name])
+    options = {key: value for section in reversed(SECTIONS[name]) for key, value in _fields(section).items()}
+    return {"what": "section of the configuration", "name": name, "options": options, "about": about}
 
 
 def _fields(cls: type[Any]) -> Row:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fednorm.cli import err, fail, out, print_json
-from fednorm.config import RunConfig, merge, override
+from fednorm.commands.report import show, tables
+from fednorm.config import merge, override
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError, unknown_name
-from fednorm.report.table import accuracy_table
-from fednorm.study.grid import read_study, run_study
+from fednorm.study.grid import AnyConfig, read_study, run_study
 
 RECIPES = Path(__file__).parent.parent / "study" / "recipes"
 
@@ -65,39 +66,50 @@ def run_compare(
     results, failures = _run_all(configs, folder, jobs)
     if as_json:
         print_json({"results": results, "failures": failures, "out": str(folder)})
-    elif results:
-        out().print(accuracy_table(results).rich())
+    else:
+        for table in tables(results):
+            show(table, markdown=False)
     if failures:
         fail(f"{len(failures)} of {len(configs)} runs failed; the first: {failures[0]['reason']}")
     return None
 
 
 def _run_all(
-    configs: Sequence[RunConfig], folder: Path, jobs: int
+    configs: Sequence[AnyConfig], folder: Path, jobs: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     console = err()
     by_hash: dict[str, dict[str, Any]] = {}
     failures: list[dict[str, str]] = []
 
-    def on_done(config: RunConfig, result: dict[str, Any] | None, reason: str) -> None:
+    def on_done(config: AnyConfig, result: dict[str, Any] | None, reason: str) -> None:
         done = len(by_hash) + len(failures) + 1
         if result is None:
             failures.append({"run": _label(config), "reason": reason})
             console.print(f"[{done}/{len(configs)}] {_label(config)}: failed: {reason}", markup=False, soft_wrap=True)
         else:
             by_hash[config.hash] = result
-            accuracy = 100 * result["final"]["mean"]
-            console.print(f"[{done}/{len(configs)}] {_label(config)}: {accuracy:.1f} %", markup=False, soft_wrap=True)
+            shown = f"{100 * _score(result):.1f} %"
+            console.print(f"[{done}/{len(configs)}] {_label(config)}: {shown}", markup=False, soft_wrap=True)
 
     run_study(configs, runs=folder, jobs=jobs, on_done=on_done)
     return [by_hash[config.hash] for config in configs if config.hash in by_hash], failures
 
 
-def _label(config: RunConfig) -> str:
-    options = {**config.strategy.options, **config.norm.options}
+def _score(result: Mapping[str, Any]) -> float:
+    """Return the accuracy that a line of progress shows."""
+    final = result["final"]
+    if result["kind"] == "federated":
+        return float(final["mean"])
+    average = final["average_accuracy"]
+    return float(final["train_accuracy"] if average is None else average)
+
+
+def _label(config: AnyConfig) -> str:
+    method = config.learner if isinstance(config, ContinualConfig) else config.strategy
+    options = {**method.options, **config.norm.options}
     shown = "".join(f" {key}={value}" for key, value in options.items())
     clipping = f" agc {config.train.agc:g}" if config.train.agc else ""
     return (
-        f"{config.hash} {config.strategy.name} + {config.norm.name}{shown} lr {config.train.learning_rate:g}{clipping} "
+        f"{config.hash} {method.name} + {config.norm.name}{shown} lr {config.train.learning_rate:g}{clipping} "
         f"seed {config.seed}"
     )

@@ -1,4 +1,4 @@
-"""``fednorm demo``: three strategies on embedded digits, one table."""
+"""``fednorm demo``: three strategies on embedded digits, then streams of them; a table each."""
 
 from __future__ import annotations
 
@@ -6,17 +6,24 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.cli import err, out, print_json
+from fednorm.commands.report import show, tables
+from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve_config
-from fednorm.report.progress import RoundProgress
-from fednorm.report.table import accuracy_table
+from fednorm.registry import resolve_config, resolve_continual
+from fednorm.report.progress import RoundProgress, StreamProgress
 
 STRATEGIES = ("fedavg", "fedbn", "fedwon")
 LEARNING_RATE = 0.03
 
+STREAM_NORMS = ("batch_norm", "adab2n", "continual_norm", "group_norm")
+"""Norms of the class-incremental stream, learned online with ER-ACE."""
+
+MEMORIZATION_NORMS = ("none", "layer_norm", "nap")
+"""Norms of the random-label stream: plain, normalized, normalized and projected."""
+
 
 def demo_values(strategy: str, *, rounds: int, seed: int) -> dict[str, Any]:
-    """Return the configuration of one of the demo's runs: FedBN's network at a quarter of its width."""
+    """Return the configuration of one of the demo's federations: FedBN's network at a quarter of its width."""
     return {
         "seed": seed,
         "data": {"name": "digits_mini"},
@@ -27,15 +34,53 @@ def demo_values(strategy: str, *, rounds: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run_demo(*, runs: Path, rounds: int, seed: int, as_json: bool) -> None:
-    """Run the three strategies one after the other and print their table."""
+def stream_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
+    """Return the configuration of one of the demo's class-incremental streams."""
+    return {
+        "seed": seed,
+        "scenario": {"name": "split_digits", "train_per_experience": images},
+        "learner": {"name": "er_ace", "memory_size": 200},
+        "norm": {"name": norm},
+        "train": {"epochs": 1, "batch_size": 10, "learning_rate": LEARNING_RATE},
+    }
+
+
+def memorization_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
+    """Return the configuration of one of the demo's random-label streams: a rate at which a plain network dies.
+
+    The rate falls to zero in each experience, as NaP needs it: its effective rate does not fall by itself.
+    """
+    return {
+        "seed": seed,
+        "scenario": {"name": "random_labels", "num_experiences": 8, "train_per_experience": images or 200},
+        "model": {"name": "mlp", "width": 64},
+        "norm": {"name": norm},
+        "train": {
+            "optimizer": "adam",
+            "learning_rate": 0.003,
+            "schedule": "linear",
+            "schedule_over": "experience",
+            "batch_size": 20,
+            "epochs": 30,
+        },
+    }
+
+
+def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
+    """Run strategies and streams one after the other and print their tables."""
     results = []
     with RoundProgress(err()) as progress:
         for strategy in STRATEGIES:
             config = resolve_config(demo_values(strategy, rounds=rounds, seed=seed))
             results.append(simulate(config, runs=runs, observer=progress))
+    streams = [stream_values(norm, images=images, seed=seed) for norm in STREAM_NORMS]
+    streams += [memorization_values(norm, images=images, seed=seed) for norm in MEMORIZATION_NORMS]
+    with StreamProgress(err()) as progress_of_streams:
+        for values in streams:
+            results.append(simulate_stream(resolve_continual(values), runs=runs, observer=progress_of_streams))
     if as_json:
         return print_json({"results": results})
-    out().print(accuracy_table(results).rich())
+    for table in tables(results):
+        show(table, markdown=False)
     out().print(f"records: {Path(results[0]['run']).parent}", markup=False, soft_wrap=True)
     return None

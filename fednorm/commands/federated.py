@@ -13,12 +13,13 @@ from fednorm.cli import err, out, print_json
 from fednorm.config import RunConfig, choose
 from fednorm.federated.estimate import estimate_seconds
 from fednorm.federated.server import Observer
-from fednorm.federated.simulate import plan, simulate, torch_threads
+from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.simulate_flower import simulate_flower
 from fednorm.federated.workbench import Workbench
 from fednorm.report.progress import RoundProgress
 from fednorm.report.table import accuracy_table, evaluation_table, plan_table
 from fednorm.study.record import RunRecord
+from fednorm.threads import torch_threads
 
 
 def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool, layers: bool, as_json: bool) -> None:

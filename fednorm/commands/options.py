@@ -21,8 +21,8 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
-    """Return the configuration of a run.
+def collect_values(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Return what the user wrote, as nested dictionaries.
 
     Args:
         config: A TOML file, if any.
@@ -30,10 +30,19 @@ def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[st
         settings: ``section.key=value`` each.
 
     Raises:
-        FedNormError: A key or a value is wrong.
+        ConfigError: The file cannot be read, or a setting has no ``=``.
     """
     values = read_config(config) if config else {}
     values = merge(values, nested(flags))
     for setting in settings:
         values = merge(values, override(setting))
-    return resolve_config(values)
+    return values
+
+
+def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
+    """Return the configuration of a federated run; arguments are those of :func:`collect_values`.
+
+    Raises:
+        FedNormError: A key or a value is wrong.
+    """
+    return resolve_config(collect_values(config, flags, settings))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fednorm.cli import err, fail, out, print_json
-from fednorm.commands.options import collect
-from fednorm.config import RunConfig
+from fednorm.commands.options import collect_values, nested
+from fednorm.config import RunConfig, merge
+from fednorm.continual.simulate import simulate as simulate_stream
+from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import DataError
 from fednorm.federated.simulate import simulate
-from fednorm.federated.workbench import Workbench
+from fednorm.registry import resolve
 from fednorm.verify import golden
 
 
@@ -52,39 +55,60 @@ def run_golden(folder: Path, *, as_json: bool) -> None:
         fail(f"{len(failed)} traces were not reproduced: {', '.join(map(str, failed))}", 1)
 
 
-SMALL = {
-    "model.width": 8,
-    "data.train_per_client": 64,
-    "data.test_per_domain": 50,
-    "rounds.num_rounds": 4,
-    "strategy.name": "fedbn",
+SMALL: Mapping[str, Mapping[str, Any]] = {
+    "federated": {
+        "model.width": 8,
+        "data.train_per_client": 64,
+        "data.test_per_domain": 50,
+        "rounds.num_rounds": 4,
+        "strategy.name": "fedbn",
+    },
+    "continual": {
+        "model.width": 8,
+        "norm.name": "adab2n",
+        "scenario.train_per_experience": 100,
+        "scenario.test_per_experience": 50,
+        "train.epochs": 1,
+        "train.batch_size": 10,
+        "train.checkpoint_every": 7,
+    },
 }
+"""The run that is verified where no configuration is given, by kind."""
 
 
 class _Cut:
-    """An observer that cuts a run short after some rounds, as a kill would."""
+    """An observer that cuts a run short after some rounds or steps, as a kill would."""
 
     def __init__(self, after: int) -> None:
         self._after = after
 
-    def begin(self, bench: Workbench, first_round: int) -> None:
+    def begin(self, *_: Any) -> None:
         """Do nothing."""
 
     def round(self, line: Any) -> None:
-        """Stop the run at the chosen round."""
-        if line["round"] == self._after:
+        """Stop a federation at the chosen round."""
+        self.step(line["round"])
+
+    def step(self, done: int) -> None:
+        """Stop a stream at the chosen step."""
+        if done == self._after:
             raise KeyboardInterrupt
+
+    def experience(self, line: Any) -> None:
+        """Do nothing."""
 
 
 def run_determinism(config: Path | None, *, data_dir: Path | None, settings: Sequence[str], as_json: bool) -> None:
     """Run twice, and once with a cut in the middle; leave with code 1 if a bit differs."""
-    flags: dict[str, Any] = {} if config else dict(SMALL)
-    flags["data.dir"] = None if data_dir is None else str(data_dir)
-    resolved = collect(config, flags, settings)
+    flags: dict[str, Any] = {"data.dir": None if data_dir is None else str(data_dir)}
+    values = collect_values(config, flags, settings)
+    if config is None:
+        values = merge(nested(SMALL["continual" if values.get("kind") == "continual" else "federated"]), values)
+    resolved = resolve(values)
     with tempfile.TemporaryDirectory() as folder:
         first = _tensors(resolved, Path(folder) / "first")
         again = _tensors(resolved, Path(folder) / "again")
-        cut = _tensors(resolved, Path(folder) / "cut", cut_after=max(1, resolved.rounds.num_rounds // 2))
+        cut = _tensors(resolved, Path(folder) / "cut", cut_short=True)
     checks = {"run again": _equal(first, again), "cut short and gone on with": _equal(first, cut)}
     if as_json:
         print_json({"checks": checks, "tensors": len(first), "config": resolved.to_dict()})
@@ -95,14 +119,27 @@ def run_determinism(config: Path | None, *, data_dir: Path | None, settings: Seq
         fail("the numbers depend on something that is not in the configuration", 1)
 
 
-def _tensors(config: RunConfig, runs: Path, cut_after: int = 0) -> dict[str, Tensor]:
-    if cut_after and cut_after < config.rounds.num_rounds:
+def _tensors(config: RunConfig | ContinualConfig, runs: Path, *, cut_short: bool = False) -> dict[str, Tensor]:
+    if cut_short:
+        what, after = _middle(config)
         try:
-            simulate(config, runs=runs, observer=_Cut(cut_after))
+            _simulate(config, runs, _Cut(after))
         except KeyboardInterrupt:
-            err().print(f"cut after round {cut_after}, going on")
-    result = simulate(config, runs=runs)
-    return load_file(Path(result["run"]) / "model.safetensors")
+            err().print(f"cut after {what} {after}, going on")
+    return load_file(Path(_simulate(config, runs, None)["run"]) / "model.safetensors")
+
+
+def _middle(config: RunConfig | ContinualConfig) -> tuple[str, int]:
+    """Return where a run is cut, a round or a step; 0 where it is too short for that."""
+    if isinstance(config, ContinualConfig):
+        return "step", sum(ContinualWorkbench(config).steps) // 2
+    return "round", config.rounds.num_rounds // 2
+
+
+def _simulate(config: RunConfig | ContinualConfig, runs: Path, cut: _Cut | None) -> dict[str, Any]:
+    if isinstance(config, ContinualConfig):
+        return simulate_stream(config, runs=runs, observer=cut)
+    return simulate(config, runs=runs, observer=cut)
 
 
 def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

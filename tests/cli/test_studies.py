@@ -157,11 +157,17 @@ def test_a_folder_without_results_is_named(call: Call, tmp_path: Path, refused: 
 
 
 def test_demo_ends_in_a_table_and_the_path_of_the_records(call: Call, tmp_path: Path, refused: Refused) -> None:
-    result = call("demo", "--rounds", "1", "--json")
+    small = ("demo", "--rounds", "1", "--images", "40")
+    result = call(*small, "--json")
     assert result.code == 0
-    results = result.document["results"]
+    results, streams = result.document["results"][:3], result.document["results"][3:]
     assert [r["config"]["strategy"]["name"] for r in results] == ["fedavg", "fedbn", "fedwon"]
-    outcome = call("demo", "--rounds", "1")
+    norms = ["batch_norm", "adab2n", "continual_norm", "group_norm", "none", "layer_norm", "nap"]
+    assert [r["config"]["norm"]["name"] for r in streams] == norms
+    outcome = call(*small)
+    for r in streams:
+        rows = [row for row in outcome.out.splitlines() if f" + {r['config']['norm']['name']} " in row]
+        assert f" {100 * r['final']['train_accuracy']:.1f} " in rows[0]
     for r in results:
         row = next(line for line in outcome.out.splitlines() if line.startswith(r["config"]["strategy"]["name"] + " "))
         numbers = row.replace("│", " ").split()[1:]

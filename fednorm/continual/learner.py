@@ -1,0 +1,379 @@
+"""What every learner shares: an Avalanche template that trains on whole batches with fednorm's training step.
+
+A learner is an ``avalanche.training.templates.SupervisedTemplate``: ``learner.train(experience)`` and
+``learner.eval(stream)`` work as there, plugins and evaluators are called at Avalanche's own places. What differs from
+Avalanche's own training loop: batches are cut out of the stream's uint8 arrays, without a loader and without a loop
+over samples, and augmented together; the norm is told every sample's task; and everything that the rest of the training
+depends on can be taken as plain tensors in the middle of an experience, and put back.
+
+Random numbers are derived from the seed and the number of the step, so that there is no generator to restore.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fednorm.continual.avalanche_benchmark import StreamDataset
+from fednorm.continual.buffer import Samples
+from fednorm.continual.schedule import Schedule
+from fednorm.continual.stream import Experience
+from fednorm.data.augment import crop_and_flip
+from fednorm.data.domain import pixels
+from fednorm.errors import DataError
+from fednorm.norms import spec_of
+from fednorm.rng import stream_seed, torch_seeded, torch_stream
+from fednorm.spec import Citation
+from fednorm.step import TrainingStep, batch_coupled
+
+with warnings.catch_warnings():
+    # Avalanche imports GEM's solver whatever is asked of it; that none is installed matters to GEM alone.
+    warnings.filterwarnings("ignore", "no QP solver found", UserWarning)
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.templates import SupervisedTemplate
+
+Tensors = dict[str, Tensor]
+Effect = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerOptions:
+    """The options of a learner that has none."""
+
+    def batch_ratio(self, batch_size: int) -> int:
+        """Return the number of new samples for each memory sample of a batch; 0 for no memory, or no such integer."""
+        del batch_size
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec:
+    """The identity card of a learner.
+
+    Attributes:
+        name: The learner's name, equal to its file's stem.
+        summary: One sentence with the loss.
+        citation: Where it was published.
+        make: The :class:`Learner` subclass.
+        joint: True where it is given all experiences at once.
+        deviations: Where we differ from the paper, its code, or Avalanche's implementation.
+    """
+
+    name: str
+    summary: str
+    citation: Citation
+    make: type[Learner]
+    joint: bool = False
+    deviations: tuple[str, ...] = ()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the learner's options with their defaults."""
+        return asdict(self.make.Options())
+
+
+@dataclass
+class Progress:
+    """Where a learner is.
+
+    Attributes:
+        step: Batches so far, over all experiences.
+        ended: Experiences that have ended.
+        begun: Whether one has begun and not ended.
+        epoch: Passes over it that are finished.
+        batch: Batches of the present pass that are finished.
+    """
+
+    step: int = 0
+    ended: int = 0
+    begun: bool = False
+    epoch: int = 0
+    batch: int = 0
+
+
+class Learner(SupervisedTemplate):  # type: ignore[misc]
+    """An Avalanche template over a stream's arrays.
+
+    A method overrides :meth:`observe`, and where it remembers something :meth:`begin_experience`,
+    :meth:`end_experience`, :meth:`own_tensors` and :meth:`load_own_tensors`.
+
+    Args:
+        model: The network.
+        optimizer: Of its parameters.
+        num_classes: K, the number of the network's outputs.
+        options: The method's options; its defaults if None.
+        train_mb_size: New samples a step.
+        train_epochs: Passes over each experience.
+        eval_mb_size: Samples a forward pass of Avalanche's ``eval``.
+        seed: Of every random stream.
+        augment: ``none``, ``crop`` or ``crop_flip``.
+        schedule: Of the learning rate; the optimizer's own, constant, if None.
+        begin: Called with the number of every experience that begins, e.g. shrink and perturb.
+        adjust: Effects between backward pass and update.
+        after: Effects after the update.
+        plugins: Avalanche plugins.
+        evaluator: An Avalanche evaluation plugin; none by default.
+    """
+
+    Options: ClassVar[type[LearnerOptions]] = LearnerOptions
+    _stop_training: bool
+
+    def __init__(  # noqa: PLR0913 - Avalanche's arguments and ours, by name only
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        num_classes: int,
+        options: LearnerOptions | None = None,
+        train_mb_size: int = 32,
+        train_epochs: int = 1,
+        eval_mb_size: int = 256,
+        seed: int = 0,
+        augment: str = "none",
+        schedule: Schedule | None = None,
+        begin: Sequence[Callable[[int], None]] = (),
+        adjust: Sequence[Effect] = (),
+        after: Sequence[Effect] = (),
+        plugins: Sequence[Any] | None = None,
+        evaluator: Any = None,
+    ) -> None:
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            plugins=plugins,
+            evaluator=evaluator or _silent(),
+        )
+        self.options = options or type(self).Options()
+        self.num_classes, self.seed, self.augment = num_classes, seed, augment
+        self.schedule, self.begin = schedule, tuple(begin)
+        self.effects = (*adjust, *after)
+        self.step = TrainingStep(
+            model, optimizer, adjust=(*adjust, self._backward_done), after=(*after, self._after_update)
+        )
+        self.progress = Progress()
+        self.batch_coupled = batch_coupled(model, spec_of)
+        self.source: Experience | None = None
+        self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        self.seen = 0
+        self._augmenting = torch.Generator()
+
+    # What a method overrides ------------------------------------------------------------------------------------------
+
+    def observe(self, new: Samples) -> Tensor:
+        """Learn from one batch, and return the logits of its samples, shape (n, K), before the update."""
+        (logits,) = self.pass_forward(new)
+        self.descend(functional.cross_entropy(logits, new.labels))
+        return logits
+
+    def begin_experience(self) -> None:
+        """Be told that :attr:`source` begins."""
+
+    def end_experience(self) -> None:
+        """Be told that :attr:`source` has ended."""
+
+    def own_tensors(self) -> Tensors:
+        """Return what the method remembers."""
+        return {}
+
+    def load_own_tensors(self, tensors: Tensors) -> None:
+        """Take back what :meth:`own_tensors` gave."""
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[nn.Module]:
+        """Give the model to evaluate, in evaluation mode."""
+        self.model.eval()
+        yield self.model
+
+    # What a method uses -----------------------------------------------------------------------------------------------
+
+    @property
+    def experience_number(self) -> int:
+        """Return the number of the present experience, from 0."""
+        assert self.source is not None
+        return self.source.number
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """Return uint8 images augmented, as floats."""
+        if self.augment != "none":
+            images = crop_and_flip(images, self._augmenting, flip=self.augment == "crop_flip")
+        return pixels(images)
+
+    def pass_forward(self, *groups: Samples) -> tuple[Tensor, ...]:
+        """Return the logits of each group of samples, from one training forward pass over all of them."""
+        one = groups[0]
+        images = one.images if len(groups) == 1 else torch.cat([group.images for group in groups])
+        labels = one.labels if len(groups) == 1 else torch.cat([group.labels for group in groups])
+        tasks = one.tasks if len(groups) == 1 else torch.cat([group.tasks for group in groups])
+        self.mbatch = [self.prepared(images), labels, torch.zeros_like(labels)]
+        self._before_forward()
+        self.mb_output = self.step.forward(self.mbatch[0], tasks=tasks, num_tasks=self.experience_number + 1)
+        self._after_forward()
+        if len(groups) == 1:
+            return (self.mb_output,)
+        return torch.split(self.mb_output, [len(group) for group in groups])
+
+    def descend(self, loss: Tensor) -> None:
+        """Update the parameters by a loss."""
+        self.loss = loss
+        self._before_backward()
+        self.step.update(self.loss)
+
+    # Avalanche's loop -------------------------------------------------------------------------------------------------
+
+    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
+        """Train on experiences of :func:`~fednorm.continual.avalanche_benchmark.to_avalanche`, as in Avalanche.
+
+        Raises:
+            DataError: An experience is of another kind, whose images are not in arrays.
+        """
+        # Avalanche's own default evaluates the training experiences as a stream; ours evaluates nothing.
+        return super().train(experiences, [] if eval_streams is None else eval_streams, **kwargs)
+
+    def eval(self, exp_list: Any, **kwargs: Any) -> Any:
+        """Evaluate on experiences, as in Avalanche, under the model of :meth:`for_evaluation`."""
+        with self.for_evaluation():
+            return super().eval(exp_list, **kwargs)
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Do without a loader."""
+        del kwargs
+        self.dataloader: list[Any] = []
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Leave model and optimizer as they are: all K outputs are there from the start."""
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        del eval_streams
+        self.source, progress = _source(experience), self.progress
+        with torch_seeded(self.seed, "learner"):
+            if not progress.begun:
+                self._begin()
+            while progress.epoch < self.train_epochs and not self._stop_training:
+                self._before_training_epoch(**kwargs)
+                self.training_epoch(**kwargs)
+                self._after_training_epoch(**kwargs)
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._stop_training = False
+            self.end_experience()
+        self.step.end_experience()
+        self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+
+    def _begin(self) -> None:
+        if self.progress.ended:
+            for effect in self.begin:
+                effect(self.experience_number)
+        self.hits.zero_()
+        self.loss_sum.zero_()
+        self.seen = 0
+        self.begin_experience()
+        self.progress.begun = True
+
+    def training_epoch(self, **kwargs: Any) -> None:
+        """Train on what is left of the present pass over the experience."""
+        assert self.source is not None
+        progress, count = self.progress, len(self.source.train)
+        names = ("experience", progress.ended, "epoch", progress.epoch, "order")
+        order = torch.randperm(count, generator=torch_stream(self.seed, *names))
+        batches = torch.split(order, self.train_mb_size)
+        for rows in batches[progress.batch :]:
+            if self._stop_training:
+                break
+            if len(rows) > 1 or not self.batch_coupled:
+                self._set_rate(progress.epoch * len(batches) + progress.batch, self.train_epochs * len(batches))
+                self._train_on(self.source, rows, **kwargs)
+            progress.step += 1
+            progress.batch += 1
+            self._after_training_iteration(**kwargs)
+
+    def _set_rate(self, step: int, steps: int) -> None:
+        if self.schedule is not None:
+            rate = self.schedule.at(self.progress.step, step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+    def _train_on(self, source: Experience, rows: Tensor, **kwargs: Any) -> None:
+        step = self.progress.step
+        torch.default_generator.manual_seed(stream_seed(self.seed, "model", step))
+        self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
+        images, labels = source.train.batch(rows)
+        new = Samples(images, labels, source.tasks_of(rows), None)
+        self.mbatch = [images, labels, torch.zeros_like(labels)]
+        self._before_training_iteration(**kwargs)
+        logits = self.observe(new).detach()
+        self.hits += (logits.argmax(1) == labels).sum()
+        self.loss_sum += self.loss.detach() * len(rows)
+        self.seen += len(rows)
+
+    def _backward_done(self) -> None:
+        self._after_backward()
+        self._before_update()
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Tensors:
+        """Return every tensor that the rest of the training depends on, by a path."""
+        found = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
+        for place, effect in enumerate(self.effects):
+            if hasattr(effect, "state_dict"):
+                found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
+        found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
+        return found | {"count/hits": self.hits, "count/loss_sum": self.loss_sum}
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes with :meth:`tensors`, for JSON."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"progress": asdict(self.progress), "seen": self.seen, "rates": rates}
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there."""
+        self.model.load_state_dict(_below("model", tensors))
+        moments: dict[int, Tensors] = {}
+        for path, tensor in _below("optimizer", tensors).items():
+            number, key = path.split("/", 1)
+            moments.setdefault(int(number), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        for place, effect in enumerate(self.effects):
+            if hasattr(effect, "load_state_dict"):
+                effect.load_state_dict(_below(f"effect/{place}", tensors))
+        self.load_own_tensors(_below("own", tensors))
+        self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
+        self.progress, self.seen = Progress(**state["progress"]), int(state["seen"])
+
+
+def _silent() -> Any:
+    """Return an evaluation plugin that measures and says nothing; Avalanche warns where it is given none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No loggers specified", UserWarning)
+        return EvaluationPlugin()
+
+
+def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return the tensors whose path begins with a folder, by the rest of their path."""
+    start = f"{folder}/"
+    return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
+
+
+def _source(experience: Any) -> Experience:
+    dataset = experience.dataset
+    if not isinstance(dataset, StreamDataset):
+        raise DataError(
+            f"fednorm's learners take experiences of fednorm.continual.avalanche_benchmark.to_avalanche(stream), whose "
+            f"images are in arrays; this one's data set is a {type(dataset).__name__}. For other Avalanche benchmarks "
+            "use Avalanche's own strategies, or write the data as a Parquet folder (--data folders)."
+        )
+    return dataset.source

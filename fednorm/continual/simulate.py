@@ -1,0 +1,289 @@
+"""A continual run in this process, from a configuration to its result; resumable in the middle of an experience."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from fednorm.continual import metrics
+from fednorm.continual.evaluation import Accuracy, accuracy, split_of
+from fednorm.continual.probe import diagnose, probe_images
+from fednorm.continual.stream import Experience
+from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.continual_config import ContinualConfig
+from fednorm.errors import DataError
+from fednorm.rng import torch_stream
+from fednorm.study.record import RunRecord
+from fednorm.threads import torch_threads
+
+Document = dict[str, Any]
+
+
+class StreamObserver(Protocol):
+    """What wants to know how a run goes, e.g. a progress bar."""
+
+    def begin(self, bench: ContinualWorkbench, first_step: int, total_steps: int) -> None:
+        """Called before the first step that is trained."""
+
+    def step(self, steps_done: int) -> None:
+        """Called after every step."""
+
+    def experience(self, line: Mapping[str, Any]) -> None:
+        """Called after every experience with its line of the record."""
+
+
+def plan(config: ContinualConfig, bench: ContinualWorkbench | None = None) -> Document:
+    """Return what is known of a run before training, and refuse what cannot be run.
+
+    Raises:
+        FedNormError: The configuration cannot be run.
+    """
+    bench = bench or ContinualWorkbench(config)
+    return {"kind": "continual", **bench.describe(), "hash": config.hash, "config": config.to_dict()}
+
+
+def simulate(
+    config: ContinualConfig,
+    *,
+    runs: Path | None,
+    observer: StreamObserver | None = None,
+    bench: ContinualWorkbench | None = None,
+) -> Document:
+    """Train a learner on a stream; a run that was cut short goes on, a finished one is read back.
+
+    Args:
+        config: The run's configuration.
+        runs: The folder of records, or None to write nothing.
+        observer: Is told how the run goes.
+        bench: The run's workbench, if it was made already and has not been trained.
+
+    Returns:
+        The result, as in ``result.json``.
+
+    Raises:
+        FedNormError: The configuration cannot be run, or the record cannot be written.
+    """
+    record = RunRecord(runs, config) if runs else None
+    if record and (finished := record.result()):
+        return finished
+    with torch_threads(config.threads):
+        made = bench or ContinualWorkbench(config)
+        if record is None:
+            return _Run(made, None, observer).go()
+        with record.locked():
+            return record.result() or _Run(made, record, observer).go()
+
+
+class _Run:
+    """One run, from its checkpoint, if any, to its result; an Avalanche plugin of its own learner."""
+
+    def __init__(self, bench: ContinualWorkbench, record: RunRecord | None, observer: StreamObserver | None) -> None:
+        self.bench, self.record, self.observer = bench, record, observer
+        self.lines: list[Document] = []
+        self.untrained: list[float | None] | None = None
+        self.spent = 0.0
+        self.since = time.perf_counter()
+        bench.learner.plugins.append(self)
+
+    def go(self) -> Document:
+        bench, learner = self.bench, self.bench.learner
+        self._open()
+        if self.observer:
+            self.observer.begin(bench, learner.progress.step, sum(bench.steps))
+        for experience in bench.training[learner.progress.ended :]:
+            learner.train(experience)
+            self._close(bench.source(experience))
+        document = self._document()
+        if self.record:
+            self.record.finish(document, dict(bench.model.state_dict()))
+        return document
+
+    def _open(self) -> None:
+        saved = None
+        if self.record:
+            self.record.describe(self.bench.describe())
+            saved = self.record.load_state()
+        if saved and self.record:
+            tensors, state = saved
+            self.bench.learner.load(tensors, state)
+            self.lines, self.untrained, self.spent = self.record.lines(), state["untrained"], state["spent"]
+        elif self._scope() == "all":
+            self.bench.model.eval()
+            self.untrained = [self._score(self.bench.model, e).overall for e in self.bench.stream]
+        self.since = time.perf_counter()
+
+    def after_training_iteration(self, learner: Any, **_: Any) -> None:
+        """Take a checkpoint now and then; Avalanche calls this after every step."""
+        step = learner.progress.step
+        if self.record and step % self.bench.config.train.checkpoint_every == 0:
+            self._save()
+        if self.observer:
+            self.observer.step(step)
+
+    def _save(self) -> None:
+        assert self.record is not None
+        learner, now = self.bench.learner, time.perf_counter()
+        self.spent, self.since = self.spent + now - self.since, now
+        state = {
+            **learner.state(),
+            "experiences": learner.progress.ended,
+            "untrained": self.untrained,
+            "spent": self.spent,
+        }
+        self.record.save_state(learner.tensors(), state)
+
+    def _close(self, source: Experience) -> None:
+        """Measure what an experience has left, and write it down."""
+        line = finite(self._line(source))
+        self.lines.append(line)
+        if self.record:
+            self.record.append_line(line)
+        self.spent, self.since = 0.0, time.perf_counter()
+        if self.record:
+            self._save()
+        if self.observer:
+            self.observer.experience(line)
+
+    def _scope(self) -> str:
+        scope = self.bench.config.evaluate.experiences
+        if scope == "auto":
+            return "current" if self.bench.stream.memorization else "all"
+        return "all" if self.bench.joint else scope
+
+    def _is_scored(self, number: int, present: int) -> bool:
+        scope = self._scope()
+        return scope == "all" or number == present or (scope == "seen" and number < present)
+
+    def _score(self, model: nn.Module, experience: Experience) -> Accuracy:
+        evaluate = self.bench.config.evaluate
+        split = split_of(experience, evaluate.split)
+        return accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
+
+    def _line(self, source: Experience) -> Document:
+        bench, learner = self.bench, self.bench.learner
+        with learner.for_evaluation() as model:
+            scores = [
+                self._score(model, experience) if self._is_scored(experience.number, source.number) else None
+                for experience in bench.stream
+            ]
+            train_accuracy = self._train_accuracy(model, source)
+            diagnostics = self._diagnostics(model, source)
+        seen = max(learner.seen, 1)
+        return {
+            "experience": source.number,
+            "title": source.title,
+            "accuracy": [score and score.overall for score in scores],
+            "task_accuracy": [score and score.among_own for score in scores] if bench.stream.classes_per_task else None,
+            "online_accuracy": int(learner.hits) / seen,
+            "train_accuracy": train_accuracy,
+            "train_loss": float(learner.loss_sum) / seen,
+            "steps": learner.progress.step,
+            "diagnostics": diagnostics,
+            "seconds": round(self.spent + time.perf_counter() - self.since, 3),
+        }
+
+    def _train_accuracy(self, model: nn.Module, source: Experience) -> float:
+        evaluate, seed = self.bench.config.evaluate, self.bench.config.seed
+        generator = torch_stream(seed, "train accuracy", source.number)
+        rows = torch.randperm(len(source.train), generator=generator)[: evaluate.train_images or None]
+        return accuracy(model, source.train, source.classes, batch_size=evaluate.batch_size, rows=rows).overall
+
+    def _diagnostics(self, model: nn.Module, source: Experience) -> Document:
+        bench, config = self.bench, self.bench.config
+        if not config.evaluate.probe_images:
+            return {}
+        so_far = bench.stream.experiences[: source.number + 1]
+        return diagnose(
+            model,
+            probe_images(so_far, config.evaluate.probe_images, config.seed),
+            rate=bench.learner.optimizer.param_groups[0]["lr"],
+            optimizer="sgd" if config.train.optimizer == "sgd" else "adam",
+            batch_size=config.evaluate.batch_size,
+        )
+
+    def _document(self) -> Document:
+        bench, config = self.bench, self.bench.config
+        rows = [line["accuracy"] for line in self.lines]
+        matrix = rows * len(bench.stream) if bench.joint else rows
+        return {
+            "kind": "continual",
+            **bench.describe(),
+            "experiences": self.lines,
+            "accuracy_matrix": matrix,
+            "untrained_accuracy": self.untrained,
+            "final": finite(
+                {
+                    **summary(matrix, self.untrained, self.lines),
+                    "selection": f"after the last experience, {config.evaluate.split} images",
+                }
+            ),
+            "seconds": round(sum(line["seconds"] for line in self.lines), 3),
+            "run": str(self.record.folder) if self.record else None,
+            "hash": config.hash,
+            "config": config.to_dict(),
+        }
+
+
+def summary(
+    matrix: Sequence[Sequence[float | None]],
+    untrained: Sequence[float | None] | None,
+    lines: Sequence[Mapping[str, Any]],
+) -> Document:
+    """Return the numbers that a run is judged by.
+
+    Args:
+        matrix: The accuracy matrix, a row an experience; None where nothing was measured.
+        untrained: The untrained model's accuracy on every experience, if measured.
+        lines: The experiences' lines.
+
+    Returns:
+        Numbers by name; None where what they need was not measured. ``task_incremental_accuracy`` is the average
+        accuracy after the last experience among each experience's own classes, ``train_accuracy`` the mean over the
+        experiences, ``plasticity`` the mean over the last tenth of them, ``drift`` the mean over layers at the end.
+    """
+    r = np.array([[math.nan if value is None else value for value in row] for row in matrix])
+    trained = [line["train_accuracy"] for line in lines]
+    drift = list(lines[-1]["diagnostics"].get("drift", {}).values())
+    own = lines[-1]["task_accuracy"]
+    measured: dict[str, Callable[[], float]] = {
+        "average_accuracy": lambda: metrics.average_accuracy(r),
+        "average_incremental_accuracy": lambda: metrics.average_incremental_accuracy(r),
+        "forgetting_max_minus_last": lambda: metrics.forgetting_max_minus_last(r),
+        "forgetting_first_minus_last": lambda: metrics.forgetting_first_minus_last(r),
+        "backward_transfer": lambda: metrics.backward_transfer(r),
+    }
+    return {
+        **{name: _or_none(measure) for name, measure in measured.items()},
+        "forward_transfer": _or_none(lambda: metrics.forward_transfer(r, np.array(untrained))) if untrained else None,
+        "online_accuracy": mean(line["online_accuracy"] for line in lines),
+        "task_incremental_accuracy": mean(own) if own and None not in own else None,
+        "train_accuracy": mean(trained),
+        "plasticity": metrics.plasticity(trained),
+        "drift": mean(drift) if drift and None not in drift else None,
+    }
+
+
+def _or_none(measure: Callable[[], float]) -> float | None:
+    try:
+        return measure()
+    except DataError:  # an entry it needs was not measured
+        return None
+
+
+def finite(value: Any) -> Any:
+    """Return a document with None for every number that is infinite or none, for which JSON has no word."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [finite(inner) for inner in value]
+    return value
