@@ -9,8 +9,9 @@ from typing import Any
 from fednorm.cli import err, fail, out, print_json
 from fednorm.commands.report import show, tables
 from fednorm.config import merge, override
-from fednorm.continual_config import ContinualConfig
+from fednorm.continual_config import ContinualConfig, StreamTrainConfig
 from fednorm.errors import ConfigError, unknown_name
+from fednorm.report import stream_table, table
 from fednorm.study.grid import AnyConfig, read_study, run_study
 
 RECIPES = Path(__file__).parent.parent / "study" / "recipes"
@@ -67,8 +68,8 @@ def run_compare(
     if as_json:
         print_json({"results": results, "failures": failures, "out": str(folder)})
     else:
-        for table in tables(results):
-            show(table, markdown=False)
+        for made in tables(results):
+            show(made, markdown=False)
     if failures:
         fail(f"{len(failures)} of {len(configs)} runs failed; the first: {failures[0]['reason']}")
     return None
@@ -105,11 +106,10 @@ def _score(result: Mapping[str, Any]) -> float:
 
 
 def _label(config: AnyConfig) -> str:
-    method = config.learner if isinstance(config, ContinualConfig) else config.strategy
-    options = {**method.options, **config.norm.options}
-    shown = "".join(f" {key}={value}" for key, value in options.items())
-    clipping = f" agc {config.train.agc:g}" if config.train.agc else ""
-    return (
-        f"{config.hash} {method.name} + {config.norm.name}{shown} lr {config.train.learning_rate:g}{clipping} "
-        f"seed {config.seed}"
-    )
+    name_of = stream_table.method_name if isinstance(config, ContinualConfig) else table.method_name
+    train, schedule = config.train, ""
+    if isinstance(train, StreamTrainConfig) and train.schedule != "constant":
+        schedule = f" {train.schedule} over {train.schedule_over}"
+    clipping = f" agc {train.agc:g}" if train.agc else ""
+    name = name_of({"config": config.to_dict()})
+    return f"{config.hash} {name} lr {train.learning_rate:g}{schedule}{clipping} seed {config.seed}"

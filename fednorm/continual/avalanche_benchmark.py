@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     from avalanche.benchmarks import benchmark_from_datasets, with_classes_timeline, with_task_labels
     from avalanche.benchmarks.scenarios.generic_scenario import CLScenario
     from avalanche.benchmarks.utils import AvalancheDataset, ConstantSequence, DataAttribute, TaskLabels
+    from avalanche.benchmarks.utils.classification_dataset import TaskSet
 
 Prepare = Callable[[Tensor], Tensor]
 
@@ -59,6 +60,16 @@ class StreamDataset(AvalancheDataset):  # type: ignore[misc]
     """
 
     source: Experience
+
+    @property
+    def task_pattern_indices(self) -> Any:
+        """Return the rows of each task label, which some of Avalanche's strategies ask for: all, of label 0."""
+        return self.targets_task_labels.val_to_idx
+
+    @property
+    def task_set(self) -> Any:
+        """Return the data set of each task label."""
+        return TaskSet(self)
 
 
 def to_avalanche(stream: Stream, *, prepare: Prepare = pixels) -> CLScenario:

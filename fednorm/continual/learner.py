@@ -342,7 +342,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         moments: dict[int, Tensors] = {}
         for path, tensor in _below("optimizer", tensors).items():
             number, key = path.split("/", 1)
-            moments.setdefault(int(number), {})[key] = tensor
+            moments.setdefault(int(number), {})[key] = tensor.clone()  # PyTorch goes on with the very tensors it gets
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):

@@ -64,7 +64,8 @@ class ReplayOptions(LearnerOptions):
 class ReplayLearner(Learner):
     """A learner with a reservoir of past samples, filled as they come; a method overrides :meth:`replay`.
 
-    Samples enter the memory after the step that learned from them, without augmentation.
+    Samples enter the memory after the step that learned from them, without augmentation; in every pass over an
+    experience, as in mammoth, so that after several of them the memory may hold a sample more than once.
 
     Args:
         **template: As for :class:`~fednorm.continual.learner.Learner`; ``options`` are :class:`ReplayOptions`.
