@@ -273,6 +273,30 @@ def bench_engine(
     run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
 
 
+@bench_app.command("continual")
+def bench_continual(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas; all of them by default.")
+    ] = "",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time normalization layers beside nn.BatchNorm2d instead of whole steps.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a step on a stream beside a bare PyTorch loop and Avalanche's own ER_ACE and Replay."""
+    from fednorm.commands.bench_continual import run_bench_continual, run_bench_layers
+
+    if layers and (case or against):
+        raise ConfigError("--layers times layers alone: leave --case and --against out, or --layers.")
+    if layers:
+        run_bench_layers(repeats, markdown=markdown, as_json=as_json)
+    else:
+        run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
 @verify_app.command("golden")
 def verify_golden(
     folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False

@@ -116,15 +116,14 @@ class _TaskWeightedNorm(torch.autograd.Function):
             weights = torch.mv(share, pi)
         means = x.mean(tuple(range(2, x.ndim)))
         mean = torch.mv(means.t(), weights)
-        scratch = x - per_channel(mean, x)
-        squares = _mean_squares(scratch)
+        squares, scratch = _mean_squares(x, mean)
         var = torch.mv(squares.t(), weights)
         none = x.new_empty(0)
-        # The output goes where the centred input was: fresh memory costs more than the arithmetic.
+        # The output goes where the squares were: fresh memory costs more than the arithmetic.
         y = torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=(scratch, none, none))[0]
-        tracking.running_mean.lerp_(mean, tracking.eta)
-        tracking.running_var.lerp_(var, tracking.eta)
-        mean_gap, var_gap = mean - tracking.running_mean, var - tracking.running_var
+        running = [tracking.running_mean, tracking.running_var]
+        torch._foreach_lerp_(running, [mean, var], tracking.eta)
+        mean_gap, var_gap = torch._foreach_sub([mean, var], running)
         penalty = (torch.dot(mean_gap, mean_gap) + torch.dot(var_gap, var_gap)) * (tracking.lambd / len(mean))
         ctx.save_for_backward(
             x, weight, mean, var, means, squares, share, weights, pi, pseudo, total, mean_gap, var_gap
@@ -152,10 +151,12 @@ class _TaskWeightedNorm(torch.autograd.Function):
         if len(pi) > 1:
             # var moves with mean where the weights do not sum to 1: the published shrinkage.
             d_mean.addcmul_(mean * d_var, 1.0 - weights.sum(), value=-2.0)
-        grad_psi = torch.zeros(ctx.num_tasks, dtype=pi.dtype, device=pi.device)
-        if len(pi) > 1:
             d_pi = torch.mv(share.t(), torch.mv(means, d_mean).addmv_(squares, d_var))
-            torch.mul((d_pi - torch.dot(d_pi, pi)).div_(total), pseudo, out=grad_psi[: len(pi)])
+            grad_psi = (d_pi - torch.dot(d_pi, pi)).div_(total).mul_(pseudo)
+        else:
+            grad_psi = torch.zeros_like(pi)
+        if len(pi) < ctx.num_tasks:
+            grad_psi = functional.pad(grad_psi, (0, ctx.num_tasks - len(pi)))
         grad_x = None
         if ctx.needs_input_grad[0]:
             per_value = weights * (len(x) * len(mean) / x.numel())
@@ -165,13 +166,15 @@ class _TaskWeightedNorm(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, grad_psi, None, None, None, None, None
 
 
-def _mean_squares(centred: Tensor) -> Tensor:
-    """Return the mean square of every sample and channel, shape (N, C); may overwrite its argument."""
-    axes = tuple(range(2, centred.ndim))
-    if centred.is_contiguous():
+def _mean_squares(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean square of x - mean of every sample and channel, shape (N, C), and memory like x to write to."""
+    axes = tuple(range(2, x.ndim))
+    if x.is_contiguous():
+        centred = x - per_channel(mean, x)
         norms: Tensor = torch.linalg.vector_norm(centred, dim=axes)
-        return norms.square_().mul_(norms.numel() / centred.numel())
-    return centred.square_().mean(axes)
+        return norms.square_().mul_(norms.numel() / x.numel()), centred
+    squares: Tensor = torch.ops.aten.mse_loss(x, per_channel(mean, x), 0)  # (x - mean)^2 in one pass
+    return squares.mean(axes), squares
 
 
 def _affine(x: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
@@ -189,6 +192,36 @@ def _in_layout_of(x: Tensor, other: Tensor) -> Tensor:
     if x.is_contiguous():
         return other.contiguous()
     return other.contiguous(memory_format=torch.channels_last)
+
+
+class _Shares:
+    """The shares of the latest batch's samples: every layer of a network asks for the same, and they are made once."""
+
+    def __init__(self) -> None:
+        self._latest: tuple[Any, Tensor, Tensor, Tensor] | None = None
+
+    def of(self, tasks: Tensor, num_tasks: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return 1 / n_t at (sample, its task), shape (N, T), and n_t, shape (T,), in the type of ``x``.
+
+        Raises:
+            DataError: There is not one task for each sample of ``x``.
+        """
+        if len(tasks) != len(x):
+            raise DataError(
+                f"AdaB2N was given the tasks of {len(tasks)} samples and then a batch of {len(x)}. Call "
+                "set_tasks before every training forward, with one task number per sample."
+            )
+        asked = (id(tasks), tasks._version, num_tasks, x.dtype, x.device)
+        latest = self._latest
+        if latest is None or latest[0] != asked:
+            member = (tasks[:, None] == torch.arange(num_tasks, device=x.device)).to(x.dtype)
+            counts = member.sum(0)
+            # The tasks are kept too, so that no other tensor gets their id.
+            latest = self._latest = asked, tasks, member.div_(counts.clamp_min(1.0)), counts
+        return latest[2:]
+
+
+_SHARES = _Shares()
 
 
 class AdaB2NLayer(HookedLayer, BatchLayer):
@@ -265,14 +298,7 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
         """Return 1 / n_t at (sample, its task), shape (N, T), and n_t, shape (T,)."""
         if self._tasks is None:
             return x.new_full((len(x), 1), 1.0 / len(x)), x.new_full((1,), float(len(x)))
-        if len(self._tasks) != len(x):
-            raise DataError(
-                f"AdaB2N was given the tasks of {len(self._tasks)} samples and then a batch of {len(x)}. Call "
-                "set_tasks before every training forward, with one task number per sample."
-            )
-        member = (self._tasks[:, None] == torch.arange(self._seen, device=x.device)).to(x.dtype)
-        counts = member.sum(0)
-        return member.div_(counts.clamp_min(1.0)), counts
+        return _SHARES.of(self._tasks, self._seen, x)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,3 +239,24 @@ def test_mistakes_are_refused_in_words() -> None:
         layer.eval()(gaussian(2, 4, 1, 1))
     with pytest.raises(ConfigError, match="0 to 3 spatial axes; got 4"):
         make_norm("adab2n").layer(3, 4)
+
+
+def test_layers_of_one_batch_share_its_weights_and_no_other_batch_gets_them() -> None:
+    """What is kept for the next layer must not outlive a change of the tasks, of their number or of the type."""
+    first, second = layer_of(3), layer_of(3)
+    x = gaussian(4, 3, 2, 2)
+    tasks = torch.tensor([0, 1, 1, 1])
+
+    def require_formula(layer: AdaB2NLayer, tasks: Tensor, seen: int) -> None:
+        layer.set_tasks(tasks, seen)
+        expected, _ = formula(layer, x.to(layer.weight.dtype), tasks, seen, 0.1)
+        torch.testing.assert_close(layer(x.to(layer.weight.dtype)), expected)
+
+    require_formula(first, tasks, 2)
+    require_formula(second, tasks, 2)
+    require_formula(second, tasks, 3)
+    require_formula(second, torch.tensor([1, 1, 0, 1]), 3)
+    require_formula(second, tasks, 3)
+    tasks[0] = 2
+    require_formula(second, tasks, 3)
+    require_formula(first.float(), tasks, 3)
