@@ -49,8 +49,6 @@ def federated(
     Raises:
         FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
     """
-    from fednorm.federated.simulate import simulate
-
     named: dict[str, Any] = {
         "seed": seed,
         "strategy": {"name": strategy},
@@ -60,6 +58,8 @@ def federated(
         **({"model": {"name": model}} if model is not None else {}),
     }
     resolved = resolve_config(merge(named, config or {}))
+    from fednorm.federated.simulate import simulate  # takes seconds; a mistake is told before
+
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
 
 
@@ -99,8 +99,6 @@ def continual(
     Raises:
         FedNormError: The configuration cannot be run, or the record cannot be written.
     """
-    from fednorm.continual.simulate import simulate
-
     where = {"name": data, "dir": None if data_dir is None else str(data_dir)}
     named: dict[str, Any] = {
         "kind": "continual",
@@ -113,4 +111,6 @@ def continual(
         **({"model": {"name": model}} if model is not None else {}),
     }
     resolved = resolve_continual(merge(named, config or {}))
+    from fednorm.continual.simulate import simulate  # takes seconds; a mistake is told before
+
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)

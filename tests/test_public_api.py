@@ -1,4 +1,4 @@
-"""What a Python program uses: ``fednorm.federated`` and ``fednorm.convert``."""
+"""What a Python program uses: ``fednorm.federated``, ``fednorm.continual`` and ``fednorm.convert``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 import torchvision
 
 import fednorm
+from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.errors import ConfigError, FedNormError, UnknownNameError
 from fednorm.federated.simulate import simulate
 from fednorm.norms import spec_of
-from fednorm.registry import resolve_config
+from fednorm.registry import resolve_config, resolve_continual
 
 SMALL: dict[str, Any] = {"data": {"train_per_client": 16, "test_per_domain": 10}, "model": {"width": 4}}
 
@@ -116,3 +117,117 @@ def test_a_converted_model_can_be_converted_again() -> None:
             assert torch.equal(tensor, before[key])
     with pytest.raises(ConfigError):
         fednorm.convert(grouped, "group_norm", num_groups=7)
+
+
+# On a stream ----------------------------------------------------------------------------------------------------------
+
+STREAM: dict[str, Any] = {
+    "scenario": {"num_experiences": 2, "train_per_experience": 12, "test_per_experience": 6},
+    "data": {"image_size": 8},
+    "model": {"width": 4},
+    "evaluate": {"probe_images": 8},
+}
+
+
+def timeless(document: Any) -> Any:
+    """Return a document without what depends on the time and the place of a run."""
+    if isinstance(document, dict):
+        return {key: timeless(value) for key, value in document.items() if key not in ("seconds", "run")}
+    return [timeless(value) for value in document] if isinstance(document, list) else document
+
+
+def test_a_stream_from_python_is_the_run_of_its_configuration(tmp_path: Path) -> None:
+    result = fednorm.continual(learner="ER-ACE", norm="adab2n", online=True, seed=0, config=STREAM)
+    assert result["run"] is None
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    values = {
+        **STREAM,
+        "kind": "continual",
+        "seed": 0,
+        "learner": {"name": "er_ace"},
+        "norm": {"name": "adab2n"},
+        "train": {"epochs": 1, "batch_size": 10},
+    }
+    written = simulate_stream(resolve_continual(values), runs=tmp_path)
+    assert timeless(result) == timeless(written)
+    assert len(result["accuracy_matrix"]) == 2
+    again = fednorm.continual(learner="er_ace", norm="adab2n", online=True, seed=0, config=STREAM, runs=tmp_path)
+    assert again == written  # it was read back
+
+
+def test_every_argument_of_a_stream_reaches_the_configuration(tmp_path: Path) -> None:
+    class Watch:
+        steps = 0
+
+        def begin(self, *_: Any) -> None:
+            pass
+
+        def step(self, steps_done: int) -> None:
+            self.steps = steps_done
+
+        def experience(self, *_: Any) -> None:
+            pass
+
+    watch = Watch()
+    config = fednorm.continual(
+        scenario="permuted-pixels",
+        learner="er",
+        norm="group-norm",
+        model="mlp",
+        data="digits-mini",
+        data_dir=tmp_path,
+        online=True,
+        seed=3,
+        runs=tmp_path / "runs",
+        observer=watch,
+        config={**STREAM, "learner": {"memory_size": 30}, "model": {"width": 8}, "train": {"optimizer": "adamw"}},
+    )["config"]
+    assert config["learner"] == {"name": "er", "memory_size": 30}
+    assert config["scenario"]["name"] == "permuted_pixels"
+    assert (config["norm"]["name"], config["model"]["name"], config["model"]["width"]) == ("group_norm", "mlp", 8)
+    assert (config["seed"], config["data"]["name"], config["data"]["dir"]) == (3, "digits_mini", str(tmp_path))
+    assert (config["train"]["epochs"], config["train"]["batch_size"], config["train"]["optimizer"]) == (1, 10, "adamw")
+    assert watch.steps == 4
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
+def test_continual_is_a_function_also_after_a_module_of_its_package_was_imported() -> None:
+    code = """
+import fednorm
+import fednorm.continual.stream
+for _ in range(2):
+    try:
+        fednorm.continual(learner="er_acce")
+    except fednorm.errors.UnknownNameError:
+        from fednorm.continual.metrics import average_accuracy
+    else:
+        raise SystemExit("it ran")
+assert fednorm.continual.stream.__name__ == "fednorm.continual.stream"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_package_that_was_imported_is_called_with_the_same_arguments() -> None:
+    import fednorm.continual as package
+
+    assert fednorm.continual is package  # the tests above have imported its modules
+    one, other = (call(learner="naive", config=STREAM, seed=2) for call in (package, fednorm.api.continual))
+    assert timeless(one) == timeless(other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"learner": "er_acce"}, UnknownNameError),
+        ({"scenario": "split"}, UnknownNameError),
+        ({"norm": "adab2m"}, UnknownNameError),
+        ({"config": {"rounds": {"num_rounds": 2}}}, ConfigError),
+        ({"config": {"scenario": {"num_experiences": 3}}}, ConfigError),
+        ({"scenario": "random_labels", "learner": "joint"}, ConfigError),
+        ({"scenario": "split_cifar10"}, FedNormError),
+    ],
+)
+def test_mistakes_on_a_stream_are_our_errors(arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        fednorm.continual(**arguments)

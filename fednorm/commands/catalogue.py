@@ -141,8 +141,10 @@ def _scenario(name: str) -> Row:
 def _learner(name: str) -> Row:
     spec = learner_spec(name)
     card = _card("learner", name, spec.summary, spec.citation, f"scenarios.learners.{name}", spec.options)
-    about = inspect.getdoc(spec.make.Options) or ""
-    return card | {"about": f"{card['about']}\n\n{about}".strip(), "deviations": list(spec.deviations)}
+    # A record of options documents its own and leaves the rest to the one that it extends.
+    records = [cls for cls in reversed(spec.make.Options.__mro__) if dataclasses.is_dataclass(cls) and _fields(cls)]
+    about = "\n\n".join([card["about"], *(inspect.getdoc(record) or "" for record in records)])
+    return card | {"about": about.strip(), "deviations": list(spec.deviations)}
 
 
 def _model(name: str) -> Row:

@@ -9,7 +9,7 @@ from typing import Any
 from fednorm.cli import err, fail, out, print_json
 from fednorm.commands.report import show, tables
 from fednorm.config import merge, override
-from fednorm.continual_config import ContinualConfig, StreamTrainConfig
+from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError, unknown_name
 from fednorm.report import stream_table, table
 from fednorm.study.grid import AnyConfig, read_study, run_study
@@ -107,9 +107,6 @@ def _score(result: Mapping[str, Any]) -> float:
 
 def _label(config: AnyConfig) -> str:
     name_of = stream_table.method_name if isinstance(config, ContinualConfig) else table.method_name
-    train, schedule = config.train, ""
-    if isinstance(train, StreamTrainConfig) and train.schedule != "constant":
-        schedule = f" {train.schedule} over {train.schedule_over}"
-    clipping = f" agc {train.agc:g}" if train.agc else ""
+    clipping = f" agc {config.train.agc:g}" if config.train.agc else ""
     name = name_of({"config": config.to_dict()})
-    return f"{config.hash} {name} lr {train.learning_rate:g}{schedule}{clipping} seed {config.seed}"
+    return f"{config.hash} {name} lr {config.train.learning_rate:g}{clipping} seed {config.seed}"

@@ -57,8 +57,9 @@ _NAMED = tuple(
 def method_name(result: Result) -> str:
     """Return how a table calls a result's method: learner and norm, and what is not at its default.
 
-    That is, every option of the learner and of the norm, and of the other settings those that make another method
-    (:data:`~fednorm.study.select.METHOD_OPTIONS`). An option that is true is called by its name alone.
+    That is, every option of the learner and of the norm, of the other settings those that make another method
+    (:data:`~fednorm.study.select.METHOD_OPTIONS`), and the learning rate's schedule. An option that is true is called
+    by its name alone.
     """
     config, defaults = result["config"], ContinualConfig().to_dict()
     told = [*_options(config["learner"]), *_options(config["norm"])]
@@ -67,6 +68,9 @@ def method_name(result: Result) -> str:
         for section, key in _NAMED
         if config[section].get(key, defaults[section][key]) != defaults[section][key]
     ]
+    train = config["train"]
+    if train.get("schedule", "constant") != "constant":
+        told.append(f"{train['schedule']} over {train['schedule_over']}")
     name = f"{config['learner']['name']} + {config['norm']['name']}"
     return f"{name} ({', '.join(told)})" if told else name
 

@@ -1,7 +1,7 @@
 """derpp: dark experience replay, DER++.
 
 Buzzega, Boschini, Porrello, Abati, Calderara. Dark Experience for General Continual Learning: a Strong, Simple
-Baseline. NeurIPS 2020. https://arxiv.org/abs/2004.07211 (Equation 6, Algorithm 2). Official code: mammoth.
+Baseline. NeurIPS 2020. https://arxiv.org/abs/2004.07211. Official code: mammoth.
 
     loss = cross_entropy(f(x), y) + alpha * mean((f(x') - z')^2) + beta * cross_entropy(f(x''), y'')
 

@@ -194,7 +194,9 @@ def arm(where, n):
     rec, checkpoints = record.RunRecord, []
     ended = lambda self, tensors, state: not state["progress"]["begun"] and state["experiences"] == n + 1
     if where == "in the step":
-        before(Learner, "_backward_done", lambda self: self.progress.step + 1 == n, die)
+        before(Learner, "_train_on", lambda self, *_: self.progress.step + 1 == n, die)
+    elif where == "in an update":
+        before(Learner, "_backward_done", lambda self: self.progress.step == n, die)
     elif where == "before the line":
         before(rec, "append_line", lambda self, line: line["experience"] == n, die)
     elif where == "in the line":

@@ -17,7 +17,7 @@ from fednorm.data.domain import Split
 from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.registry import learner_names
-from fednorm.rng import torch_stream
+from fednorm.rng import stream_seed, torch_stream
 
 LEARNERS = learner_names()
 
@@ -274,6 +274,36 @@ def test_projected_weights_keep_their_norms(norm: str, project: bool, toy: Any) 
 
 def hidden(model: nn.Module) -> list[Any]:
     return [getattr(model, name) for name in ("conv1", "conv2", "conv3", "fc1", "fc2")]
+
+
+@pytest.mark.parametrize("learner", ["naive", "er"])
+def test_what_begins_with_an_experience_begins_with_all_but_the_first(learner: str, toy: Any) -> None:
+    train = {"shrink": 0.75, "perturb": 0.5, "momentum": 0.9, "reset_optimizer": True}
+    config = toy.config("split_digits", learner, scenario={"num_experiences": 5}, train=train)
+    bench = toy.bench(config)
+    before = [{key: p.detach().clone() for key, p in bench.model.named_parameters()}]
+    begun: list[int] = []
+
+    class Notice(Notes):
+        def experience(self, line: Any) -> None:
+            super().experience(line)
+            before.append({key: p.detach().clone() for key, p in bench.model.named_parameters()})
+
+    def begin() -> None:
+        number = len(begun)
+        begun.append(number)
+        assert not bench.learner.optimizer.state
+        seed = stream_seed(1, "perturb", number)
+        fresh = dict(
+            make_model("digits_cnn", bench.norm, num_classes=10, image_size=8, width=4, seed=seed).named_parameters()
+        )
+        for key, parameter in bench.model.named_parameters():
+            expected = 0.75 * before[number][key] + 0.5 * fresh[key] if number else before[0][key]
+            torch.testing.assert_close(parameter, expected)
+
+    bench.learner.begin_experience = begin
+    simulate(config, runs=None, observer=Notice(), bench=bench)
+    assert begun == [0, 1, 2, 3, 4]
 
 
 def test_the_norm_is_fitted_to_the_stream_and_the_learner(toy: Any) -> None:
