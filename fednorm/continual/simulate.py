@@ -26,6 +26,15 @@ from fednorm.threads import torch_threads
 
 Document = dict[str, Any]
 
+OF_AN_ORDER = (
+    "average_incremental_accuracy",
+    "forgetting_max_minus_last",
+    "forgetting_first_minus_last",
+    "backward_transfer",
+    "forward_transfer",
+)
+"""Numbers that mean something only where experiences come one after another."""
+
 
 class StreamObserver(Protocol):
     """What wants to know how a run goes, e.g. a progress bar."""
@@ -213,6 +222,9 @@ class _Run:
         bench, config = self.bench, self.bench.config
         rows = [line["accuracy"] for line in self.lines]
         matrix = rows * len(bench.stream) if bench.joint else rows
+        numbers = summary(matrix, self.untrained, self.lines)
+        if bench.joint:  # nothing came before anything else
+            numbers |= dict.fromkeys(OF_AN_ORDER)
         return {
             "kind": "continual",
             **bench.describe(),
@@ -221,7 +233,7 @@ class _Run:
             "untrained_accuracy": self.untrained,
             "final": finite(
                 {
-                    **summary(matrix, self.untrained, self.lines),
+                    **numbers,
                     "selection": f"after the last experience, {config.evaluate.split} images",
                 }
             ),
