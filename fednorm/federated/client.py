@@ -171,8 +171,8 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
 def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
-    Batches have ``evaluate.batch_size`` images or one or two fewer, as equal as can be. From a single image nothing
-    can be estimated: it leaves the initial statistics.
+    Batches have at most ``evaluate.batch_size`` images (3 where it is less) and are as equal as can be. From a single
+    image nothing can be estimated: it leaves the initial statistics.
     """
     images, _ = split.batch(torch.arange(min(count, len(split))))
     size = bench.config.evaluate.batch_size

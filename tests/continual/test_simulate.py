@@ -382,6 +382,7 @@ def test_process_wide_settings_are_as_they_were(toy: Any) -> None:
 
     class Stop(Notes):
         def step(self, steps_done: int) -> None:
+            super().step(steps_done)
             inside.append(torch.get_num_threads())
             raise KeyboardInterrupt
 

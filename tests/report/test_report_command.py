@@ -17,7 +17,7 @@ from fednorm.report.table import accuracy_table
 Make = Callable[..., dict[str, Any]]
 Report = Callable[..., str]
 
-FEDERATED = Path(__file__).resolve().parents[2] / ".records" / "demo.json"
+FEDERATED = Path(__file__).resolve().parents[2] / ".records" / "digits.json"
 
 
 @pytest.fixture
