@@ -5,14 +5,15 @@ from __future__ import annotations
 from fednorm.bench.case import CASES
 from fednorm.bench.engine import bench_engine, bench_table
 from fednorm.cli import err, print_json
+from fednorm.commands.options import names
 from fednorm.commands.report import show
 
 
 def run_bench_engine(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:
     """Run the cases and print their table."""
-    cases = [name.strip() for name in case.split(",") if name.strip()] or list(CASES)
-    engines = [name.strip() for name in against.split(",") if name.strip()]
-    result = bench_engine(cases, engines, repeats, on_line=lambda line: err().print(line, markup=False))
+    result = bench_engine(
+        names(case, CASES), names(against, ()), repeats, on_line=lambda line: err().print(line, markup=False)
+    )
     if as_json:
         print_json(result)
     else:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fednorm.bench.continual import STREAM_ENGINES, bench_continual, bench_table
 from fednorm.bench.layers import bench_layers, layers_table
 from fednorm.bench.stream_case import STREAM_CASES
 from fednorm.cli import err, print_json
+from fednorm.commands.options import names
 from fednorm.commands.report import show
 from fednorm.report.table import Table
 
 
 def run_bench_continual(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:
     """Time the engines on the cases and print their table."""
-    result = bench_continual(_names(case, STREAM_CASES), _names(against, STREAM_ENGINES), repeats, on_line=_say)
+    result = bench_continual(names(case, STREAM_CASES), names(against, STREAM_ENGINES), repeats, on_line=_say)
     _show(result, bench_table(result), markdown=markdown, as_json=as_json)
 
 
@@ -23,11 +24,6 @@ def run_bench_layers(repeats: int, *, markdown: bool, as_json: bool) -> None:
     """Time normalization layers and print their table."""
     result = bench_layers(repeats, on_line=_say)
     _show(result, layers_table(result), markdown=markdown, as_json=as_json)
-
-
-def _names(written: str, default: Iterable[str]) -> list[str]:
-    """Return the names between the commas, or the default where there is none."""
-    return [name.strip() for name in written.split(",") if name.strip()] or list(default)
 
 
 def _say(line: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,11 @@ def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
                 value = {part: value}
             values = merge(values, value)
     return values
+
+
+def names(written: str, default: Iterable[str]) -> list[str]:
+    """Return the names between the commas of an option, or the default where there is none."""
+    return [name.strip() for name in written.split(",") if name.strip()] or list(default)
 
 
 def collect_values(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

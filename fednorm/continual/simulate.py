@@ -56,7 +56,7 @@ def plan(config: ContinualConfig, bench: ContinualWorkbench | None = None) -> Do
         FedNormError: The configuration cannot be run.
     """
     bench = bench or ContinualWorkbench(config)
-    return {"kind": "continual", **bench.describe(), "hash": config.hash, "config": config.to_dict()}
+    return {"kind": "continual", **bench.about, "hash": config.hash, "config": config.to_dict()}
 
 
 def simulate(
@@ -118,7 +118,7 @@ class _Run:
     def _open(self) -> None:
         saved = None
         if self.record:
-            self.record.describe(self.bench.describe())
+            self.record.describe(self.bench.about)
             saved = self.record.load_state()
         if saved and self.record:
             tensors, state = saved
@@ -227,7 +227,7 @@ class _Run:
             numbers |= dict.fromkeys(OF_AN_ORDER)
         return {
             "kind": "continual",
-            **bench.describe(),
+            **bench.about,
             "experiences": self.lines,
             "accuracy_matrix": matrix,
             "untrained_accuracy": self.untrained,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -175,8 +176,9 @@ class ContinualWorkbench:
                     f"{why}, and experience {source.number} has one training image. Use more images, {remedy}."
                 )
 
-    def describe(self) -> dict[str, Any]:
-        """Return what is known before training, for the record."""
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What is known before training, for the record; made once, because the digest reads every row's label."""
         config = self.config
         experiences = [
             {
