@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,6 +96,25 @@ class NormPlan:
         """Return the numbers of entries by role, and the bytes that a round with ``num_clients`` clients sends."""
         counts = {role.value: self.count(role) for role in Role}
         return {**counts, "bytes_per_round": 2 * num_clients * self.bytes_sent}
+
+    def bytes_by_role(self) -> dict[str, int]:
+        """Return the bytes of one client's copy of the entries, by role."""
+        return {role.value: sum(entry.nbytes for entry in self.entries if entry.role is role) for role in Role}
+
+    def tensors(self) -> list[dict[str, Any]]:
+        """Return what a record keeps of each entry: key, layer, norm, kind, role, shape, and bytes of one copy."""
+        return [
+            {
+                "key": entry.key,
+                "layer": entry.layer,
+                "norm": entry.norm,
+                "kind": entry.kind.value,
+                "role": entry.role.value,
+                "shape": list(entry.shape),
+                "bytes": entry.nbytes,
+            }
+            for entry in self.entries
+        ]
 
 
 def norm_plan(model: nn.Module, rule: RoleRule) -> NormPlan:

@@ -324,3 +324,14 @@ def test_reset_tensors_are_neither_sent_nor_local() -> None:
     plan = norm_plan(nested(), rule)
     assert Counter(entry.role for entry in plan.entries) == {Role.SHARED: 13, Role.RESET: 4}
     assert set(plan.keys(Role.RESET)).isdisjoint({*plan.sent, *plan.local})
+
+
+def test_what_a_record_keeps_of_the_entries() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    plan = FedBN(model).plan
+    assert [entry["key"] for entry in plan.tensors()] == list(model.state_dict())
+    by_key = {entry["key"]: entry for entry in plan.tensors()}
+    weight = {"layer": "0", "norm": "", "kind": "weight", "role": "shared", "shape": [4, 3, 1, 1], "bytes": 48}
+    assert by_key["0.weight"] == {"key": "0.weight", **weight}
+    assert (by_key["1.running_var"]["kind"], by_key["1.running_var"]["role"]) == ("var", "local")
+    assert plan.bytes_by_role() == {"shared": 48 + 16, "local": 4 * 16 + 8, "pooled": 0, "reset": 0}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.diagnostics import (
+from fednorm.diagnostics import (
     Moments,
     Optimizer,
     dead_units,
@@ -84,7 +84,7 @@ def drift(model: nn.Module, images: Tensor, *, batch_size: int) -> dict[str, flo
     """Return how far each layer's running statistics are from those that some images would give it.
 
     The reference is :func:`~fednorm.recalibration.reestimate` on a copy of the model; the distance is
-    :func:`~fednorm.continual.diagnostics.wasserstein_drift`. With images of all experiences so far, as many of each, it
+    :func:`~fednorm.diagnostics.wasserstein_drift`. With images of all experiences so far, as many of each, it
     is the recency bias of the running statistics.
     """
     if not batch_layers(model) or len(images) < 2:

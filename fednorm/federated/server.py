@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fednorm.errors import AggregationError
+from fednorm.federated.diagnosis import diagnose
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
 from fednorm.federated.strategy import ClientReport, RoundReport
@@ -98,11 +99,20 @@ def describe(bench: Workbench) -> Document:
     ]
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
     return {
-        "plan": bench.plan.summary(sampled),
+        "plan": {
+            **bench.plan.summary(sampled),
+            "bytes": bench.plan.bytes_by_role(),
+            "tensors": bench.plan.tensors(),
+        },
         "norm": {"name": bench.config.norm.name, **dataclasses.asdict(bench.norm)},
         "strategy": {"name": bench.config.strategy.name, **_options(bench)},
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
-        "data": {"title": federation.title, "notes": list(federation.notes), "clients": clients},
+        "data": {
+            "title": federation.title,
+            "notes": list(federation.notes),
+            "clients": clients,
+            "digest": federation.digest(),
+        },
     }
 
 
@@ -161,7 +171,10 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        self.lines.append(line := round_line(report))
+        line = round_line(report)
+        if report.evaluate:
+            line["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        self.lines.append(line)
         if self._record:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):

@@ -67,6 +67,8 @@ class RoundReport:
         bytes_down: Bytes of tensors sent to clients for training.
         bytes_up: Bytes of tensors received from them.
         seconds: Wall-clock time of the round.
+        statistics: Running statistics that travelled with each reply that was used, by partition id; in rounds that
+            are evaluated.
     """
 
     server_round: int
@@ -77,6 +79,7 @@ class RoundReport:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
+    statistics: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Common(TypedDict, total=False):
@@ -128,8 +131,10 @@ class NormStrategy(Strategy):
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
         self._awaited: list[int] = []
+        self._keeps_statistics = False
         self.check(model)
         self.plan: NormPlan = norm_plan(model, self.role_rule())
+        self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
 
     # What a strategy may override -------------------------------------------------------------------------------
 
@@ -193,7 +198,10 @@ class NormStrategy(Strategy):
             arrays, metrics = _arrays(reply), _metrics(reply)
             self.report.bytes_up += nbytes(arrays.values())
             self.report.train.append(ClientReport(node.partition_id, node.domain, metrics))
-            average.add(unpack(arrays), metrics["num-examples"] if self.weighting == "examples" else 1.0)
+            tensors = unpack(arrays)
+            if self._keeps_statistics:
+                self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
+            average.add(tensors, metrics["num-examples"] if self.weighting == "examples" else 1.0)
         if not self.report.train:
             return None, None
         return pack(self.server_update(self._sent, average.result())), _weighted_metrics(self.report.train)
@@ -260,6 +268,8 @@ class NormStrategy(Strategy):
             result.evaluate_metrics_serverapp[first_round - 1] = metrics
         for current in range(first_round, num_rounds + 1):
             began = time.perf_counter()
+            evaluated = current % evaluate_every == 0 or current == num_rounds
+            self._keeps_statistics = evaluated
             messages = self.configure_train(current, arrays, train_config, grid)
             new, train_metrics = self.aggregate_train(current, grid.send_and_receive(messages, timeout=timeout))
             if new is None:
@@ -267,7 +277,7 @@ class NormStrategy(Strategy):
             result.arrays = arrays = new
             if train_metrics is not None:
                 result.train_metrics_clientapp[current] = train_metrics
-            if current % evaluate_every == 0 or current == num_rounds:
+            if evaluated:
                 messages = self.configure_evaluate(current, arrays, evaluate_config, grid)
                 metrics = self.aggregate_evaluate(current, grid.send_and_receive(messages, timeout=timeout))
                 if metrics is not None:

@@ -35,7 +35,8 @@ def test_federated_prints_one_document(call: Call, tmp_path: Path, small: Small)
     assert outcome.code == 0
     result = outcome.document
     assert {"plan", "rounds", "final", "run", "config", "evaluation", "hash", "seconds"} <= set(result)
-    assert set(result["plan"]) == {"shared", "local", "pooled", "reset", "bytes_per_round"}
+    assert {"shared", "local", "pooled", "reset", "bytes_per_round"} <= set(result["plan"])
+    assert sum(result["plan"]["bytes"].values()) == sum(entry["bytes"] for entry in result["plan"]["tensors"])
     assert (result["plan"]["shared"], result["plan"]["local"]) == (12, 25)  # six layers' weights and biases; five BN
     assert {"per_domain", "mean", "worst"} <= set(result["final"])
     assert list(result["final"]["per_domain"]) == ["scans", "photo", "fonts", "street", "faint"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +212,15 @@ def test_real_office(real_data: Path) -> None:
     sizes = {client.domain: len(client.train) + len(client.test) for client in federation.clients}
     assert sizes == {"amazon": 958, "caltech10": 1123, "dslr": 157, "webcam": 295}
     assert federation.num_classes == 10
+
+
+def test_the_digest_tells_other_data_apart(tmp_path: Path, write_folder: Any) -> None:
+    for folder in ("one", "same"):
+        write_folder(tmp_path / folder, "mnist", num_classes=10, names=TEN)
+    one, same = (_load(tmp_path / folder, name="digits") for folder in ("one", "same"))
+    assert one.digest() == same.digest()
+    assert one.digest() != _load(tmp_path / "one", name="digits", train_per_client=3).digest()
+    assert one.digest() != _load(tmp_path / "one", name="digits", validation=0.5).digest()
+    client = one.clients[0]
+    darker = replace(client, train=replace(client.train, images=client.train.images // 2))
+    assert one.digest() != replace(one, clients=(darker,)).digest()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.diagnostics import dormant_units
+from fednorm.diagnostics import dormant_units
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import make_norm

@@ -6,7 +6,7 @@ drift are computed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,9 +120,15 @@ def threshold_rank(features: Tensor, *, threshold: float = 0.01) -> int:
     return int((s > threshold * s[0]).sum())
 
 
+def weight_layers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight of each convolution and linear layer, by the layer's path."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd)
+    return {path: module.weight for path, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def weight_norms(model: nn.Module) -> dict[str, float]:
     """Return the Frobenius norm of the weight of each convolution and linear layer, by the layer's path."""
-    return {path: float(weight.detach().double().norm()) for path, weight in _weights(model)}
+    return {path: float(weight.detach().double().norm()) for path, weight in weight_layers(model).items()}
 
 
 def mean_weight_magnitude(model: nn.Module) -> float:
@@ -153,10 +159,19 @@ def effective_learning_rates(model: nn.Module, lr: float, *, optimizer: Optimize
     Raises:
         ConfigError: The optimizer is neither.
     """
+    return rates_of_norms(weight_norms(model), lr, optimizer=optimizer)
+
+
+def rates_of_norms(norms: Mapping[str, float], lr: float, *, optimizer: Optimizer) -> dict[str, float]:
+    """Return the effective learning rates of weights whose norms are known; see :func:`effective_learning_rates`.
+
+    Raises:
+        ConfigError: The optimizer is neither ``sgd`` nor ``adam``.
+    """
     if optimizer not in ("sgd", "adam"):
         raise ConfigError(f"The effective learning rate is defined for sgd and adam; got {optimizer!r}.")
     power = 2 if optimizer == "sgd" else 1
-    return {path: lr / norm**power if norm else float("inf") for path, norm in weight_norms(model).items()}
+    return {path: lr / norm**power if norm else float("inf") for path, norm in norms.items()}
 
 
 def relative_updates(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> dict[str, float]:
@@ -209,7 +224,26 @@ def wasserstein_drift(running: Moments, reference: Moments, *, eps: float = 1e-5
         DataError: The shapes differ.
     """
     mu, sigma, m, s = _gaussians(running, reference, eps)
-    return float((((mu - m) ** 2 + (sigma - s) ** 2) / s**2).mean().sqrt())
+    return float(_wasserstein(mu, sigma, m, s))
+
+
+def wasserstein_drifts(running: Sequence[Moments], reference: Moments, *, eps: float = 1e-5) -> list[float]:
+    """Return the :func:`wasserstein_drift` of several statistics from one reference, computed together.
+
+    Args:
+        running: Statistics of one layer, e.g. one of each client.
+        reference: What they are compared with.
+        eps: The layer's eps.
+
+    Raises:
+        DataError: The shapes differ.
+    """
+    gaussians = [_gaussians(moments, reference, eps) for moments in running]
+    if not gaussians:
+        return []
+    mu, sigma, m, s = (torch.stack(parts) for parts in zip(*gaussians, strict=True))
+    drifts: list[float] = _wasserstein(mu, sigma, m, s).tolist()
+    return drifts
 
 
 def kl_drift(running: Moments, reference: Moments, *, eps: float = 1e-5) -> float:
@@ -242,6 +276,10 @@ def drift_by_layer(
     return {path: wasserstein_drift(moments, reference[path], eps=eps) for path, moments in running.items()}
 
 
+def _wasserstein(mu: Tensor, sigma: Tensor, m: Tensor, s: Tensor) -> Tensor:
+    return (((mu - m) ** 2 + (sigma - s) ** 2) / s**2).mean(-1).sqrt()
+
+
 def _by_unit(activations: Tensor) -> Tensor:
     """Return the activations as (C, samples and positions)."""
     if activations.ndim < 2 or not activations.numel():
@@ -266,11 +304,6 @@ def _holding(values: Tensor, share: float) -> int:
         return 0
     # Where rounding keeps the whole sum below the share, all of them hold it.
     return min(int((values.cumsum(0) < share * total).sum()) + 1, len(values))
-
-
-def _weights(model: nn.Module) -> list[tuple[str, Tensor]]:
-    kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    return [(path, module.weight) for path, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def _gaussians(running: Moments, reference: Moments, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

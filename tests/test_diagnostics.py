@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fednorm.continual import diagnostics as d
+from fednorm import diagnostics as d
 from fednorm.errors import ConfigError, DataError
 from fednorm.rng import torch_stream
 
@@ -161,3 +161,11 @@ def test_mistakes_are_told() -> None:
         d.effective_learning_rates(nn.Linear(1, 1), 0.1, optimizer="lion")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="Identity has no parameter"):
         d.mean_weight_magnitude(nn.Identity())
+
+
+def test_drifts_of_several_are_those_of_each() -> None:
+    draw = torch.Generator().manual_seed(3)
+    clients = [d.Moments(torch.randn(5, generator=draw), torch.rand(5, generator=draw)) for _ in range(4)]
+    joint = d.Moments(torch.randn(5, generator=draw), torch.rand(5, generator=draw))
+    assert d.wasserstein_drifts(clients, joint) == pytest.approx([d.wasserstein_drift(c, joint) for c in clients])
+    assert d.wasserstein_drifts([], joint) == []
