@@ -4,6 +4,8 @@ import fednorm
 model = fednorm.convert(torchvision.models.resnet18(num_classes=10), norm="sws")
 result = fednorm.federated(strategy="fedbn", data="digits_mini", rounds=10, seed=0)
 result = fednorm.continual(scenario="split_digits", learner="er_ace", norm="adab2n", online=True, seed=0)
+runs = fednorm.compare("study.toml", jobs=2)
+runs = fednorm.load("runs/study")
 """
 
 from __future__ import annotations
@@ -13,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fednorm.api import continual, federated
+    from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
 
-__all__ = ["__version__", "continual", "convert", "federated"]
+__all__ = ["__version__", "compare", "continual", "convert", "federated", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"continual": "fednorm.api", "convert": "fednorm.conversion", "federated": "fednorm.api"}
+    homes = {"convert": "fednorm.conversion"} | dict.fromkeys(
+        ("compare", "continual", "federated", "load"), "fednorm.api"
+    )
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(import_module(homes[name]), name)

@@ -1,16 +1,20 @@
-"""The Python entry: runs from keyword arguments."""
+"""The Python entry: runs and studies from keyword arguments, and results as data frames."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import merge
-from fednorm.continual_config import ONLINE
+from fednorm.continual_config import ONLINE, require_online
+from fednorm.errors import StudyError
 from fednorm.registry import resolve_config, resolve_continual
 
 if TYPE_CHECKING:
+    import polars
+
     from fednorm.continual.simulate import StreamObserver
     from fednorm.federated.server import Observer
 
@@ -86,7 +90,7 @@ def continual(
         model: The model's name; the scenario's own if None.
         data: The benchmark, where the scenario leaves a choice.
         data_dir: The folder of the real data, where the benchmark needs one.
-        online: One pass over each experience, 10 images a step.
+        online: One pass over each experience, 10 images a step; ``config`` may change the latter.
         seed: Of every random stream.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
@@ -97,7 +101,8 @@ def continual(
         ``experiences``, ``run``, ``config``.
 
     Raises:
-        FedNormError: The configuration cannot be run, or the record cannot be written.
+        FedNormError: The configuration cannot be run (as ``online`` with more than one epoch), or the record cannot be
+            written.
     """
     where = {"name": data, "dir": None if data_dir is None else str(data_dir)}
     named: dict[str, Any] = {
@@ -111,6 +116,83 @@ def continual(
         **({"model": {"name": model}} if model is not None else {}),
     }
     resolved = resolve_continual(merge(named, config or {}))
+    if online:
+        require_online(resolved)
     from fednorm.continual.simulate import simulate  # takes seconds; a mistake is told before
 
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
+
+
+def compare(
+    study: str | Path | Mapping[str, Any],
+    *,
+    data_dir: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    jobs: int = 1,
+    runs: str | Path | None = None,
+    select_on_test: bool = False,
+) -> polars.DataFrame:
+    """Run a study, or what is missing of it, and return a row a run.
+
+    With more than one job, every run has a process of its own, which imports the caller's main module: a script needs
+    its ``if __name__ == "__main__":``; a notebook does not.
+
+    Args:
+        study: A TOML file, the name of a study that ships (``fednorm recipes``), or a study's tables as nested
+            dictionaries: ``{"base": {...}, "points": [...], "grid": {"seed": [1, 2, 3]}}``.
+        data_dir: The folder of the real data, where the study needs one.
+        config: Configuration keys laid over every run, as nested dictionaries.
+        jobs: Runs at a time.
+        runs: The folder of records; ``runs/STUDY`` by default, ``runs/study`` for tables.
+        select_on_test: Whether hyper-parameters are chosen on test images; every table will say so.
+
+    Returns:
+        The reported runs, as :func:`load` returns them.
+
+    Raises:
+        FedNormError: The study is wrong.
+        StudyError: A run failed; all others have finished.
+        KeyboardInterrupt: The user stopped it; the same call goes on.
+    """
+    from fednorm.report.frame import frame
+    from fednorm.study.recipes import find_study
+    from fednorm.study.runner import execute
+    from fednorm.study.study import make_study, read_study
+
+    overrides = merge({"data": {"dir": str(data_dir)}} if data_dir is not None else {}, config or {})
+    if isinstance(study, Mapping):
+        made = make_study(study, overrides=overrides, select_on_test=select_on_test)
+    else:
+        made = read_study(find_study(str(study)), overrides, select_on_test=select_on_test)
+    folder = Path(runs) if runs is not None else Path("runs") / made.name
+    outcome = execute(made, runs=folder, jobs=jobs)
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    if outcome.failures:
+        told = "; ".join(f"{failure.label}: {failure.reason}" for failure in outcome.failures)
+        raise StudyError(
+            f"{len(outcome.failures)} of {outcome.planned} runs failed: {told} The others are in {folder}."
+        )
+    return frame(outcome.results)
+
+
+def load(*paths: str | Path) -> polars.DataFrame:
+    """Return the finished runs of some folders as a data frame, a row a run.
+
+    Args:
+        paths: Records, folders of records, or summaries; what cannot be read is left out and named by a warning.
+
+    Returns:
+        A frame as :func:`fednorm.report.frame.frame` describes: ``method``, ``seed``, every final score (shares in
+        [0, 1]; ``accuracy.DOMAIN``), and the configuration as dotted columns.
+
+    Raises:
+        RecordError: A path does not exist, or there is no finished run in any.
+    """
+    from fednorm.report.frame import frame
+    from fednorm.study.results import load as load_results
+
+    loaded = load_results([Path(path) for path in paths])
+    for problem in loaded.problems:
+        warnings.warn(problem, stacklevel=2)
+    return frame(loaded.results)

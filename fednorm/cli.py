@@ -1,4 +1,4 @@
-"""The command line: ``fednorm`` demo, federated, continual, compare, report, list, data, explain, bench, verify.
+"""The command line: ``fednorm`` and a command: demo, federated, continual, compare, recipes, report, list, and more.
 
 Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
 user's mistake ends with exit code 2 and a sentence, never with a traceback.
@@ -47,6 +47,13 @@ def _console(*, stderr: bool) -> Console:
     """Return a console, wide when it is no terminal, so that no table and no line is cut."""
     console = Console(stderr=stderr, highlight=False)
     return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+class Stopped(SystemExit):
+    """The user stopped a command, which has said what stands: exit code 130, and no more words."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
 
 
 def print_json(document: Any) -> None:
@@ -176,37 +183,83 @@ def continual(  # noqa: PLR0913 - one parameter an option
 
 @app.command()
 def compare(
-    study: Annotated[
-        str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm list studies.")
-    ],
+    study: Annotated[str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm recipes.")],
     data_dir: DataDirOption = None,
     runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own.")] = 1,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time, each in a process of its own; as many as there are cores.")
+    ] = None,
     settings: SetOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and stop.")] = False,
+    select_on_test: Annotated[
+        bool, typer.Option("--select-on-test", help="Choose by test images; every table will say so.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a grid of configurations; finished runs are read back, cut ones go on."""
+    """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
     from fednorm.commands.compare import run_compare
 
     run_compare(
-        study, data_dir=data_dir, runs=runs, jobs=jobs, settings=settings or [], dry_run=dry_run, as_json=as_json
+        study,
+        data_dir=data_dir,
+        runs=runs,
+        jobs=jobs,
+        settings=settings or [],
+        select_on_test=select_on_test,
+        dry_run=dry_run,
+        markdown=markdown,
+        as_json=as_json,
     )
 
 
 @app.command()
-def report(
+def recipes(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """List the studies that ship, what they cost on this machine, and the papers they follow."""
+    from fednorm.commands.recipes import run_recipes
+
+    run_recipes(data_dir, as_json=as_json)
+
+
+@app.command()
+def report(  # noqa: PLR0913 - one parameter an option
     runs: Annotated[list[Path], typer.Argument(help="Records, folders of records, or summaries (.json).")],
+    page: Annotated[Path | None, typer.Option("--out", help="Write one self-contained page (.html).")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables in LaTeX, for booktabs.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with, by name.")] = None,
+    interval: Annotated[str, typer.Option(help="95 % interval over seeds: t or bootstrap.")] = "t",
     select: Annotated[bool, typer.Option("--select", help="Show each method's best configuration only.")] = False,
     curve: Annotated[bool, typer.Option("--curve", help="Also show the accuracy after every evaluated round.")] = False,
+    export: Annotated[
+        list[Path] | None, typer.Option(help="Write all measured numbers to this .csv or .parquet; repeatable.")
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard event files to this folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write figures to this folder.")] = None,
+    figure_format: Annotated[str, typer.Option(help="pdf, svg or png.")] = "pdf",
     summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Make tables from records."""
+    """Make tables, figures and one page from records."""
     from fednorm.commands.report import run_report
 
-    run_report(runs, markdown=markdown, select=select, summary=summary, as_json=as_json, curve=curve)
+    if markdown and latex:
+        raise ConfigError("--markdown and --latex are two forms of the same tables: choose one.")
+    run_report(
+        runs,
+        style="markdown" if markdown else "latex" if latex else "table",
+        select=select,
+        curve=curve,
+        summary=summary,
+        page=page,
+        export=export or [],
+        tensorboard=tensorboard,
+        figures=figures,
+        figure_format=figure_format,
+        baseline=baseline,
+        interval=interval,
+        as_json=as_json,
+    )
 
 
 @app.command("list")
@@ -341,7 +394,7 @@ def main() -> None:
         message = str(error.args[0]) if error.args else type(error).__name__
         fail(message if not isinstance(error, ConfigError) else str(error))
     except SystemExit as ended:
-        if ended.code == 130:  # Typer has turned a KeyboardInterrupt into this
+        if ended.code == 130 and not isinstance(ended, Stopped):  # Typer has turned a KeyboardInterrupt into this
             fail("stopped. Run the same command again to go on from the last checkpoint.", 130)
         raise
     except BrokenPipeError:

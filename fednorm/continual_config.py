@@ -20,7 +20,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 
 ONLINE: Mapping[str, int] = {"epochs": 1, "batch_size": 10}
-"""Section ``train`` of online learning: one pass, small batches."""
+"""Section ``train`` of online learning: one pass, small batches. See :func:`require_online`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,21 @@ class ContinualConfig:
     def title(self) -> str:
         """Return what the run is called in the names of folders, its hash left out."""
         return f"{self.learner.name}-{self.norm.name}-{self.scenario.name}-seed{self.seed}"
+
+
+def require_online(config: ContinualConfig) -> ContinualConfig:
+    """Return a configuration that was asked for as online learning, whose ``train`` began as :data:`ONLINE`.
+
+    Raises:
+        ConfigError: It makes more than one pass over each experience.
+    """
+    epochs = config.train.epochs
+    require(
+        epochs == 1,
+        f"online=True / --online is one pass over each experience, and train.epochs is {epochs}. Leave one of the two "
+        "out.",
+    )
+    return config
 
 
 def continual_config_from_dict(values: Mapping[str, Any]) -> ContinualConfig:

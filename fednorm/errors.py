@@ -34,6 +34,10 @@ class RecordError(FedNormError, OSError):
     """A run's record that cannot be written or read."""
 
 
+class StudyError(FedNormError, RuntimeError):
+    """A study of which runs failed; those that finished are in its folder."""
+
+
 def canonical(name: str) -> str:
     """Return ``name`` in the spelling the registries use: lower case, dashes read as underscores."""
     return name.strip().lower().replace("-", "_")

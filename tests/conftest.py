@@ -1,7 +1,171 @@
-"""One thread a process for every test: the last bits of sums depend on it, and two busy processes share the cores."""
+"""One thread a process for every test, and a process that runs configurations in children which die where a test says.
+
+One thread, because the last bits of sums depend on the number, and because two busy processes share the cores.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
+LAUNCHER = """
+import json, os, resource, signal, sys
+from pathlib import Path
+
+import torch
+
+import fednorm.study.record as record
+from fednorm.errors import FedNormError
+
+torch.set_num_threads(1)
+
+
+def before(owner, name, when, act):
+    whole = getattr(owner, name)
+
+    def patched(*args, **kwargs):
+        if when(*args, **kwargs):
+            act(*args, **kwargs)
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, patched)
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# What a kind of run says of itself: see Launcher.
+exec(sys.argv[1])
+
+
+def half_a_line(self, line):
+    with (self.folder / self._lines).open("a") as file:
+        file.write(json.dumps(line)[:40])
+    die()
+
+
+class Watch:
+    def __init__(self, where, n):
+        self.where, self.n = where, n
+
+    def begin(self, *_):
+        pass
+
+    def step(self, done):
+        if self.where == "after the step" and done == self.n:
+            die()
+
+    def ended(self, line):
+        if line[UNIT] == self.n:
+            if self.where == f"after the {UNIT}":
+                die()
+            if self.where == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.where == "disk full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
+
+    round = experience = ended
+
+
+def arm(where, n):
+    rec, checkpoints = record.RunRecord, []
+    if where == "before the line":
+        before(rec, "append_line", lambda self, line: line[UNIT] == n, die)
+    elif where == "in the line":
+        before(rec, "append_line", lambda self, line: line[UNIT] == n, half_a_line)
+    elif where == "in the checkpoint":
+        def nth(part, name):
+            checkpoints.extend([1] if str(name).endswith("checkpoint.safetensors") else [])
+            return len(checkpoints) == n
+        before(record.os, "replace", nth, die)
+    elif where == "before the result":
+        before(rec, "finish", lambda *_: True, die)
+    elif where == "in the result":
+        before(record.os, "replace", lambda part, name: str(name).endswith("result.json"), die)
+    else:
+        arm_own(where, n)
+    return Watch(where, n)
+
+
+simulate(resolve(json.loads(sys.argv[2])), runs=None)  # imports and reads what all children need
+print("ready", flush=True)
+for request in map(json.loads, sys.stdin):
+    pid = os.fork()
+    if pid == 0:
+        code = 0
+        try:
+            observer = arm(request["where"], request["n"])
+            simulate(resolve(request["values"]), runs=Path(request["runs"]), observer=observer)
+        except FedNormError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            Path(request["runs"], "error.txt").write_text(f"{type(error).__name__}: {error}")
+            code = 3
+        os._exit(code)
+    _, status = os.waitpid(pid, os.WUNTRACED)
+    how = "stopped" if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
+    print(json.dumps([pid, how]), flush=True)
+"""
+
+
+class Launcher:
+    """Runs configurations in child processes of its own, which end where and when they are told to.
+
+    Where: ``before the line``, ``in the line`` and ``after the UNIT`` number n, ``in the checkpoint``, the n-th,
+    ``before the result``, ``in the result``; ``stop`` and ``disk full`` after the unit number n; and the kind's own.
+
+    Args:
+        kind: Python that imports ``simulate`` and ``resolve`` and defines ``UNIT``, what n counts and a line tells of,
+            ``ROOM``, the bytes that fit a file on a full disk, and ``arm_own(where, n)`` for the kind's own places,
+            which may call ``before(owner, name, when, act)`` and ``die``.
+        values: A configuration that is run once, to import and read what all children need.
+    """
+
+    def __init__(self, kind: str, values: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCHER, kind, json.dumps(values)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            text=True,
+        )
+        assert self._read() == "ready\n"
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+    def run(self, values: dict[str, Any], runs: Path, where: str, n: int) -> tuple[int, int | str]:
+        """Return a child's process id, and its exit code (negative for a signal) or ``stopped``."""
+        assert self._process.stdin is not None
+        request = {"values": values, "runs": str(runs), "where": where, "n": n}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        pid, how = json.loads(self._read())
+        return pid, how
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="session")
+def launch() -> Iterator[Callable[[str, dict[str, Any]], Launcher]]:
+    """Make a launcher of a kind of run; all of them end with the tests."""
+    made: list[Launcher] = []
+
+    def make(kind: str, values: dict[str, Any]) -> Launcher:
+        made.append(Launcher(kind, values))
+        return made[-1]
+
+    yield make
+    for launcher in made:
+        launcher.close()

@@ -19,7 +19,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
-    ("fednorm.data", "fednorm.norms", "fednorm.optim"),
+    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LATER: dict[str, str] = {
     "fednorm.registry": "names to strategies and scenarios, asked for by name",
     "fednorm.cli": "a command's module is imported when the command is called",
-    "fednorm.study.grid": "a run's process imports what trains only then",
+    "fednorm.study.worker": "a run's process imports what trains only then",
     "fednorm._package": "a package answers the call of the function of its name",
     "fednorm.api": "so that importing fednorm stays quick",
     "fednorm": "so that importing fednorm stays quick",
@@ -196,7 +196,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "continual", "convert", "federated"}
+    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "federated", "load"}
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 

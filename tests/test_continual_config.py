@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from fednorm.config import IMMATERIAL, RunConfig, digest, override
 from fednorm.continual_config import (
+    ONLINE,
     OPTIMIZERS,
     ContinualConfig,
     StreamEvaluateConfig,
     StreamTrainConfig,
     continual_config_from_dict,
+    require_online,
 )
 from fednorm.errors import ConfigError, UnknownNameError
 from fednorm.registry import learner_names, resolve, resolve_config, resolve_continual, scenario_names
@@ -25,6 +27,14 @@ from fednorm.registry import learner_names, resolve, resolve_config, resolve_con
 
 def stream(**values: Any) -> ContinualConfig:
     return resolve_continual({"kind": "continual", **values})
+
+
+def test_online_learning_is_one_pass() -> None:
+    """The command line and the Python entry ask alike."""
+    assert require_online(config := stream(train=ONLINE)) is config
+    require_online(stream(train={**ONLINE, "batch_size": 3}))
+    with pytest.raises(ConfigError, match=r"one pass over each experience, and train.epochs is 3\. Leave one of"):
+        require_online(stream(train={**ONLINE, "epochs": 3}))
 
 
 def test_the_kind_says_which_configuration_it_is() -> None:

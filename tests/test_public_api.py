@@ -1,4 +1,4 @@
-"""What a Python program uses: ``fednorm.federated``, ``fednorm.continual`` and ``fednorm.convert``."""
+"""What a Python program uses: ``fednorm.federated``, ``continual``, ``compare``, ``load`` and ``convert``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torchvision
 
 import fednorm
 from fednorm.continual.simulate import simulate as simulate_stream
-from fednorm.errors import ConfigError, FedNormError, UnknownNameError
+from fednorm.errors import ConfigError, FedNormError, StudyError, UnknownNameError
 from fednorm.federated.simulate import simulate
 from fednorm.norms import spec_of
 from fednorm.registry import resolve_config, resolve_continual
@@ -224,6 +224,7 @@ def test_a_package_that_was_imported_is_called_with_the_same_arguments() -> None
         ({"norm": "adab2m"}, UnknownNameError),
         ({"config": {"rounds": {"num_rounds": 2}}}, ConfigError),
         ({"config": {"scenario": {"num_experiences": 3}}}, ConfigError),
+        ({"online": True, "config": {"train": {"epochs": 3}}}, ConfigError),
         ({"scenario": "random_labels", "learner": "joint"}, ConfigError),
         ({"scenario": "split_cifar10"}, FedNormError),
     ],
@@ -231,3 +232,48 @@ def test_a_package_that_was_imported_is_called_with_the_same_arguments() -> None
 def test_mistakes_on_a_stream_are_our_errors(arguments: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error):
         fednorm.continual(**arguments)
+
+
+STUDY: dict[str, Any] = {
+    "base": {**SMALL, "rounds": {"num_rounds": 1}},
+    "points": [{"strategy": {"name": "fedavg"}}, {"strategy": {"name": "fedbn"}}],
+    "grid": {"seed": [1, 2]},
+}
+
+
+def test_a_study_from_python_is_a_data_frame(tmp_path: Path) -> None:
+    frame = fednorm.compare(STUDY, runs=tmp_path)
+    assert frame["method"].to_list() == ["fedavg", "fedavg", "fedbn", "fedbn"]
+    assert frame["seed"].to_list() == [1, 2, 1, 2]
+    one = fednorm.federated(strategy="fedbn", rounds=1, seed=2, config=SMALL)
+    assert frame["mean"][3] == one["final"]["mean"]
+    assert frame["accuracy.street"][3] == one["final"]["per_domain"]["street"]
+    again = fednorm.load(tmp_path)
+    assert again.sort("run").equals(frame.select(again.columns).sort("run"))
+
+
+def test_a_study_from_python_takes_keys_for_all_runs(tmp_path: Path) -> None:
+    frame = fednorm.compare(STUDY, runs=tmp_path, config={"seed": 5, "train": {"learning_rate": 0.03}})
+    assert frame["seed"].to_list() == [5, 5]
+    assert set(frame["train.learning_rate"]) == {0.03}
+
+
+def test_a_run_of_a_study_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    study = {
+        **STUDY,
+        "points": [{"strategy": {"name": "fedbn"}}, {"strategy": {"name": "fedbn"}, "norm": {"name": "none"}}],
+    }
+    with pytest.raises(StudyError, match=r"2 of 4 runs failed: .*silently be FedAvg"):
+        fednorm.compare(study, runs=tmp_path)
+    assert fednorm.load(tmp_path)["norm.name"].to_list() == ["batch_norm", "batch_norm"]
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    fednorm.compare(STUDY, runs=tmp_path, config={"seed": 1})
+    broken = next(tmp_path.glob("fedavg*")) / "result.json"
+    broken.write_text("{")
+    with pytest.warns(UserWarning, match="fedavg.*left out"):
+        frame = fednorm.load(tmp_path)
+    assert frame["method"].to_list() == ["fedbn"]
+    with pytest.raises(FedNormError, match="There is no"):
+        fednorm.load(tmp_path / "nowhere")

@@ -36,7 +36,7 @@ def test_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]
     assert {ROOT / path for path in shown} == set(summaries)
     for path in summaries:
         curve = f".records/{path.name} --curve" in README
-        run_report([path], markdown=True, select=False, summary=None, as_json=False, curve=curve)
+        run_report([path], style="markdown", curve=curve)
         rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
         assert rows
         missing = [row for row in rows if row not in README]

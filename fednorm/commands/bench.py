@@ -17,4 +17,4 @@ def run_bench_engine(case: str, against: str, repeats: int, *, markdown: bool, a
     if as_json:
         print_json(result)
     else:
-        show(bench_table(result), markdown=markdown)
+        show(bench_table(result), style="markdown" if markdown else "table")

@@ -34,4 +34,4 @@ def _show(result: Mapping[str, Any], table: Table, *, markdown: bool, as_json: b
     if as_json:
         print_json(result)
     else:
-        show(table, markdown=markdown)
+        show(table, style="markdown" if markdown else "table")

@@ -11,7 +11,6 @@ from typing import Any
 from fednorm import config as configuration
 from fednorm import continual_config
 from fednorm.cli import out, print_json
-from fednorm.commands.compare import recipe_names
 from fednorm.data.benchmarks import BENCHMARKS
 from fednorm.errors import canonical, unknown_name
 from fednorm.models import MODELS, model_spec
@@ -25,6 +24,7 @@ from fednorm.registry import (
     strategy_spec,
 )
 from fednorm.spec import Citation
+from fednorm.study.recipes import recipe_names
 
 Row = dict[str, Any]
 

@@ -1,45 +1,27 @@
-"""``fednorm compare``: a study's runs, several at a time."""
+"""``fednorm compare``: a study's runs, several at a time, and their tables."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import err, fail, out, print_json
+from fednorm.cli import Stopped, err, fail, out, print_json
 from fednorm.commands.report import show, tables
 from fednorm.config import merge, override
-from fednorm.continual_config import ContinualConfig
-from fednorm.errors import ConfigError, unknown_name
-from fednorm.report import stream_table, table
-from fednorm.study.grid import AnyConfig, read_study, run_study
+from fednorm.errors import ConfigError, FedNormError, RecordError
+from fednorm.report._common import Table
+from fednorm.report.study_progress import StudyProgress, duration
+from fednorm.study import manifest
+from fednorm.study.cases import Study
+from fednorm.study.grid import AnyConfig, labels
+from fednorm.study.recipes import find_study, recipe_names
+from fednorm.study.record import RunRecord
+from fednorm.study.runner import StudyOutcome, default_jobs, execute
+from fednorm.study.study import read_study
 
-RECIPES = Path(__file__).parent.parent / "study" / "recipes"
-
-
-def recipe_names() -> list[str]:
-    """Return the names of the studies that ship."""
-    return sorted(path.stem for path in RECIPES.glob("*.toml"))
-
-
-def find_study(study: str) -> Path:
-    """Return a study's file: a path, or the name of one that ships.
-
-    Raises:
-        ConfigError: A path that does not exist.
-        UnknownNameError: A name that does not ship.
-    """
-    path = Path(study)
-    if path.suffix == ".toml" or path.exists():
-        if not path.is_file():
-            raise ConfigError(
-                f"There is no study file {path}. Give a TOML file, or one of {', '.join(recipe_names())}."
-            )
-        return path
-    name = study.replace("-", "_")
-    if name not in recipe_names():
-        raise unknown_name("study", study, recipe_names())
-    return RECIPES / f"{name}.toml"
+__all__ = ["find_study", "recipe_names", "run_compare"]
 
 
 def run_compare(
@@ -47,66 +29,230 @@ def run_compare(
     *,
     data_dir: Path | None,
     runs: Path | None,
-    jobs: int,
+    jobs: int | None,
     settings: Sequence[str],
+    select_on_test: bool,
     dry_run: bool,
+    markdown: bool,
     as_json: bool,
 ) -> None:
-    """Run a study and print its table; exit code 2 if a run failed, after all others have finished."""
-    if jobs < 1:
+    """Run a study and print its tables.
+
+    The exit code is 2 if a run failed, after all others have finished, and 130 if the user stopped it.
+
+    Args:
+        study: The study's file, or the name of one that ships.
+        data_dir: The folder of the real data.
+        runs: The folder of records; ``runs/STUDY`` if None.
+        jobs: Runs at a time; one for each core if None.
+        settings: ``section.key=value`` each, laid over every run.
+        select_on_test: Whether hyper-parameters are chosen on test images.
+        dry_run: Whether to list the runs with their estimated time, and stop.
+        markdown: Whether tables are printed in Markdown.
+        as_json: Whether to print one JSON document instead.
+
+    Raises:
+        FedNormError: The study cannot be read, or nothing of it can be run.
+    """
+    if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs must be at least 1; got {jobs}.")
     path = find_study(study)
     overrides: dict[str, Any] = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}
     for setting in settings:
         overrides = merge(overrides, override(setting))
-    configs = read_study(path, overrides)
-    folder = runs or Path("runs") / path.stem
+    made = read_study(path, overrides, select_on_test=select_on_test)
+    folder, at_a_time = runs or Path("runs") / path.stem, jobs or default_jobs()
     if dry_run:
-        listed = [{"hash": config.hash, "config": config.to_dict()} for config in configs]
-        return print_json({"runs": listed}) if as_json else out().print("\n".join(map(_label, configs)))
-    results, failures = _run_all(configs, folder, jobs)
+        return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
+    outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))
+    _show_outcome(outcome, folder, markdown=markdown, as_json=as_json)
+    return _leave(outcome)
+
+
+def _show_outcome(outcome: StudyOutcome, folder: Path, *, markdown: bool, as_json: bool) -> None:
     if as_json:
-        print_json({"results": results, "failures": failures, "out": str(folder)})
-    else:
-        for made in tables(results):
-            show(made, markdown=False)
-    if failures:
-        fail(f"{len(failures)} of {len(configs)} runs failed; the first: {failures[0]['reason']}")
+        failures = [
+            {"run": f"{failure.hash} {failure.label}", "hash": failure.hash, "reason": failure.reason}
+            for failure in outcome.failures
+        ]
+        return print_json(
+            {
+                "results": outcome.results,
+                "failures": failures,
+                "interrupted": outcome.interrupted,
+                "selection": outcome.manifest["selection"],
+                "out": str(folder),
+            }
+        )
+    selection = outcome.manifest["selection"]
+    if selection and selection["chosen"]:
+        show(_chosen_table(selection), style="markdown" if markdown else "table")
+    if outcome.results:
+        for table in tables(outcome.results, studies=[outcome.manifest]):
+            show(table, style="markdown" if markdown else "table")
+        if not markdown:
+            out().print(f"records: {folder}", markup=False, soft_wrap=True)
     return None
 
 
-def _run_all(
-    configs: Sequence[AnyConfig], folder: Path, jobs: int
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+def _chosen_table(selection: dict[str, Any]) -> Table:
+    """Return the table of the hyper-parameters that each method has chosen."""
+    rows = tuple(
+        (
+            choice["method"],
+            ", ".join(f"{key} {value}" for key, value in choice["keys"].items()) or "nothing to choose",
+            f"{100 * choice['score']:.1f}",
+        )
+        for choice in selection["chosen"]
+    )
+    note = f"{selection['rule']} {selection['configurations']} configurations a method"
+    note += f"; {len(selection['diverged'])} diverged." if selection["diverged"] else "."
+    return Table("Chosen hyper-parameters", ("method", "chosen", f"{selection['split']} score (%)"), rows, (note,))
+
+
+def _leave(outcome: StudyOutcome) -> None:
+    """End with the exit code that an outcome asks for, and the sentence for it."""
     console = err()
-    by_hash: dict[str, dict[str, Any]] = {}
-    failures: list[dict[str, str]] = []
+    if len(outcome.failures) > 1 or (outcome.failures and outcome.interrupted):
+        for failure in outcome.failures:
+            console.print(f"failed: {failure.hash} {failure.label}: {failure.reason}", markup=False, soft_wrap=True)
+    if outcome.interrupted:
+        console.print(
+            f"Finished and whole: {outcome.finished} of the study's {outcome.planned} runs. The same command goes on "
+            "with the others, from their checkpoints.",
+            soft_wrap=True,
+        )
+        raise Stopped
+    if outcome.failures:
+        fail(
+            f"{len(outcome.failures)} of {outcome.planned} runs failed; the first, {outcome.failures[0].label}: "
+            f"{outcome.failures[0].reason}"
+        )
 
-    def on_done(config: AnyConfig, result: dict[str, Any] | None, reason: str) -> None:
-        done = len(by_hash) + len(failures) + 1
-        if result is None:
-            failures.append({"run": _label(config), "reason": reason})
-            console.print(f"[{done}/{len(configs)}] {_label(config)}: failed: {reason}", markup=False, soft_wrap=True)
+
+# The dry run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A run of a dry run.
+
+    Attributes:
+        config: Its configuration.
+        label: What it is called.
+        final: Whether its configuration is final; False while hyper-parameters are to be chosen.
+        ended: How it ended in an earlier call: ``finished``, ``diverged``, or empty if it has not.
+        seconds: About how long it will take; None if that is not known.
+        basis: What the estimate rests on, or why there is none.
+    """
+
+    config: AnyConfig
+    label: str
+    final: bool
+    ended: str
+    seconds: float | None
+    basis: str
+
+    def document(self) -> dict[str, Any]:
+        """Return the run as JSON has it."""
+        return {
+            "hash": self.config.hash if self.final else None,
+            "label": self.label,
+            "finished": self.ended == "finished",
+            "diverged": self.ended == "diverged",
+            "estimated_seconds": None if self.seconds is None else round(self.seconds, 1),
+            "basis": self.basis,
+            "config": self.config.to_dict(),
+        }
+
+
+def _show_plan(study: Study, folder: Path, jobs: int, *, markdown: bool, as_json: bool) -> None:
+    """Show the runs of a study with the time they will take."""
+    diverged = ((manifest.read(folder) or {}).get("selection") or {}).get("diverged", {})
+    searched = _listed(study.search_configs, folder, diverged=diverged)
+    configs, final = _known(study, folder, diverged)
+    listed = _listed(configs, folder, final=final)
+    total = _total([*searched, *listed], jobs)
+    if as_json:
+        return print_json(
+            {
+                "study": study.name,
+                "out": str(folder),
+                "jobs": jobs,
+                "selection": study.rule or None,
+                "runs": [run.document() for run in listed],
+                "selection_runs": [run.document() for run in searched],
+                "estimated_seconds": None if total is None else round(total, 1),
+            }
+        )
+    about = "not known" if total is None else f"about {duration(total)}"
+    notes = [f"Estimated time with {jobs} at a time: {about}.", *_bases([*searched, *listed])]
+    style = "markdown" if markdown else "table"
+    if searched:
+        show(_plan_table(f"{study.title}: search", searched, [study.rule]), style=style)
+    return show(_plan_table(study.title, listed, notes), style=style)
+
+
+def _known(study: Study, folder: Path, diverged: Collection[str]) -> tuple[Sequence[AnyConfig], bool]:
+    """Return the runs that are reported, and whether their hyper-parameters are chosen already."""
+    if not study.searches:
+        return study.configs, True
+    results = {config.hash: result for config in study.search_configs if (result := _result(config, folder))}
+    choices = study.choices(results, diverged)
+    return (study.resolved(choices), True) if len(choices) == len(study.searches) else (study.drafts(), False)
+
+
+def _result(config: AnyConfig, folder: Path) -> dict[str, Any] | None:
+    try:
+        return RunRecord(folder, config).result()
+    except RecordError:  # it is damaged, and the run itself will say so
+        return None
+
+
+def _listed(
+    configs: Sequence[AnyConfig], folder: Path, *, final: bool = True, diverged: Collection[str] = ()
+) -> list[_Listed]:
+    """Return runs with their estimated time: none where one has finished or diverged before."""
+    listed = []
+    for config, label in zip(configs, labels(configs), strict=True):
+        if config.hash in diverged:
+            listed.append(_Listed(config, label, final, "diverged", 0.0, ""))
+        elif final and (RunRecord(folder, config).folder / "result.json").exists():
+            listed.append(_Listed(config, label, final, "finished", 0.0, ""))
         else:
-            by_hash[config.hash] = result
-            shown = f"{100 * _score(result):.1f} %"
-            console.print(f"[{done}/{len(configs)}] {_label(config)}: {shown}", markup=False, soft_wrap=True)
-
-    run_study(configs, runs=folder, jobs=jobs, on_done=on_done)
-    return [by_hash[config.hash] for config in configs if config.hash in by_hash], failures
+            listed.append(_estimated(config, label, final))
+    return listed
 
 
-def _score(result: Mapping[str, Any]) -> float:
-    """Return the accuracy that a line of progress shows."""
-    final = result["final"]
-    if result["kind"] == "federated":
-        return float(final["mean"])
-    average = final["average_accuracy"]
-    return float(final["train_accuracy"] if average is None else average)
+def _estimated(config: AnyConfig, label: str, final: bool) -> _Listed:
+    from fednorm.study.estimate import estimate_seconds  # times steps of what trains
+
+    try:
+        estimate = estimate_seconds(config)
+    except FedNormError as error:
+        return _Listed(config, label, final, "", None, f"Not known: {error}")
+    return _Listed(config, label, final, "", estimate.seconds, estimate.basis)
 
 
-def _label(config: AnyConfig) -> str:
-    name_of = stream_table.method_name if isinstance(config, ContinualConfig) else table.method_name
-    clipping = f" agc {config.train.agc:g}" if config.train.agc else ""
-    name = name_of({"config": config.to_dict()})
-    return f"{config.hash} {name} lr {config.train.learning_rate:g}{clipping} seed {config.seed}"
+def _total(runs: Iterable[_Listed], jobs: int) -> float | None:
+    """Return about how long runs take, so many at a time: their share of the sum, and no less than the longest."""
+    seconds = [run.seconds for run in runs]
+    known = [value for value in seconds if value is not None]
+    return max([sum(known) / jobs, *known, 0.0]) if len(known) == len(seconds) else None
+
+
+def _bases(runs: Iterable[_Listed]) -> list[str]:
+    """Return what the estimates rest on, a sentence each."""
+    return list(dict.fromkeys(run.basis.rstrip(".") + "." for run in runs if run.basis))
+
+
+def _plan_table(title: str, runs: Sequence[_Listed], notes: Sequence[str]) -> Table:
+    rows = tuple(
+        (
+            run.label,
+            run.config.hash if run.final else "to be chosen",
+            run.ended or ("not known" if run.seconds is None else duration(run.seconds)),
+        )
+        for run in runs
+    )
+    return Table(title, (f"{len(runs)} runs", "hash", "estimated time"), rows, tuple(notes))

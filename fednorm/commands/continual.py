@@ -13,8 +13,7 @@ from fednorm.commands.options import collect_values
 from fednorm.config import merge
 from fednorm.continual.simulate import plan, simulate
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ONLINE, ContinualConfig
-from fednorm.errors import ConfigError
+from fednorm.continual_config import ONLINE, ContinualConfig, require_online
 from fednorm.registry import resolve_continual
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
@@ -31,12 +30,7 @@ def collect_continual(
     """
     values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
     resolved = resolve_continual(values)
-    if online and resolved.train.epochs != 1:
-        raise ConfigError(
-            f"--online is one pass over each experience, and train.epochs is {resolved.train.epochs}. Leave one of the "
-            "two out."
-        )
-    return resolved
+    return require_online(resolved) if online else resolved
 
 
 def run_continual(config: ContinualConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:

@@ -81,6 +81,6 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
     if as_json:
         return print_json({"results": results})
     for table in tables(results):
-        show(table, markdown=False)
+        show(table)
     out().print(f"records: {Path(results[0]['run']).parent}", markup=False, soft_wrap=True)
     return None

@@ -1,70 +1,140 @@
-"""``fednorm report``: tables from records."""
+"""``fednorm report``: tables from records, and what they are exported to."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import err, out, print_json
-from fednorm.errors import RecordError
+from fednorm.cli import err, fail, out, print_json
+from fednorm.errors import ConfigError
 from fednorm.report import stream_table
+from fednorm.report._common import Result
+from fednorm.report.comparison import Comparison, comparison_table, comparisons, paper_table
+from fednorm.report.export import export as write_export
+from fednorm.report.export import require_suffix, write_summary
+from fednorm.report.grouping import kind_of, scored_on
 from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
-from fednorm.study.record import read_result
+from fednorm.study.results import Loaded, load
 from fednorm.study.select import best_by_method, rules
+from fednorm.study.statistics import METHODS as INTERVALS
 
-KEPT = (
-    *("kind", "hash", "config", "norm", "strategy", "learner", "scenario", "parameters", "plan", "data", "final"),
-    *("evaluation", "untrained_accuracy", "accuracy_matrix", "seconds"),
-)
-"""What a summary keeps of a result."""
+STYLES = ("table", "markdown", "latex")
+"""How tables can be printed."""
 
-KEPT_OF_ROUNDS = ("round", "train_loss", "mean", "bytes_down", "bytes_up")
-
-KEPT_OF_EXPERIENCES = ("experience", "title", "online_accuracy", "train_accuracy")
+FIGURE_FORMATS = ("pdf", "svg", "png")
 
 
-def run_report(
+def run_report(  # noqa: PLR0913 - one parameter an option
     paths: Sequence[Path],
     *,
-    markdown: bool,
-    select: bool,
-    summary: Path | None,
-    as_json: bool,
+    style: str = "table",
+    select: bool = False,
     curve: bool = False,
+    summary: Path | None = None,
+    page: Path | None = None,
+    export: Sequence[Path] = (),
+    tensorboard: Path | None = None,
+    figures: Path | None = None,
+    figure_format: str = "pdf",
+    baseline: str | None = None,
+    interval: str = "t",
+    as_json: bool = False,
 ) -> None:
-    """Print the tables of all results found, one set for each data set or stream and choice of what is scored."""
-    found = [result for path in paths for result in read_results(path)]
-    results = list({result["hash"]: result for result in found}.values())  # a run that was named twice counts once
-    results.sort(key=_order)
-    if not results:
-        raise RecordError(f"There is no finished run (result.json) in {', '.join(map(str, paths))}.")
+    """Print the tables of all results found, and write what else is asked for; where to is told on standard error.
+
+    Args:
+        paths: Records, folders of records, summaries.
+        style: How tables are printed: ``table``, ``markdown`` or ``latex``.
+        select: Whether to show the best configuration of each method only, chosen on validation images.
+        curve: Whether to add how accuracy went by round or by experience.
+        summary: A file for the results' small summaries.
+        page: A file for the page.
+        export: Files for the raw numbers, ``.csv`` or ``.parquet``.
+        tensorboard: A folder for TensorBoard, with one of event files a run.
+        figures: A folder for figures.
+        figure_format: ``pdf``, ``svg`` or ``png``.
+        baseline: The method that others are compared with; the study's own if None.
+        interval: How intervals over seeds are made: ``t`` or ``bootstrap``.
+        as_json: Whether to print one JSON document instead of tables.
+
+    Raises:
+        FedNormError: An option has a value that it cannot have, there is no finished run, or a file cannot be written.
+        SystemExit: With code 1 where something that was found had to be left out, after all else was done.
+    """
+    _check(style, interval, export, figure_format)
+    loaded = load(paths, select=select)
     if select:
-        results = best_by_method(results)
-        err().print(" ".join(rules(results)), markup=False, soft_wrap=True)
-    if summary:
-        _write(summary, results)
+        loaded = _selected(loaded)
+    compared = comparisons(loaded.results, studies=loaded.studies, baseline=baseline, interval=interval)
     if as_json:
-        return print_json({"results": results})
-    for table in tables(results, curve=curve):
-        show(table, markdown=markdown)
-    return None
+        print_json(_document(loaded, compared))
+    else:
+        for table in tables(loaded.results, curve=curve, compared=compared):
+            show(table, style=style)
+    if summary:
+        write_summary(summary, loaded.results, loaded.studies)
+        _wrote("summaries", summary)
+    for file in export:
+        write_export(file, loaded.results)
+        _wrote("records", file)
+    if tensorboard:
+        from fednorm.report.tensorboard import write_events
+
+        _wrote("TensorBoard", tensorboard, f"{write_events(tensorboard, loaded.results)} runs")
+    if figures:
+        from fednorm.report.figures import write_figures
+
+        for file, shows in write_figures(figures, compared, figure_format=figure_format, interval=interval):
+            _wrote("figure", file, shows)
+    if page:
+        from fednorm.report.page import write_page
+
+        write_page(page, loaded, baseline=baseline, interval=interval)
+        _wrote("page", page)
+    _end(loaded.problems)
 
 
-def tables(results: Sequence[Mapping[str, Any]], *, curve: bool = False) -> Iterator[Table]:
+def tables(
+    results: Sequence[Result],
+    *,
+    curve: bool = False,
+    compared: Sequence[Comparison] | None = None,
+    **options: Any,
+) -> Iterator[Table]:
     """Yield the tables of results: one set for each kind of run, data set or stream, and choice of what is scored.
+
+    Where there are several methods or seeds, their comparison comes first, and after it the papers' numbers.
 
     Args:
         results: Results of finished runs.
         curve: Whether to add how accuracy went by round or by experience.
+        compared: The results' comparisons, where they were made already.
+        options: ``studies``, ``baseline`` and ``interval`` of :func:`fednorm.report.comparison.comparisons`.
     """
-    for scored in dict.fromkeys(map(_scored, results)):
-        group = [result for result in results if _scored(result) == scored]
-        yield from _stream_tables(group, curve) if _kind(group[0]) == "continual" else _federated_tables(group, curve)
+    compared = comparisons(results, **options) if compared is None else compared
+    groups: dict[tuple[str, str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault(scored_on(result), []).append(result)
+    for group, comparison in zip(groups.values(), compared, strict=True):
+        if len(group) > 1:
+            yield comparison_table(comparison)
+        if (papers := paper_table(comparison)) is not None:
+            yield papers
+        yield from _stream_tables(group, curve) if kind_of(group[0]) == "continual" else _federated_tables(group, curve)
 
 
-def _federated_tables(results: Sequence[Mapping[str, Any]], curve: bool) -> Iterator[Table]:
+def show(table: Table, *, style: str = "table") -> None:
+    """Print a table for a person, in Markdown or in LaTeX."""
+    if style == "table":
+        out().print(table.rich())
+    else:
+        text = table.markdown() if style == "markdown" else table.latex()
+        out().print(text, markup=False, emoji=False, soft_wrap=True)
+
+
+def _federated_tables(results: Sequence[Result], curve: bool) -> Iterator[Table]:
     yield accuracy_table(results)
     if curve:
         yield curve_table(results)
@@ -72,7 +142,7 @@ def _federated_tables(results: Sequence[Mapping[str, Any]], curve: bool) -> Iter
         yield evaluation_table(results)
 
 
-def _stream_tables(results: Sequence[Mapping[str, Any]], curve: bool) -> Iterator[Table]:
+def _stream_tables(results: Sequence[Result], curve: bool) -> Iterator[Table]:
     yield stream_table.stream_table(results)
     if results[0]["data"]["memorization"]:
         yield stream_table.plasticity_table(results)
@@ -85,78 +155,48 @@ def _stream_tables(results: Sequence[Mapping[str, Any]], curve: bool) -> Iterato
             yield stream_table.drift_table(results)
 
 
-def _kind(result: Mapping[str, Any]) -> str:
-    return str(result["config"].get("kind", "federated"))
+def _check(style: str, interval: str, export: Sequence[Path], figure_format: str) -> None:
+    """Refuse, before any work is done, what an option cannot be."""
+    for option, value, known in (
+        ("style", style, STYLES),
+        ("interval", interval, INTERVALS),
+        ("figure format", figure_format, FIGURE_FORMATS),
+    ):
+        if value not in known:
+            raise ConfigError(f"The {option} is one of {', '.join(known)}; got {value!r}.")
+    for file in export:
+        require_suffix(file)
 
 
-def _order(result: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return where a result stands: federated first; by method, then by its settings, then by seed."""
-    config = result["config"]
-    continual = _kind(result) == "continual"
-    sections = ("learner" if continual else "strategy", "norm")
-    methods = (json.dumps(config[section], sort_keys=True) for section in sections)
-    train = config["train"]
-    return continual, *methods, train["learning_rate"], train["agc"], config["seed"], _scored(result)
+def _selected(loaded: Loaded) -> Loaded:
+    """Return the best configuration of each method, of studies with a search among those searched; say the rule."""
+    searched = {run for study in loaded.studies for run in study["selection_runs"]}
+    among = [result for result in loaded.results if result["hash"] in searched] or loaded.results
+    best = best_by_method(among)
+    err().print(" ".join(rules(best)), markup=False, soft_wrap=True)
+    return replace(loaded, results=best)
 
 
-def _scored(result: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Return on what a result was scored; accuracies on different images never stand in one table."""
-    return _kind(result), result["data"]["title"], result["config"]["evaluate"]["split"]
+def _document(loaded: Loaded, compared: Sequence[Comparison]) -> dict[str, Any]:
+    """Return what ``--json`` prints: all that was read, and how methods compare, runs named by their hashes."""
+    told = []
+    for comparison in compared:
+        plain = asdict(replace(comparison, scores=(), methods=()))
+        methods = [
+            {**asdict(replace(method, results=())), "results": [r["hash"] for r in method.results]}
+            for method in comparison.methods
+        ]
+        told.append({**plain, "scores": [asdict(score) for score in comparison.scores], "methods": methods})
+    return {"results": loaded.results, "studies": loaded.studies, "problems": loaded.problems, "comparisons": told}
 
 
-def read_results(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the results of a record, of every record below a folder, or of a file of summaries.
-
-    Raises:
-        RecordError: The path does not exist, or a file in it is damaged.
-    """
-    if not path.exists():
-        raise RecordError(f"There is no {path}. Give a record's folder, a folder of records, or a summary file.")
-    files = [path] if path.is_file() else sorted(path.rglob("result.json"))
-    for file in files:
-        document = read_result(file)
-        yield from document.get("results", [document])
+def _wrote(what: str, where: Path, shows: str = "") -> None:
+    err().print(f"{what}: {where}{f' ({shows})' if shows else ''}", markup=False, soft_wrap=True)
 
 
-def summarized(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without what is large; its tables are the same.
-
-    Of a federated one rounds keep their means, clients are counted. Of a continual one experiences keep their scores
-    (their accuracies are the rows of the matrix), the first and the last their diagnostics too. The matrix of a
-    memorization stream, empty but for its diagonal, is left out.
-    """
-    small = {key: result[key] for key in KEPT if key in result}
-    small["config"] = {**result["config"], "data": {**result["config"]["data"], "dir": ""}}
-    if _kind(result) == "federated":
-        small["rounds"] = [_only(line, KEPT_OF_ROUNDS) for line in result["rounds"]]
-        return small
-    small["data"] = _only(result["data"], ("title", "notes", "memorization", "digest"))
-    if result["data"]["memorization"]:
-        small["accuracy_matrix"] = []
-    last = len(result["experiences"]) - 1
-    small["experiences"] = [
-        _only(line, (*KEPT_OF_EXPERIENCES, *(["diagnostics"] if number in (0, last) else [])))
-        for number, line in enumerate(result["experiences"])
-    ]
-    return small
-
-
-def _only(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in line.items() if key in keys}
-
-
-def _write(path: Path, results: Sequence[Mapping[str, Any]]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"results": [summarized(result) for result in results]}) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise RecordError(f"Cannot write {path}: {error.strerror}.") from error
-    err().print(f"summaries: {path}")
-
-
-def show(table: Table, *, markdown: bool) -> None:
-    """Print a table for a person, or in Markdown."""
-    if markdown:
-        out().print(table.markdown(), markup=False, emoji=False, soft_wrap=True)
-    else:
-        out().print(table.rich())
+def _end(problems: Sequence[str]) -> None:
+    """Name what was left out, and leave with exit code 1 where something was."""
+    for problem in problems[:-1]:
+        err().print(problem, markup=False, soft_wrap=True)
+    if problems:
+        fail(problems[-1], code=1)

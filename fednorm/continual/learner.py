@@ -27,7 +27,7 @@ from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience
 from fednorm.data.augment import crop_and_flip
 from fednorm.data.domain import pixels
-from fednorm.errors import DataError
+from fednorm.errors import DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import stream_seed, torch_seeded, torch_stream
 from fednorm.spec import Citation
@@ -120,6 +120,13 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         after: Effects after the update.
         plugins: Avalanche plugins.
         evaluator: An Avalanche evaluation plugin; none by default.
+
+    Attributes:
+        met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
+            passes they are new no more.
+        hits: How many of those the model got right just before it was trained on them, int64.
+        seen: New samples of the present experience in all passes so far.
+        loss_sum: The sum over those of the loss before the update, float64.
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
@@ -164,7 +171,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.batch_coupled = batch_coupled(model, spec_of)
         self.source: Experience | None = None
         self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-        self.seen = 0
+        self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
     # What a method overrides ------------------------------------------------------------------------------------------
@@ -274,7 +281,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
                 effect(self.experience_number)
         self.hits.zero_()
         self.loss_sum.zero_()
-        self.seen = 0
+        self.seen = self.met = 0
         self.begin_experience()
         self.progress.begun = True
 
@@ -310,7 +317,9 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.mbatch = [images, labels, torch.zeros_like(labels)]
         self._before_training_iteration(**kwargs)
         logits = self.observe(new).detach()
-        self.hits += (logits.argmax(1) == labels).sum()
+        if not self.progress.epoch:
+            self.hits += (logits.argmax(1) == labels).sum()
+            self.met += len(rows)
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
 
@@ -334,10 +343,20 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"progress": asdict(self.progress), "seen": self.seen, "rates": rates}
+        return {"progress": asdict(self.progress), "seen": self.seen, "met": self.met, "rates": rates}
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there."""
+        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
+
+        Raises:
+            RecordError: They were taken in the middle of an experience by a version that did not count its first pass.
+        """
+        progress, seen = Progress(**state["progress"]), int(state["seen"])
+        if "met" not in state and progress.epoch:
+            raise RecordError(
+                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that counted "
+                "every pass into the online accuracy"
+            )
         self.model.load_state_dict(_below("model", tensors))
         moments: dict[int, Tensors] = {}
         for path, tensor in _below("optimizer", tensors).items():
@@ -352,7 +371,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors(_below("own", tensors))
         self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
-        self.progress, self.seen = Progress(**state["progress"]), int(state["seen"])
+        self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
 
 
 def _silent() -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fednorm.continual.stream import Experience
+from fednorm.data.domain import pixels
 from fednorm.diagnostics import (
     Moments,
     Optimizer,
@@ -20,8 +22,6 @@ from fednorm.diagnostics import (
     threshold_rank,
     weight_norms,
 )
-from fednorm.continual.stream import Experience
-from fednorm.data.domain import pixels
 from fednorm.norms.sws import ScaledActivation
 from fednorm.recalibration import batch_layers, in_batches, reestimate
 from fednorm.rng import torch_stream
@@ -59,7 +59,7 @@ def diagnose(model: nn.Module, images: Tensor, *, rate: float, optimizer: Optimi
     Args:
         model: The model, in evaluation mode; it is not changed.
         images: The probe images.
-        rate: The present learning rate.
+        rate: The learning rate; a schedule's mean over the experience.
         optimizer: What updates it, ``sgd`` or ``adam``, for the effective learning rate.
         batch_size: Images a forward pass.
 

@@ -116,18 +116,31 @@ class _Run:
         return document
 
     def _open(self) -> None:
-        saved = None
+        restored = self.record is not None and self._restore(self.record)
         if self.record:
             self.record.describe(self.bench.about)
-            saved = self.record.load_state()
-        if saved and self.record:
-            tensors, state = saved
-            self.bench.learner.load(tensors, state)
-            self.lines, self.untrained, self.spent = self.record.lines(), state["untrained"], state["spent"]
-        elif self._scope() == "all":
+        if not restored and self._scope() == "all":
             self.bench.model.eval()
             self.untrained = [self._score(self.bench.model, e).overall for e in self.bench.stream]
         self.since = time.perf_counter()
+
+    def _restore(self, record: RunRecord) -> bool:
+        """Go back to the checkpoint, and return whether there is one; a refused one leaves the record as it was."""
+        saved = record.load_state()
+        if saved is None:
+            return False
+        tensors, state = saved
+        record.require_data(state.get("data"), self._digest)
+        with record.restoring():
+            self.bench.learner.load(tensors, state)
+            self.untrained, self.spent = state["untrained"], state["spent"]
+        self.lines = record.lines()
+        return True
+
+    @property
+    def _digest(self) -> str:
+        digest: str = self.bench.about["data"]["digest"]
+        return digest
 
     def after_training_iteration(self, learner: Any, **_: Any) -> None:
         """Take a checkpoint now and then; Avalanche calls this after every step."""
@@ -143,6 +156,7 @@ class _Run:
         self.spent, self.since = self.spent + now - self.since, now
         state = {
             **learner.state(),
+            "data": self._digest,
             "experiences": learner.progress.ended,
             "untrained": self.untrained,
             "spent": self.spent,
@@ -150,7 +164,11 @@ class _Run:
         self.record.save_state(learner.tensors(), state)
 
     def _close(self, source: Experience) -> None:
-        """Measure what an experience has left, and write it down."""
+        """Measure what an experience has left, and write it down.
+
+        ``online_accuracy`` is of the first pass, ``train_loss`` of all passes. ``learning_rate``, from which the
+        diagnostics' effective rates are, is the schedule's mean over the experience's steps.
+        """
         line = finite(self._line(source))
         self.lines.append(line)
         if self.record:
@@ -178,23 +196,24 @@ class _Run:
 
     def _line(self, source: Experience) -> Document:
         bench, learner = self.bench, self.bench.learner
+        rate = bench.mean_rate(learner.progress.ended - 1)
         with learner.for_evaluation() as model:
             scores = [
                 self._score(model, experience) if self._is_scored(experience.number, source.number) else None
                 for experience in bench.stream
             ]
             train_accuracy = self._train_accuracy(model, source)
-            diagnostics = self._diagnostics(model, source)
-        seen = max(learner.seen, 1)
+            diagnostics = self._diagnostics(model, source, rate)
         return {
             "experience": source.number,
             "title": source.title,
             "accuracy": [score and score.overall for score in scores],
             "task_accuracy": [score and score.among_own for score in scores] if bench.stream.classes_per_task else None,
-            "online_accuracy": int(learner.hits) / seen,
+            "online_accuracy": int(learner.hits) / max(learner.met, 1),
             "train_accuracy": train_accuracy,
-            "train_loss": float(learner.loss_sum) / seen,
+            "train_loss": float(learner.loss_sum) / max(learner.seen, 1),
             "steps": learner.progress.step,
+            "learning_rate": rate,
             "diagnostics": diagnostics,
             "seconds": round(self.spent + time.perf_counter() - self.since, 3),
         }
@@ -205,7 +224,7 @@ class _Run:
         rows = torch.randperm(len(source.train), generator=generator)[: evaluate.train_images or None]
         return accuracy(model, source.train, source.classes, batch_size=evaluate.batch_size, rows=rows).overall
 
-    def _diagnostics(self, model: nn.Module, source: Experience) -> Document:
+    def _diagnostics(self, model: nn.Module, source: Experience, rate: float) -> Document:
         bench, config = self.bench, self.bench.config
         if not config.evaluate.probe_images:
             return {}
@@ -213,7 +232,7 @@ class _Run:
         return diagnose(
             model,
             probe_images(so_far, config.evaluate.probe_images, config.seed),
-            rate=bench.learner.optimizer.param_groups[0]["lr"],
+            rate=rate,
             optimizer="sgd" if config.train.optimizer == "sgd" else "adam",
             batch_size=config.evaluate.batch_size,
         )
@@ -260,6 +279,8 @@ def summary(
         Numbers by name; None where what they need was not measured. ``task_incremental_accuracy`` is the average
         accuracy after the last experience among each experience's own classes, ``train_accuracy`` the mean over the
         experiences, ``plasticity`` the mean over the last tenth of them, ``drift`` the mean over layers at the end.
+        ``online_accuracy`` is the mean over the experiences of that on every new batch just before the model was
+        trained on it for the first time; later passes over an experience do not count.
     """
     r = np.array([[math.nan if value is None else value for value in row] for row in matrix])
     trained = [line["train_accuracy"] for line in lines]

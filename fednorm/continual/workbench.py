@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property
+from statistics import mean
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ class ContinualWorkbench:
         joint: Whether the learner is given all experiences at once.
         training: The Avalanche experiences that it is trained on, in order.
         steps: Batches of each of them.
+        schedule: Of the learning rate.
     """
 
     def __init__(self, config: ContinualConfig, stream: Stream | None = None) -> None:
@@ -68,6 +70,7 @@ class ContinualWorkbench:
         self._check(sources := [self.source(experience) for experience in self.training])
         train = config.train
         self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in sources]
+        self.schedule = self._schedule()
         optimizer = self._make_optimizer()
         adjust, after = self._effects(optimizer)
         self.learner: Learner = spec.make(
@@ -80,7 +83,7 @@ class ContinualWorkbench:
             eval_mb_size=config.evaluate.batch_size,
             seed=config.seed,
             augment=train.augment,
-            schedule=self._schedule(),
+            schedule=self.schedule,
             begin=self._at_the_beginning(optimizer),
             adjust=adjust,
             after=after,
@@ -91,6 +94,18 @@ class ContinualWorkbench:
         """Return what one of :attr:`training` was made of."""
         source: Experience = experience.dataset.source
         return source
+
+    def mean_rate(self, place: int) -> float:
+        """Return the mean learning rate over the steps of one of :attr:`training`, as the schedule has it.
+
+        Exact before it is rounded, so that it is the rate itself where that is constant. The rate of the last step
+        would tell of the schedule's end alone.
+
+        Args:
+            place: Which of :attr:`training`, from 0.
+        """
+        before, steps = sum(self.steps[:place]), self.steps[place]
+        return mean(self.schedule.at(before + step, step, steps) for step in range(steps))
 
     def _make_model(self, seed: int) -> nn.Module:
         config = self.config

@@ -95,7 +95,11 @@ def drift_by_domain(clients: Iterable[ClientStatistics], plan: NormPlan) -> dict
 
 def server_weight_norms(bench: Workbench, tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the Frobenius norm of each layer's weight among the server's tensors, by the layer's path."""
-    held = {path: tensors[f"{path}.weight"] for path in weight_layers(bench.model) if f"{path}.weight" in tensors}
+    held = {
+        path: tensors[f"{path}.weight"].contiguous()  # sums depend on the order, which a checkpoint does not keep
+        for path in weight_layers(bench.model)
+        if f"{path}.weight" in tensors
+    }
     return {path: norm.item() for path, norm in zip(held, torch._foreach_norm(list(held.values())), strict=True)}
 
 

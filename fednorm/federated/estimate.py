@@ -1,43 +1,106 @@
-"""How long a run will take, measured on its own model before it starts."""
+"""How long a federated run will take, measured on its own model before it starts."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
-from fednorm.data.domain import Client, Split
+from fednorm.config import RunConfig
+from fednorm.data.domain import Client, Federation, Split
 from fednorm.federated.client import fit, score
 from fednorm.federated.workbench import Workbench
+
+QUICK = 0.5
+"""Seconds: of shorter batches so many are timed, four at most, and twice: the first ones of a process are slower."""
+
+SCORED = 16
+"""Most images of the evaluation that is timed."""
+
+COPIES = 4
+"""How often a client's turn moves the model: into the workbench, out of it, over the wire, into the average."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the parts of a round cost, in seconds.
+
+    Attributes:
+        train: A training image: forward and backward pass, and its share of the update.
+        test: An image that is scored.
+        copy: Every tensor of the model, copied once.
+    """
+
+    train: float
+    test: float
+    copy: float
+
+
+def measure(bench: Workbench) -> Rates:
+    """Time one client's training and evaluation, after a warm-up; the model's tensors are put back.
+
+    With one thread, what other processes do on the machine does not enter.
+
+    Args:
+        bench: A workbench of the run.
+    """
+    client = max(bench.federation.training_clients, key=lambda client: len(client.train))
+    before = bench.read(bench.model.state_dict())
+    batch = _first(client, max(bench.config.train.batch_size, 2))
+    _seconds_to_fit(bench, batch)
+    train = _seconds_to_fit(bench, batch)
+    if batches := min(int(QUICK / max(train, 1e-6)), 4):
+        batch = _first(client, batches * len(batch.train))
+        train = min(_seconds_to_fit(bench, batch) for _ in range(2))
+    scored = _first(client, SCORED).train
+    score(bench, _first(client, 2).train)
+    began = _now()
+    score(bench, scored)
+    test = _now() - began
+    began = _now()
+    bench.write(before)
+    copy = _now() - began
+    return Rates(train / len(batch.train), test / len(scored), copy)
+
+
+def total_seconds(config: RunConfig, federation: Federation, rates: Rates) -> float:
+    """Return about how long all rounds will take, in seconds.
+
+        R * f * (E * n_train * train + K * COPIES * copy) + V * (n_scored * test + K * copy)
+
+    for R rounds, a share f of K clients, E local epochs, and V evaluations, of which the evaluation matrix makes one a
+    kind that no round has made, and one a domain for ``cross``.
+
+    Args:
+        config: The run's configuration.
+        federation: Who holds how many images.
+        rates: What the parts cost.
+    """
+    rounds, clients = config.rounds, federation.training_clients
+    trained = config.train.local_epochs * sum(len(client.train) for client in clients)
+    validating = config.evaluate.split == "validation"
+    scored = sum(len(client.validation if validating else client.test) for client in federation.clients)
+    extra = sum(len(federation.domains) if kind == "cross" else 1 for kind in config.evaluate.kinds if kind != "own")
+    evaluations = -(-rounds.num_rounds // rounds.evaluate_every) + extra
+    a_round = rounds.fraction * (trained * rates.train + len(clients) * COPIES * rates.copy)
+    an_evaluation = scored * rates.test + len(federation.clients) * rates.copy
+    return rounds.num_rounds * a_round + evaluations * an_evaluation
 
 
 def estimate_seconds(bench: Workbench) -> float:
     """Return about how long all rounds will take on this machine, in seconds.
 
-    One small client's training and evaluation are timed, after a warm-up; the model's tensors are put back. Other
-    load on the machine enters as it does in the run.
-
     Args:
-        bench: The run's workbench.
+        bench: The run's workbench; its model's tensors are put back.
     """
-    config, federation = bench.config, bench.federation
-    clients = federation.training_clients
-    images = min(4 * config.train.batch_size, *(len(client.train) for client in clients))
-    probe = _first(clients[0], max(images, 2))
-    before = bench.read(bench.model.state_dict())
-    fit(bench, probe, server_round=0)
-    began = time.perf_counter()
-    fit(bench, probe, server_round=0)
-    per_train = (time.perf_counter() - began) / len(probe.train)
-    began = time.perf_counter()
-    score(bench, probe.test)
-    per_test = (time.perf_counter() - began) / max(len(probe.test), 1)
-    bench.write(before)
-    rounds = config.rounds
-    trained = rounds.fraction * config.train.local_epochs * sum(len(client.train) for client in clients)
-    tested = sum(len(client.test) for client in clients)
-    evaluations = -(-rounds.num_rounds // rounds.evaluate_every)
-    return rounds.num_rounds * trained * per_train + evaluations * tested * per_test
+    return total_seconds(bench.config, bench.federation, measure(bench))
+
+
+def _seconds_to_fit(bench: Workbench, client: Client) -> float:
+    began = _now()
+    fit(bench, client, server_round=0)
+    return _now() - began
 
 
 def _first(client: Client, count: int) -> Client:
@@ -45,3 +108,8 @@ def _first(client: Client, count: int) -> Client:
         return Split(split.images, split.labels, split.index[: min(count, len(split))].to(torch.int64))
 
     return Client(client.partition_id, client.domain, few(client.train), client.validation, few(client.test))
+
+
+def _now() -> float:
+    """Return this process's seconds of work; those on the wall where several threads share it."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()

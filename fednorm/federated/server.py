@@ -122,10 +122,10 @@ def _options(bench: Workbench) -> Document:
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
     config, about = bench.config, describe(bench)
+    journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
+    arrays, first_round = journal.open()
     if record:
         record.describe(about)
-    journal = _Journal(grid, bench, record, observer)
-    arrays, first_round = journal.open()
     try:
         result = bench.strategy.start(
             grid,
@@ -152,9 +152,12 @@ class _Journal:
         lines: Every round's line so far.
     """
 
-    def __init__(self, grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> None:
+    def __init__(
+        self, grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None, data: str
+    ) -> None:
         self.lines: list[Document] = []
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
+        self._data = data
         self._pending: Checkpoint | None = None
 
     def open(self) -> tuple[ArrayRecord, int]:
@@ -163,7 +166,9 @@ class _Journal:
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
         elif self._record and (checkpoint := self._record.load_checkpoint()):
-            arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
+            self._record.require_data(checkpoint.data, self._data)
+            with self._record.restoring():
+                arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
             self.lines = self._record.lines()
         if self._observer:
             self._observer.begin(self._bench, first_round)
@@ -178,7 +183,7 @@ class _Journal:
         if self._record:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
-                self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid)
+                self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid, self._data)
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
@@ -267,8 +272,8 @@ def _local_tensors(grid: Grid) -> dict[int, dict[str, Tensor]]:
     }
 
 
-def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid) -> Checkpoint:
-    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), _local_tensors(grid))
+def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
+    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), _local_tensors(grid), data)
 
 
 def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecord:

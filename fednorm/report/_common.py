@@ -59,6 +59,12 @@ class Table:
         ]
         return "\n".join([f"**{self.title}**", "", *lines, "", *self.notes])
 
+    def latex(self) -> str:
+        """Return the table in LaTeX: a float of the package booktabs, title and notes as its caption."""
+        from fednorm.report.latex import float_of
+
+        return float_of(self.title, self.columns, self.rows, self.notes)
+
     def rich(self) -> RenderableType:
         """Return the table for a terminal."""
         if self.in_parts:

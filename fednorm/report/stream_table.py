@@ -29,7 +29,7 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
-    "online accuracy": "online: every batch just before training on it",
+    "online accuracy": "online: every batch just before training on it for the first time",
     "train accuracy": "train: every experience's own training images after it",
     "drift": "drift: running statistics against those of all the data seen, in standard deviations, mean over layers",
 }

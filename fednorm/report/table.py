@@ -70,12 +70,12 @@ def evaluation_table(results: Sequence[Result]) -> Table:
         dict.fromkeys(
             domain
             for result in results
-            for scores in _flat(result["evaluation"]).values()
+            for scores in evaluations(result["evaluation"]).values()
             for domain in scores.get("per_domain", {})
         )
     )
     for name_of_run, result in zip(names, results, strict=True):
-        for kind, scores in _flat(result["evaluation"]).items():
+        for kind, scores in evaluations(result["evaluation"]).items():
             name = f"{name_of_run}: {kind}"
             if "not_applicable" in scores:
                 rows.append((name, *(UNKNOWN for _ in domains), UNKNOWN))
@@ -85,7 +85,7 @@ def evaluation_table(results: Sequence[Result]) -> Table:
     reasons = dict.fromkeys(
         f"–: {scores['not_applicable']}."
         for result in results
-        for scores in _flat(result["evaluation"]).values()
+        for scores in evaluations(result["evaluation"]).values()
         if "not_applicable" in scores
     )
     columns = ("evaluated under", *domains, "mean")
@@ -138,7 +138,8 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     )
 
 
-def _flat(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def evaluations(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Return a result's evaluations at the end by the normalization statistics each was made under, as text."""
     flat: dict[str, Mapping[str, Any]] = {}
     for kind, scores in evaluation.items():
         if "under" in scores:

@@ -1,63 +1,104 @@
-"""Studies: grids of runs from one TOML file, each run resumable, several at a time.
-
-[base]                       # configuration keys that all runs share
-kind = "federated"            # or "continual"
-data = { name = "digits", merge = true, train_per_client = 743 }
-
-[[points]]                   # optional: named methods, each a table of keys laid over the base
-strategy.name = "fedbn"
-
-[grid]                       # lists; every combination with every point is a run
-seed = [1, 2, 3]
-train.learning_rate = [0.01, 0.1]
-"""
+"""Grids: lists of values for configuration keys, and the configurations that their combinations make."""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import itertools
-import logging
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from fednorm.config import RunConfig, merge, read_config
+from fednorm.config import IMMATERIAL, RunConfig, merge
 from fednorm.continual_config import ContinualConfig
-from fednorm.errors import ConfigError, FedNormError
-from fednorm.registry import resolve
+from fednorm.errors import ConfigError
+from fednorm.norms import make_norm, norm_spec
+from fednorm.registry import learner_options, learner_spec, resolve, scenario_spec, strategy_spec
 
 AnyConfig = RunConfig | ContinualConfig
 
-SECTIONS = ("base", "points", "grid")
+KeyPath = tuple[str, ...]
+"""A configuration key by its parts: ``("train", "learning_rate")``."""
 
-log = logging.getLogger("fednorm")
+SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
+"""How labels call settings that they name often."""
 
 
-def read_study(path: Path, overrides: Mapping[str, Any] | None = None) -> list[AnyConfig]:
-    """Read a study's file and return its runs' configurations, all of them checked.
+@dataclass(frozen=True)
+class Axis:
+    """A key of a grid with the values it takes.
+
+    Attributes:
+        path: The key.
+        values: Its values, one or more, none of them twice.
+    """
+
+    path: KeyPath
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run and where a study names it.
+
+    Attributes:
+        config: The run's configuration.
+        origin: The point and the values of the grid that it comes from, for a sentence.
+    """
+
+    config: AnyConfig
+    origin: str
+
+
+def axes(table: Mapping[str, Any], where: str = "grid") -> list[Axis]:
+    """Return the axes of a table of lists, in the order of the table.
 
     Args:
-        path: The TOML file.
-        overrides: Keys laid over every run, e.g. the data folder.
+        table: Lists at the end of nested keys.
+        where: What the table is called in an error.
 
     Raises:
-        ConfigError: The file is not a study, or a run's configuration is wrong.
+        ConfigError: A key has no list, an empty one, or one that names a value twice.
     """
-    study = read_config(path)
-    odd = [key for key in study if key not in SECTIONS]
-    if odd or "base" not in study:
-        raise ConfigError(
-            f"{path} must have a [base] table and may have [[points]] and a [grid] table of lists; "
-            f"got {', '.join(study) or 'an empty file'}."
-        )
-    base, points, grid = study["base"], study.get("points", [{}]), study.get("grid", {})
-    if not isinstance(base, Mapping) or not isinstance(grid, Mapping):
-        raise ConfigError(f"{path}: [base] and [grid] are tables of keys; got base = {base!r}, grid = {grid!r}.")
-    if not isinstance(points, list) or not points or not all(isinstance(point, Mapping) for point in points):
-        raise ConfigError(f"{path}: [[points]] are tables of keys, one a method; got {points!r}.")
-    return expand(base, points, grid, overrides or {})
+    found = []
+    for path, value in flatten(table).items():
+        key = f"{where}.{'.'.join(path)}"
+        if not isinstance(value, list) or not value:
+            raise ConfigError(f"{key} must be a list of one value or more; got {value!r}.")
+        for number, one in enumerate(value):
+            if _is_in(one, value[:number]):
+                raise ConfigError(f"{key} names {one!r} twice, and both would be one run. Take one of them out.")
+        found.append(Axis(path, tuple(value)))
+    return found
+
+
+def _is_in(value: Any, others: Iterable[Any]) -> bool:
+    """Return whether a value is among others; ``true`` is not 1, though Python finds them equal."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in others)
+
+
+def combinations(of: Sequence[Axis]) -> Iterator[dict[KeyPath, Any]]:
+    """Yield every combination of the axes' values, the last axis first; one empty combination where there is none."""
+    for values in itertools.product(*(axis.values for axis in of)):
+        yield {axis.path: value for axis, value in zip(of, values, strict=True)}
+
+
+def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> dict[KeyPath, Any]:
+    """Return the values at the end of nested keys by their paths."""
+    flat: dict[KeyPath, Any] = {}
+    for key, value in table.items():
+        flat |= flatten(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
+    return flat
+
+
+def nest(flat: Mapping[KeyPath, Any]) -> dict[str, Any]:
+    """Return values by their paths as nested keys; :func:`flatten` the other way round."""
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        for key in reversed(path):
+            value = {key: value}
+        nested = merge(nested, value)
+    return nested
 
 
 def expand(
@@ -72,84 +113,148 @@ def expand(
         base: Keys that all runs share.
         points: Keys of each method, laid over the base.
         grid: Lists of values at the end of nested keys, laid over the points.
-        overrides: Keys laid over everything.
-
-    Returns:
-        The configurations, each once.
+        overrides: Keys laid over everything; one that the grid has takes the place of its list.
 
     Raises:
-        ConfigError: A key of the grid is no list of values, or a configuration is wrong.
+        ConfigError: A key of the grid is no list of values, a configuration is wrong, or two are the same.
+        UnknownNameError: A name is not registered.
     """
-    axes = list(_axes(grid, ()))
-    runs: dict[str, AnyConfig] = {}
-    for point in points:
-        for values in itertools.product(*(choices for _, choices in axes)):
-            nested: dict[str, Any] = {}
-            for (path, _), value in zip(axes, values, strict=True):
-                nested = merge(nested, _nest(path, value))
-            config = resolve(merge(merge(merge(base, point), nested), overrides))
-            runs.setdefault(config.hash, config)
-    return list(runs.values())
+    lists = without(axes(grid), overrides)
+    planned = [
+        Planned(checked(base, point, nest(values), overrides), origin(number, points, values))
+        for number, point in enumerate(points)
+        for values in combinations(lists)
+    ]
+    require_different(planned, overrides)
+    return [plan.config for plan in planned]
 
 
-def _axes(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], list[Any]]]:
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _axes(value, (*path, key))
-        elif isinstance(value, list) and value:
-            yield (*path, key), value
-        else:
-            raise ConfigError(f"grid.{'.'.join((*path, key))} must be a list of one value or more; got {value!r}.")
+def without(lists: Iterable[Axis], pinned: Mapping[str, Any]) -> list[Axis]:
+    """Return the axes whose key is not set by the nested keys ``pinned``."""
+    keys = flatten(pinned).keys()
+    return [axis for axis in lists if axis.path not in keys]
 
 
-def _nest(path: Sequence[str], value: Any) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    return dict(value)
+def checked(*layers: Mapping[str, Any]) -> AnyConfig:
+    """Return the configuration of nested keys, each laid over those before it, and refuse an option nobody has.
+
+    Raises:
+        ConfigError: A key or a value is wrong; the nearest valid key is named.
+        UnknownNameError: A name is not registered.
+    """
+    values: dict[str, Any] = {}
+    for layer in layers:
+        values = merge(values, layer)
+    config = resolve(values)
+    _check_options(config)
+    return config
 
 
-def run_study(
-    configs: Sequence[AnyConfig],
-    *,
-    runs: Path,
-    jobs: int,
-    on_done: Callable[[AnyConfig, dict[str, Any] | None, str], None],
-) -> None:
-    """Run configurations, ``jobs`` at a time, each in a process of its own; finished ones are read back.
+def _check_options(config: AnyConfig) -> None:
+    """Refuse options that their method does not have: a run would, hours later."""
+    known: dict[str, Iterable[str]] = {
+        "norm": [field.name for field in dataclasses.fields(norm_spec(config.norm.name).make)]
+    }
+    if isinstance(config, ContinualConfig):
+        known["learner"] = learner_spec(config.learner.name).options
+        known["scenario"] = scenario_spec(config.scenario.name).options
+    else:
+        known["strategy"] = strategy_spec(config.strategy.name).options
+    for section, names in known.items():
+        method = getattr(config, section)
+        for key in method.options:
+            if key not in names:
+                raise ConfigError(
+                    f"There is no configuration key '{section}.{key}': {section} {method.name} has no such option."
+                    f"{nearest(key, names)} Its options: {', '.join(names) or 'none'}."
+                )
+    make_norm(config.norm.name, config.norm.options)
+    if isinstance(config, ContinualConfig):
+        learner_options(config.learner)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question that offers the valid word nearest to a wrong one; empty where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def origin(number: int, points: Sequence[Mapping[str, Any]], values: Mapping[KeyPath, Any]) -> str:
+    """Return where a study names a run: its point, if there are several, and its values of the grid."""
+    said = []
+    if len(points) > 1 or points[0]:
+        said.append(f"point {number + 1} ({_written(flatten(points[number])) or 'no key'})")
+    if values:
+        said.append(f"the grid's {_written(values)}")
+    return " with ".join(said) or "the base"
+
+
+def _written(values: Mapping[KeyPath, Any]) -> str:
+    return ", ".join(f"{'.'.join(path)} = {value!r}" for path, value in values.items())
+
+
+def require_different(planned: Iterable[Planned], overrides: Mapping[str, Any]) -> None:
+    """Refuse two runs with one hash: one of them was meant to be something else.
 
     Args:
-        configs: The runs.
-        runs: The folder of records.
-        jobs: Processes at a time.
-        on_done: Called as each run ends, with its result, or None and the reason it failed.
+        planned: The runs.
+        overrides: Keys that were laid over all of them.
+
+    Raises:
+        ConfigError: Two runs have one hash; both are named.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
-        futures: dict[Future[tuple[dict[str, Any] | None, str]], AnyConfig] = {
-            pool.submit(_run, config, runs): config for config in configs
-        }
-        for future in as_completed(futures):
-            try:
-                result, reason = future.result()
-            except Exception as error:  # a mistake of ours, or a process that was killed: the other runs go on
-                log.debug("run %s failed", futures[future].hash, exc_info=True)
-                result, reason = None, f"{type(error).__name__}: {error}"
-            on_done(futures[future], result, reason)
+    seen: dict[str, str] = {}
+    for plan in planned:
+        if plan.config.hash in seen:
+            laid = [".".join(path) for path in flatten(overrides) if path not in IMMATERIAL]
+            remedy = f"{', '.join(laid)} was set for both: leave that out, or take" if laid else "Take"
+            ignored = ", ".join(".".join(path) for path in IMMATERIAL)
+            raise ConfigError(
+                f"Two runs of the study are one and the same (hash {plan.config.hash}): {seen[plan.config.hash]}; and "
+                f"{plan.origin}. {remedy} one of them out, or let them differ in a key that numbers depend on (they do "
+                f"not on {ignored})."
+            )
+        seen[plan.config.hash] = plan.origin
 
 
-def _run(config: AnyConfig, runs: Path) -> tuple[dict[str, Any] | None, str]:
-    try:
-        return _simulate(config, runs), ""
-    except FedNormError as error:
-        return None, str(error)
+def labels(
+    configs: Sequence[AnyConfig], *, seed: bool = True, apart_from: Collection[KeyPath] = frozenset()
+) -> list[str]:
+    """Return what each run is called: its methods, what tells it from the others, its seed.
+
+    Args:
+        configs: The runs of a study.
+        seed: Whether to name the seed.
+        apart_from: Keys that are not named.
+
+    Returns:
+        For example ``fedavg + group_norm, num_groups 8, lr 0.03, seed 1``.
+    """
+    flats = [flatten(config.to_dict()) for config in configs]
+    keys = {key for flat in flats for key in flat if key not in IMMATERIAL and key[0] not in ("kind", "seed")}
+    keys -= {("strategy", "name"), ("norm", "name"), ("learner", "name"), *apart_from}
+    first = flats[0] if flats else {}
+    varied = [
+        key
+        for key in dict.fromkeys(key for flat in flats for key in flat)
+        if key in keys and any(flat.get(key) != first.get(key) for flat in flats)
+    ]
+    return [_label(config, flat, varied, seed) for config, flat in zip(configs, flats, strict=True)]
 
 
-def _simulate(config: AnyConfig, runs: Path) -> dict[str, Any]:
-    """Run one configuration of either kind; what trains is imported only here, in the run's own process."""
+def _label(config: AnyConfig, flat: Mapping[KeyPath, Any], varied: Iterable[KeyPath], seed: bool) -> str:
+    told = [_method(config)]
+    for path in varied:
+        if path in flat:
+            value = flat[path]
+            shown = f"{value:g}" if type(value) is float else ",".join(value) if isinstance(value, list) else str(value)
+            told.append(shown if path[-1] == "name" else f"{SHORT.get('.'.join(path), path[-1])} {shown}")
+    return ", ".join(told + [f"seed {config.seed}"] * seed)
+
+
+def _method(config: AnyConfig) -> str:
+    """Return a run's method: what trains, and its norm unless that is the strategy's own."""
     if isinstance(config, ContinualConfig):
-        from fednorm.continual.simulate import simulate as simulate_stream
-
-        return simulate_stream(config, runs=runs)
-    from fednorm.federated.simulate import simulate
-
-    return simulate(config, runs=runs)
+        return f"{config.learner.name} + {config.norm.name}"
+    own = strategy_spec(config.strategy.name).defaults.get("norm", {}).get("name", "batch_norm")
+    return config.strategy.name if config.norm.name == own else f"{config.strategy.name} + {config.norm.name}"

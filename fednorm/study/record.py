@@ -9,7 +9,9 @@
         result.json               the result; there once the run has finished
 
 A continual run's record has ``experiences.jsonl``, one line an experience, in place of ``rounds.jsonl``; its checkpoint
-holds the learner's tensors, and what else it needs as JSON in the file's metadata.
+holds the learner's tensors, and what else it needs as JSON in the file's metadata. Every checkpoint says besides which
+tensors it has, of which shapes, and what identifies the data it was trained on: a run goes on with all of it or not at
+all.
 
 Files are replaced whole, never half. Lines written after the checkpoint are dropped on resume: what they tell of is run
 again, to the same numbers.
@@ -63,12 +65,14 @@ class Checkpoint:
         server: The server's tensors after it.
         strategy: The strategy's own tensors.
         clients: Each client's local tensors, by partition id.
+        data: The digest of the data it was trained on; None in a checkpoint that does not say.
     """
 
     server_round: int
     server: Tensors
     strategy: Tensors = field(default_factory=dict)
     clients: dict[int, Tensors] = field(default_factory=dict)
+    data: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -176,34 +180,28 @@ class RunRecord:
         tensors |= {f"strategy/{key}": tensor for key, tensor in checkpoint.strategy.items()}
         for partition_id, local in checkpoint.clients.items():
             tensors |= {f"client/{partition_id}/{key}": tensor for key, tensor in local.items()}
-        self._save_tensors(CHECKPOINT, tensors, {"round": str(checkpoint.server_round)})
+        told = {} if checkpoint.data is None else {"data": checkpoint.data}
+        self._save_checkpoint(tensors, {"round": str(checkpoint.server_round), **told})
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint, and drop the lines of later rounds; None where there is none.
 
         Raises:
-            RecordError: The file is damaged.
+            RecordError: The file is damaged, or a tensor is missing or of another shape than was written.
         """
-        path = self._checkpoint
-        if not path.exists():
+        if not self._checkpoint.exists():
             self.keep_lines(0)
             return None
-        checkpoint = Checkpoint(0, {})
-        try:
-            with safe_open(path, framework="pt") as file:
-                checkpoint.server_round = int(file.metadata()["round"])
-                for key in file.keys():  # noqa: SIM118 - a safetensors handle is no dictionary
-                    place, name = key.split("/", 1)
-                    tensor = file.get_tensor(key)
-                    if place == "client":
-                        partition_id, name = name.split("/", 1)
-                        checkpoint.clients.setdefault(int(partition_id), {})[name] = tensor
-                    else:
-                        (checkpoint.server if place == "server" else checkpoint.strategy)[name] = tensor
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RecordError(
-                f"The checkpoint {path} is damaged ({error}). Remove the file to start this run over."
-            ) from error
+        with self.restoring():
+            tensors, told = self._read_checkpoint()
+            checkpoint = Checkpoint(int(told["round"]), {}, data=told.get("data"))
+            for key, tensor in tensors.items():
+                place, name = key.split("/", 1)
+                if place == "client":
+                    partition_id, name = name.split("/", 1)
+                    checkpoint.clients.setdefault(int(partition_id), {})[name] = tensor
+                else:
+                    (checkpoint.server if place == "server" else checkpoint.strategy)[name] = tensor
         self._require_lines(checkpoint.server_round, "round")
         return checkpoint
 
@@ -215,34 +213,77 @@ class RunRecord:
             state: What else it needs, for JSON; ``experiences``, how many have ended, among it.
         """
         document = json.dumps({"version": CHECKPOINT_VERSION, **state})
-        self._save_tensors(CHECKPOINT, tensors, {"state": document})
+        self._save_checkpoint(tensors, {"state": document})
 
     def load_state(self) -> tuple[Tensors, dict[str, Any]] | None:
         """Return what :meth:`save_state` wrote, and drop the lines of later experiences; None where there is none.
 
         Raises:
-            RecordError: The file is damaged, or of another version of fednorm.
+            RecordError: The file is damaged, a tensor is missing or of another shape than was written, or the file is
+                of another version of fednorm.
         """
-        path = self._checkpoint
-        if not path.exists():
+        if not self._checkpoint.exists():
             self.keep_lines(0)
             return None
-        try:
-            with safe_open(path, framework="pt") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-                version_found, ended = state["version"], int(state["experiences"])
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise RecordError(
-                f"The checkpoint {path} is damaged ({error}). Remove the file to start this run over."
-            ) from error
+        with self.restoring():
+            tensors, told = self._read_checkpoint()
+            state = json.loads(told["state"])
+            version_found, ended = state["version"], int(state["experiences"])
         if version_found != CHECKPOINT_VERSION:
             raise RecordError(
-                f"The checkpoint {path} has version {version_found}, and this fednorm reads {CHECKPOINT_VERSION}. "
-                "Go on with the fednorm that wrote it, or remove the file to start this run over."
+                f"The checkpoint {self._checkpoint} has version {version_found}, and this fednorm reads "
+                f"{CHECKPOINT_VERSION}. Go on with the fednorm that wrote it, or remove the file to start this run "
+                "over."
             )
         self._require_lines(ended, "experience")
         return tensors, state
+
+    def require_data(self, trained_on: str | None, present: str) -> None:
+        """Refuse to go on from the checkpoint with other data than it was trained on.
+
+        Args:
+            trained_on: The digest that the checkpoint has; None, as older ones have, is not compared.
+            present: The digest of the data as they are now.
+
+        Raises:
+            RecordError: The two differ.
+        """
+        if trained_on is not None and trained_on != present:
+            raise RecordError(
+                f"The checkpoint {self._checkpoint} was trained on other data: their digest is {trained_on}, and that "
+                f"of the data given now is {present}. Give the data that this run began with (--data-dir), choose "
+                "another folder with --runs, or remove the file to start this run over on the data given now."
+            )
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Name the checkpoint, and a remedy, where its contents turn out to be unfit for the run that takes them.
+
+        Raises:
+            RecordError: In place of the errors that a missing, misshapen or unreadable entry leads to.
+        """
+        try:
+            yield
+        except (SafetensorError, RecordError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            how = "cannot be gone on from" if isinstance(error, RecordError) else "is damaged"
+            reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+            raise RecordError(
+                f"The checkpoint {self._checkpoint} {how} ({reason}). Remove the file to start this run over."
+            ) from error
+
+    def _save_checkpoint(self, tensors: Tensors, told: Mapping[str, str]) -> None:
+        shapes = json.dumps({key: list(tensor.shape) for key, tensor in tensors.items()})
+        self._save_tensors(CHECKPOINT, tensors, {**told, "shapes": shapes})
+
+    def _read_checkpoint(self) -> tuple[Tensors, dict[str, str]]:
+        """Return the checkpoint's tensors and what it tells besides."""
+        with safe_open(self._checkpoint, framework="pt") as file:
+            told: dict[str, str] = dict(file.metadata())
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+        for key, shape in json.loads(told.get("shapes", "{}")).items():
+            if tuple(tensors[key].shape) != tuple(shape):
+                raise ValueError(f"{key} was written in shape {tuple(shape)} and has {tuple(tensors[key].shape)}")
+        return tensors, told
 
     def _require_lines(self, count: int, what: str) -> None:
         """Drop what was written after the checkpoint, and refuse a record that has lost what came before it."""

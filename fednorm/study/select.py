@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fednorm.config import IMMATERIAL
+from fednorm.config import IMMATERIAL, RunConfig
 from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError
 
@@ -18,6 +18,9 @@ METHOD_OPTIONS = frozenset({"passes", "statistics", "recalibrate", "corrected", 
 
 METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})
 """Keys that make another method where they are not at their default; how far they are from it is tuned."""
+
+MEMORIZATION = frozenset({"random_labels"})
+"""Scenarios that are about memorization: their streams hold no images out."""
 
 
 def best_by_method(results: Sequence[Result]) -> list[Any]:
@@ -43,19 +46,57 @@ def best_by_method(results: Sequence[Result]) -> list[Any]:
         _require_held_out(result)
         configurations = methods.setdefault(_method(result), {})
         configurations.setdefault(_without_seed(result["config"]), []).append(result)
-    best = (max(configurations.values(), key=_mean_score) for configurations in methods.values())
+    best = (max(configurations.values(), key=mean_score) for configurations in methods.values())
     return [result for group in best for result in group]
+
+
+def best_of(configurations: Sequence[Sequence[Result]]) -> int:
+    """Return the number of the configuration with the best mean score over its seeds; ties go to the first.
+
+    What the results were scored on is the caller's to answer for: :func:`best_by_method` refuses test images.
+
+    Args:
+        configurations: The results of each configuration, one a seed.
+
+    Raises:
+        ConfigError: A score was not measured.
+    """
+    scores = [mean_score(results) for results in configurations]
+    return scores.index(max(scores))
 
 
 def rules(results: Sequence[Result]) -> list[str]:
     """Return by what :func:`best_by_method` chooses among these results, a sentence each."""
+    return list(dict.fromkeys(rule(_kind(result), on_test=False) for result in results))
+
+
+def rule(kind: str, *, on_test: bool) -> str:
+    """Return the sentence that says by what a configuration is chosen.
+
+    Args:
+        kind: ``federated``, ``continual`` or ``memorization``.
+        on_test: Whether test images are scored instead of validation images.
+    """
+    images = "test" if on_test else "validation"
     said = {
-        "federated": "Chosen by the mean validation accuracy over domains.",
-        "continual": "Chosen by the average accuracy on validation images after the last experience.",
+        "federated": f"Chosen by the mean {images} accuracy over domains",
+        "continual": f"Chosen by the average accuracy on {images} images after the last experience",
         "memorization": "Chosen by plasticity, the training accuracy in the last tenth of the experiences: "
-        "a memorization stream has no images to hold out.",
+        "a memorization stream has no images to hold out",
     }
-    return list(dict.fromkeys(said[_kind(result)] for result in results))
+    favours = on_test and kind != "memorization"
+    return said[kind] + (" (--select-on-test): the test numbers flatter every method." if favours else ".")
+
+
+def kind_of(config: RunConfig | ContinualConfig) -> str:
+    """Return the kind of run as the rules of selection tell them apart, before it has been run.
+
+    Returns:
+        ``federated``, ``continual`` or ``memorization``.
+    """
+    if isinstance(config, ContinualConfig):
+        return "memorization" if config.scenario.name in MEMORIZATION else "continual"
+    return "federated"
 
 
 def _kind(result: Result) -> str:
@@ -94,8 +135,13 @@ def _without_seed(config: Mapping[str, Any]) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
-def _mean_score(group: Sequence[Result]) -> float:
-    return float(mean(map(_score, group)))
+def mean_score(results: Sequence[Result]) -> float:
+    """Return the mean over seeds of what a configuration is chosen by, in [0, 1].
+
+    Raises:
+        ConfigError: The score was not measured.
+    """
+    return float(mean(map(_score, results)))
 
 
 def _score(result: Result) -> float:

@@ -53,7 +53,7 @@ def test_continual_prints_one_document(call: Call, tmp_path: Path) -> None:
     } == set(result["final"])
     assert {
         *("experience", "title", "accuracy", "task_accuracy", "online_accuracy", "train_accuracy", "train_loss"),
-        *("steps", "seconds", "diagnostics"),
+        *("steps", "learning_rate", "seconds", "diagnostics"),
     } == set(result["experiences"][0])
     assert {
         *("dead_units", "dormant_units", "entropy_rank", "threshold_rank", "weight_norm", "effective_learning_rate"),

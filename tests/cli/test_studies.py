@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,6 @@ seed = [1, 2]
 """
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run studies in this process: starting others is what tests/study is for."""
-    from fednorm.study import grid
-
-    def run_study(configs: Sequence[Any], *, runs: Path, jobs: int, on_done: Any) -> None:
-        assert jobs == 1
-        for config in configs:
-            on_done(config, *grid._run(config, runs))
-
-    monkeypatch.setattr("fednorm.commands.compare.run_study", run_study)
-
-
 def markdown(text: str) -> list[dict[str, str]]:
     """Read the tables of a Markdown text back, a dictionary a row."""
     rows, head = [], []
@@ -60,25 +47,24 @@ def markdown(text: str) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.usefixtures("in_process")
 def test_compare_runs_a_grid_reads_it_back_and_report_makes_its_tables(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = tmp_path / "study.toml"
     study.write_text(STUDY)
     dry = call("compare", study, "--dry-run", "--json").document["runs"]
-    first = call("compare", study, "--out", tmp_path / "out", "--json")
+    first = call("compare", study, "--jobs", "1", "--out", tmp_path / "out", "--json")
     assert first.code == 0
     assert [run["hash"] for run in dry] == [result["hash"] for result in first.document["results"]]
     assert first.document["failures"] == []
 
     monkeypatch.setattr("fednorm.federated.server._serve", lambda *_: pytest.fail("a run was run again"))
-    again = call("compare", study, "--out", tmp_path / "out", "--json")
+    again = call("compare", study, "--jobs", "1", "--out", tmp_path / "out", "--json")
     assert again.document == first.document
     results = first.document["results"]
 
     report = call("report", tmp_path / "out", tmp_path / "out", "--markdown")  # naming it twice counts once
-    rows = {row["method"]: row for row in markdown(report.out) if "method" in row}
+    rows = {row["method"]: row for row in markdown(report.out) if "MB a round" in row}
     assert set(rows) == {"fedbn", "fedavg"}
     for name, row in rows.items():
         group = [r for r in results if r["config"]["strategy"]["name"] == name]
@@ -104,17 +90,16 @@ def test_compare_runs_a_grid_reads_it_back_and_report_makes_its_tables(
     assert {r["hash"] for r in best} == {r["hash"] for r in results}  # seeds are no hyper-parameters
 
 
-@pytest.mark.usefixtures("in_process")
 def test_methods_that_share_a_name_are_told_apart_and_none_is_lost(
     call: Call, tmp_path: Path, refused: Refused
 ) -> None:
     study = tmp_path / "study.toml"
     base = STUDY.replace("seed = [1, 2]", "rounds.fraction = [0.5, 1.0]\nevaluate.split = ['test', 'validation']")
     study.write_text(base)
-    results = call("compare", study, "--out", tmp_path / "out", "--json").document["results"]
+    results = call("compare", study, "--jobs", "1", "--out", tmp_path / "out", "--json").document["results"]
     assert len(results) == 8
     report = call("report", tmp_path / "out", "--markdown").out
-    rows = [row for row in markdown(report) if "method" in row]
+    rows = [row for row in markdown(report) if "MB a round" in row]
     assert sorted(row["method"] for row in rows) == sorted(
         2 * [f"{name} rounds.fraction {fraction}" for name in ("fedavg", "fedbn") for fraction in (0.5, 1.0)]
     )
@@ -124,15 +109,15 @@ def test_methods_that_share_a_name_are_told_apart_and_none_is_lost(
     refused(call("report", tmp_path / "out", "--select"), "scored on test images", "evaluate.split = 'validation'")
 
 
-@pytest.mark.usefixtures("in_process")
 def test_compare_goes_on_after_a_failure_and_says_so(call: Call, tmp_path: Path) -> None:
     study = tmp_path / "study.toml"
     study.write_text(STUDY + "norm.name = ['none', 'batch_norm']")
-    outcome = call("compare", study, "--out", tmp_path / "out", "--json")
+    outcome = call("compare", study, "--jobs", "1", "--out", tmp_path / "out", "--json")
     assert outcome.code == 2
     assert len(outcome.document["results"]) == 6
     assert len(outcome.document["failures"]) == 2  # FedBN without normalization, of either seed
-    assert "2 of 8 runs failed; the first: FedBN keeps normalization layers local" in outcome.err
+    assert "2 of 8 runs failed" in outcome.err
+    assert "FedBN keeps normalization layers local" in outcome.err
     assert "Traceback" not in outcome.err
 
 
@@ -167,7 +152,7 @@ def test_demo_ends_in_a_table_and_the_path_of_the_records(call: Call, tmp_path: 
     outcome = call(*small)
     for r in streams:
         rows = [row for row in outcome.out.splitlines() if f" + {r['config']['norm']['name']} " in row]
-        assert f" {100 * r['final']['train_accuracy']:.1f} " in rows[0]
+        assert any(f" {100 * r['final']['train_accuracy']:.1f} " in row for row in rows)
     for r in results:
         row = next(line for line in outcome.out.splitlines() if line.startswith(r["config"]["strategy"]["name"] + " "))
         numbers = row.replace("│", " ").split()[1:]

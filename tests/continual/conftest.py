@@ -1,13 +1,10 @@
-"""Runs of a few steps on every scenario, and a process that runs them in children which die where a test says."""
+"""Runs of a few steps on every scenario, and what their children may die of."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,143 +130,29 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 
 # Processes that die ---------------------------------------------------------------------------------------------------
 
-LAUNCHER = """
-import json, os, resource, signal, sys
-from pathlib import Path
-
-import torch
-
-import fednorm.study.record as record
+KIND = """
 from fednorm.continual.learner import Learner
 from fednorm.continual.simulate import simulate
-from fednorm.errors import FedNormError
-from fednorm.registry import resolve_continual
+from fednorm.registry import resolve_continual as resolve
 
-torch.set_num_threads(1)
-
-
-def before(owner, name, when, act):
-    whole = getattr(owner, name)
-
-    def patched(*args, **kwargs):
-        if when(*args, **kwargs):
-            act(*args, **kwargs)
-        return whole(*args, **kwargs)
-
-    setattr(owner, name, patched)
+UNIT, ROOM = "experience", 10_000
 
 
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def half_a_line(self, line):
-    with (self.folder / "experiences.jsonl").open("a") as file:
-        file.write(json.dumps(line)[:40])
-    die()
-
-
-class Watch:
-    def __init__(self, where, n):
-        self.where, self.n = where, n
-
-    def begin(self, bench, first_step, total_steps):
-        pass
-
-    def step(self, done):
-        if self.where == "after the step" and done == self.n:
-            die()
-
-    def experience(self, line):
-        if line["experience"] == self.n:
-            if self.where == "after the experience":
-                die()
-            if self.where == "stop":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            if self.where == "disk full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-
-
-def arm(where, n):
-    rec, checkpoints = record.RunRecord, []
-    ended = lambda self, tensors, state: not state["progress"]["begun"] and state["experiences"] == n + 1
+def arm_own(where, n):
     if where == "in the step":
         before(Learner, "_train_on", lambda self, *_: self.progress.step + 1 == n, die)
     elif where == "in an update":
         before(Learner, "_backward_done", lambda self: self.progress.step == n, die)
-    elif where == "before the line":
-        before(rec, "append_line", lambda self, line: line["experience"] == n, die)
-    elif where == "in the line":
-        before(rec, "append_line", lambda self, line: line["experience"] == n, half_a_line)
     elif where == "before the checkpoint":
-        before(rec, "save_state", ended, die)
-    elif where == "in the checkpoint":
-        def nth(part, name):
-            checkpoints.extend([1] if str(name).endswith("checkpoint.safetensors") else [])
-            return len(checkpoints) == n
-        before(record.os, "replace", nth, die)
-    elif where == "before the result":
-        before(rec, "finish", lambda *_: True, die)
-    elif where == "in the result":
-        before(record.os, "replace", lambda part, name: str(name).endswith("result.json"), die)
-    return Watch(where, n)
-
-
-simulate(resolve_continual(json.loads(sys.argv[1])), runs=None)  # imports and reads what all children need
-print("ready", flush=True)
-for request in map(json.loads, sys.stdin):
-    pid = os.fork()
-    if pid == 0:
-        code = 0
-        try:
-            observer = arm(request["where"], request["n"])
-            simulate(resolve_continual(request["values"]), runs=Path(request["runs"]), observer=observer)
-        except FedNormError as error:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            Path(request["runs"], "error.txt").write_text(f"{type(error).__name__}: {error}")
-            code = 3
-        os._exit(code)
-    _, status = os.waitpid(pid, os.WUNTRACED)
-    how = "stopped" if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status)
-    print(json.dumps([pid, how]), flush=True)
+        ended = lambda self, tensors, state: not state["progress"]["begun"] and state["experiences"] == n + 1
+        before(record.RunRecord, "save_state", ended, die)
 """
 
 
-class Launcher:
-    """Runs configurations in child processes of its own, which end where and when they are told to."""
-
-    def __init__(self, values: Values) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        assert self._read() == "ready\n"
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
-
-    def run(self, values: Values, runs: Path, where: str, n: int) -> tuple[int, int | str]:
-        """Return a child's process id, and its exit code (negative for a signal) or ``stopped``."""
-        assert self._process.stdin is not None
-        request = {"values": values, "runs": str(runs), "where": where, "n": n}
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        pid, how = json.loads(self._read())
-        return pid, how
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 @pytest.fixture(scope="session")
-def launcher(toy: Toy) -> Iterator[Launcher]:
-    launcher = Launcher(toy.values())
-    yield launcher
-    launcher.close()
+def launcher(launch: Any, toy: Toy) -> Any:
+    """Runs that die, besides, ``after the step`` n or in it, ``in an update``, ``before the checkpoint`` of an end."""
+    return launch(KIND, toy.values())
 
 
 class Written:

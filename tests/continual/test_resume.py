@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from fednorm.config import merge
 from fednorm.continual import simulate as module
 from fednorm.continual.simulate import simulate
+from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.errors import RecordError
 from fednorm.registry import resolve_continual
 from fednorm.study.record import CHECKPOINT_VERSION, RunRecord
@@ -255,8 +257,9 @@ def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_p
     path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
-        assert set(file.metadata()) == {"state"}
-        state = json.loads(file.metadata()["state"])
+        assert set(file.metadata()) == {"state", "shapes"}
+        state, shapes = (json.loads(file.metadata()[key]) for key in ("state", "shapes"))
+    assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert state["version"] == CHECKPOINT_VERSION
     assert state["experiences"] == 1
     assert state["progress"] == {"step": 6, "ended": 1, "begun": True, "epoch": 0, "batch": 2}
@@ -325,6 +328,121 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
     folder, watch = go_on(values, tmp_path)
     assert watch.first == 0
     assert written(folder) == whole(values)
+
+
+@pytest.fixture(scope="module")
+def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], tuple[Values, Path]]:
+    """Copy the record of a method's run that ended after step 10, in the third experience, and name its checkpoint."""
+    made: dict[str, Path] = {}
+
+    def copy(method: str, runs: Path) -> tuple[Values, Path]:
+        values = small(method)
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("cut")
+            with pytest.raises(KeyboardInterrupt):
+                simulate(resolve_continual(values), runs=made[method], observer=Watch(10))
+        shutil.copytree(made[method], runs, dirs_exist_ok=True)
+        return values, next(runs.iterdir()) / "checkpoint.safetensors"
+
+    return copy
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], *, manifest: bool = True) -> None:
+    """Write a checkpoint again, its tensors and its state changed in place, what it says of the shapes left or lost."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = json.loads(metadata["state"])
+    change(tensors, state)
+    shapes = {"shapes": metadata["shapes"]} if manifest else {}
+    save_file(tensors, path, {"state": json.dumps(state), **shapes})
+
+
+PARTS = {
+    FIRST: ("model/norm1.running_mean", "own/buffer/labels", "own/seen_classes", "count/hits"),
+    "springs": ("own/centre",),
+    "moments, radii, count of projections": ("optimizer/3/exp_avg_sq", "effect/"),
+}
+
+
+@pytest.mark.parametrize("how", ["is lost", "has another shape"])
+@pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
+def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
+    how: str, method: str, part: str, cut: Any, tmp_path: Path
+) -> None:
+    """A moment that is lost would be no error for PyTorch, which would begin it anew, to other numbers."""
+    values, path = cut(method, tmp_path)
+    key = min(key for key in load_file(path) if key.startswith(part))
+
+    def change(tensors: dict[str, Any], _: Any) -> None:
+        tensors[key] = torch.cat([tensors[key].flatten()] * 2)
+        if how == "is lost":
+            del tensors[key]
+
+    rewrite(path, change)
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(RecordError, match=r"is damaged.*Remove the file to start this run over") as caught:
+        go_on(values, tmp_path)
+    assert str(path) in str(caught.value)
+    assert key in str(caught.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "of"),
+    [("model/norm1.weight", "tensors"), ("own/buffer/draw", "tensors"), ("own/seen_classes", "tensors"),
+     ("count/loss_sum", "tensors"), ("untrained", "state"), ("progress", "state"), ("rates", "state")],
+)  # fmt: skip
+def test_what_another_version_has_not_written_is_named(lost: str, of: str, cut: Any, tmp_path: Path) -> None:
+    """Nor told the shapes of: the learner itself finds it missing."""
+    values, path = cut(FIRST, tmp_path)
+    rewrite(path, lambda tensors, state: (tensors if of == "tensors" else state).pop(lost), manifest=False)
+    with pytest.raises(RecordError, match=r"The checkpoint .*Remove the file to start this run over") as caught:
+        go_on(values, tmp_path)
+    assert str(path) in str(caught.value)
+    assert lost.rsplit("/", 1)[-1] in str(caught.value)
+
+
+def test_a_run_does_not_go_on_with_other_data(cut: Any, whole: Any, written: Any, toy: Any, tmp_path: Path) -> None:
+    values, path = cut(FIRST, tmp_path)
+    config = resolve_continual(values)
+    theirs = toy.bench(resolve_continual(merge(values, {"seed": 2}))).stream
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(RecordError, match=r"other data.*--data-dir.*--runs.*remove the file") as caught:
+        simulate(config, runs=tmp_path, bench=ContinualWorkbench(config, theirs))
+    for word in (str(path), theirs.digest(), toy.bench(config).stream.digest()):
+        assert word in str(caught.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 9
+    assert written(folder) == whole(values)
+
+
+def older(state: dict[str, Any]) -> None:
+    """Leave out what the first checkpoints did not say."""
+    for key in ("data", "met"):
+        del state[key]
+
+
+def test_an_older_checkpoint_goes_on(cut: Any, whole: Any, written: Any, tmp_path: Path) -> None:
+    values, path = cut(FIRST, tmp_path)
+    rewrite(path, lambda _, state: older(state), manifest=False)
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 9
+    assert written(folder) == whole(values)
+
+
+def test_an_older_checkpoint_that_counted_later_passes_is_refused(cut: Any, tmp_path: Path) -> None:
+    """Its online accuracy would be of all passes, in one experience among others that count the first."""
+    values, path = cut(FIRST, tmp_path)
+
+    def change(_: Any, state: dict[str, Any]) -> None:
+        older(state)
+        state["progress"] |= {"epoch": 1, "batch": 0}
+
+    rewrite(path, change, manifest=False)
+    with pytest.raises(RecordError, match=r"cannot be gone on from \(it is from pass 2 over.*Remove the file"):
+        go_on(values, tmp_path)
 
 
 @pytest.mark.parametrize("lost", ["all", "the last", "half of the last"])

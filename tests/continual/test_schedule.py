@@ -87,7 +87,21 @@ def test_the_optimizer_of_a_run_gets_it(over: str, toy: Any) -> None:
 
     expected = [cosine(t, 12) for t in range(12)] if over == "stream" else [cosine(t, 6) for t in range(6)] * 2
     assert rates == pytest.approx(expected, rel=1e-12)
-    for line, rate in zip(document["experiences"], (expected[5], expected[11]), strict=True):
+    # A reader of the effective rate needs that of the experience, not that of its last step, where schedules end.
+    means = (sum(expected[:6]) / 6, sum(expected[6:]) / 6)
+    for line, rate in zip(document["experiences"], means, strict=True):
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-12)
         inside = line["diagnostics"]
         for layer, norm in inside["weight_norm"].items():
             assert inside["effective_learning_rate"][layer] == pytest.approx(rate / norm**2)
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.1, 1 / 3])
+def test_the_mean_of_a_constant_rate_is_the_rate_itself(rate: float, toy: Any) -> None:
+    """To the last bit: a sum of equal floats, divided by their number, need not be the float again."""
+    document, _ = toy.run(toy.config(train={"learning_rate": rate, "epochs": 7}))
+    assert [line["learning_rate"] for line in document["experiences"]] == [rate, rate]
+    for line in document["experiences"]:
+        inside = line["diagnostics"]
+        for layer, norm in inside["weight_norm"].items():
+            assert inside["effective_learning_rate"][layer] == rate / norm**2

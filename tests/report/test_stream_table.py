@@ -138,7 +138,7 @@ def test_columns_without_a_value_are_left_out(stream_result: Make) -> None:
         *("method", "average accuracy", "average incremental", "online accuracy", "train accuracy", "seconds"),
     )
     assert table.rows[0] == ("er_ace + group_norm", "54.1", "61.2", "70.0", "90.0", "34")
-    assert table.notes[1].startswith("Online: every batch just before training on it; train: ")
+    assert table.notes[1].startswith("Online: every batch just before training on it for the first time; train: ")
     assert "drift" not in "".join(table.notes)
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
 from fednorm.report._common import Table, interval, percent
+from fednorm.report.latex import CHARACTERS, escaped
 
 COLUMNS = ("method", "average accuracy", "forgetting (max − last)", "seconds")
 ROWS = (
@@ -73,3 +77,56 @@ def test_numbers_as_text() -> None:
     assert percent([0.5, None, float("nan")]) == "50.0 (n = 1)"
     assert percent([None]) == percent([]) == percent([float("inf")]) == "–"
     assert interval([1.0, 2.0], ".2f") == "1.50 ± 0.71"
+
+
+def test_latex_is_a_float_of_booktabs() -> None:
+    rows = (("er_ace & [x]", "54.1 ± 1.2"), ("[b]", "−0.5 [-1.0, +2.5]"), ("c-1", "1.5e-06 → 2e+10"))
+    table = Table("T_1 (%): a", ("name", "a|b"), rows, ("One note.", "See #2."))
+    assert (
+        table.latex()
+        == r"""% Needs \usepackage{booktabs} in the preamble.
+\begin{table}[htbp]
+  \centering
+  \caption{T\_1 (\%): a. One note. See \#2.}
+  \label{tab:t-1-a}
+  \begin{tabular}{lr}
+    \toprule
+    name & a\textbar{}b \\
+    \midrule
+    er\_ace \& [x] & 54.1 $\pm$ 1.2 \\
+    {}[b] & $-$0.5 [$-$1.0, +2.5] \\
+    c-1 & 1.5$\times 10^{-6}$ $\rightarrow$ 2$\times 10^{10}$ \\
+    \bottomrule
+  \end{tabular}
+\end{table}
+"""
+    )
+
+
+COMMANDS = {latex: character for character, latex in CHARACTERS.items()}
+TOKENS = re.compile(r"\$[^$]*\$|\\text\w+\{\}|\\\w+\{\}|\\.|\{\}|.", re.DOTALL)
+
+
+def read_back(latex: str) -> str:
+    """Return the characters that LaTeX would set: commands resolved, no active or special character of its own left."""
+    text = ""
+    for token in TOKENS.findall(latex):
+        if token in COMMANDS:
+            text += COMMANDS[token]
+        elif token != "{}":
+            assert token not in set("\\{}$&#%_^~"), f"LaTeX would read {token!r} as a command"
+            text += token
+    return text
+
+
+@given(st.text(alphabet=st.one_of(st.sampled_from([*CHARACTERS, *"ab-' "]), st.characters(categories=["L", "N", "P"]))))
+def test_latex_shows_any_text_as_it_is(text: str) -> None:
+    expected = re.sub(r"\s*[\r\n]+\s*", " ", text).replace("”", '"')  # both are set as one glyph
+    latex = escaped(text)
+    assert read_back(latex).replace("”", '"') == expected
+    assert "--" not in latex
+    assert "''" not in latex  # neither is set as one dash or quotation mark
+
+
+def test_latex_has_no_line_breaks_or_control_characters() -> None:
+    assert escaped("a\n\n b\x00c\x1b[0m\\input{x}") == r"a bc[0m\textbackslash{}input\{x\}"

@@ -1,53 +1,29 @@
-"""Studies: which runs a file stands for, and that many at once are the same as one after the other."""
+"""Grids: which runs lists of values stand for, what each is called, and what is refused before anything runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import itertools
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fednorm.config import RunConfig
-from fednorm.errors import ConfigError, FedNormError, UnknownNameError
-from fednorm.federated.simulate import simulate
-from fednorm.study import grid
-from fednorm.study.grid import expand, read_study, run_study
-
-Results = dict[str, tuple[dict[str, Any] | None, str]]
+from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.study.grid import AnyConfig, axes, combinations, expand, flatten, labels, nest
 
 
-def short(configs: list[RunConfig]) -> list[tuple[str, str, int, float]]:
-    return [(c.strategy.name, c.norm.name, c.seed, c.train.learning_rate) for c in configs]
+def short(configs: list[AnyConfig]) -> list[tuple[Any, ...]]:
+    return [(c.strategy.name, c.norm.name, c.seed, c.train.learning_rate) for c in configs]  # type: ignore[union-attr]
 
 
-@pytest.fixture
-def study(tmp_path: Path) -> Callable[[str], list[RunConfig]]:
-    def read(text: str) -> list[RunConfig]:
-        path = tmp_path / "study.toml"
-        path.write_text(text)
-        return read_study(path)
-
-    return read
-
-
-def test_every_point_meets_every_combination(study: Callable[[str], list[RunConfig]]) -> None:
-    configs = study("""
-        [base]
-        kind = "federated"
-        seed = 9
-        model = { width = 4 }
-        [[points]]
-        strategy.name = "fedbn"
-        [[points]]
-        strategy.name = "fedavg"
-        norm = { name = "group-norm", num_groups = 4 }
-        [grid]
-        seed = [1, 2]
-        train.learning_rate = [0.1, 0.2]
-    """)
+def test_every_point_meets_every_combination() -> None:
+    points = [
+        {"strategy": {"name": "fedbn"}},
+        {"strategy": {"name": "fedavg"}, "norm": {"name": "group-norm", "num_groups": 4}},
+    ]
+    base = {"kind": "federated", "seed": 9, "model": {"width": 4}}
+    configs = expand(base, points, {"seed": [1, 2], "train": {"learning_rate": [0.1, 0.2]}}, {})
     expected = [
         (*method, seed, rate)
         for method in (("fedbn", "batch_norm"), ("fedavg", "group_norm"))
@@ -59,26 +35,29 @@ def test_every_point_meets_every_combination(study: Callable[[str], list[RunConf
     assert dict(configs[-1].norm.options) == {"num_groups": 4}
 
 
-def test_tables_inline_tables_and_dotted_keys_are_one(study: Callable[[str], list[RunConfig]]) -> None:
-    spellings = (
-        '[base]\n[grid]\nstrategy.name = ["fedavg", "fedbn"]\ndata.clients_per_domain = [1, 2]',
-        '[base]\n[grid.strategy]\nname = ["fedavg", "fedbn"]\n[grid.data]\nclients_per_domain = [1, 2]',
-        '[base]\n[grid]\nstrategy = {name = ["fedavg", "fedbn"]}\ndata = {clients_per_domain = [1, 2]}',
-    )
-    assert len({tuple(config.hash for config in study(text)) for text in spellings}) == 1
-    assert len(study(spellings[0])) == 4
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True), max_size=3))
+def test_combinations_are_the_product_in_the_order_of_the_table(lists: list[list[int]]) -> None:
+    table = {f"key{number}": values for number, values in enumerate(lists)}
+    made = [tuple(one.values()) for one in combinations(axes(table))]
+    assert made == list(itertools.product(*lists))
 
 
-def test_a_run_that_is_named_twice_is_run_once() -> None:
-    points = [{"strategy": {"name": "fedbn"}}, {"strategy": {"name": "FedBN"}}, {"rounds": {"num_rounds": 10}}, {}]
-    configs = expand({}, points, {"seed": [1, 2, 1], "data": {"dir": ["/a", "/b"]}}, {})
-    assert short(configs) == [(name, "batch_norm", seed, 0.01) for name in ("fedbn", "fedavg") for seed in (1, 2)]
+NESTED = st.recursive(
+    st.integers() | st.lists(st.integers(), max_size=2),
+    lambda inner: st.dictionaries(st.text("abc", min_size=1, max_size=2), inner, min_size=1, max_size=3),
+    max_leaves=8,
+)
 
 
-def test_overrides_lie_over_points_and_grid() -> None:
+@given(st.dictionaries(st.text("abc", min_size=1, max_size=2), NESTED, max_size=3))
+def test_nesting_undoes_flattening(table: dict[str, Any]) -> None:
+    assert nest(flatten(table)) == table
+
+
+def test_overrides_lie_over_points_and_take_the_place_of_lists() -> None:
     configs = expand({"seed": 1}, [{"seed": 2}], {"seed": [3]}, {"data": {"dir": "/data"}})
     assert [(config.seed, config.data.dir) for config in configs] == [(3, "/data")]
-    assert expand({"seed": 1}, [{"seed": 2}], {"seed": [3]}, {"seed": 4})[0].seed == 4
+    assert [config.seed for config in expand({"seed": 1}, [{}], {"seed": [2, 3]}, {"seed": 4})] == [4]
 
 
 def test_values_that_are_lists_themselves_are_lists_of_lists() -> None:
@@ -86,115 +65,90 @@ def test_values_that_are_lists_themselves_are_lists_of_lists() -> None:
     assert [config.data.domains for config in configs] == [("scans",), ("photo", "fonts")]
 
 
+FEDBN, SPELLED = {"strategy": {"name": "fedbn"}}, {"strategy": {"name": "FedBN"}, "seed": 1}
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("points", "grid", "overrides", "words"),
     [
-        ("", r"must have a \[base\] table.*got an empty file"),
-        ("[bose]", r"must have a \[base\] table.*got bose"),
-        ("[base]\n[extra]", r"must have a \[base\] table.*got base, extra"),
-        ("base = 3", r"\[base\] and \[grid\] are tables.*got base = 3"),
-        ("grid = 3\n[base]", r"\[base\] and \[grid\] are tables.*grid = 3"),
-        ("points = 3\n[base]", r"\[\[points\]\] are tables.*got 3"),
-        ("points = []\n[base]", r"\[\[points\]\] are tables.*got \[\]"),
-        ("points = [1]\n[base]", r"\[\[points\]\] are tables.*got \[1\]"),
-        ("[base]\n[grid]\nseed = 3", r"grid\.seed must be a list of one value or more; got 3"),
-        ("[base]\n[grid]\ntrain.agc = []", r"grid\.train\.agc must be a list of one value or more; got \[\]"),
-        ("[base]\nseed = [1, 2]", r"seed must be an integer; got \[1, 2\]"),
-        ("[base]\n[grid]\ntrain.learnin_rate = [1.0]", r"no configuration key 'train\.learnin_rate'.*learning_rate"),
-        ("[base]\n[grid]\nseed = [[1]]", r"seed must be an integer; got \[1\]"),
-        ('[base]\nkind = "centralised"', "kind must be one of federated, continual; got 'centralised'"),
+        (
+            [FEDBN, {}, SPELLED],
+            {},
+            {},
+            ("point 1 (strategy.name = 'fedbn')", "point 3 (strategy.name = 'FedBN'", "Take"),
+        ),
+        ([{}, {"rounds": {"num_rounds": 10}}], {}, {}, ("point 1 (no key)", "point 2 (rounds.num_rounds = 10)")),
+        ([{}], {"seed": [1, 2], "data": {"dir": ["/a", "/b"]}}, {}, ("seed = 1, data.dir = '/a'", "not on data.dir")),
+        (
+            [FEDBN, {}],
+            {},
+            {"strategy": {"name": "fedavg"}},
+            ("strategy.name was set for both: leave that out, or take",),
+        ),
     ],
 )
-def test_a_file_that_is_no_study_is_refused(text: str, message: str, study: Callable[[str], list[RunConfig]]) -> None:
-    with pytest.raises(ConfigError, match=message):
-        study(text)
-
-
-def test_an_unknown_name_in_a_grid_is_refused_before_anything_runs(study: Callable[[str], list[RunConfig]]) -> None:
-    with pytest.raises(UnknownNameError, match="Did you mean 'fedbn'"):
-        study('[base]\n[grid]\nstrategy.name = ["fedavg", "fedbm"]')
+def test_two_runs_with_one_hash_are_named(
+    points: list[dict[str, Any]], grid: dict[str, Any], overrides: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    with pytest.raises(ConfigError, match="Two runs of the study are one and the same") as raised:
+        expand({}, points, grid, overrides)
+    for word in words:
+        assert word in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    "recipe", sorted((Path(grid.__file__).parent / "recipes").glob("*.toml")), ids=lambda p: p.stem
+    ("base", "grid", "message"),
+    [
+        ({}, {"seed": 3}, r"^grid\.seed must be a list of one value or more; got 3"),
+        ({}, {"train": {"agc": []}}, r"^grid\.train\.agc must be a list of one value or more; got \[\]"),
+        ({}, {"seed": [1, 2, 1]}, r"^grid\.seed names 1 twice"),
+        ({"seed": [1, 2]}, {}, r"seed must be an integer; got \[1, 2\]"),
+        ({}, {"train": {"learnin_rate": [1.0]}}, r"no configuration key 'train\.learnin_rate'.*'learning_rate'"),
+        ({}, {"norm": {"num_group": [1]}}, r"no configuration key 'norm\.num_group': norm batch_norm has no such"),
+        ({"norm": {"name": "group_norm", "num_group": 2}}, {}, r"'norm\.num_group'.*Did you mean 'num_groups'\?"),
+        ({"norm": {"name": "group_norm", "num_groups": 0}}, {}, r"num_groups must be"),
+        ({"strategy": {"name": "fedprox", "nu": 1.0}}, {}, r"'strategy\.nu'.*Did you mean 'mu'\?"),
+        ({"kind": "continual", "learner": {"memory": 1}}, {}, r"'learner\.memory'.*Did you mean 'memory_"),
+        ({"kind": "continual", "scenario": {"experiences": 1}}, {}, r"'scenario\.experiences'.*'num_experiences'"),
+        ({"kind": "continual", "learner": {"memory_size": -1}}, {}, r"memory_size must be"),
+        ({}, {"seed": [[1]]}, r"seed must be an integer; got \[1\]"),
+        ({"kind": "centralised"}, {}, "kind must be one of federated, continual; got 'centralised'"),
+    ],
 )
-def test_studies_that_ship_can_be_read(recipe: Path) -> None:
-    configs = read_study(recipe)
-    assert configs
-    assert len({config.hash for config in configs}) == len(configs)
-
-
-def _run_all(configs: list[RunConfig], runs: Path, jobs: int) -> Results:
-    results: Results = {}
-
-    def on_done(config: RunConfig, result: dict[str, Any] | None, reason: str) -> None:
-        results[config.hash] = (result, reason)
-
-    run_study(configs, runs=runs, jobs=jobs, on_done=on_done)
-    return results
-
-
-def test_two_at_a_time_are_one_after_the_other_and_a_failure_stops_nobody(
-    small: Callable[..., dict[str, Any]], tmp_path: Path
+def test_a_wrong_key_or_value_is_refused_with_the_nearest(
+    base: dict[str, Any], grid: dict[str, Any], message: str
 ) -> None:
-    base = small(rounds={"num_rounds": 2})
-    good = expand(base, [{}], {"strategy": {"name": ["fedbn", "fedadam"]}}, {})
-    bad = expand(base, [{"strategy": {"name": "fedavg"}, "train": {"learning_rate": 1e30}}], {}, {})
-    unfit = expand(base, [{"norm": {"name": "none"}}], {}, {})
-    configs = [*bad, *unfit, *good]
-    results = _run_all(configs, tmp_path / "two", 2)
-    assert results.keys() == {config.hash for config in configs}
-    assert results[bad[0].hash][0] is results[unfit[0].hash][0] is None
-    assert "Round 2: none of the 5 sampled clients" in results[bad[0].hash][1]
-    assert "would silently be FedAvg" in results[unfit[0].hash][1]
-    for config in good:
-        result, reason = results[config.hash]
-        assert result is not None
-        assert reason == ""
-        alone = simulate(config, runs=tmp_path / "one")
-        assert [line["train_loss"] for line in result["rounds"]] == [line["train_loss"] for line in alone["rounds"]]
-        models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, alone)]
-        assert models[0].keys() == models[1].keys()
-        assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    with pytest.raises(ConfigError, match=message):
+        expand(base, [{}], grid, {})
 
 
-class _Pool:
-    """Stands for a pool of processes of which one was killed."""
-
-    def __init__(self, **_: Any) -> None:
-        pass
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def submit(self, _run: Any, config: RunConfig, _runs: Path) -> Any:
-        from concurrent.futures import Future
-        from concurrent.futures.process import BrokenProcessPool
-
-        future: Any = Future()
-        if config.seed == 1:
-            future.set_exception(BrokenProcessPool("a process was killed"))
-        else:
-            future.set_result(({"seed": config.seed}, ""))
-        return future
+def test_true_and_one_are_two_values() -> None:
+    assert axes({"a": [True, 1, 0, False]})[0].values == (True, 1, 0, False)
 
 
-def test_a_process_that_is_killed_is_a_failed_run_and_no_traceback(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(grid, "ProcessPoolExecutor", _Pool)
-    configs = expand({}, [{}], {"seed": [1, 2]}, {})
-    results = _run_all(configs, tmp_path, 1)
-    assert results[configs[0].hash] == (None, "BrokenProcessPool: a process was killed")
-    assert results[configs[1].hash] == ({"seed": 2}, "")
+def test_an_unknown_name_in_a_grid_is_refused_before_anything_runs() -> None:
+    with pytest.raises(UnknownNameError, match="Did you mean 'fedbn'"):
+        expand({}, [{}], {"strategy": {"name": ["fedavg", "fedbm"]}}, {})
 
 
-def test_a_failure_of_the_user_s_making_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise FedNormError("because")
-
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", fail)
-    assert grid._run(expand({}, [{}], {}, {})[0], tmp_path) == (None, "because")
+def test_runs_are_called_by_what_tells_them_apart() -> None:
+    points = [
+        {"strategy": {"name": "fedwon"}, "train": {"agc": 0.16}},
+        {"strategy": {"name": "fedbn"}},
+        {"norm": {"name": "group_norm", "num_groups": 8}},
+    ]
+    grid = {"train": {"learning_rate": [0.1]}, "data": {"domains": [["scans", "photo"], ["fonts"]]}}
+    configs = expand({}, points, grid, {})
+    assert labels(configs)[::2] == [
+        "fedwon, domains scans,photo, agc 0.16, seed 1",
+        "fedbn, domains scans,photo, agc 0, seed 1",
+        "fedavg + group_norm, domains scans,photo, agc 0, num_groups 8, seed 1",
+    ]
+    assert labels(configs[3:4], seed=False) == ["fedbn"]
+    streams = expand({"kind": "continual"}, [{}], {"scenario": {"name": ["split_digits", "domain_digits"]}}, {})
+    assert labels(streams) == [
+        "er_ace + batch_norm, split_digits, seed 1",
+        "er_ace + batch_norm, domain_digits, seed 1",
+    ]
+    assert labels(configs, seed=False, apart_from={("data", "domains"), ("train", "agc")})[0] == "fedwon"
+    assert labels([]) == []

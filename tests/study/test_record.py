@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fednorm.config import RunConfig, config_from_dict, merge
 from fednorm.errors import AggregationError, RecordError
@@ -133,6 +134,48 @@ def test_a_damaged_checkpoint_is_named_and_removing_it_starts_over(
     result = simulate(make(), runs=tmp_path)
     assert [line["round"] for line in result["rounds"]] == [1, 2, 3, 4]
     assert len((cut / "rounds.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("how", ["is lost", "has another shape"])
+@pytest.mark.parametrize("key", ["server/fc1.weight", "client/0/norm1.running_mean"])
+def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
+    key: str, how: str, cut: Path, make: Make, tmp_path: Path
+) -> None:
+    path = cut / "checkpoint.safetensors"
+    tensors = load_file(path)
+    tensors[key] = tensors[key].flatten()[:-1].clone()
+    if how == "is lost":
+        del tensors[key]
+    with safe_open(path, framework="pt") as file:
+        save_file(tensors, path, file.metadata())
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match=r"is damaged.*Remove the file to start this run over") as caught:
+        simulate(make(), runs=tmp_path)
+    assert str(path) in str(caught.value)
+    assert key in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_that_tells_no_shapes_is_read(cut: Path, make: Make, tmp_path: Path) -> None:
+    """As those of earlier versions."""
+    path = cut / "checkpoint.safetensors"
+    save_file(load_file(path), path, {"round": "2"})
+    checkpoint = RunRecord(tmp_path, make()).load_checkpoint()
+    assert checkpoint is not None
+    assert (checkpoint.server_round, checkpoint.data) == (2, None)
+
+
+def test_other_data_than_the_checkpoint_s_are_refused(make: Make, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, make())
+    record.prepare()
+    record.save_checkpoint(Checkpoint(0, {"a": torch.ones(1)}, data="0123"))
+    checkpoint = record.load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.data == "0123"
+    record.require_data(checkpoint.data, "0123")
+    record.require_data(None, "0123")
+    with pytest.raises(RecordError, match=r"checkpoint\.safetensors.*0123.*4567.*--data-dir.*--runs.*remove"):
+        record.require_data(checkpoint.data, "4567")
 
 
 def test_lines_that_are_lost_are_noticed(cut: Path, make: Make, tmp_path: Path) -> None:

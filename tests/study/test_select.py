@@ -8,9 +8,9 @@ import pytest
 
 from fednorm.config import merge
 from fednorm.continual_config import continual_config_from_dict
-from fednorm.errors import ConfigError
-from fednorm.registry import resolve_config
-from fednorm.study.select import best_by_method, rules
+from fednorm.errors import ConfigError, FedNormError
+from fednorm.registry import resolve, resolve_config, scenario_names
+from fednorm.study.select import best_by_method, best_of, kind_of, mean_score, rule, rules
 
 
 def result(mean: float, strategy: str = "fedbn", norm: str = "auto", split: str = "validation", **train: Any) -> Any:
@@ -146,3 +146,34 @@ def test_no_stream_is_chosen_on_test_images_or_on_nothing() -> None:
 def test_kinds_do_not_mix() -> None:
     results = [result(0.1), streamed(0.9), result(0.2, learning_rate=0.2)]
     assert best_by_method(results) == [results[2], results[1]]
+
+
+# Within a study ------------------------------------------------------------------------------------------------------
+
+
+def test_the_best_mean_over_seeds_wins_whatever_was_scored() -> None:
+    groups = [[result(score, split="test") for score in scores] for scores in ((0.7, 0.3), (0.6, 0.6), (0.6, 0.6))]
+    assert [mean_score(group) for group in groups] == [0.5, 0.6, 0.6]
+    assert best_of(groups) == 1
+
+
+def test_the_sentence_names_the_images_and_a_choice_on_test_images_is_called_one() -> None:
+    assert rule("federated", on_test=False) == "Chosen by the mean validation accuracy over domains."
+    for kind in ("federated", "continual"):
+        assert "validation" not in rule(kind, on_test=True)
+        assert rule(kind, on_test=True).endswith("(--select-on-test): the test numbers flatter every method.")
+    assert rule("memorization", on_test=True) == rule("memorization", on_test=False)
+
+
+@pytest.mark.parametrize("scenario", scenario_names())
+def test_what_a_configuration_is_about_is_known_before_it_is_run(scenario: str) -> None:
+    from fednorm.continual.workbench import ContinualWorkbench
+
+    values = {"kind": "continual", "scenario": {"name": scenario}, "learner": {"name": "naive"}}
+    config: Any = resolve(values)
+    try:
+        memorization = ContinualWorkbench(config).stream.memorization
+    except FedNormError:
+        pytest.skip("the scenario needs a folder of real data")
+    assert kind_of(config) == ("memorization" if memorization else "continual")
+    assert kind_of(resolve({})) == "federated"

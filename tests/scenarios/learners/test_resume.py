@@ -50,8 +50,8 @@ def finish(learner: Any, experiences: list[Any]) -> list[dict[str, torch.Tensor]
     for experience in experiences[learner.progress.ended :]:
         learner.train(experience)
         assert learner.progress.batch == learner.progress.epoch == 0
-        online = {"seen": torch.tensor(learner.seen), "hits": learner.hits, "loss_sum": learner.loss_sum}
-        ends.append({key: tensor.clone() for key, tensor in (learner.tensors() | online).items()})
+        counts = {"seen": torch.tensor(learner.seen), "met": torch.tensor(learner.met)}
+        ends.append({key: tensor.clone() for key, tensor in (learner.tensors() | counts).items()})
     return ends
 
 

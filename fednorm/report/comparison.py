@@ -1,0 +1,475 @@
+"""Comparisons: methods side by side on one set of data, with intervals, differences to a baseline, and ranks.
+
+Made from results, never typed. All scores are as the records have them, shares in [0, 1]; tables show per cent.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fednorm.errors import unknown_name
+from fednorm.report import stream_table
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, percent, settings
+from fednorm.report.grouping import (
+    covers,
+    data_settings,
+    flat,
+    kind_of,
+    matches,
+    name_of,
+    order_of,
+    require_one_run_a_seed,
+    require_same_data,
+    resolved,
+    score_of,
+    scored_on,
+    unique,
+)
+from fednorm.study.statistics import LEVEL, METHODS, RESAMPLES, Difference, Interval, mean_ranks, paired_difference
+from fednorm.study.statistics import interval as interval_of
+
+__all__ = [
+    "Comparison",
+    "Method",
+    "Paper",
+    "Score",
+    "comparison_table",
+    "comparisons",
+    "kind_of",
+    "matches",
+    "name_of",
+    "order_of",
+    "paper_table",
+    "score_of",
+    "scored_on",
+    "signed",
+]
+
+Study = Mapping[str, Any]
+Groups = Mapping[str, Sequence[Result]]
+Settings = dict[str, Any]
+
+BASELINE = "baseline"
+"""The cell of the baseline's difference to itself."""
+
+FEW = 10
+"""Seeds below which a caption warns of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What methods are compared by.
+
+    Attributes:
+        key: Its dotted key within a result's ``final``, e.g. ``mean``, ``per_domain.mnist``, ``average_accuracy``.
+        label: What a column calls it.
+        percent: Whether it is a share, shown in per cent.
+        better: 1 where higher is better, -1 where lower is, 0 where neither: it tells, and does not judge.
+    """
+
+    key: str
+    label: str
+    percent: bool
+    better: int
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A number that a paper reports for a method.
+
+    Attributes:
+        score: The key of the score it reports.
+        value: The number, in the score's unit.
+        std: Its standard deviation as the paper gives it; None where it gives none.
+        source: Where it stands, e.g. ``FedBN, table 1``.
+        deviation: Our mean minus it; None where we have none.
+    """
+
+    score: str
+    value: float
+    std: float | None
+    source: str
+    deviation: float | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method: runs that differ in nothing but their seed.
+
+    Attributes:
+        label: What it is called, unlike any other of its comparison.
+        results: Its runs, in ascending order of their seeds.
+        scores: By score key, the mean over its runs with a finite value; without a key where there is none.
+        differences: By score key, the paired difference to its baseline; empty for a baseline.
+        rank: Mean rank over domains among the methods on the same data, 1 is best; None with one method or domain.
+        paper: By score key, what a paper reports.
+        baseline: The label of the method that ``differences`` are to; None where there are none.
+    """
+
+    label: str
+    results: tuple[Result, ...]
+    scores: Mapping[str, Interval]
+    differences: Mapping[str, Difference]
+    rank: float | None
+    paper: Mapping[str, Paper]
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods whose scores may stand side by side: one kind of run, one title of data, one split that is scored.
+
+    Attributes:
+        title: The data's title, and the split where it is not the test images.
+        kind: ``federated`` or ``continual``.
+        headline: The key of the score that comes first.
+        scores: The scores that at least one method has, the headline among them.
+        methods: The methods, in the order of their first result.
+        baseline: What differences are to, as a caption calls it; None where there are none.
+        caption: Sentences that say what the numbers are.
+        split: The images that are scored: ``test`` or ``validation``.
+        baselines: The labels of the methods that are a baseline; several where a study has one for each batch size,
+            say: each method is compared with the one that shares most settings with it.
+    """
+
+    title: str
+    kind: str
+    headline: str
+    scores: tuple[Score, ...]
+    methods: tuple[Method, ...]
+    baseline: str | None
+    caption: tuple[str, ...]
+    split: str = "test"
+    baselines: tuple[str, ...] = ()
+
+    def score(self, key: str) -> Score | None:
+        """Return the score with a key; None where no method has it."""
+        return next((score for score in self.scores if score.key == key), None)
+
+
+def comparisons(
+    results: Sequence[Result],
+    *,
+    studies: Sequence[Study] = (),
+    baseline: str | None = None,
+    interval: str = "t",
+) -> list[Comparison]:
+    """Return the comparisons that results allow: one for each kind of run, title of data, and split.
+
+    Args:
+        results: Results of finished runs; one that comes twice counts once.
+        studies: Manifests of studies, for baselines, selection rules and papers' numbers.
+        baseline: The label of the method that differences are to, or what tables call it without its settings; by
+            default each study's own.
+        interval: How intervals are made: ``t`` or ``bootstrap`` (:func:`fednorm.study.statistics.interval`).
+
+    Returns:
+        The comparisons, in the order of their first result.
+
+    Raises:
+        ConfigError: Results that would stand in one mean, or be paired, have different data; a method has two runs of
+            one seed; or the interval is unknown.
+        UnknownNameError: No comparison has the baseline.
+    """
+    distinct = unique(results)
+    made, known = [], []
+    for key in dict.fromkeys(map(scored_on, distinct)):
+        group = [result for result in distinct if scored_on(result) == key]
+        require_same_data(group)
+        groups = by_method(group, name_of)
+        require_one_run_a_seed(groups)
+        known += list(groups)
+        concerned = [study for study in studies if _of(study, group)]
+        made.append(_compare(groups, concerned, baseline, interval))
+    if baseline is not None and made and not any(comparison.baseline for comparison in made):
+        raise unknown_name("method to be the baseline", baseline, known)
+    return made
+
+
+def _of(study: Study, group: Sequence[Result], runs: Sequence[str] = ("runs", "selection_runs")) -> bool:
+    hashes = {found for key in runs for found in study.get(key, ())}
+    return any(result["hash"] in hashes for result in group)
+
+
+def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, interval: str) -> Comparison:
+    results = [result for group in groups.values() for result in group]
+    kind, title, split = scored_on(results[0])
+    scores = tuple(score for score in _scores(results) if any(score_of(r, score.key) is not None for r in results))
+    own = {label: settings(group[0]) for label, group in groups.items()}
+    means = {label: _intervals(group, scores, interval) for label, group in groups.items()}
+    ranks = _ranks(own, means)
+    baselines = _baselines(groups, studies, baseline)
+    methods = []
+    for label, group in groups.items():
+        against = _nearest(label, baselines, own)
+        differences = _differences(group, groups[against], scores, interval) if against else {}
+        methods.append(
+            Method(
+                label,
+                tuple(sorted(group, key=lambda result: int(result["config"]["seed"]))),
+                means[label],
+                differences,
+                ranks.get(label),
+                _papers(group, means[label], studies) if split == "test" else {},
+                against if differences else None,
+            )
+        )
+    headline = scores[0].key if scores else _scores(results)[0].key
+    called = " or ".join(dict.fromkeys(name_of(groups[label][0]) for label in baselines))
+    called = baselines[0] if len(baselines) == 1 else called
+    caption = _caption(methods, headline, called, len(baselines), studies, interval)
+    shown = title if split == "test" else f"{title}, {split} images"
+    return Comparison(shown, kind, headline, scores, tuple(methods), called or None, caption, split, tuple(baselines))
+
+
+def _scores(results: Sequence[Result]) -> list[Score]:
+    """Return the scores that results of a kind can have, the headline first."""
+    if kind_of(results[0]) == "federated":
+        domains = dict.fromkeys(name for result in results for name in result["final"].get("per_domain", {}))
+        return [
+            Score("mean", "mean accuracy", True, 1),
+            Score("worst", "worst domain", True, 1),
+            *(Score(f"per_domain.{domain}", domain, True, 1) for domain in domains),
+        ]
+    found = [
+        Score(key, label, cell is percent, 0 if key == "drift" else -1 if key.startswith("forgetting") else 1)
+        for label, (key, cell) in stream_table.SCORES.items()
+    ]
+    if results[0]["data"]["memorization"]:
+        return [Score("plasticity", "plasticity", True, 1), *found]
+    return found
+
+
+def _by_seed(group: Sequence[Result], key: str) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for result in group:
+        if (value := score_of(result, key)) is not None:
+            found[int(result["config"]["seed"])] = value
+    return found
+
+
+def _intervals(group: Sequence[Result], scores: Sequence[Score], method: str) -> dict[str, Interval]:
+    measured = {score.key: list(_by_seed(group, score.key).values()) for score in scores}
+    return {key: interval_of(values, method=method) for key, values in measured.items() if values}
+
+
+def _differences(
+    group: Sequence[Result], baseline: Sequence[Result], scores: Sequence[Score], method: str
+) -> dict[str, Difference]:
+    found = {
+        score.key: paired_difference(
+            _by_seed(group, score.key), _by_seed(baseline, score.key), method=method, better=score.better
+        )
+        for score in scores
+        if score.better
+    }
+    return {key: difference for key, difference in found.items() if difference is not None}
+
+
+def _ranks(own: Mapping[str, Settings], means: Mapping[str, Mapping[str, Interval]]) -> dict[str, float]:
+    ranks: dict[str, float] = {}
+    data = {label: data_settings(values) for label, values in own.items()}
+    for same in dict.fromkeys(data.values()):
+        by_domain = {
+            label: {key: found.mean for key, found in means[label].items() if key.startswith("per_domain.")}
+            for label in own
+            if data[label] == same
+        }
+        if len(by_domain) > 1 and len(set.intersection(*map(set, by_domain.values()))) > 1:
+            ranks |= mean_ranks(by_domain)
+    return ranks
+
+
+def _baselines(groups: Groups, studies: Sequence[Study], baseline: str | None) -> list[str]:
+    """Return the labels of the methods that are a baseline: as asked for, else as the first study that has one says."""
+    if baseline is not None:
+        named = [label for label, group in groups.items() if name_of(group[0]) == baseline]
+        return [baseline] if baseline in groups else named
+    subset = next((study["baseline"] for study in studies if study.get("baseline")), None)
+    return [label for label, group in groups.items() if matches(group[0], subset)] if subset else []
+
+
+def _nearest(label: str, baselines: Sequence[str], own: Mapping[str, Settings]) -> str | None:
+    """Return the baseline that a method is compared with: on the same data, the one that differs in fewest settings.
+
+    None for a baseline itself, and where no baseline or more than one is nearest: nothing is guessed.
+    """
+    if label in baselines:
+        return None
+    mine, data = own[label], data_settings(own[label])
+    apart = {
+        other: sum(mine.get(key) != own[other].get(key) for key in mine | own[other])
+        for other in baselines
+        if data_settings(own[other]) == data
+    }
+    nearest = [other for other, count in apart.items() if count == min(apart.values())]
+    return nearest[0] if len(nearest) == 1 else None
+
+
+def _papers(group: Sequence[Result], scores: Mapping[str, Interval], studies: Sequence[Study]) -> dict[str, Paper]:
+    """Return the numbers that studies with these runs give for a method; the most specific entry of a score counts."""
+    found: dict[str, tuple[int, Paper]] = {}
+    for study in studies:
+        entries = (study.get("paper") or ()) if _of(study, group, ("runs",)) else ()
+        own = resolved(group[0]) if entries else {}
+        for entry in entries:
+            if not covers(own, entry["match"]):
+                continue
+            key, value = entry["score"], float(entry["value"])
+            deviation = scores[key].mean - value if key in scores else None
+            depth = len(flat(entry["match"]))
+            if key not in found or depth > found[key][0]:
+                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation)
+    return {key: paper for key, (_, paper) in found.items()}
+
+
+def _caption(
+    methods: Sequence[Method],
+    headline: str,
+    baseline: str,
+    baselines: int,
+    studies: Sequence[Study],
+    interval: str,
+) -> tuple[str, ...]:
+    said = [_of_seeds(methods, headline, interval), _of_scoring(methods), *_of_missing(methods, headline)]
+    if baseline:
+        which = f"{baseline}, to the one that shares most settings with the method" if baselines > 1 else baseline
+        said.append(f"Difference: to {which}, paired by seed; mean, interval, and seeds in which the method is better.")
+    elif told := [json.dumps(study["baseline"]) for study in studies if study.get("baseline")]:
+        said.append(f"No difference is shown: no method here is the study's baseline, {told[0]}.")
+    if any(method.rank is not None for method in methods):
+        said.append("Rank: mean over domains of the method's rank in each, 1 is best, ties share.")
+    said += [text for study in studies if (text := _of_selection(study))]
+    return tuple(said)
+
+
+def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
+    seeds = sorted({result["config"]["seed"] for method in methods for result in method.results})
+    counts = [method.scores[headline].n for method in methods if headline in method.scores] or [0]
+    few, most = min(counts), max(counts)
+    named = f"Seed{'s'[: len(seeds) != 1]} {', '.join(map(str, seeds))}"
+    if most <= 1:
+        return f"{named} (n = {most}): one seed a method, so no deviation and no interval."
+    count = f"n = {most} seeds" if few == most else f"n = {few} to {most} seeds"
+    alone = "; none for one seed" if few == 1 else ""
+    made = METHODS[interval]
+    if interval == "bootstrap":
+        made += f" ({RESAMPLES:,} resamples{'; too short for so few seeds' if most < FEW else ''})"
+    return f"{named} ({count}). Standard deviation with n − 1; {100 * LEVEL:g} % interval of the mean: {made}{alone}."
+
+
+def _of_scoring(methods: Sequence[Method]) -> str:
+    results = [result for method in methods for result in method.results]
+    first = results[0]
+    if kind_of(first) == "continual" and first["data"]["memorization"]:
+        return "Scored on training images, because there is nothing to hold out on this stream."
+    rule = first["final"].get("selection", f"{first['config']['evaluate']['split']} images")
+    rounds = sorted({result["final"]["round"] for result in results if "round" in result["final"]})
+    return f"Scored after round {', '.join(map(str, rounds))} ({rule})." if rounds else f"Scored {rule}."
+
+
+def _of_missing(methods: Sequence[Method], headline: str) -> list[str]:
+    told = []
+    for method in methods:
+        found = method.scores[headline].n if headline in method.scores else 0
+        if found < len(method.results):
+            told.append(f"{method.label}: {len(method.results) - found} of {len(method.results)}")
+    return [f"Runs left out, their score not measured or not finite: {'; '.join(told)}."] if told else []
+
+
+def _of_selection(study: Study) -> str:
+    chosen = study.get("selection")
+    if not chosen:
+        return ""
+    told = f"Study {study['study']}: {chosen['rule'].rstrip('.')}; {chosen['configurations']} configurations a method."
+    if chosen["split"] == "test":
+        return f"{told} Chosen on TEST images (--select-on-test): these numbers are too good."
+    return told
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """Return a comparison as a table: a row a method; columns that would be empty are left out.
+
+    That is: the headline's mean, standard deviation, interval, n, paired difference to the baseline, the worst domain,
+    the mean rank over domains, the paper's number and how far ours is from it.
+    """
+    head = comparison.score(comparison.headline)
+    label = head.label if head else comparison.headline
+    columns: dict[str, Callable[[Method], str]] = {
+        label: lambda method: _mean(method.scores.get(comparison.headline)),
+        "± sd": lambda method: _deviation(method.scores.get(comparison.headline)),
+        f"{100 * LEVEL:g} % interval": lambda method: _ends(method.scores.get(comparison.headline)),
+        "n": lambda method: str(method.scores[comparison.headline].n if comparison.headline in method.scores else 0),
+        "difference": lambda method: _difference(method, comparison),
+        "worst domain": lambda method: _mean(method.scores.get("worst")),
+        "rank": lambda method: UNKNOWN if method.rank is None else f"{method.rank:.1f}",
+        "paper": lambda method: _paper(method.paper.get(comparison.headline)),
+        "ours − paper": lambda method: _from_paper(method.paper.get(comparison.headline)),
+    }
+    cells = {name: [cell(method) for method in comparison.methods] for name, cell in columns.items()}
+    shown = [name for name, column in cells.items() if name in (label, "n") or set(column) - {UNKNOWN, BASELINE}]
+    rows = tuple(zip((m.label for m in comparison.methods), *(cells[name] for name in shown), strict=True))
+    return Table(f"Comparison (%): {comparison.title}", ("method", *shown), rows, comparison.caption, in_parts=True)
+
+
+def paper_table(comparison: Comparison) -> Table | None:
+    """Return every paper number beside ours, a row a method, a column a score; None where there is none."""
+    keys = [s for s in comparison.scores if any(s.key in method.paper for method in comparison.methods)]
+    if not keys:
+        return None
+    told = [method for method in comparison.methods if method.paper]
+    rows = tuple((m.label, *(_beside(m.scores.get(s.key), m.paper.get(s.key)) for s in keys)) for m in told)
+    sources = dict.fromkeys(paper.source for method in told for paper in method.paper.values())
+    notes = ("Ours (paper's, ours − paper's), in per cent.", f"Papers: {'; '.join(sources)}.", *comparison.caption[:2])
+    title = f"Beside the paper (%): {comparison.title}"
+    return Table(title, ("method", *(s.label for s in keys)), rows, notes, in_parts=True)
+
+
+def signed(share: float) -> str:
+    """Return a share as signed per cent with a real minus sign, e.g. ``+1.2`` or ``−0.3``."""
+    return f"{100 * share:+.1f}".replace("-", "−")
+
+
+def _mean(found: Interval | None) -> str:
+    return UNKNOWN if found is None else f"{100 * found.mean:.1f}"
+
+
+def _deviation(found: Interval | None) -> str:
+    return UNKNOWN if found is None or found.std is None else f"± {100 * found.std:.1f}"
+
+
+def _ends(found: Interval | None) -> str:
+    if found is None or found.low is None or found.high is None:
+        return UNKNOWN
+    return f"[{100 * found.low:.1f}, {100 * found.high:.1f}]".replace("-", "−")
+
+
+def _difference(method: Method, comparison: Comparison) -> str:
+    if method.label in comparison.baselines:
+        return BASELINE
+    found = method.differences.get(comparison.headline)
+    if found is None:
+        return UNKNOWN
+    if found.low is None or found.high is None:
+        return signed(found.mean) + (" (one seed)" if method.scores[comparison.headline].n > 1 else "")
+    ends = f"[{signed(found.low)}, {signed(found.high)}]"
+    return f"{signed(found.mean)} {ends}, {found.better} of {found.n} seeds better"
+
+
+def _paper(paper: Paper | None) -> str:
+    if paper is None:
+        return UNKNOWN
+    return f"{100 * paper.value:.1f}" + ("" if paper.std is None else f" ± {100 * paper.std:.1f}")
+
+
+def _from_paper(paper: Paper | None) -> str:
+    return UNKNOWN if paper is None or paper.deviation is None else signed(paper.deviation)
+
+
+def _beside(ours: Interval | None, paper: Paper | None) -> str:
+    if paper is None:
+        return UNKNOWN
+    return f"{_mean(ours)} ({_paper(paper)}, {_from_paper(paper)})"

@@ -1,0 +1,79 @@
+"""How a run went, as curves: numbers by round or by experience, both counted from 1.
+
+What was not measured, or is not finite, has no point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import geometric_mean, mean
+from typing import Any
+
+from fednorm.report._common import Result, known
+from fednorm.report.grouping import kind_of
+
+Curve = dict[int, float]
+"""A number by round or experience."""
+
+
+def steps(result: Result) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return a run's lines, with the number of the round or experience from 1."""
+    if kind_of(result) == "continual":
+        return [(line["experience"] + 1, line) for line in result["experiences"]]
+    return [(line["round"], line) for line in result["rounds"]]
+
+
+def of_key(result: Result, key: str) -> Curve:
+    """Return a number that lines have under a key, e.g. ``mean`` or ``train_accuracy``."""
+    return _finite({number: line.get(key) for number, line in steps(result)})
+
+
+def of_domain(result: Result, domain: str) -> Curve:
+    """Return a federated run's accuracy on a domain; summaries do not keep it."""
+    return _finite({number: (line.get("per_domain") or {}).get(domain) for number, line in steps(result)})
+
+
+def of_average(result: Result) -> Curve:
+    """Return the average accuracy over the experiences seen after each, where all of them were measured."""
+    averages: dict[int, float | None] = {}
+    for number, _ in steps(result):
+        seen = result["accuracy_matrix"][number - 1][:number] if result["accuracy_matrix"] else []
+        averages[number] = mean(seen) if seen and len(known(seen)) == number else None
+    return _finite(averages)
+
+
+def of_diagnostic(result: Result, quantity: str) -> Curve:
+    """Return a diagnostic as one number a step: drift is the mean over layers and domains.
+
+    Other quantities are the geometric mean over the hidden layers, all but the last, as in
+    :func:`fednorm.report.stream_table.plasticity_table`.
+    """
+    curve: dict[int, float | None] = {}
+    for number, line in steps(result):
+        found = (line.get("diagnostics") or {}).get(quantity) or {}
+        inner = [value for value in found.values() if isinstance(value, Mapping)]
+        if quantity == "drift":
+            values = known([value for layers in inner or [found] for value in layers.values()])
+            curve[number] = mean(values) if values else None
+        else:
+            values = known(list(found.values())[:-1])
+            curve[number] = geometric_mean(values) if values and min(values) > 0 else None
+    return _finite(curve)
+
+
+def mean_matrix(results: Sequence[Result]) -> list[list[float | None]]:
+    """Return the accuracy matrix as the mean over runs; None where any of them did not measure an accuracy."""
+    matrices = [result["accuracy_matrix"] for result in results]
+    return [
+        [mean(cells) if len(known(cells)) == len(cells) else None for cells in zip(*rows, strict=True)]
+        for rows in zip(*matrices, strict=True)
+    ]
+
+
+def _finite(curve: Mapping[int, Any]) -> Curve:
+    return {number: float(value) for number, value in curve.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,190 @@
+"""Results as data frames (polars): a row a run, or tidy, a row a measured number.
+
+import fednorm
+runs = fednorm.load("runs/digits")            # this module's frame
+runs.group_by("method").agg(polars.col("mean").mean())
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fednorm.report import table
+from fednorm.report._common import Result, by_method
+from fednorm.report.grouping import kind_of, name_of, scored_on
+
+if TYPE_CHECKING:
+    import polars
+
+LEADING = ("run", "kind", "data", "split", "method", "seed")
+"""The columns that say of which run a row is: its hash, federated or continual, the data's title, test or validation
+images, the method as in the tables, the seed."""
+
+TIDY = (*LEADING, "after", "step", "metric", "domain", "experience", "layer", "statistics", "value")
+"""The columns of :func:`records`."""
+
+Row = tuple[str, int | None, str, str | None, int | None, str | None, str | None, float]
+"""What :data:`TIDY` has after the leading columns."""
+
+
+def frame(results: Sequence[Result]) -> polars.DataFrame:
+    """Return a row a run.
+
+    Args:
+        results: Results of finished runs, of any kinds and data.
+
+    Returns:
+        A frame with the columns :data:`LEADING`; every score of ``final`` under its own name, shares in [0, 1], a
+        federated run's accuracies as ``accuracy.DOMAIN``; ``seconds`` of wall clock, ``parameters``, ``folder`` of the
+        record; and the configuration as dotted columns (``train.learning_rate``), lists joined by commas. What a run
+        does not have is null.
+    """
+    import polars
+
+    labels = methods(results)
+    rows = [{**_leading(result, labels), **_scores(result), **_settings(result["config"])} for result in results]
+    names = list(dict.fromkeys([*LEADING, *_sorted(name for row in rows for name in row)]))
+    return polars.DataFrame([_series(name, [row.get(name) for row in rows]) for name in names])
+
+
+def records(results: Sequence[Result]) -> polars.DataFrame:
+    """Return a row a measured number, tidy; what was not measured has no row.
+
+    Args:
+        results: Results of finished runs, of any kinds and data. Summaries have fewer numbers than records.
+
+    Returns:
+        A frame with the columns :data:`TIDY`. ``after`` is ``round``, ``experience`` or ``run``, and ``step`` the
+        round's or experience's number from 1, null for the run as a whole. ``metric`` is the number's name in the
+        record; ``accuracy`` has a ``domain`` or the ``experience`` that it was measured on, from 1; diagnostics have a
+        ``layer``, and in a federation drift has a domain too. ``statistics`` tells under which normalization statistics
+        a federated model was evaluated at the end. Accuracies are shares in [0, 1].
+    """
+    import polars
+
+    labels = methods(results)
+    columns: dict[str, list[Any]] = {name: [] for name in TIDY}
+    for result in results:
+        leading = tuple(_leading(result, labels)[name] for name in LEADING)
+        for row in numbers(result):
+            for name, value in zip(TIDY, (*leading, *row), strict=True):
+                columns[name].append(value)
+    whole = ("seed", "step", "experience")
+    types = {name: polars.Int64 if name in whole else polars.String for name in TIDY[:-1]}
+    return polars.DataFrame(columns, schema={**types, "value": polars.Float64})
+
+
+def numbers(result: Result) -> Iterator[Row]:
+    """Yield the measured numbers of a run, each as :data:`TIDY` has it after the leading columns."""
+    yield from (_of_stream if kind_of(result) == "continual" else _of_federation)(result)
+    yield from _scalars(("run", None), result["final"], ("round",))
+    yield from _scalars(("run", None), {key: result.get(key) for key in ("seconds", "parameters", "steps")}, ())
+
+
+def methods(results: Sequence[Result]) -> dict[str, str]:
+    """Return how the tables call each result's method, by the run's hash.
+
+    Methods that share a name are told apart by what differs among the results on the same data and split.
+    """
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        groups.setdefault(scored_on(result), []).append(result)
+    return {
+        str(result["hash"]): label
+        for group in groups.values()
+        for label, alike in by_method(group, name_of).items()
+        for result in alike
+    }
+
+
+def _leading(result: Result, labels: Mapping[str, str]) -> dict[str, Any]:
+    kind, data, split = scored_on(result)
+    values = (result["hash"], kind, data, split, labels[result["hash"]], result["config"]["seed"])
+    return dict(zip(LEADING, values, strict=True))
+
+
+def _scores(result: Result) -> dict[str, Any]:
+    final = {key: value for key, value in result["final"].items() if not isinstance(value, Mapping)}
+    domains = {f"accuracy.{name}": value for name, value in result["final"].get("per_domain", {}).items()}
+    told = {"seconds": result["seconds"], "parameters": result.get("parameters"), "folder": result.get("run")}
+    return {**final, **domains, **told}
+
+
+def _settings(config: Mapping[str, Any], place: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _settings(value, f"{place}{key}.")
+        else:
+            flat[f"{place}{key}"] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def _sorted(names: Iterator[str]) -> list[str]:
+    """Return the columns' names: scores first, as they come, then the configuration, section by section."""
+    found = list(dict.fromkeys(names))
+    scores = [name for name in found if "." not in name or name.startswith("accuracy.")]
+    return [*scores, *(name for name in found if name not in scores)]
+
+
+def _series(name: str, values: list[Any]) -> polars.Series:
+    """Return a column; where methods have options of one name and different types, it is a column of text."""
+    import polars
+
+    types = {type(value) for value in values if value is not None}
+    if types == {int, float}:
+        values = [None if value is None else float(value) for value in values]
+    elif len(types) > 1 or not types <= {bool, int, float, str}:
+        values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return polars.Series(name, values) if types else polars.Series(name, values, dtype=polars.String)
+
+
+def _of_federation(result: Result) -> Iterator[Row]:
+    for line in result["rounds"]:
+        at = ("round", line["round"])
+        yield from _scalars(at, line, ("round", "per_domain", "diagnostics"))
+        for domain, share in (line.get("per_domain") or {}).items():
+            yield *at, "accuracy", domain, None, None, None, float(share)
+        yield from _of_diagnostics(at, line.get("diagnostics") or {})
+    for statistics, scores in table.evaluations(result["evaluation"]).items():
+        for domain, share in scores.get("per_domain", {}).items():
+            yield "run", None, "accuracy", domain, None, None, statistics, float(share)
+
+
+def _of_stream(result: Result) -> Iterator[Row]:
+    matrix = result["accuracy_matrix"]
+    for line in result["experiences"]:
+        at = ("experience", line["experience"] + 1)
+        yield from _scalars(at, line, ("experience",))
+        accuracies = matrix[line["experience"]] if matrix else []
+        for what, shares in (("accuracy", accuracies), ("task_accuracy", line.get("task_accuracy") or [])):
+            for number, share in enumerate(shares, start=1):
+                if _is_number(share):
+                    yield *at, what, None, number, None, None, float(share)
+        yield from _of_diagnostics(at, line.get("diagnostics") or {})
+
+
+def _of_diagnostics(at: tuple[str, int | None], diagnostics: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield diagnostics: numbers of the whole model, numbers by layer, and numbers by domain and layer."""
+    yield from _scalars(at, diagnostics, ())
+    for what, inner in diagnostics.items():
+        for key, value in inner.items() if isinstance(inner, Mapping) else ():
+            by_layer = value if isinstance(value, Mapping) else {key: value}
+            domain = key if isinstance(value, Mapping) else None
+            for layer, number in by_layer.items():
+                if _is_number(number):
+                    yield *at, what, domain, None, layer, None, float(number)
+
+
+def _scalars(at: tuple[str, int | None], values: Mapping[str, Any], but: Sequence[str]) -> Iterator[Row]:
+    """Yield the numbers among values under their own names; of a list of clients, how many there are."""
+    for key, value in values.items():
+        number = len(value) if key in ("sampled", "rejected") and isinstance(value, list) else value
+        if key not in but and _is_number(number):
+            yield *at, key, None, None, None, None, float(number)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

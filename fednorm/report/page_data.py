@@ -1,0 +1,402 @@
+"""The page's document: every number that the page shows, from results and comparisons, as plain JSON.
+
+The keys are read by ``assets/*.js`` only. Numbers have four significant digits; a configuration, a plan, a list of
+layers and a list of rounds that several runs share are stored once. What JSON cannot hold (NaN, infinity) is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fednorm.config import RunConfig
+from fednorm.continual_config import ContinualConfig
+from fednorm.report._common import Result, evenly
+from fednorm.report.comparison import Comparison, Method
+from fednorm.report.grouping import score_of
+
+if TYPE_CHECKING:
+    from fednorm.study.results import Loaded
+
+Document = dict[str, Any]
+
+BUDGET = 4_600_000
+"""Characters of the document at most: with Plotly (4.8 MB) and the page's own parts it stays below 10 MB."""
+
+THINNINGS = ((400, 60), (200, 40), (150, 28), (100, 20), (80, 14), (60, 10), (40, 7), (20, 4), (8, 2))
+"""Points that a learning curve and a diagnostic of one layer have at most, tried in turn until the document fits."""
+
+DIGITS = 4
+"""Significant digits of what is measured."""
+
+LEARNING: Mapping[str, tuple[str, bool]] = {
+    "mean": ("mean accuracy over domains", True),
+    "worst": ("worst domain's accuracy", True),
+    "train_loss": ("training loss", False),
+    "train_accuracy": ("training accuracy", True),
+}
+"""Scalars of a federated round: how the page calls each, and whether it is a share."""
+
+PLASTICITY: Mapping[str, tuple[str, bool]] = {
+    "train_accuracy": ("training accuracy after the experience", True),
+    "online_accuracy": ("online accuracy during the experience", True),
+    "train_loss": ("training loss", False),
+}
+"""Scalars of an experience; those of the network's diagnostics are in :data:`NETWORK`."""
+
+NETWORK: Mapping[str, tuple[str, bool]] = {
+    "dead_units": ("dead units, mean over layers", True),
+    "dormant_units": ("dormant units, mean over layers", True),
+    "entropy_rank": ("effective rank of the features (entropy)", False),
+    "threshold_rank": ("rank of the features (1 % of the largest singular value)", False),
+}
+
+BY_LAYER = ("drift", "weight_norm", "effective_learning_rate")
+"""Diagnostics that are kept layer by layer."""
+
+
+def document(loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
+    """Return the page's document, thinned where it would otherwise be too large.
+
+    Args:
+        loaded: The results, and what was wrong with those that are missing.
+        comparisons: The comparisons of the results, a section of the page each.
+
+    Returns:
+        ``title``, ``about``, ``count`` of runs, ``problems``, ``sections``; ``configs``, ``plans``, ``layers``,
+        ``grids`` (of curves) and ``times`` (of diagnostics), which runs name by number; and ``thinned``: null, or the
+        sentence that says how curves were thinned.
+    """
+    full = _Builder().build(loaded, comparisons)
+    if _fits(full):
+        return full
+    for curve, diagnostic in THINNINGS:
+        thin = _thinned(full, curve, diagnostic)
+        if _fits(thin):
+            break
+    return thin
+
+
+def _fits(document: Document) -> bool:
+    return len(json.dumps(document, separators=(",", ":"))) <= BUDGET
+
+
+def _thinned(full: Document, curve: int, diagnostic: int) -> Document:
+    """Return a document with at most so many points a curve and a diagnostic; it says so."""
+
+    def thin(run: Document) -> Document:
+        series = {key: [grid, _evenly(values, curve)] for key, (grid, values) in run["series"].items()}
+        layers = {key: {**of, "values": _deeply(of["values"], diagnostic)} for key, of in run["layers"].items()}
+        return {**run, "series": series, "layers": layers}
+
+    return {
+        **full,
+        "sections": [{**section, "runs": [thin(run) for run in section["runs"]]} for section in full["sections"]],
+        "grids": [_evenly(grid, curve) for grid in full["grids"]],
+        "times": [_evenly(grid, diagnostic) for grid in full["times"]],
+        "thinned": f"So that the page stays small, a curve has at most {curve} points and a layer's diagnostic at "
+        f"most {diagnostic}, evenly spaced, the first and the last among them; tables and exports have every number.",
+    }
+
+
+def _evenly(values: Sequence[Any], at_most: int) -> list[Any]:
+    return [values[i] for i in evenly(len(values), at_most)]
+
+
+def _deeply(values: list[Any], at_most: int) -> list[Any]:
+    """Return nested lists with the innermost ones thinned."""
+    return [_deeply(inner, at_most) for inner in values] if isinstance(values[0], list) else _evenly(values, at_most)
+
+
+@dataclass
+class _Pool:
+    """Values that are stored once and named by their number."""
+
+    values: list[Any] = field(default_factory=list)
+    numbers: dict[Hashable, int] = field(default_factory=dict)
+
+    def number(self, value: Any) -> int:
+        key = json.dumps(value)
+        if key not in self.numbers:
+            self.numbers[key] = len(self.values)
+            self.values.append(value)
+        return self.numbers[key]
+
+
+@dataclass
+class _Builder:
+    """Builds the document with every point."""
+
+    configs: _Pool = field(default_factory=_Pool)
+    plans: _Pool = field(default_factory=_Pool)
+    grids: _Pool = field(default_factory=_Pool)
+    times: _Pool = field(default_factory=_Pool)
+    layers: _Pool = field(default_factory=_Pool)
+
+    def build(self, loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
+        sections = [self._section(number, comparison) for number, comparison in enumerate(comparisons)]
+        studies = [study for study in loaded.studies if study.get("title")]
+        count = len({run["hash"] for section in sections for run in section["runs"]})
+        title = " · ".join(dict.fromkeys(str(study["title"]) for study in studies)) or _title(comparisons)
+        return {
+            "title": title,
+            "about": list(dict.fromkeys(str(study["about"]) for study in studies if study.get("about"))),
+            "count": count,
+            "problems": list(loaded.problems),
+            "sections": sections,
+            "configs": self.configs.values,
+            "plans": self.plans.values,
+            "grids": self.grids.values,
+            "layers": self.layers.values,
+            "times": self.times.values,
+            "thinned": None,
+        }
+
+    def _section(self, number: int, comparison: Comparison) -> Document:
+        runs = [
+            self._run(result, index, comparison)
+            for index, method in enumerate(comparison.methods)
+            for result in method.results
+        ]
+        results = [result for method in comparison.methods for result in method.results]
+        first = results[0]
+        memorization = bool(first["data"].get("memorization"))
+        quantities = dict.fromkeys(key for run in runs for key in run["series"])
+        return {
+            "id": f"s{number}",
+            "title": comparison.title,
+            "kind": "memorization" if memorization else comparison.kind,
+            "headline": comparison.headline,
+            "baseline": comparison.baseline,
+            "caption": list(comparison.caption),
+            "notes": list(dict.fromkeys(note for result in results for note in result["data"]["notes"])),
+            "split": comparison.split,
+            "scores": [
+                {"key": score.key, "label": score.label, "percent": score.percent, "better": score.better}
+                for score in comparison.scores
+            ],
+            "methods": [_method(method) for method in comparison.methods],
+            "quantities": [_quantity(key, first) for key in quantities],
+            "experiences": [str(line.get("title", "")) for line in _experiences(first)],
+            "runs": runs,
+        }
+
+    def _run(self, result: Result, method: int, comparison: Comparison) -> Document:
+        federated = comparison.kind == "federated"
+        lines = result["rounds"] if federated else result["experiences"]
+        run: Document = {
+            "hash": str(result["hash"]),
+            "method": method,
+            "seed": result["config"]["seed"],
+            "folder": result.get("run"),
+            "config": self.configs.number(_configuration(result["config"])),
+            "final": {score.key: number(score_of(result, score.key)) for score in comparison.scores},
+            "seconds": number(result.get("seconds")),
+            "parameters": result.get("parameters"),
+            "series": self._federated(lines) if federated else self._continual(result),
+            "layers": self._diagnostics(lines, "round" if federated else "experience"),
+        }
+        plan = result.get("plan")
+        if plan:
+            run["plan"] = self.plans.number(_plan(plan))
+            run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
+        if evaluation := _evaluation(result.get("evaluation", {})):
+            run["evaluation"] = evaluation
+        if not federated and result.get("accuracy_matrix"):
+            run["matrix"] = [[number(value) for value in row] for row in result["accuracy_matrix"]]
+        return run
+
+    def _federated(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """Return the curves of a federated run: [number of the grid, values] by quantity."""
+        domains = dict.fromkeys(domain for line in rounds for domain in line.get("per_domain", ()))
+        found = {key: [(line["round"], line[key]) for line in rounds if key in line] for key in LEARNING}
+        found |= {
+            f"per_domain.{domain}": [
+                (line["round"], line["per_domain"][domain]) for line in rounds if domain in line.get("per_domain", ())
+            ]
+            for domain in domains
+        }
+        return self._series(found)
+
+    def _continual(self, result: Result) -> dict[str, list[Any]]:
+        """Return the curves of a continual run by experience, counted from 1."""
+        lines, matrix = result["experiences"], result["accuracy_matrix"]
+        found: dict[str, list[tuple[int, Any]]] = {}
+        if not result["data"].get("memorization"):
+            seen = [[value for value in row[: i + 1] if value is not None] for i, row in enumerate(matrix)]
+            found["average"] = [(i + 1, _mean(row)) for i, row in enumerate(seen) if row]
+            for column in range(len(matrix[0]) if matrix else 0):
+                curve = [(i + 1, row[column]) for i, row in enumerate(matrix) if row[column] is not None]
+                found[f"experience.{column}"] = curve
+        for key in PLASTICITY:
+            found[f"plasticity.{key}"] = [(line["experience"] + 1, line[key]) for line in lines if key in line]
+        for key in NETWORK:
+            found[f"plasticity.{key}"] = [
+                (line["experience"] + 1, _scalar(line["diagnostics"][key]))
+                for line in lines
+                if key in line.get("diagnostics", {})
+            ]
+        return self._series(found)
+
+    def _series(self, found: Mapping[str, Sequence[tuple[int, Any]]]) -> dict[str, list[Any]]:
+        series = {}
+        for key, points in found.items():
+            if any(value is not None for _, value in points):
+                series[key] = [self.grids.number([x for x, _ in points]), [number(y) for _, y in points]]
+        return series
+
+    def _diagnostics(self, lines: Sequence[Mapping[str, Any]], counted: str) -> dict[str, Document]:
+        """Return what was measured by layer over time: ``values[layer][time]``, of drift ``values[domain][...]``."""
+        measured = [line for line in lines if line.get("diagnostics")]
+        found = {}
+        for key in BY_LAYER:
+            tables = [line["diagnostics"].get(key) or {} for line in measured]
+            if not any(tables):
+                continue
+            domains = None
+            if any(isinstance(value, Mapping) for table in tables for value in table.values()):
+                domains = list(dict.fromkeys(domain for table in tables for domain in table))
+            slices = [[t.get(d) or {} for t in tables] for d in domains] if domains else [tables]
+            layers = list(dict.fromkeys(layer for part in slices for table in part for layer in table))
+            cube = [[[number(table.get(layer)) for table in part] for layer in layers] for part in slices]
+            found[key] = {
+                "times": self.times.number([line[counted] + (counted == "experience") for line in measured]),
+                "layers": self.layers.number(layers),
+                "values": cube if domains else cube[0],
+                **({"domains": domains} if domains else {}),
+            }
+        return found
+
+
+def number(value: Any) -> float | int | None:
+    """Return a measured value with four significant digits; None for what is unknown or not finite.
+
+    Integers stay whole.
+    """
+    if value is None or isinstance(value, int):
+        return value
+    rounded = float(f"{value:.{DIGITS}g}")
+    return rounded if math.isfinite(rounded) else None
+
+
+def _mean(values: Iterable[float]) -> float | int | None:
+    known = list(values)
+    return number(sum(known) / len(known)) if known else None
+
+
+def _scalar(value: Any) -> Any:
+    """Return a diagnostic as one number: one that was taken by layer as the mean over layers."""
+    return _mean(value.values()) if isinstance(value, Mapping) else value
+
+
+def _experiences(result: Result) -> Sequence[Mapping[str, Any]]:
+    experiences: Sequence[Mapping[str, Any]] = result["data"].get("experiences") or result.get("experiences") or ()
+    return experiences
+
+
+def _title(comparisons: Sequence[Comparison]) -> str:
+    titles = list(dict.fromkeys(comparison.title for comparison in comparisons))
+    return titles[0] if len(titles) == 1 else f"{len(titles)} comparisons"
+
+
+def _method(method: Method) -> Document:
+    return {
+        "label": method.label,
+        "baseline": method.baseline,
+        "scores": {
+            key: [of.n, number(of.mean), number(of.std), number(of.low), number(of.high)]
+            for key, of in method.scores.items()
+        },
+        "interval": next(({"method": of.method, "level": of.level} for of in method.scores.values()), None),
+        "differences": {
+            key: [of.n, number(of.mean), number(of.low), number(of.high), of.better, of.worse, of.ties]
+            for key, of in method.differences.items()
+        },
+        "rank": number(method.rank),
+        "paper": {
+            key: {
+                "value": number(of.value),
+                "std": number(of.std),
+                "source": of.source,
+                "deviation": number(of.deviation),
+            }
+            for key, of in method.paper.items()
+        },
+    }
+
+
+def _quantity(key: str, first: Result) -> Document:
+    """Return how the page offers a curve: its name, whether it is a share, and the group and view it belongs to."""
+    head, _, rest = key.partition(".")
+    if head == "per_domain":
+        return {"key": key, "label": rest, "percent": True, "group": "Domain", "view": "learning"}
+    if head == "experience":
+        titles = [str(line.get("title", "")) for line in _experiences(first)]
+        title = titles[int(rest)] if int(rest) < len(titles) else ""
+        label = f"experience {int(rest) + 1}" + (f" ({title})" if title else "")
+        return {"key": key, "label": label, "percent": True, "group": "Experience", "view": "learning"}
+    if head == "average":
+        label = "average accuracy over experiences so far"
+        return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}
+    if head == "plasticity":
+        label, share = {**PLASTICITY, **NETWORK}[rest]
+        return {"key": key, "label": label, "percent": share, "group": "All", "view": "plasticity"}
+    label, share = LEARNING[key]
+    group = "Training" if key.startswith("train") else "All"
+    return {"key": key, "label": label, "percent": share, "group": group, "view": "learning"}
+
+
+def _plan(plan: Mapping[str, Any]) -> Document:
+    """Return what travels: entries by role, and of newer records the bytes and every tensor."""
+    counts = {role: plan[role] for role in ("shared", "local", "pooled", "reset") if role in plan}
+    columns = ("key", "layer", "norm", "kind", "role", "shape", "bytes")
+    return {
+        "counts": counts,
+        "bytes_per_round": plan.get("bytes_per_round"),
+        "bytes": plan.get("bytes"),
+        "tensors": [[tensor.get(column) for column in columns] for tensor in plan.get("tensors", ())],
+    }
+
+
+def _evaluation(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+    """Return the evaluation matrix where there is more than the run's own: [what it is, accuracies by domain]."""
+    rows: list[list[Any]] = []
+    for kind, scores in evaluation.items():
+        parts = {f"{kind}, statistics of {of}": part for of, part in scores.get("under", {}).items()} or {kind: scores}
+        rows += [
+            [name, {domain: number(value) for domain, value in part["per_domain"].items()}]
+            for name, part in parts.items()
+            if "per_domain" in part
+        ]
+    return rows if len(rows) > 1 else []
+
+
+def _configuration(config: Mapping[str, Any]) -> list[list[Any]]:
+    """Return a configuration as [key, text, whether it is the default].
+
+    Without the seed, which differs between runs of one configuration, and the folder of the data, which changes no
+    number and tells of the machine.
+    """
+    defaults = _flat((ContinualConfig() if config.get("kind") == "continual" else RunConfig()).to_dict())
+    return [
+        [key, _text(value), defaults.get(key) == value]
+        for key, value in _flat(config).items()
+        if key not in ("seed", "kind", "data.dir")
+    ]
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for section, values in config.items():
+        if isinstance(values, Mapping):
+            flat |= {f"{section}.{key}": value for key, value in values.items()}
+        else:
+            flat[section] = values
+    return flat
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

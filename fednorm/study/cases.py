@@ -1,0 +1,164 @@
+"""What a study runs: the cases of its grid, and the candidates that each method chooses its hyper-parameters from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fednorm.study.grid import AnyConfig, KeyPath, Planned, checked, labels, nest, require_different
+from fednorm.study.select import best_of, kind_of, mean_score, rule
+
+Result = Mapping[str, Any]
+Table = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that a method may choose.
+
+    Attributes:
+        keys: Its hyper-parameters.
+        configs: The runs it is judged by, one a seed.
+    """
+
+    keys: Mapping[KeyPath, Any]
+    configs: tuple[AnyConfig, ...]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of the grid, before hyper-parameters are chosen.
+
+    Attributes:
+        values: Its keys, what was set for all runs left out.
+        origin: Where the study names it.
+        method: The number of the method it belongs to.
+    """
+
+    values: Table
+    origin: str
+    method: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method has chosen.
+
+    Attributes:
+        method: The method's number.
+        label: What it is called.
+        keys: The hyper-parameters chosen.
+        score: What they were chosen by, the mean over the seeds of the search, in [0, 1].
+        run: The hash of the run they were chosen by; with several seeds, that of the first.
+    """
+
+    method: int
+    label: str
+    keys: Mapping[KeyPath, Any]
+    score: float
+    run: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's runs; made by :func:`fednorm.study.study.read_study`.
+
+    Attributes:
+        name: The name of its file.
+        title: What it is called on a page.
+        about: What it is about.
+        baseline: Part of the configuration of the method that others are compared with, or None.
+        paper: Numbers of a paper, as in the file.
+        cases: The runs of the grid, before hyper-parameters are chosen.
+        overrides: Keys laid over all runs.
+        searches: What each method may choose; empty where nothing is chosen.
+        on_test: Whether hyper-parameters are chosen on test images.
+    """
+
+    name: str
+    title: str
+    about: str
+    baseline: dict[str, Any] | None
+    paper: tuple[dict[str, Any], ...]
+    cases: tuple[Case, ...]
+    overrides: Table
+    searches: tuple[tuple[Candidate, ...], ...] = ()
+    on_test: bool = False
+    configs: tuple[AnyConfig, ...] = field(init=False)
+    """The runs that are reported; empty while hyper-parameters are to be chosen."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "configs", () if self.searches else tuple(self.resolved(())))
+
+    @property
+    def search_configs(self) -> tuple[AnyConfig, ...]:
+        """Return the runs that hyper-parameters are chosen by."""
+        return tuple(config for search in self.searches for candidate in search for config in candidate.configs)
+
+    @property
+    def rule(self) -> str:
+        """Return by what hyper-parameters are chosen; empty where nothing is."""
+        kinds = dict.fromkeys(kind_of(config) for config in self.search_configs)
+        return " ".join(rule(kind, on_test=self.on_test) for kind in kinds)
+
+    @property
+    def split(self) -> str:
+        """Return the images that hyper-parameters are chosen on: ``validation``, ``test`` or ``training``."""
+        if all(kind_of(config) == "memorization" for config in self.search_configs):
+            return "training"
+        return "test" if self.on_test else "validation"
+
+    def drafts(self) -> list[AnyConfig]:
+        """Return the runs of the grid with the first hyper-parameters in place of the chosen ones."""
+        first = {number: search[0].keys for number, search in enumerate(self.searches)}
+        return [checked(case.values, nest(first.get(case.method, {})), self.overrides) for case in self.cases]
+
+    def choices(self, results: Mapping[str, Result], hopeless: Collection[str] = ()) -> list[Choice]:
+        """Return what each method has chosen; a method that cannot choose yet is left out.
+
+        Args:
+            results: Results of :attr:`search_configs` by hash.
+            hopeless: Hashes of runs that broke down by their own numbers; a configuration with one of them is not
+                chosen. One without a result for another reason makes its method wait.
+
+        Raises:
+            ConfigError: A score was not measured.
+        """
+        names = self._method_names()
+        chosen = []
+        for number, search in enumerate(self.searches):
+            standing = [
+                candidate for candidate in search if not any(config.hash in hopeless for config in candidate.configs)
+            ]
+            if not standing or not all(config.hash in results for c in standing for config in c.configs):
+                continue
+            scored = [[results[config.hash] for config in candidate.configs] for candidate in standing]
+            best = best_of(scored)
+            run = standing[best].configs[0].hash
+            chosen.append(Choice(number, names[number], standing[best].keys, mean_score(scored[best]), run))
+        return chosen
+
+    def resolved(self, choices: Iterable[Choice]) -> list[AnyConfig]:
+        """Return the runs that are reported, with the chosen hyper-parameters.
+
+        Args:
+            choices: What the methods have chosen; runs of others are left out.
+
+        Raises:
+            ConfigError: Two runs are the same.
+        """
+        chosen = {choice.method: choice.keys for choice in choices}
+        planned = [
+            Planned(checked(case.values, nest(chosen.get(case.method, {})), self.overrides), case.origin)
+            for case in self.cases
+            if case.method in chosen or not self.searches
+        ]
+        require_different(planned, self.overrides)
+        return [plan.config for plan in planned]
+
+    def _method_names(self) -> list[str]:
+        """Return what each method is called, its hyper-parameters left out."""
+        by_method = {case.method: draft for case, draft in zip(self.cases, self.drafts(), strict=True)}
+        tuned = {path for search in self.searches for candidate in search for path in candidate.keys}
+        return labels([by_method[number] for number in range(len(self.searches))], seed=False, apart_from=tuned)

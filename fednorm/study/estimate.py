@@ -1,0 +1,275 @@
+"""How long a run of either kind will take on this machine: its own steps timed, its images counted.
+
+The steps are timed on random images, so that no data is needed. The images are counted in the data folder where one is
+given and holds the data; else the published sizes of the data sets are taken, and the estimate says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from fednorm.config import DataConfig, RunConfig
+from fednorm.continual import estimate as of_streams
+from fednorm.continual.stream import Stream
+from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.continual_config import ContinualConfig
+from fednorm.data import load_federation
+from fednorm.data.benchmarks import BENCHMARKS, DIGITS_FIVE, Reader
+from fednorm.data.domain import Client, Domain, Federation, Split
+from fednorm.data.partition import deal, merged_split
+from fednorm.data.source import Rows, Source
+from fednorm.errors import DataError, canonical
+from fednorm.federated import estimate as of_rounds
+from fednorm.federated.workbench import Workbench
+from fednorm.models import model_spec
+from fednorm.norms import make_norm
+from fednorm.registry import learner_options, scenario_spec, strategy_spec
+from fednorm.rng import stream
+from fednorm.threads import torch_threads
+
+C = TypeVar("C", RunConfig, ContinualConfig)
+T = TypeVar("T")
+
+PUBLISHED: Mapping[str, tuple[int, Mapping[str, tuple[int, int]]]] = {
+    "mnist": (10, {"": (60_000, 10_000)}),
+    "usps": (10, {"": (7_291, 2_007)}),
+    "svhn": (10, {"": (73_257, 26_032)}),
+    "syn": (10, {"": (479_400, 9_553)}),
+    "mnistm": (10, {"": (59_001, 9_001)}),
+    "cifar10": (10, {"": (50_000, 10_000)}),
+    "cifar100": (100, {"": (50_000, 10_000)}),
+    "office_caltech10": (
+        10,
+        {"amazon": (766, 192), "caltech10": (898, 225), "dslr": (125, 32), "webcam": (236, 59)},
+    ),
+}
+"""Classes, and training and test images of each domain, of the published data sets; Office as FedBN splits it."""
+
+SIZES = frozenset({"threads", "width", "image_size", "batch_size", "memory_batch"})
+"""Keys whose value says how large a step is; of all other numbers only whether they are 0 enters its time."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """How long a run will take.
+
+    Attributes:
+        seconds: About so long, on a core of its own (on ``threads`` cores).
+        basis: What was timed and what was counted, for a reader.
+    """
+
+    seconds: float
+    basis: str
+
+
+class _Blank(Reader):
+    """Reads data sets of the published sizes, of random images; no file is opened."""
+
+    def held(self) -> tuple[str, ...]:
+        """Return what a folder with the published data sets would hold."""
+        return tuple(sorted(DIGITS_FIVE | {"cifar10", "cifar100", "office_caltech10"}))
+
+    def read(self, name: str) -> Source:
+        """Return a data set's labels, one class after the other, and images that overlap in memory."""
+        if name not in PUBLISHED:
+            raise DataError(
+                f"The size of data set {name!r} is not known without its files. Name their folder with --data-dir DIR "
+                "(data.dir)."
+            )
+        classes, domains = PUBLISHED[name]
+        train, test = (sum(sizes[split] for sizes in domains.values()) for split in (0, 1))
+        of_row = np.concatenate([np.repeat(list(domains), [s[i] for s in domains.values()]) for i in (0, 1)])
+        return Source(
+            name=name,
+            images=_windows(train + test, self.image_size),
+            labels=np.arange(train + test, dtype=np.int64) % classes,
+            train=np.arange(train, dtype=np.int64),
+            test=np.arange(train, train + test, dtype=np.int64),
+            files=(),
+            class_names=tuple(map(str, range(classes))),
+            domains=of_row if len(domains) > 1 else None,
+        )
+
+
+def _windows(count: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return random images, uint8, shape (count, 3, size, size), each the one before moved on by a byte.
+
+    A hundred thousand of them take the memory of a few.
+    """
+    numbers = stream(0, "estimate", "images").integers(0, 256, count + 3 * size * size, dtype=np.uint8)
+    strides = (1, size * size, size, 1)
+    return np.lib.stride_tricks.as_strided(numbers, (count, 3, size, size), strides)
+
+
+def estimate_seconds(config: RunConfig | ContinualConfig) -> Estimate:
+    """Return about how long a run will take on this machine.
+
+    Steps are timed once for all runs of a process that differ in nothing but seeds, rates, rounds and data of one image
+    size; images are counted once for all that differ in nothing but seeds and methods.
+
+    Args:
+        config: The run's configuration.
+
+    Raises:
+        FedNormError: The configuration does not fit together, or neither a folder nor a publication tells how much
+            data there is.
+    """
+    plain = config.to_dict()
+    counted = _text({key: plain.get(key) for key in ("kind", "data", "scenario", "model")})
+    timed = _text(_sizing(_whole(config)))
+    with torch_threads(config.threads):
+        if isinstance(config, ContinualConfig):
+            experiences, basis = _stream(_Like(counted, config))
+            step_rates = _step_rates(_Like(timed, config))
+            return Estimate(of_streams.total_seconds(config, experiences, step_rates), basis)
+        federation, basis = _federation(_Like(counted, config))
+        round_rates = _round_rates(_Like(timed, config))
+        return Estimate(of_rounds.total_seconds(config, federation, round_rates), basis)
+
+
+@dataclass(frozen=True)
+class _Like(Generic[C]):
+    """A configuration that stands for all with the same key, in a cache.
+
+    Attributes:
+        key: What makes them alike.
+        config: One of them.
+    """
+
+    key: str
+    config: C = field(compare=False)
+
+
+def _text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, sort_keys=True)
+
+
+def _whole(config: RunConfig | ContinualConfig) -> dict[str, Any]:
+    """Return what a step's time depends on, every option with its value."""
+    plain = config.to_dict()
+    if isinstance(config, ContinualConfig):
+        method = {"learner": config.learner.name, **asdict(learner_options(config.learner))}
+    else:
+        own = strategy_spec(config.strategy.name).options
+        method = {"strategy": config.strategy.name, **own, **config.strategy.options}
+    return {
+        "kind": config.kind,
+        "threads": config.threads,
+        "model": plain["model"],
+        "image_size": config.data.image_size or model_spec(config.model.name).input_size,
+        "norm": {"name": config.norm.name, **asdict(make_norm(config.norm.name, config.norm.options))},
+        "method": method,
+        "train": plain["train"],
+    }
+
+
+def _sizing(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with every number that does not size a step replaced by whether it is 0."""
+    kept: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            kept[key] = _sizing(value)
+        else:
+            kept[key] = bool(value) if isinstance(value, int | float) and key not in SIZES else value
+    return kept
+
+
+@cache
+def _round_rates(like: _Like[RunConfig]) -> of_rounds.Rates:
+    federation, _ = _federation(like)
+    return of_rounds.measure(Workbench(like.config, federation))
+
+
+@cache
+def _step_rates(like: _Like[ContinualConfig]) -> of_streams.Rates:
+    experiences, _ = _stream(like)
+    return of_streams.measure(ContinualWorkbench(like.config, experiences))
+
+
+@cache
+def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
+    """Return a run's clients and where their images were counted."""
+    config = like.config
+    data = replace(config.data, name=canonical(config.data.name), download=False)
+    size = data.image_size or model_spec(config.model.name).input_size
+    return _counted(
+        data,
+        lambda: load_federation(data, image_size=size, seed=config.seed),
+        lambda: _published_federation(data, size, config.seed),
+    )
+
+
+@cache
+def _stream(like: _Like[ContinualConfig]) -> tuple[Stream, str]:
+    """Return a run's experiences and where their images were counted."""
+    config, spec = like.config, scenario_spec(like.config.scenario.name)
+    data = replace(config.data, download=False)
+    size = data.image_size or model_spec(config.model.name).input_size
+    options = config.scenario.options
+
+    def published() -> Stream:
+        name = spec.data[0] if spec.data and data.name not in spec.data else data.name
+        return spec.make(_Blank(replace(data, name=name), size), config.seed, **options)
+
+    return _counted(data, lambda: spec.stream(data, image_size=size, seed=config.seed, options=options), published)
+
+
+def _counted(data: DataConfig, load: Callable[[], T], published: Callable[[], T]) -> tuple[T, str]:
+    """Return what is loaded, else what the published sizes give, and a sentence on which it is."""
+    try:
+        return load(), f"Images counted in {data.dir}." if data.dir else "Images counted in the embedded data."
+    except DataError as error:
+        try:
+            return published(), "Published sizes of the data; with its folder (--data-dir) they are counted."
+        except DataError:
+            raise error from None
+
+
+def _published_federation(data: DataConfig, size: int, seed: int) -> Federation:
+    """Return the clients that :func:`~fednorm.data.load_federation` would make of the published data sets.
+
+    A held-out domain's images are tested on and not trained on, as there.
+    """
+    loaded = BENCHMARKS[data.name].load(_Blank(data, size))
+    clients: list[Client] = []
+    for domain in loaded.domains:
+        train, test = _merged(domain) if data.merge else (domain.train, domain.test)
+        for share in deal(domain.name, train.targets.numpy(), len(test), data, seed):
+            clients.append(
+                Client(
+                    partition_id=len(clients),
+                    domain=domain.name,
+                    train=_rows(train, share.train),
+                    validation=_rows(train, share.validation),
+                    test=_rows(test, share.test),
+                )
+            )
+    return Federation(loaded.title, loaded.num_classes, size, tuple(clients))
+
+
+def _rows(split: Split, rows: Rows) -> Split:
+    return replace(split, index=split.index[torch.from_numpy(rows)])
+
+
+def _merged(domain: Domain) -> tuple[Split, Split]:
+    rows = torch.cat([domain.train.index, domain.test.index])
+    train, test = (rows[torch.from_numpy(part)] for part in merged_split(domain.train.labels[rows].numpy()))
+    return replace(domain.train, index=train), replace(domain.train, index=test)
+
+
+def seconds_at_once(runs: Iterable[float], jobs: int) -> float:
+    """Return about how long some runs take, ``jobs`` at a time: their share of the sum, and no less than the longest.
+
+    Args:
+        runs: The seconds that each takes alone.
+        jobs: Runs at a time, each on a core of its own.
+    """
+    seconds = list(runs)
+    return max([sum(seconds) / jobs, *seconds, 0.0])

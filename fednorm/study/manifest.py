@@ -1,0 +1,156 @@
+"""``study.json``: of which study the records in a folder are, which runs are reported, and how they were chosen.
+
+    {"format": 1, "study": name, "title": text, "about": text,
+     "baseline": part of a configuration or null,
+     "paper": [{"match": part of a configuration, "score": dotted key of "final", "value": share, "source": text}],
+     "selection": null or {"rule": sentence, "split": "validation", "test" or "training" (memorization),
+                           "configurations": how many each method chose from,
+                           "chosen": [{"method": label, "keys": {dotted key: value}, "score": share, "run": hash}],
+                           "diverged": {hash: reason}},   the configurations that broke down, and are not run again
+     "runs": [hash, ...], "selection_runs": [hash, ...]}
+
+The same study, called again with other settings into the same folder, adds its runs to those that are there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fednorm.errors import ConfigError, RecordError
+from fednorm.study.cases import Choice, Study
+from fednorm.study.formats import FORMAT, Unfit, manifest
+from fednorm.study.grid import AnyConfig
+from fednorm.study.results import MANIFEST
+
+Document = dict[str, Any]
+
+
+def update(
+    folder: Path,
+    study: Study,
+    choices: Sequence[Choice],
+    configs: Iterable[AnyConfig],
+    diverged: Mapping[str, str] | None = None,
+) -> Document:
+    """Write what is known of a study, beside what is there.
+
+    Args:
+        folder: The folder of records; made if it is not there.
+        study: The study.
+        choices: What its methods have chosen so far.
+        configs: The runs that are reported, as far as they are known.
+        diverged: Why runs of the search broke down by their own numbers, by hash.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        ConfigError: The folder holds another study, or this one with hyper-parameters chosen on other images.
+        RecordError: The manifest cannot be read or written.
+    """
+    with _writing(folder):
+        before = read(folder)
+        united = _united(before, _document(study, choices, configs, diverged or {}), folder)
+        part = folder / f"{MANIFEST}.part"
+        part.write_text(json.dumps(united, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, folder / MANIFEST)
+    return united
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Hold the folder's manifest: the same study may be running in two terminals, with other seeds."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".study.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+    except RecordError:
+        raise
+    except OSError as error:
+        raise RecordError(
+            f"Cannot write {folder / MANIFEST}: {error.strerror}. Choose another folder with --out."
+        ) from error
+
+
+def read(folder: Path) -> Document | None:
+    """Return the manifest in a folder, None where there is none.
+
+    Raises:
+        RecordError: It is damaged or of a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    try:
+        return manifest(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, Unfit) as error:
+        raise RecordError(
+            f"{path} does not tell which study this folder holds: {error} Where it is damaged, remove it, and the same "
+            "command writes it again, no run is lost; or choose another folder with --out."
+        ) from error
+
+
+def _document(
+    study: Study, choices: Sequence[Choice], configs: Iterable[AnyConfig], diverged: Mapping[str, str]
+) -> Document:
+    chosen = [
+        {
+            "method": choice.label,
+            "keys": {".".join(path): value for path, value in choice.keys.items()},
+            "score": choice.score,
+            "run": choice.run,
+        }
+        for choice in choices
+    ]
+    selection = {
+        "rule": study.rule,
+        "split": study.split,
+        "configurations": len(study.searches[0]) if study.searches else 0,
+        "chosen": chosen,
+        "diverged": dict(diverged),
+    }
+    return {
+        "format": FORMAT,
+        "study": study.name,
+        "title": study.title,
+        "about": study.about,
+        "baseline": study.baseline,
+        "paper": list(study.paper),
+        "selection": selection if study.searches else None,
+        "runs": [config.hash for config in configs],
+        "selection_runs": [config.hash for config in study.search_configs],
+    }
+
+
+def _united(before: Document | None, now: Document, folder: Path) -> Document:
+    """Return the manifest with what an earlier call has written; what both say is said by the later one."""
+    if before is None:
+        return now
+    if before["study"] != now["study"]:
+        raise ConfigError(
+            f"{folder} holds the study {before['study']!r}, and this is {now['study']!r}. Choose another folder with "
+            "--out."
+        )
+    old, new = before["selection"], now["selection"]
+    if old and new:
+        if old["split"] != new["split"]:
+            raise ConfigError(
+                f"{folder} holds runs whose hyper-parameters were chosen on {old['split']} images, and these would be "
+                f"chosen on {new['split']} images: one table must not mix them. Choose another folder with --out."
+            )
+        new["diverged"] = {**old.get("diverged", {}), **new["diverged"]}
+        new["chosen"] = [*new["chosen"], *(one for one in old["chosen"] if not _is_among(one, new["chosen"]))]
+    for key in ("runs", "selection_runs"):
+        now[key] = list(dict.fromkeys([*before[key], *now[key]]))
+    return {**now, "selection": new or old}
+
+
+def _is_among(choice: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> bool:
+    return any(choice["method"] == other["method"] and choice["keys"] == other["keys"] for other in others)

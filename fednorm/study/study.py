@@ -1,0 +1,286 @@
+"""A study: the runs that one TOML file stands for, chosen hyper-parameters among them.
+
+    [study]                          # optional, as all of its keys are
+    title = "Digits, five strategies"
+    about = "A sentence or two for the page."
+    baseline = { strategy = { name = "fedavg" } }    # the method that others are compared with: part of its keys
+
+    [base]                           # configuration keys that all runs share
+    kind = "federated"               # or "continual"
+    data = { name = "digits", train_per_client = 743 }
+
+    [[points]]                       # optional: methods, each a table of keys laid over the base
+    strategy.name = "fedbn"
+    [[points]]
+    strategy.name = "fedwon"
+    search = { train = { learning_rate = [0.03, 0.1], agc = [0.16, 0.64] } }
+
+    [grid]                           # lists; every combination with every point is a run
+    seed = [1, 2, 3]
+
+    [search]                         # lists of hyper-parameters that every method chooses from
+    train.learning_rate = [0.003, 0.01, 0.03, 0.1]
+
+    [select]                         # keys laid over all others while choosing
+    seed = 1                         # or a list; a configuration is judged by the mean over them
+    data.validation = 0.2
+    rounds.num_rounds = 12
+
+    [[paper]]                        # numbers of a paper, shown beside ours
+    match = { strategy = { name = "fedbn" } }        # part of the keys of the runs that they belong to
+    score = "per_domain.mnist"       # a dotted key of a result's "final"
+    value = 0.9604                   # a share in [0, 1]
+    std = 0.001                      # optional
+    source = "Table 1"
+
+*Keys.* Points lie over the base, the grid over the points, ``--set`` over everything; a key of the grid or of the
+search that is ``--set`` loses its list.
+
+*Choosing.* A method is a point with its values of the grid, but for the seed and keys that ``[select]`` fixes. Each
+runs every combination of its search lists: those of ``[search]``, its own in place of those of the same key. ``search``
+may also be several tables, ``search = [{...}, {...}]``: then it is their combinations, one table's after the other's,
+and ``[search]`` does not enter. All methods must have the same number of configurations. They are scored on validation
+images (``data.validation`` must be above 0), or on test images if the caller asks for it (``--select-on-test``); a
+memorization stream has no images to hold out and is scored by plasticity. The best by :mod:`fednorm.study.select` then
+makes the runs of the grid, scored on test images. ``--set select.KEY=VALUE`` changes the table ``[select]``; nothing
+else that is set reaches its keys or its seed, so that one choice serves all seeds.
+
+A file without ``[search]`` is a plain grid, whatever it is scored on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fednorm.config import merge, read_config
+from fednorm.errors import ConfigError
+from fednorm.study.cases import Candidate, Case, Choice, Study
+from fednorm.study.grid import (
+    AnyConfig,
+    Axis,
+    KeyPath,
+    Planned,
+    axes,
+    checked,
+    combinations,
+    flatten,
+    labels,
+    nest,
+    origin,
+    require_different,
+    without,
+)
+from fednorm.study.select import kind_of
+from fednorm.study.tables import Table, about_study, paper_number, require_sections
+
+__all__ = ["Candidate", "Case", "Choice", "Study", "make_study", "read_study"]
+
+
+def read_study(path: Path, overrides: Table | None = None, *, select_on_test: bool = False) -> Study:
+    """Read a study's file; all of its configurations are checked.
+
+    Args:
+        path: The TOML file; the module says what stands in it.
+        overrides: Nested keys laid over every run, e.g. the data folder; a table ``select`` is laid over the file's.
+        select_on_test: Whether hyper-parameters are chosen on test images.
+
+    Raises:
+        ConfigError: The file is not a study, two of its runs are the same, budgets differ, or a configuration is wrong.
+        UnknownNameError: A name is not registered.
+    """
+    return make_study(read_config(path), path.stem, overrides, select_on_test=select_on_test, where=str(path))
+
+
+def make_study(
+    document: Table,
+    name: str = "study",
+    overrides: Table | None = None,
+    *,
+    select_on_test: bool = False,
+    where: str = "The study",
+) -> Study:
+    """Make a study of the tables of a study's file; arguments and errors are those of :func:`read_study`.
+
+    Args:
+        document: The tables.
+        name: The study's name.
+        overrides: As for :func:`read_study`.
+        select_on_test: As for :func:`read_study`.
+        where: What the file is called in an error.
+    """
+    over = dict(overrides or {})
+    plan = _Plan(document, over.pop("select", {}), over, where)
+    cases = plan.cases()
+    searches = plan.searches(on_test=select_on_test) if plan.searching else ()
+    if select_on_test and not searches:
+        raise ConfigError(
+            f"{where} has no [search]: there is nothing to select, on test images (--select-on-test) or others."
+        )
+    about = plan.about
+    study = Study(
+        name=name,
+        title=str(about.get("title", name)),
+        about=str(about.get("about", "")),
+        baseline=about.get("baseline"),
+        paper=plan.paper(),
+        cases=tuple(cases),
+        overrides=over,
+        searches=searches,
+        on_test=select_on_test,
+    )
+    _require_baseline(study, where)
+    if searches:
+        _require_tested(study, where)
+    return study
+
+
+class _Plan:
+    """The tables of a study's file, on their way to cases and searches."""
+
+    def __init__(self, document: Table, select: Any, overrides: Table, where: str) -> None:
+        self.where, self.overrides = where, overrides
+        require_sections(document, where)
+        self.base: Table = document["base"]
+        self.about = about_study(document.get("study", {}), self.base, where)
+        points: Sequence[Table] = document.get("points", [{}])
+        self.shared: Table = document.get("search", {})
+        self.spaces = [_spaces(self.shared, point.get("search"), where) for point in points]
+        self.points = [{key: value for key, value in point.items() if key != "search"} for point in points]
+        self.searching = any(self.spaces)
+        if not self.searching and (document.get("select") or select):
+            raise ConfigError(f"{where} has [select], which says how hyper-parameters are chosen, and no [search].")
+        if not isinstance(select, Mapping):
+            raise ConfigError(f"select is a table: set its keys, e.g. select.seed=2; got select = {select!r}.")
+        self.select = merge(document.get("select", {}), select)
+        self.grid = without(axes(document.get("grid", {})), overrides)
+        self.document = document
+        self.methods: dict[tuple[int, str], tuple[int, dict[KeyPath, Any]]] = {}
+
+    def cases(self) -> list[Case]:
+        """Return the runs of the grid, and take down which method each belongs to."""
+        fixed = {("seed",), *flatten(self.select)}
+        cases = []
+        for number, point in enumerate(self.points):
+            for values in combinations(self.grid):
+                own = {path: value for path, value in values.items() if path not in fixed}
+                method, _ = self.methods.setdefault((number, repr(own)), (len(self.methods), own))
+                layered = merge(merge(self.base, point), nest(values))
+                cases.append(Case(layered, origin(number, self.points, values), method))
+        return cases
+
+    def searches(self, *, on_test: bool) -> tuple[tuple[Candidate, ...], ...]:
+        """Return what each method may choose, all of it checked."""
+        select = dict(self.select)
+        written = select.pop("seed", self.base.get("seed", 1))
+        seeds = axes({"seed": written if isinstance(written, list) else [written]}, "select")[0].values
+        planned: list[Planned] = []
+        searches = []
+        for (number, _), (_, own) in self.methods.items():
+            candidates = []
+            for keys in self._candidates(number):
+                values = merge(merge(merge(self.base, self.points[number]), nest(own)), self.overrides)
+                values = merge(merge(values, select), nest(keys))
+                configs = tuple(self._scored({**values, "seed": seed}, on_test) for seed in seeds)
+                said = origin(number, self.points, {**own, **keys})
+                planned += [Planned(config, f"{said} (search, seed {config.seed})") for config in configs]
+                candidates.append(Candidate(keys, configs))
+            searches.append(tuple(candidates))
+        require_different(planned, self.overrides)
+        self._require_equal_budgets(searches)
+        return tuple(searches)
+
+    def _candidates(self, point: int) -> Iterable[dict[KeyPath, Any]]:
+        """Yield the hyper-parameters that a point's methods may choose."""
+        if not self.spaces[point]:
+            yield {}
+        for space in self.spaces[point]:
+            if both := {axis.path for axis in space} & {axis.path for axis in self.grid}:
+                key = ".".join(min(both))
+                raise ConfigError(
+                    f"{self.where} has {key} in [grid] and in a search. A key is either reported for each of its "
+                    "values ([grid]) or chosen ([search])."
+                )
+            yield from combinations(without(space, self.overrides))
+
+    def _scored(self, values: Table, on_test: bool) -> AnyConfig:
+        """Return the configuration of a run that hyper-parameters are chosen by."""
+        wanted = "test" if on_test else "validation"
+        config = checked(values)
+        kind = kind_of(config)
+        if kind == "memorization":
+            return config
+        asked = flatten(self.select).get(("evaluate", "split"), wanted)
+        if asked != wanted:
+            raise ConfigError(
+                f"{self.where} asks in [select] for evaluate.split = {asked!r}, and hyper-parameters are chosen on "
+                f"{wanted} images. Leave it out; choosing on test images takes --select-on-test."
+            )
+        if not on_test and not config.data.validation:
+            raise ConfigError(
+                f"{self.where} has a search, which is scored on validation images, and none are held back. Set "
+                "data.validation, e.g. to 0.2, in [select] or in [base]; or choose on test images with "
+                "--select-on-test."
+            )
+        if kind == "continual" and flatten(values).get(("evaluate", "experiences")) == "current":
+            raise ConfigError(
+                f"{self.where} chooses by the average accuracy after the last experience, and evaluate.experiences is "
+                "'current'. Set it to 'seen' or 'all'."
+            )
+        return checked(values, {"evaluate": {"split": wanted}})
+
+    def _require_equal_budgets(self, searches: Sequence[Sequence[Candidate]]) -> None:
+        counts = [len(search) for search in searches]
+        if len(set(counts)) > 1:
+            tuned = {path for search in searches for candidate in search for path in candidate.keys}
+            tuned |= flatten(self.overrides).keys()
+            names = labels([search[0].configs[0] for search in searches], seed=False, apart_from=tuned)
+            told = ", ".join(f"{count} for {name}" for name, count in zip(names, counts, strict=True))
+            raise ConfigError(
+                f"{self.where} must let every method choose among the same number of configurations; there are {told}. "
+                "Give the others as many values in their search; a key that is set for all (--set) has no list."
+            )
+
+    def paper(self) -> tuple[dict[str, Any], ...]:
+        """Return the numbers of the paper, checked."""
+        return tuple(
+            paper_number(entry, number, self.base, self.where)
+            for number, entry in enumerate(self.document.get("paper", []), start=1)
+        )
+
+
+def _spaces(shared: Table, own: Any, where: str) -> list[list[Axis]]:
+    """Return the spaces that a point's methods choose from, lists each; none where nothing is chosen."""
+    if own is None:
+        return [axes(shared, "search")] if shared else []
+    if isinstance(own, Mapping):
+        return [axes(merge(shared, own), "search")]
+    if isinstance(own, list) and own and all(isinstance(table, Mapping) and table for table in own):
+        return [axes(table, "search") for table in own]
+    raise ConfigError(f"{where}: a point's search is a table of lists, or several of them; got {own!r}.")
+
+
+def _require_baseline(study: Study, where: str) -> None:
+    """Refuse a baseline that no run is of; what was set for this call alone may leave it out."""
+    wanted = flatten(study.baseline or {})
+    if not wanted or wanted.keys() & flatten(study.overrides).keys():
+        return
+    for config in study.configs or study.drafts():
+        if wanted.items() <= flatten(config.to_dict()).items():
+            return
+    told = ", ".join(f"{'.'.join(path)} = {value!r}" for path, value in wanted.items())
+    raise ConfigError(
+        f"{where}: no run of the study is of its baseline ({told}). Name keys that one method has and others have not; "
+        "options at their default are left out."
+    )
+
+
+def _require_tested(study: Study, where: str) -> None:
+    """Refuse to report what was chosen on the images it was chosen on."""
+    for config in study.drafts():
+        if kind_of(config) != "memorization" and config.evaluate.split != "test":
+            raise ConfigError(
+                f"{where} has a search, so its runs are reported on test images, and evaluate.split is "
+                f"{config.evaluate.split!r}. Leave it out: the search is scored on validation images by itself."
+            )
