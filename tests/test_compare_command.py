@@ -136,7 +136,7 @@ def test_a_dry_run_lists_runs_with_their_time_and_runs_nothing(
     assert all(len(run["hash"]) == 12 for run in document["selection_runs"])
     assert document["estimated_seconds"] == (600 + 4 * 100) / 2
     assert (document["jobs"], document["study"], document["out"]) == (2, "study", "runs/study")
-    assert call(dry_run=True, as_json=True, jobs=9)[1]["estimated_seconds"] == 200  # no less than the longest
+    assert call(dry_run=True, as_json=True, jobs=9)[1]["estimated_seconds"] == 100 + 200  # the longest of each
 
     _, text, _ = call(dry_run=True, markdown=True, jobs=2)
     assert "| fedbn, seed 2 | to be chosen | 3 min |" in text

@@ -50,13 +50,15 @@ def test_the_wheel_holds_three_packages(names: list[str]) -> None:
 
 
 def test_the_wheel_holds_what_is_read_at_run_time(names: list[str]) -> None:
-    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "fednorm/study/recipes").glob("*.toml")}
+    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "fednorm/recipes").glob("*.toml")}
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+    assets = {str(path.relative_to(ROOT)) for path in (ROOT / "fednorm/report/assets").iterdir()}
     assert recipes
-    assert recipes | modules | {"fednorm/py.typed"} <= set(names)
+    assert assets
+    assert recipes | assets | modules | {"fednorm/py.typed"} <= set(names)
 
 
 def test_the_wheel_holds_nothing_else(names: list[str]) -> None:
     for name in names:
         assert not {"tests", "shared", "runs", "golden", "__pycache__"} & set(name.split("/"))
-        assert ".dist-info/" in name or name.endswith((".py", ".toml", "py.typed"))
+        assert ".dist-info/" in name or name.endswith((".py", ".toml", ".js", ".css", ".j2", "py.typed"))

@@ -81,7 +81,7 @@ def test_a_papers_numbers_belong_to_runs(name: str) -> None:
 
 
 def test_the_papers_that_give_numbers_have_them() -> None:
-    assert {name for name in recipe_names() if study_of(name).paper} == set(PAPERS)
+    assert set(PAPERS) <= {name for name in recipe_names() if study_of(name).paper}
 
 
 def test_office_numbers_are_whole_images_and_their_means() -> None:

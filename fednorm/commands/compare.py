@@ -172,7 +172,8 @@ def _show_plan(study: Study, folder: Path, jobs: int, *, markdown: bool, as_json
     searched = _listed(study.search_configs, folder, diverged=diverged)
     configs, final = _known(study, folder, diverged)
     listed = _listed(configs, folder, final=final)
-    total = _total([*searched, *listed], jobs)
+    parts = [_total(part, jobs) for part in (searched, listed)]  # the one begins when the other has ended
+    total = None if None in parts else sum(part for part in parts if part is not None)
     if as_json:
         return print_json(
             {
@@ -235,10 +236,12 @@ def _estimated(config: AnyConfig, label: str, final: bool) -> _Listed:
 
 
 def _total(runs: Iterable[_Listed], jobs: int) -> float | None:
-    """Return about how long runs take, so many at a time: their share of the sum, and no less than the longest."""
+    """Return about how long runs take, so many at a time; None if that of one is not known."""
+    from fednorm.study.estimate import seconds_at_once
+
     seconds = [run.seconds for run in runs]
     known = [value for value in seconds if value is not None]
-    return max([sum(known) / jobs, *known, 0.0]) if len(known) == len(seconds) else None
+    return seconds_at_once(known, jobs) if len(known) == len(seconds) else None
 
 
 def _bases(runs: Iterable[_Listed]) -> list[str]:

@@ -1,4 +1,4 @@
-"""``fednorm demo``: three strategies on embedded digits, then streams of them; a table each."""
+"""``fednorm demo``: three strategies on embedded digits, then streams of them; tables, and a page of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from fednorm.commands.report import show, tables
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
 from fednorm.registry import resolve_config, resolve_continual
+from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
+from fednorm.study.results import Loaded
 
 STRATEGIES = ("fedavg", "fedbn", "fedwon")
 LEARNING_RATE = 0.03
@@ -82,5 +84,8 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
         return print_json({"results": results})
     for table in tables(results):
         show(table)
-    out().print(f"records: {Path(results[0]['run']).parent}", markup=False, soft_wrap=True)
+    folder = Path(results[0]["run"]).parent
+    write_page(folder / "page.html", Loaded(results, [], []))
+    out().print(f"page: {folder / 'page.html'}", markup=False, soft_wrap=True)
+    out().print(f"records: {folder}", markup=False, soft_wrap=True)
     return None

@@ -23,7 +23,7 @@ from fednorm.continual_config import ContinualConfig
 from fednorm.data import load_federation
 from fednorm.data.benchmarks import BENCHMARKS, DIGITS_FIVE, Reader
 from fednorm.data.domain import Client, Domain, Federation, Split
-from fednorm.data.partition import deal, merged_split
+from fednorm.data.partition import Share, deal, draw_test, merged_split
 from fednorm.data.source import Rows, Source
 from fednorm.errors import DataError, canonical
 from fednorm.federated import estimate as of_rounds
@@ -34,7 +34,6 @@ from fednorm.registry import learner_options, scenario_spec, strategy_spec
 from fednorm.rng import stream
 from fednorm.threads import torch_threads
 
-C = TypeVar("C", RunConfig, ContinualConfig)
 T = TypeVar("T")
 
 PUBLISHED: Mapping[str, tuple[int, Mapping[str, tuple[int, int]]]] = {
@@ -127,24 +126,24 @@ def estimate_seconds(config: RunConfig | ContinualConfig) -> Estimate:
     with torch_threads(config.threads):
         if isinstance(config, ContinualConfig):
             experiences, basis = _stream(_Like(counted, config))
-            step_rates = _step_rates(_Like(timed, config))
+            step_rates = _step_rates(_Like(timed, (config, experiences)))
             return Estimate(of_streams.total_seconds(config, experiences, step_rates), basis)
         federation, basis = _federation(_Like(counted, config))
-        round_rates = _round_rates(_Like(timed, config))
+        round_rates = _round_rates(_Like(timed, (config, federation)))
         return Estimate(of_rounds.total_seconds(config, federation, round_rates), basis)
 
 
 @dataclass(frozen=True)
-class _Like(Generic[C]):
-    """A configuration that stands for all with the same key, in a cache.
+class _Like(Generic[T]):
+    """Something that stands for all with the same key, in a cache.
 
     Attributes:
         key: What makes them alike.
-        config: One of them.
+        one: One of them.
     """
 
     key: str
-    config: C = field(compare=False)
+    one: T = field(compare=False)
 
 
 def _text(values: Mapping[str, Any]) -> str:
@@ -182,21 +181,19 @@ def _sizing(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def _round_rates(like: _Like[RunConfig]) -> of_rounds.Rates:
-    federation, _ = _federation(like)
-    return of_rounds.measure(Workbench(like.config, federation))
+def _round_rates(like: _Like[tuple[RunConfig, Federation]]) -> of_rounds.Rates:
+    return of_rounds.measure(Workbench(*like.one))
 
 
 @cache
-def _step_rates(like: _Like[ContinualConfig]) -> of_streams.Rates:
-    experiences, _ = _stream(like)
-    return of_streams.measure(ContinualWorkbench(like.config, experiences))
+def _step_rates(like: _Like[tuple[ContinualConfig, Stream]]) -> of_streams.Rates:
+    return of_streams.measure(ContinualWorkbench(*like.one))
 
 
 @cache
 def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
     """Return a run's clients and where their images were counted."""
-    config = like.config
+    config = like.one
     data = replace(config.data, name=canonical(config.data.name), download=False)
     size = data.image_size or model_spec(config.model.name).input_size
     return _counted(
@@ -209,7 +206,7 @@ def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
 @cache
 def _stream(like: _Like[ContinualConfig]) -> tuple[Stream, str]:
     """Return a run's experiences and where their images were counted."""
-    config, spec = like.config, scenario_spec(like.config.scenario.name)
+    config, spec = like.one, scenario_spec(like.one.scenario.name)
     data = replace(config.data, download=False)
     size = data.image_size or model_spec(config.model.name).input_size
     options = config.scenario.options
@@ -233,15 +230,13 @@ def _counted(data: DataConfig, load: Callable[[], T], published: Callable[[], T]
 
 
 def _published_federation(data: DataConfig, size: int, seed: int) -> Federation:
-    """Return the clients that :func:`~fednorm.data.load_federation` would make of the published data sets.
-
-    A held-out domain's images are tested on and not trained on, as there.
-    """
+    """Return the clients that :func:`~fednorm.data.load_federation` would make of the published data sets."""
     loaded = BENCHMARKS[data.name].load(_Blank(data, size))
     clients: list[Client] = []
-    for domain in loaded.domains:
+    for domain in sorted(loaded.domains, key=lambda domain: domain.name == data.held_out):
         train, test = _merged(domain) if data.merge else (domain.train, domain.test)
-        for share in deal(domain.name, train.targets.numpy(), len(test), data, seed):
+        held_out = domain.name == data.held_out
+        for share in _shares(domain.name, train, len(test), data, seed):
             clients.append(
                 Client(
                     partition_id=len(clients),
@@ -249,9 +244,18 @@ def _published_federation(data: DataConfig, size: int, seed: int) -> Federation:
                     train=_rows(train, share.train),
                     validation=_rows(train, share.validation),
                     test=_rows(test, share.test),
+                    held_out=held_out,
                 )
             )
     return Federation(loaded.title, loaded.num_classes, size, tuple(clients))
+
+
+def _shares(domain: str, train: Split, num_test: int, data: DataConfig, seed: int) -> list[Share]:
+    """Return who holds what of a domain; one client that only tests, where it is held out."""
+    if domain != data.held_out:
+        return deal(domain, train.targets.numpy(), num_test, data, seed)
+    none = np.empty(0, dtype=np.int64)
+    return [Share(none, none, draw_test(domain, num_test, data, seed))]
 
 
 def _rows(split: Split, rows: Rows) -> Split:

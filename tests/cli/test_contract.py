@@ -90,7 +90,7 @@ def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> No
         ("models", list(MODELS)),
         ("data", list(BENCHMARKS)),
         ("scenarios", list(scenario_names())),
-        ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "study/recipes").glob("*.toml"))),
+        ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "recipes").glob("*.toml"))),
     ],
 )
 def test_list_names_everything(what: str, names: list[str], call: Call) -> None:

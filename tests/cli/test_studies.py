@@ -154,9 +154,12 @@ def test_demo_ends_in_a_table_and_the_path_of_the_records(call: Call, tmp_path: 
         rows = [row for row in outcome.out.splitlines() if f" + {r['config']['norm']['name']} " in row]
         assert any(f" {100 * r['final']['train_accuracy']:.1f} " in row for row in rows)
     for r in results:
-        row = next(line for line in outcome.out.splitlines() if line.startswith(r["config"]["strategy"]["name"] + " "))
+        rows = [line for line in outcome.out.splitlines() if line.startswith(r["config"]["strategy"]["name"] + " ")]
+        row = rows[1]  # the first is the comparison's
         numbers = row.replace("│", " ").split()[1:]
         scores = [*r["final"]["per_domain"].values(), r["final"]["mean"], r["final"]["worst"]]
         assert numbers[:-2] == [f"{100 * score:.1f}" for score in scores]
-    assert outcome.out.splitlines()[-1] == f"records: {tmp_path / 'runs' / 'demo'}"
+    folder = tmp_path / "runs" / "demo"
+    assert outcome.out.splitlines()[-2:] == [f"page: {folder / 'page.html'}", f"records: {folder}"]
+    assert all(r["hash"] in (folder / "page.html").read_text() for r in (*results, *streams))
     refused(call("demo", "--rounds", "0"), "rounds.num_rounds must be at least 1; got 0")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fednorm.config import merge
+from fednorm.config import DataConfig, merge
 from fednorm.continual import estimate as of_streams
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.data import load_federation
@@ -198,11 +198,27 @@ def test_sizes_that_nobody_knows_are_refused(tmp_path: Path) -> None:
         estimate_seconds(resolve({"data": {"name": "folders", "domains": ["mine"], "dir": str(tmp_path / "no")}}))
 
 
-def test_nothing_is_downloaded(rounds_cost: Callable[..., list[Workbench]], tmp_path: Path) -> None:
+def test_nothing_is_downloaded(
+    rounds_cost: Callable[..., list[Workbench]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = []
+
+    def load(data: DataConfig, **_: Any) -> Any:
+        asked.append(data.download)
+        raise DataError("not there")
+
+    monkeypatch.setattr(estimate, "load_federation", load)
     rounds_cost(train=1.0)
     config = resolve({"data": {"name": "cifar10", "dir": str(tmp_path), "download": True}, "model": {"name": "mlp"}})
     assert estimate_seconds(config).seconds == 10 * 50_000
-    assert list(tmp_path.iterdir()) == []
+    assert asked == [False]
+
+
+def test_a_held_out_domain_is_scored_and_not_trained_on(rounds_cost: Callable[..., list[Workbench]]) -> None:
+    timed = rounds_cost(train=1.0, test=1000.0)
+    held_out = {"data": {"held_out": "amazon", "clients_per_domain": 2, "train_per_client": 31}}
+    assert seconds(OFFICE, rounds={"num_rounds": 1}, **held_out) == 3 * 62 + 508_000
+    assert [client.domain for client in timed[0].federation.clients][-2:] == ["webcam", "amazon"]
 
 
 # Timed ----------------------------------------------------------------------------------------------------------------

@@ -202,3 +202,31 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
     folder, watch = go_on(values, tmp_path)
     assert watch.rounds == [3, 4]
     assert written(folder) == whole(values)
+
+
+class Stop:
+    """Stops a run after its first round."""
+
+    def begin(self, *_: Any) -> None:
+        pass
+
+    def round(self, _: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_other_data_than_the_checkpoints_are_refused_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = resolve_config(
+        {"data": {"train_per_client": 16, "test_per_domain": 10}, "model": {"width": 4}, "rounds": {"num_rounds": 2}}
+    )
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, runs=tmp_path, observer=Stop())
+    folder = next(tmp_path.iterdir())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("fednorm.data.domain.Federation.digest", lambda _: "0123456789abcdef")
+        with pytest.raises(RecordError, match=r"trained on other data: .* 0123456789abcdef.*--data-dir"):
+            simulate(config, runs=tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [line["round"] for line in simulate(config, runs=tmp_path)["rounds"]] == [1, 2]
