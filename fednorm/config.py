@@ -192,6 +192,8 @@ class EvaluateConfig:
             without any: ``refuse``, ``averaged``, ``pooled`` or ``reestimated``.
         split: The images that are scored: ``test``, or ``validation`` for choosing hyper-parameters.
         batch_size: Images a forward pass.
+        diagnostics: Whether evaluated rounds tell how clients' running statistics drift and how the weights stand; for
+            it, clients that keep their statistics are asked for them.
     """
 
     kinds: tuple[str, ...] = ("own",)
@@ -199,6 +201,7 @@ class EvaluateConfig:
     fallback: str = "refuse"
     split: str = "test"
     batch_size: int = 64
+    diagnostics: bool = True
 
     def __post_init__(self) -> None:
         for kind in self.kinds:

@@ -10,6 +10,8 @@ Messages:
 * ``query.describe``: partition id, domain, numbers of images.
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
+* ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
+  record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
 A client that has never trained evaluates with freshly initialised local tensors whose statistics are first estimated
 on its own training images; it keeps nothing of that.
@@ -20,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
@@ -82,6 +84,16 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
         if LOCAL_RECORD in context.state.array_records:
             reply["arrays"] = context.state.array_records[LOCAL_RECORD]
+        return Message(reply, reply_to=message)
+
+    @app.query("statistics")
+    def statistics(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+        if LOCAL_RECORD in context.state.array_records:
+            own = context.state.array_records[LOCAL_RECORD]
+            keys = (key for pair in bench.plan.moments() for key in pair)
+            reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
         return Message(reply, reply_to=message)
 
     return app

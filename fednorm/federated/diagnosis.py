@@ -1,7 +1,8 @@
 """What a round did to the network: how far clients' statistics are from the joint ones, and how its weights stand.
 
 Made in rounds that are evaluated. Statistics that travel are taken from the clients' replies; those that stay on the
-clients are asked for (``query.local``), for the record and not for training: the bytes of it are in no count.
+clients are asked for (``query.statistics``), for the record and not for training: the bytes of it are in no count.
+``evaluate.diagnostics = false`` leaves all of it out.
 """
 
 from __future__ import annotations
@@ -124,9 +125,9 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
 
 
 def _ask(grid: Grid, nodes: Iterable[Node]) -> dict[int, dict[str, Tensor]]:
-    """Return what each client keeps, by partition id; a client that does not answer is left out."""
+    """Return the statistics that each client keeps, by partition id; a client that does not answer is left out."""
     by_id = {node.node_id: node for node in nodes}
-    messages = [Message(RecordDict(), dst_node_id=node_id, message_type="query.local") for node_id in by_id]
+    messages = [Message(RecordDict(), dst_node_id=node_id, message_type="query.statistics") for node_id in by_id]
     return {
         by_id[reply.metadata.src_node_id].partition_id: unpack(reply.content.array_records["arrays"])
         for reply in grid.send_and_receive(messages)

@@ -177,7 +177,7 @@ class _Journal:
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
         line = round_line(report)
-        if report.evaluate:
+        if report.evaluate and self._bench.config.evaluate.diagnostics:
             line["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         self.lines.append(line)
         if self._record:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,16 +22,6 @@ def kind_of(result: Result) -> str:
 def scored_on(result: Result) -> tuple[str, str, str]:
     """Return kind, title of the data, and split: results that differ in them never stand in one table."""
     return kind_of(result), result["data"]["title"], result["config"]["evaluate"]["split"]
-
-
-def order_of(result: Result) -> tuple[Any, ...]:
-    """Return where a result stands: federated first; by method, then by its settings, then by seed."""
-    config = result["config"]
-    sections = ("learner" if kind_of(result) == "continual" else "strategy", "norm")
-    methods = (json.dumps(config[section], sort_keys=True) for section in sections)
-    train = config["train"]
-    continual = kind_of(result) == "continual"
-    return continual, *methods, train["learning_rate"], train["agc"], config["seed"], scored_on(result)
 
 
 def name_of(result: Result) -> str:

@@ -37,6 +37,7 @@ from torch import Tensor
 from fednorm.config import RunConfig
 from fednorm.continual_config import ContinualConfig
 from fednorm.errors import RecordError
+from fednorm.study.formats import Unfit, migrated
 
 Tensors = dict[str, Tensor]
 
@@ -47,13 +48,6 @@ CHECKPOINT_VERSION = 1
 
 LINES: Mapping[str, str] = {"federated": "rounds.jsonl", "continual": "experiences.jsonl"}
 """The file of a record that grows while a run goes, by kind."""
-
-_COMMON = frozenset({"hash", "config", "data", "final", "seconds"})
-NEEDED: Mapping[str, frozenset[str]] = {
-    "federated": _COMMON | {"rounds", "evaluation"},
-    "continual": _COMMON | {"experiences", "accuracy_matrix"},
-}
-"""Keys without which no table can be made of a result, by kind."""
 
 
 @dataclass
@@ -326,10 +320,18 @@ class RunRecord:
         """Return the result of a finished run, or None.
 
         Raises:
-            RecordError: The file is damaged.
+            RecordError: The file is damaged, or of a newer version of fednorm.
         """
         path = self.folder / "result.json"
-        return {**read_result(path), "run": str(self.folder)} if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            result = migrated(json.loads(path.read_text(encoding="utf-8")), self.folder)
+        except (OSError, ValueError, RecursionError, Unfit) as error:
+            raise RecordError(
+                f"{path} is not a result: {str(error).rstrip('.')}. Remove it, and the run is made again."
+            ) from error
+        return {**result, "run": str(self.folder)}
 
     def _save_tensors(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> None:
         with self._replacing(name) as part:
@@ -363,28 +365,3 @@ class RunRecord:
                 f"Cannot {what} in {self.folder}: {reason}. What was written before is whole. Free some space or "
                 "choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
             ) from error
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """Return a file of results: a run's ``result.json``, or summaries of several under ``results``.
-
-    Raises:
-        RecordError: The file cannot be read, or is no JSON document of that kind.
-    """
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{path} is not a result: {error}.") from error
-    results = document.get("results", [document]) if isinstance(document, dict) else None
-    if not isinstance(results, list) or not all(map(_is_result, results)):
-        needed = "; ".join(f"{', '.join(sorted(keys))} ({kind})" for kind, keys in NEEDED.items())
-        raise RecordError(
-            f"{path} is not a result: it needs the keys {needed}. Give a record's folder, a folder "
-            "of records, or a summary that 'fednorm report --summary' wrote; where a result.json is damaged, remove "
-            "it, and the run is made again."
-        )
-    return dict(document)
-
-
-def _is_result(result: Any) -> bool:
-    return isinstance(result, dict) and result.keys() >= NEEDED.get(result.get("kind", "federated"), {"kind of result"})

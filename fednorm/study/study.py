@@ -72,8 +72,8 @@ from fednorm.study.grid import (
     require_different,
     without,
 )
+from fednorm.study.sections import Table, about_study, paper_number, require_sections
 from fednorm.study.select import kind_of
-from fednorm.study.tables import Table, about_study, paper_number, require_sections
 
 __all__ = ["Candidate", "Case", "Choice", "Study", "make_study", "read_study"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord
 
+import fednorm
 from fednorm.federated.diagnosis import ClientStatistics, diagnose, drift_by_domain
 from fednorm.federated.strategy import RoundReport
 from fednorm.federated.wire import unpack
@@ -110,9 +111,26 @@ def test_clients_of_one_domain_are_averaged_and_a_missing_one_is_left_out() -> N
     assert heavy["a"]["1"] < heavy["b"]["1"]
 
 
+def test_clients_give_their_statistics_and_nothing_else(make_site: Make) -> None:
+    site = make_site("fedbn")
+    assert "arrays" not in site.tell(0, "query.statistics").array_records  # it has never trained
+    run(site)
+    told = unpack(site.tell(0, "query.statistics").array_records["arrays"])
+    assert set(told) == {f"{layer}.{name}" for layer in LAYERS for name in ("running_mean", "running_var")}
+    assert set(site.kept(0)) > set(told)
+
+
 def test_diagnosing_changes_no_number(make_site: Make) -> None:
     watched, plain = make_site("silobn"), make_site("silobn")
     arrays = run(watched, rounds=2)[-1][1]
     silent = plain.strategy.start(plain.grid, plain.strategy.initial_arrays(plain.bench.model), num_rounds=2).arrays
     for key, tensor in unpack(silent).items():
         assert torch.equal(tensor, unpack(arrays)[key]), key
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_diagnostics_can_be_left_out(wanted: bool) -> None:
+    small = {"data": {"train_per_client": 8, "test_per_domain": 5}, "model": {"width": 4}}
+    config = {**small, "evaluate": {"diagnostics": wanted}}
+    result = fednorm.federated(strategy="fedbn", rounds=1, config=config)
+    assert ("diagnostics" in result["rounds"][0]) is wanted

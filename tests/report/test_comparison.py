@@ -21,7 +21,6 @@ from fednorm.report.comparison import (
     comparisons,
     kind_of,
     matches,
-    order_of,
     paper_table,
     score_of,
     scored_on,
@@ -477,14 +476,8 @@ def test_matching_a_nested_subset() -> None:
     assert not matches(result, {"seed": 1})
 
 
-def test_order_is_by_kind_method_settings_and_seed(stream_result: Make) -> None:
-    results = [
-        *fed("fedavg", [0.5, 0.5], train={"learning_rate": 0.01}),
-        *fed("fedavg", [0.5], train={"learning_rate": 0.1}),
-        *fed("fedbn", [0.5]),
-        stream_result(),
-    ]
-    assert sorted([results[2], results[4], results[1], results[3], results[0]], key=order_of) == results
+def test_kinds_are_told_apart(stream_result: Make) -> None:
+    results = [*fed("fedbn", [0.5]), stream_result()]
     assert [kind_of(result) for result in results[-2:]] == ["federated", "continual"]
     assert scored_on(results[0]) == ("federated", "digits (a, b)", "test")
 

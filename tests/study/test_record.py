@@ -435,6 +435,7 @@ LEAVES: dict[str, Any] = {
     "evaluate.fallback": "pooled",
     "evaluate.split": "validation",
     "evaluate.batch_size": 32,
+    "evaluate.diagnostics": False,
 }
 
 ELSEWHERE: dict[str, Any] = {"data.dir": "/elsewhere", "data.download": True, "rounds.checkpoint_every": 7}

@@ -240,9 +240,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[AnyConfig]:
         if rate == 8:
             raise ZeroDivisionError("ours")
         observer.round({"round": 1, "mean": rate})
+        scores = {"per_domain": {"none": rate}, "mean": rate, "worst": rate}
         result = {
-            **{"kind": "federated", "hash": config.hash, "config": config.to_dict(), "data": {"title": "none"}},
-            **{"rounds": [], "evaluation": {}, "seconds": 1.0, "final": {"mean": rate}},
+            **{"kind": "federated", "hash": config.hash, "config": config.to_dict(), "seconds": 1.0},
+            **{"data": {"title": "none", "notes": []}, "rounds": [{"round": 1, "bytes_down": 0, "bytes_up": 0}]},
+            **{"evaluation": {"own": scores}, "final": {**scores, "round": 1, "selection": "test images"}},
         }
         record = RunRecord(runs, config)
         record.prepare()
