@@ -24,7 +24,7 @@ from fednorm.registry import (
     strategy_spec,
 )
 from fednorm.spec import Citation
-from fednorm.study.recipes import recipe_names
+from fednorm.study.recipes import find_study, recipe_names
 
 Row = dict[str, Any]
 
@@ -62,6 +62,11 @@ def _data() -> list[Row]:
     return [{"name": b.name, "summary": b.summary, "note": b.note} for b in BENCHMARKS.values()]
 
 
+def _studies() -> list[Row]:
+    about = {name: configuration.read_config(find_study(name)).get("study", {}) for name in recipe_names()}
+    return [{"name": name, "summary": table.get("title", "")} for name, table in about.items()]
+
+
 LISTS: Mapping[str, Callable[[], list[Row]]] = {
     "norms": _norms,
     "strategies": _strategies,
@@ -69,7 +74,7 @@ LISTS: Mapping[str, Callable[[], list[Row]]] = {
     "data": _data,
     "scenarios": _scenarios,
     "learners": _learners,
-    "studies": lambda: [{"name": name} for name in recipe_names()],
+    "studies": _studies,
 }
 
 
