@@ -16,12 +16,10 @@ from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import AnyConfig, labels
-from fednorm.study.recipes import find_study, recipe_names
+from fednorm.study.recipes import find_study
 from fednorm.study.record import RunRecord
 from fednorm.study.runner import StudyOutcome, default_jobs, execute
 from fednorm.study.study import read_study
-
-__all__ = ["find_study", "recipe_names", "run_compare"]
 
 
 def run_compare(

@@ -165,16 +165,19 @@ def settings(result: Result) -> dict[str, Any]:
     """
     config = result["config"]
     defaults = ContinualConfig() if config.get("kind") == "continual" else RunConfig()
-    flat = {**_flat(defaults.to_dict()), **_flat(config)}
-    return {key: value for key, value in flat.items() if key not in IMMATERIAL}
+    keys = {**flat(defaults.to_dict()), **flat(config)}
+    return {key: value for key, value in keys.items() if key not in IMMATERIAL}
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, values in config.items():
-        inner = values.items() if isinstance(values, Mapping) else (("", values),)
-        flat |= {f"{section}.{key}".rstrip("."): value for key, value in inner}
-    return flat
+def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return nested tables as dotted keys; ``options`` stand beside their method's name."""
+    keys: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            keys |= flat(value, before if key == "options" else f"{before}{key}.")
+        else:
+            keys[f"{before}{key}"] = value
+    return keys
 
 
 def _difference(result: Result, others: Sequence[Result]) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 
 from fednorm.errors import unknown_name
 from fednorm.report import stream_table
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, percent, settings
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, percent, settings
 from fednorm.report.grouping import (
     covers,
     data_settings,
-    flat,
     kind_of,
     matches,
     name_of,

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fednorm.report import table
-from fednorm.report._common import Result, by_method
+from fednorm.report._common import Result, by_method, flat
 from fednorm.report.grouping import kind_of, name_of, scored_on
 
 if TYPE_CHECKING:
@@ -112,14 +112,9 @@ def _scores(result: Result) -> dict[str, Any]:
     return {**final, **domains, **told}
 
 
-def _settings(config: Mapping[str, Any], place: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _settings(value, f"{place}{key}.")
-        else:
-            flat[f"{place}{key}"] = ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return flat
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = flat(config).items()
+    return {key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in keys}
 
 
 def _sorted(names: Iterator[str]) -> list[str]:

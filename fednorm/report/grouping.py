@@ -8,7 +8,7 @@ from typing import Any
 
 from fednorm.errors import ConfigError, canonical
 from fednorm.report import stream_table, table
-from fednorm.report._common import Result, settings
+from fednorm.report._common import Result, flat, settings
 
 SECTIONS_OF_DATA = ("data.", "scenario.")
 """Settings that say which data a run has; where they differ, methods are not paired, nor ranked together."""
@@ -160,17 +160,6 @@ def _images(result: Result, own: Mapping[str, Any]) -> dict[str, int]:
             place = f"{line.get('domain')} {name}" if federated else name
             counts[place] = counts.get(place, 0) + sum(line.get(split, 0) for split in splits)
     return counts
-
-
-def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return nested tables as dotted keys; ``options`` stand beside their method's name."""
-    keys: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            keys |= flat(value, before if key == "options" else f"{before}{key}.")
-        else:
-            keys[f"{before}{key}"] = value
-    return keys
 
 
 def _plain(key: str, value: Any) -> Any:

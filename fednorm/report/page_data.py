@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.config import RunConfig
 from fednorm.continual_config import ContinualConfig
-from fednorm.report._common import Result, evenly
+from fednorm.report._common import Result, evenly, flat
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
 
@@ -380,22 +380,12 @@ def _configuration(config: Mapping[str, Any]) -> list[list[Any]]:
     Without the seed, which differs between runs of one configuration, and the folder of the data, which changes no
     number and tells of the machine.
     """
-    defaults = _flat((ContinualConfig() if config.get("kind") == "continual" else RunConfig()).to_dict())
+    defaults = flat((ContinualConfig() if config.get("kind") == "continual" else RunConfig()).to_dict())
     return [
         [key, _text(value), defaults.get(key) == value]
-        for key, value in _flat(config).items()
+        for key, value in flat(config).items()
         if key not in ("seed", "kind", "data.dir")
     ]
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, values in config.items():
-        if isinstance(values, Mapping):
-            flat |= {f"{section}.{key}": value for key, value in values.items()}
-        else:
-            flat[section] = values
-    return flat
 
 
 def _text(value: Any) -> str:
