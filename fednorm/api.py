@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fednorm.config import merge
-from fednorm.continual_config import ONLINE, require_online
+from fednorm.config import ONLINE, merge, require_online, resolve
 from fednorm.errors import StudyError
-from fednorm.registry import resolve_config, resolve_continual
 
 if TYPE_CHECKING:
     import polars
@@ -61,7 +59,7 @@ def federated(
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
-    resolved = resolve_config(merge(named, config or {}))
+    resolved = resolve(merge(named, config or {}))
     from fednorm.federated.simulate import simulate  # takes seconds; a mistake is told before
 
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
@@ -115,7 +113,7 @@ def continual(
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
-    resolved = resolve_continual(merge(named, config or {}))
+    resolved = resolve(merge(named, config or {}))
     if online:
         require_online(resolved)
     from fednorm.continual.simulate import simulate  # takes seconds; a mistake is told before

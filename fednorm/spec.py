@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from fednorm.cards import Card
 from fednorm.roles import Carry, Kind
 
 ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -21,17 +24,6 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
 }
 """The nonlinearities a model may ask a norm for, by name."""
-
-
-@dataclass(frozen=True)
-class Citation:
-    """Where a method was published."""
-
-    title: str
-    authors: str
-    year: int
-    arxiv: str = ""
-    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -195,13 +187,10 @@ class Norm:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NormSpec:
+class NormSpec(Card):
     """The identity card of a normalization method.
 
     Attributes:
-        name: The method's name, equal to its file's stem.
-        summary: One sentence with the formula.
-        citation: Where it was published.
         make: The :class:`Norm` subclass; its fields are the options.
         layers: The layer types the method speaks for, with their descendants.
         tensors: For each tensor such a layer may own, what it is.
@@ -209,16 +198,45 @@ class NormSpec:
             does nothing. A strategy about normalization layers refuses a network without any.
         batch_coupled: True where one sample's output depends on the others in its batch (in training).
         train_eval_differ: True where evaluation computes something else than training.
-        deviations: Where we differ from the paper or its official code.
     """
 
-    name: str
-    summary: str
-    citation: Citation
     make: type[Norm]
     layers: tuple[type[nn.Module], ...] = ()
     tensors: Mapping[str, TensorSpec]
     normalizes: bool = True
     batch_coupled: bool = False
     train_eval_differ: bool = False
-    deviations: tuple[str, ...] = ()
+
+    expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return the card that stands beside a subclass of :class:`Norm`, or one made for it.
+
+        A card made for it declares no layer: the layers must be of types that other norms speak for, or be declared.
+        """
+        kind = method if inspect.isclass(method) else type(method)
+        if not issubclass(kind, Norm):
+            return None
+        beside = vars(sys.modules.get(kind.__module__, object)).values() if kind.__module__ in sys.modules else ()
+        own = next((card for card in beside if isinstance(card, cls) and card.make is kind), None)
+        return own or cls(
+            name=reference, summary=(kind.__doc__ or "").strip().partition("\n")[0], make=kind, tensors={}
+        )
+
+    @property
+    def maker(self) -> type[Norm]:
+        """The method's class."""
+        return self.make
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options out of range."""
+        self.made(options)
+
+    def made(self, options: Mapping[str, Any] | None = None) -> Norm:
+        """Return the method with the given options.
+
+        Raises:
+            ConfigError: It has no such option, or the option's value is out of range.
+        """
+        return self.make(**(options or {}))

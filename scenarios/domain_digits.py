@@ -11,6 +11,7 @@ though, which the stream's notes say where it matters.
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import Limits, deal, load
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
@@ -18,7 +19,6 @@ from fednorm.data.benchmarks import Reader
 from fednorm.errors import ConfigError
 from fednorm.options import one_of
 from fednorm.rng import stream
-from fednorm.spec import Citation
 
 
 def make(

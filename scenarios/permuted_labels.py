@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import Limits, kept_inputs, relabelled
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.options import whole
 from fednorm.rng import stream
-from fednorm.spec import Citation
 
 
 def make(

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import torch
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import Limits, kept_inputs
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, PermutedSplit, Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.options import whole
 from fednorm.rng import stream
-from fednorm.spec import Citation
 
 
 def make(

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import Limits, kept_inputs
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
@@ -23,7 +24,6 @@ from fednorm.data.benchmarks import Reader
 from fednorm.errors import ConfigError
 from fednorm.options import whole
 from fednorm.rng import stream
-from fednorm.spec import Citation
 
 
 def make(reader: Reader, seed: int, *, num_experiences: int = 10, train_per_experience: int = 0) -> Stream:

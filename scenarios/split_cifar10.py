@@ -13,11 +13,11 @@ Brings along the slim ResNet-18 of online continual learning (20 channels) and i
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import class_incremental
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
-from fednorm.spec import Citation
 
 
 def make(

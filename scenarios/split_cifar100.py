@@ -7,11 +7,11 @@ usual one, of five classes each.
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import class_incremental
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
-from fednorm.spec import Citation
 
 
 def make(

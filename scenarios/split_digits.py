@@ -8,11 +8,11 @@ It is a stand-in: its numbers are not Split MNIST's. Every experience has images
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.dealing import class_incremental
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
-from fednorm.spec import Citation
 
 
 def make(

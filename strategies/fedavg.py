@@ -19,11 +19,11 @@ from typing import Unpack
 
 from torch import nn
 
+from fednorm.cards import Citation
 from fednorm.config import choose
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.roles import Kind, Role, RoleRule
-from fednorm.spec import Citation
 
 POOLED = RoleRule({Kind.MEAN: Role.POOLED, Kind.VAR: Role.POOLED}, why="FedAvg with moments='pool'")
 

@@ -16,11 +16,11 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.federated.server_optimizer import ServerOptimizer
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import Common
-from fednorm.spec import Citation
 
 
 class FedAvgM(ServerOptimizer):

@@ -15,10 +15,10 @@ equal size, so that it makes no difference there.
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import NormStrategy
 from fednorm.roles import NORMALIZATION, Role, RoleRule
-from fednorm.spec import Citation
 
 
 class FedBN(NormStrategy):

@@ -19,10 +19,10 @@ from typing import Unpack
 
 from torch import nn
 
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import Common, NormStrategy
-from fednorm.spec import Citation
 
 
 class FedProx(NormStrategy):

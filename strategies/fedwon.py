@@ -15,11 +15,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from fednorm.cards import Citation
 from fednorm.errors import RoleError
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import NormStrategy
 from fednorm.norms import spec_of
-from fednorm.spec import Citation
 
 
 class FedWon(NormStrategy):

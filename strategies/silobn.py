@@ -9,10 +9,10 @@ client has, the paper recomputes the statistics on that domain's own images (Ada
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import NormStrategy
 from fednorm.roles import STATISTICS, Role, RoleRule
-from fednorm.spec import Citation
 
 
 class SiloBN(NormStrategy):

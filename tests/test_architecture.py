@@ -18,8 +18,9 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
-    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
-    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
+    ("fednorm.cards",),
+    ("fednorm.spec", "fednorm.options", "fednorm.config"),
+    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers", "fednorm.diagnostics"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
@@ -35,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Modules import their own layer and those above; the longest prefix counts."""
 
 LATER: dict[str, str] = {
-    "fednorm.registry": "names to strategies and scenarios, asked for by name",
+    "fednorm.cards": "the one table of names: a method is imported when it is asked for",
     "fednorm.cli": "a command's module is imported when the command is called",
     "fednorm.study.worker": "a run's process imports what trains only then",
     "fednorm._package": "a package answers the call of the function of its name",
@@ -126,13 +127,13 @@ def test_the_test_would_see_an_arrow_that_goes_back(tmp_path: Path) -> None:
     )
 
 
-def test_only_the_registry_knows_strategies_and_scenarios() -> None:
+def test_only_the_table_of_cards_knows_strategies_and_scenarios() -> None:
     for package in ("strategies", "scenarios"):
         ours = {name for name in importers(package) if within(name, "fednorm")}
-        assert ours <= {"fednorm.registry"}
+        assert ours <= {"fednorm.cards"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue"
+        "fednorm", "fednorm.cards", "fednorm.commands.catalogue"
     }  # fmt: skip
 
 

@@ -13,9 +13,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.cards import NORMS
 from fednorm.conversion import ConversionReport, convert, convert_with_report
 from fednorm.errors import ConfigError, UnknownNameError
-from fednorm.norms import NORMS, make_norm, spec_of
+from fednorm.norms import make_norm, spec_of
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.plan import norm_plan
@@ -86,7 +87,7 @@ def normalizing(module: nn.Module) -> list[str]:
     return [path for path, m in module.named_modules() if (spec := spec_of(m)) is not None and spec.normalizes]
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", NORMS.names)
 def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
     before = copy.deepcopy(model.state_dict())
     converted, report = convert_with_report(model, name)
@@ -103,7 +104,7 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", NORMS.names)
 def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
     converted = convert(model, name)
     # 32x32 images end in maps of one position, which PyTorch's instance norm refuses.
@@ -260,7 +261,7 @@ def test_a_configured_norm_is_taken_as_it_is() -> None:
         convert(Nested(), make_norm("group_norm"), num_groups=1)
 
 
-@pytest.mark.parametrize("name", [name for name in NORMS if not make_norm(name).inserts])
+@pytest.mark.parametrize("name", [name for name in NORMS.names if not make_norm(name).inserts])
 def test_a_conversion_that_would_do_nothing_is_refused(name: str) -> None:
     mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match=r"Sequential has no normalization layer .* would change nothing"):

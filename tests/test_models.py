@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import MobileNetV2 as TorchvisionMobileNetV2
 
+from fednorm.cards import MODELS, NORMS
 from fednorm.errors import ConfigError, DataError, UnknownNameError
-from fednorm.models import MODELS, make_model, model_spec
-from fednorm.norms import NORMS, make_norm
+from fednorm.models import make_model
+from fednorm.norms import make_norm
 from fednorm.spec import Norm
 
 SMALL = {"alexnet": 64, "cnn": 12, "digits_cnn": 12, "mlp": 8, "mobilenet_v2": 16, "resnet18": 16}
@@ -342,7 +343,7 @@ def test_nf_mobilenet_v2_keeps_the_expected_variance() -> None:
 # --- the factory -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.names)
 def test_forward_and_backward_reach_every_parameter(name: str) -> None:
     model = small(name, BatchNorm())
     logits = model(images(name))
@@ -354,7 +355,7 @@ def test_forward_and_backward_reach_every_parameter(name: str) -> None:
     assert [n for n in still if not n.endswith("bias")] == []
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.names)
 def test_weights_depend_on_the_seed_and_on_nothing_else(name: str) -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
@@ -369,22 +370,22 @@ def test_weights_depend_on_the_seed_and_on_nothing_else(name: str) -> None:
     assert not any(torch.equal(first[k], other[k]) for k in weights)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.names)
 def test_a_norm_that_draws_nothing_leaves_the_convolutions_as_they_are(name: str) -> None:
     plain, normed = small(name, Norm()).state_dict(), small(name, BatchNorm()).state_dict()
     assert plain.keys() < normed.keys()
     assert all(torch.equal(plain[k], normed[k]) for k in plain)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.names)
 def test_cards_are_complete(name: str) -> None:
-    spec = model_spec(name)
+    spec = MODELS[name]
     assert spec.name == name
     assert spec.citation.arxiv
     assert spec.input_size >= spec.min_size
     assert spec.input_size % spec.size_step == 0
     assert spec.has_width == (name in WIDTH)
-    assert model_spec(f" {name.replace('_', '-').upper()}").name == name
+    assert MODELS[f" {name.replace('_', '-').upper()}"].name == name
 
 
 @settings(max_examples=10, deadline=None)
@@ -456,7 +457,7 @@ def kinds(model: nn.Module) -> list[type[nn.Module]]:
     return [type(m) for m in model.modules()]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS.names)
 @pytest.mark.parametrize("norm_name", ["batch_norm", "sws"])
 def test_another_nonlinearity_takes_the_place_of_every_relu_and_nothing_else_changes(name: str, norm_name: str) -> None:
     norm = make_norm(norm_name)
@@ -487,8 +488,8 @@ def test_a_model_without_a_relu_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     def gelu_only(norm: Norm, **_: int) -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 2), norm.activation("gelu"))
 
-    card = replace(model_spec("mlp"), make=gelu_only)
-    monkeypatch.setattr("fednorm.models.model_spec", lambda _: card)
+    card = replace(MODELS["mlp"], make=gelu_only)
+    monkeypatch.setattr("fednorm.models.MODELS", lambda _: card)
     assert kinds(make_model("mlp", Norm(), num_classes=2))[-1] is nn.GELU
     with pytest.raises(ConfigError, match="mlp has no ReLU that leaky_relu could take the place of"):
         make_model("mlp", Norm(), num_classes=2, activation="leaky_relu")
@@ -514,8 +515,8 @@ def test_62_pixels_are_too_few_for_alexnet_and_63_are_not() -> None:
         layers(torch.zeros(1, 3, 62, 62))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm_name", NORMS)
+@pytest.mark.parametrize("name", MODELS.names)
+@pytest.mark.parametrize("norm_name", NORMS.names)
 def test_contract_with_every_norm(name: str, norm_name: str) -> None:
     options = {"num_groups": 4} if "group_norm" in norm_name else {}
     model = small(name, make_norm(norm_name, options))

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.cards import NORMS
 from fednorm.errors import ConfigError, UnknownNameError
-from fednorm.norms import NORMS, make_norm, norm_spec, spec_of
+from fednorm.norms import make_norm, spec_of
 from fednorm.plan import norm_plan
 from fednorm.roles import LEARNED, STATISTICS, Kind, RoleRule
 from fednorm.spec import Norm
@@ -92,7 +93,7 @@ def norm(request: pytest.FixtureRequest) -> Norm:
 
 
 def card(norm: Norm) -> Any:
-    return next(spec for spec in map(norm_spec, NORMS) if spec.make is type(norm))
+    return next(spec for spec in NORMS if spec.make is type(norm))
 
 
 def unit(norm: Norm, spatial_dims: int = 2) -> nn.Sequential:
@@ -337,9 +338,9 @@ def test_every_owned_tensor_is_declared_with_a_fitting_kind(norm: Norm) -> None:
             assert spec.tensors[name].kind in STATISTICS
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", NORMS.names)
 def test_every_declared_tensor_exists(name: str) -> None:
-    spec = norm_spec(name)
+    spec = NORMS[name]
     assert spec.name == name
     owners: list[nn.Module] = list(unit(make_norm(name)).modules())
     if name == "instance_norm":  # running moments come only with foreign models
@@ -398,9 +399,9 @@ def test_plan_covers_a_nested_model(norm: Norm) -> None:
     assert {entry.kind for entry in plan.entries if entry.key.startswith("deep.1")} == {Kind.WEIGHT}
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", NORMS.names)
 def test_no_option_is_ignored(name: str) -> None:
-    fields = {field.name: field.default for field in dataclasses.fields(norm_spec(name).make)}
+    fields = {field.name: field.default for field in dataclasses.fields(NORMS[name].make)}
     assert set(OTHER_OPTIONS[name]) == set(fields)
     for option, value in OTHER_OPTIONS[name].items():
         assert value != fields[option]
@@ -477,7 +478,7 @@ def test_convolutions_have_the_biases_that_their_norm_needs(norm: Norm) -> None:
     assert (conv.bias is not None) == (card(norm).name in ("none", "rms_norm", "sws"))
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", NORMS.names)
 def test_convolutions_keep_the_whole_geometry(name: str) -> None:
     geometry: dict[str, Any] = {
         "stride": (2, 1),

@@ -13,11 +13,11 @@ import torch
 import torchvision
 
 import fednorm
+from fednorm.config import resolve
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.errors import ConfigError, FedNormError, StudyError, UnknownNameError
 from fednorm.federated.simulate import simulate
 from fednorm.norms import spec_of
-from fednorm.registry import resolve_config, resolve_continual
 
 SMALL: dict[str, Any] = {"data": {"train_per_client": 16, "test_per_domain": 10}, "model": {"width": 4}}
 
@@ -27,7 +27,7 @@ def test_a_run_from_python_is_the_run_of_its_configuration(tmp_path: Path) -> No
     assert result["run"] is None
     assert json.loads(json.dumps(result)) == result
     values = {**SMALL, "strategy": {"name": "fedbn"}, "rounds": {"num_rounds": 2}, "seed": 0}
-    written = simulate(resolve_config(values), runs=tmp_path)
+    written = simulate(resolve(values), runs=tmp_path)
     for key in ("final", "evaluation", "plan", "config", "hash"):
         assert result[key] == written[key]
     assert [line["train_loss"] for line in result["rounds"]] == [line["train_loss"] for line in written["rounds"]]
@@ -148,7 +148,7 @@ def test_a_stream_from_python_is_the_run_of_its_configuration(tmp_path: Path) ->
         "norm": {"name": "adab2n"},
         "train": {"epochs": 1, "batch_size": 10},
     }
-    written = simulate_stream(resolve_continual(values), runs=tmp_path)
+    written = simulate_stream(resolve(values), runs=tmp_path)
     assert timeless(result) == timeless(written)
     assert len(result["accuracy_matrix"]) == 2
     again = fednorm.continual(learner="er_ace", norm="adab2n", online=True, seed=0, config=STREAM, runs=tmp_path)

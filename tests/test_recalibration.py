@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from fednorm.cards import NORMS
 from fednorm.models import make_model
-from fednorm.norms import NORMS, make_norm
+from fednorm.norms import make_norm
 from fednorm.plan import norm_plan
 from fednorm.recalibration import Statistics, batch_layers, in_batches, reestimate
 from fednorm.roles import STATISTICS, RoleRule
 
-TRACKING = tuple(name for name in NORMS if list(make_norm(name).layer(4, 2).buffers()))
+TRACKING = tuple(name for name in NORMS.names if list(make_norm(name).layer(4, 2).buffers()))
 
 
 def network(norm: str = "batch_norm") -> nn.Module:
@@ -140,7 +141,7 @@ def fail_on(model: nn.Module) -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", NORMS.names)
 @pytest.mark.parametrize("block", [train_on, fail_on])
 def test_statistics_come_back_counters_included(norm: str, block: Callable[[nn.Module], None]) -> None:
     model = network(norm)

@@ -7,11 +7,10 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from fednorm.config import RunConfig
+from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.errors import unknown_name
 from fednorm.federated.workbench import Workbench
-from fednorm.registry import resolve_config
 from fednorm.rng import stream
 
 NUM_CLASSES = 10
@@ -57,7 +56,7 @@ class Case:
 
     def config(self) -> RunConfig:
         """Return the run's configuration."""
-        return resolve_config(
+        return resolve(
             {
                 "seed": self.seed,
                 "model": {"name": "digits_cnn", "width": self.width},

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
+from fednorm.config import RunConfig, resolve
 from fednorm.continual.stream import Experience, Stream
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
 from fednorm.data.domain import Split
 from fednorm.errors import unknown_name
-from fednorm.registry import resolve_continual
 from fednorm.rng import stream
 
 NUM_CLASSES = 10
@@ -67,9 +66,9 @@ class StreamCase:
             f"{self.steps} timed steps"
         )
 
-    def config(self) -> ContinualConfig:
+    def config(self) -> RunConfig:
         """Return the run's configuration; its scenario is a name only, the stream being :meth:`stream`."""
-        return resolve_continual(
+        return resolve(
             {
                 "kind": "continual",
                 "seed": self.seed,

@@ -9,13 +9,13 @@ from typing import Any
 
 from fednorm.cli import Stopped, err, fail, out, print_json
 from fednorm.commands.report import show, tables
-from fednorm.config import merge, override
+from fednorm.config import RunConfig, merge, override
 from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.report._common import Table
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
 from fednorm.study.cases import Study
-from fednorm.study.grid import AnyConfig, labels
+from fednorm.study.grid import labels
 from fednorm.study.recipes import find_study
 from fednorm.study.record import RunRecord
 from fednorm.study.runner import StudyOutcome, default_jobs, execute
@@ -144,7 +144,7 @@ class _Listed:
         basis: What the estimate rests on, or why there is none.
     """
 
-    config: AnyConfig
+    config: RunConfig
     label: str
     final: bool
     ended: str
@@ -192,7 +192,7 @@ def _show_plan(study: Study, folder: Path, jobs: int, *, markdown: bool, as_json
     return show(_plan_table(study.title, listed, notes), style=style)
 
 
-def _known(study: Study, folder: Path, diverged: Collection[str]) -> tuple[Sequence[AnyConfig], bool]:
+def _known(study: Study, folder: Path, diverged: Collection[str]) -> tuple[Sequence[RunConfig], bool]:
     """Return the runs that are reported, and whether their hyper-parameters are chosen already."""
     if not study.searches:
         return study.configs, True
@@ -201,7 +201,7 @@ def _known(study: Study, folder: Path, diverged: Collection[str]) -> tuple[Seque
     return (study.resolved(choices), True) if len(choices) == len(study.searches) else (study.drafts(), False)
 
 
-def _result(config: AnyConfig, folder: Path) -> dict[str, Any] | None:
+def _result(config: RunConfig, folder: Path) -> dict[str, Any] | None:
     try:
         return RunRecord(folder, config).result()
     except RecordError:  # it is damaged, and the run itself will say so
@@ -209,7 +209,7 @@ def _result(config: AnyConfig, folder: Path) -> dict[str, Any] | None:
 
 
 def _listed(
-    configs: Sequence[AnyConfig], folder: Path, *, final: bool = True, diverged: Collection[str] = ()
+    configs: Sequence[RunConfig], folder: Path, *, final: bool = True, diverged: Collection[str] = ()
 ) -> list[_Listed]:
     """Return runs with their estimated time: none where one has finished or diverged before."""
     listed = []
@@ -223,7 +223,7 @@ def _listed(
     return listed
 
 
-def _estimated(config: AnyConfig, label: str, final: bool) -> _Listed:
+def _estimated(config: RunConfig, label: str, final: bool) -> _Listed:
     from fednorm.study.estimate import estimate_seconds  # times steps of what trains
 
     try:

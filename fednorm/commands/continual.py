@@ -10,11 +10,9 @@ from rich.console import Console
 
 from fednorm.cli import err, out, print_json
 from fednorm.commands.options import collect_values
-from fednorm.config import merge
+from fednorm.config import ONLINE, RunConfig, merge, require_online, resolve
 from fednorm.continual.simulate import plan, simulate
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ONLINE, ContinualConfig, require_online
-from fednorm.registry import resolve_continual
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.study.record import RunRecord
@@ -22,18 +20,18 @@ from fednorm.study.record import RunRecord
 
 def collect_continual(
     config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
-) -> ContinualConfig:
+) -> RunConfig:
     """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
 
     Raises:
         FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
     """
     values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
-    resolved = resolve_continual(values)
+    resolved = resolve(values)
     return require_online(resolved) if online else resolved
 
 
-def run_continual(config: ContinualConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:
+def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:
     """Show the plan, train (unless it is a dry run), show the result."""
     if not dry_run and (finished := RunRecord(runs, config).result()):
         err().print(

@@ -7,9 +7,9 @@ from typing import Any
 
 from fednorm.cli import err, out, print_json
 from fednorm.commands.report import show, tables
+from fednorm.config import resolve
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve_config, resolve_continual
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
 from fednorm.study.results import Loaded
@@ -39,6 +39,7 @@ def demo_values(strategy: str, *, rounds: int, seed: int) -> dict[str, Any]:
 def stream_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
     """Return the configuration of one of the demo's class-incremental streams."""
     return {
+        "kind": "continual",
         "seed": seed,
         "scenario": {"name": "split_digits", "train_per_experience": images},
         "learner": {"name": "er_ace", "memory_size": 200},
@@ -53,6 +54,7 @@ def memorization_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
     The rate falls to zero in each experience, as NaP needs it: its effective rate does not fall by itself.
     """
     return {
+        "kind": "continual",
         "seed": seed,
         "scenario": {"name": "random_labels", "num_experiences": 8, "train_per_experience": images or 200},
         "model": {"name": "mlp", "width": 64},
@@ -73,13 +75,13 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
     results = []
     with RoundProgress(err()) as progress:
         for strategy in STRATEGIES:
-            config = resolve_config(demo_values(strategy, rounds=rounds, seed=seed))
+            config = resolve(demo_values(strategy, rounds=rounds, seed=seed))
             results.append(simulate(config, runs=runs, observer=progress))
     streams = [stream_values(norm, images=images, seed=seed) for norm in STREAM_NORMS]
     streams += [memorization_values(norm, images=images, seed=seed) for norm in MEMORIZATION_NORMS]
     with StreamProgress(err()) as progress_of_streams:
         for values in streams:
-            results.append(simulate_stream(resolve_continual(values), runs=runs, observer=progress_of_streams))
+            results.append(simulate_stream(resolve(values), runs=runs, observer=progress_of_streams))
     if as_json:
         return print_json({"results": results})
     for table in tables(results):

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fednorm.config import RunConfig, merge, override, read_config
-from fednorm.registry import resolve_config
+from fednorm.config import RunConfig, merge, override, read_config, resolve
 
 
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,4 +49,4 @@ def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[st
     Raises:
         FedNormError: A key or a value is wrong.
     """
-    return resolve_config(collect_values(config, flags, settings))
+    return resolve(collect_values(config, flags, settings))

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from fednorm.cli import err, fail, out, print_json
 from fednorm.commands.options import collect_values, nested
-from fednorm.config import RunConfig, merge
+from fednorm.config import RunConfig, merge, resolve
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
 from fednorm.errors import DataError
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve
 from fednorm.verify import golden
 
 
@@ -119,7 +117,7 @@ def run_determinism(config: Path | None, *, data_dir: Path | None, settings: Seq
         fail("the numbers depend on something that is not in the configuration", 1)
 
 
-def _tensors(config: RunConfig | ContinualConfig, runs: Path, *, cut_short: bool = False) -> dict[str, Tensor]:
+def _tensors(config: RunConfig, runs: Path, *, cut_short: bool = False) -> dict[str, Tensor]:
     if cut_short:
         what, after = _middle(config)
         try:
@@ -129,15 +127,15 @@ def _tensors(config: RunConfig | ContinualConfig, runs: Path, *, cut_short: bool
     return load_file(Path(_simulate(config, runs, None)["run"]) / "model.safetensors")
 
 
-def _middle(config: RunConfig | ContinualConfig) -> tuple[str, int]:
+def _middle(config: RunConfig) -> tuple[str, int]:
     """Return where a run is cut, a round or a step; 0 where it is too short for that."""
-    if isinstance(config, ContinualConfig):
+    if config.kind == "continual":
         return "step", sum(ContinualWorkbench(config).steps) // 2
     return "round", config.rounds.num_rounds // 2
 
 
-def _simulate(config: RunConfig | ContinualConfig, runs: Path, cut: _Cut | None) -> dict[str, Any]:
-    if isinstance(config, ContinualConfig):
+def _simulate(config: RunConfig, runs: Path, cut: _Cut | None) -> dict[str, Any]:
+    if config.kind == "continual":
         return simulate_stream(config, runs=runs, observer=cut)
     return simulate(config, runs=runs, observer=cut)
 

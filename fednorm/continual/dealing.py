@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fednorm.cards import DATA
 from fednorm.continual.stream import Experience, Stream
-from fednorm.data.benchmarks import BENCHMARKS, Loaded, Reader
+from fednorm.data.benchmarks import Loaded, Reader
 from fednorm.data.domain import Domain, Split
 from fednorm.errors import ConfigError, DataError
 from fednorm.options import one_of, whole
@@ -52,7 +53,7 @@ def load(reader: Reader) -> Loaded:
     Raises:
         DataError: It is missing, corrupt, or has a label outside its classes.
     """
-    return BENCHMARKS[reader.config.name].load(reader)
+    return DATA[reader.config.name].load(reader)
 
 
 def as_one(loaded: Loaded) -> Domain:

@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
+from fednorm.config import RunConfig
 from fednorm.continual.evaluation import accuracy
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
-from fednorm.registry import learner_spec
 
 WARM_UP, TIMED = 2, 4
 """Steps of an experience that are thrown away, and the most that are timed after them."""
@@ -102,7 +101,7 @@ def measure(bench: ContinualWorkbench) -> Rates:
     return Rates(clock.step, end, image)
 
 
-def total_seconds(config: ContinualConfig, stream: Stream, rates: Rates) -> float:
+def total_seconds(config: RunConfig, stream: Stream, rates: Rates) -> float:
     """Return about how long a run will take, in seconds: its steps, its experiences' ends, its evaluations.
 
     Args:
@@ -110,7 +109,7 @@ def total_seconds(config: ContinualConfig, stream: Stream, rates: Rates) -> floa
         stream: How many images each experience has.
         rates: What the parts cost.
     """
-    joint, train = learner_spec(config.learner.name).joint, config.train
+    joint, train = config.learner.card.joint, config.train
     sizes = [len(experience.train) for experience in stream]
     trained = [sum(sizes)] if joint else sizes
     steps = sum(train.epochs * -(-size // train.batch_size) for size in trained)
@@ -126,7 +125,7 @@ def estimate_seconds(bench: ContinualWorkbench) -> float:
     return total_seconds(bench.config, bench.stream, measure(bench))
 
 
-def _images(config: ContinualConfig, stream: Stream, trained: Sequence[int]) -> int:
+def _images(config: RunConfig, stream: Stream, trained: Sequence[int]) -> int:
     """Return how many images are scored or probed in all, one counted each time."""
     evaluate = config.evaluate
     scored = [len(e.validation if evaluate.split == "validation" else e.test) for e in stream]

@@ -11,16 +11,19 @@ Random numbers are derived from the seed and the number of the step, so that the
 
 from __future__ import annotations
 
+import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.cards import Card
 from fednorm.continual.avalanche_benchmark import StreamDataset
 from fednorm.continual.buffer import Samples
 from fednorm.continual.schedule import Schedule
@@ -30,7 +33,6 @@ from fednorm.data.domain import pixels
 from fednorm.errors import DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import stream_seed, torch_seeded, torch_stream
-from fednorm.spec import Citation
 from fednorm.step import TrainingStep, batch_coupled
 
 with warnings.catch_warnings():
@@ -54,29 +56,44 @@ class LearnerOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LearnerSpec:
+class LearnerSpec(Card):
     """The identity card of a learner.
 
     Attributes:
-        name: The learner's name, equal to its file's stem.
-        summary: One sentence with the loss.
-        citation: Where it was published.
-        make: The :class:`Learner` subclass.
+        make: The :class:`Learner` subclass; the fields of its ``Options`` are the options.
         joint: True where it is given all experiences at once.
-        deviations: Where we differ from the paper, its code, or Avalanche's implementation.
     """
 
-    name: str
-    summary: str
-    citation: Citation
     make: type[Learner]
     joint: bool = False
-    deviations: tuple[str, ...] = ()
+
+    expects: ClassVar[str] = "A learner is a subclass of Learner, or a LearnerSpec beside it."
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return the card that stands beside a subclass of :class:`Learner`, or one made for it."""
+        if not (inspect.isclass(method) and issubclass(method, Learner)):
+            return None
+        beside = vars(sys.modules[method.__module__]).values()
+        own = next((card for card in beside if isinstance(card, cls) and card.make is method), None)
+        return own or cls(name=reference, summary=(method.__doc__ or "").strip().partition("\n")[0], make=method)
 
     @property
-    def options(self) -> dict[str, Any]:
-        """Return the learner's options with their defaults."""
-        return asdict(self.make.Options())
+    def maker(self) -> type[LearnerOptions]:
+        """The record of the learner's options."""
+        return self.make.Options
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options out of range."""
+        self.made_options(options)
+
+    def made_options(self, options: Mapping[str, Any] | None = None) -> LearnerOptions:
+        """Return the record of the learner's options.
+
+        Raises:
+            ConfigError: There is no such option, or its value is out of range.
+        """
+        return self.make.Options(**(options or {}))
 
 
 @dataclass

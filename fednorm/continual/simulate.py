@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 
+from fednorm.config import RunConfig
 from fednorm.continual import metrics
 from fednorm.continual.evaluation import Accuracy, accuracy, split_of
 from fednorm.continual.probe import diagnose, probe_images
 from fednorm.continual.stream import Experience
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
 from fednorm.errors import DataError
 from fednorm.rng import torch_stream
 from fednorm.study.record import RunRecord
@@ -49,7 +49,7 @@ class StreamObserver(Protocol):
         """Called after every experience with its line of the record."""
 
 
-def plan(config: ContinualConfig, bench: ContinualWorkbench | None = None) -> Document:
+def plan(config: RunConfig, bench: ContinualWorkbench | None = None) -> Document:
     """Return what is known of a run before training, and refuse what cannot be run.
 
     Raises:
@@ -60,7 +60,7 @@ def plan(config: ContinualConfig, bench: ContinualWorkbench | None = None) -> Do
 
 
 def simulate(
-    config: ContinualConfig,
+    config: RunConfig,
     *,
     runs: Path | None,
     observer: StreamObserver | None = None,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from fednorm.config import DataConfig, Scalar
+from fednorm.cards import DATA, Card
+from fednorm.config import DataConfig, Scalar, checked_options
 from fednorm.continual.stream import Stream
-from fednorm.data.benchmarks import BENCHMARKS, Reader
-from fednorm.errors import ConfigError, DataError, canonical, unknown_name
-from fednorm.options import flag, number, whole
-from fednorm.spec import Citation
+from fednorm.data.benchmarks import Reader
+from fednorm.errors import ConfigError, DataError
 
 _FEDERATED_ONLY = (
     "train_per_client",
@@ -28,30 +27,34 @@ _FEDERATED_ONLY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenarioSpec:
+class ScenarioSpec(Card):
     """What a scenario's file declares.
 
     Attributes:
-        name: The scenario's name, equal to its file's stem.
-        summary: One sentence.
-        citation: Where it was published.
         make: Builds the stream from a reader of the data and a seed; its keyword arguments are the options.
         data: The benchmarks it can be made of, its own first; empty for any that ``data.name`` names.
         defaults: What the scenario brings along: configuration keys, laid under those the user wrote.
     """
 
-    name: str
-    summary: str
-    citation: Citation
     make: Callable[..., Stream]
     data: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    expects: ClassVar[str] = (
+        "A scenario is a callable (reader, seed, *, options) -> Stream, or a ScenarioSpec beside it."
+    )
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return a card for a callable that builds a stream from a reader and a seed."""
+        if not callable(method) or len(inspect.signature(method).parameters) < 2:
+            return None
+        return cls(name=reference, summary=(method.__doc__ or "").strip().partition("\n")[0], make=method)
+
     @property
-    def options(self) -> dict[str, Any]:
-        """Return the scenario's options with their defaults."""
-        parameters = inspect.signature(self.make).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+    def maker(self) -> Callable[..., Stream]:
+        """What builds the stream."""
+        return self.make
 
     def stream(
         self,
@@ -80,27 +83,12 @@ class ScenarioSpec:
                 something that only clients have.
             DataError: The data is missing, corrupt or unfit.
         """
-        given = dict(options or {})
-        self._check_options(given)
+        given = checked_options(self, "scenario", options or {})
         name = self._benchmark(config)
         size = config.image_size or image_size
         if size < 1:
             raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-        return self.make(Reader(replace(config, name=name), size, cache_dir), seed, **given)
-
-    def _check_options(self, given: Mapping[str, Scalar]) -> None:
-        for key, value in given.items():
-            if key not in self.options:
-                raise ConfigError(
-                    f"scenario {self.name} has no option {key!r}. Its options: {', '.join(self.options) or 'none'}."
-                )
-            default = self.options[key]
-            if isinstance(default, bool):
-                flag("scenario", key, value)
-            elif isinstance(default, int):
-                whole("scenario", key, value, at_least=0)
-            elif isinstance(default, float):
-                number("scenario", key, value)
+        return self.make(Reader(config.replace(name=name), size, cache_dir), seed, **given)
 
     def _benchmark(self, config: DataConfig) -> str:
         for key in _FEDERATED_ONLY:
@@ -109,9 +97,7 @@ class ScenarioSpec:
                     f"data.{key} says what clients hold, and a stream has no clients. Leave it at its default; the "
                     f"options of scenario {self.name} are {', '.join(self.options)}."
                 )
-        name = canonical(config.name)
-        if name not in BENCHMARKS:
-            raise unknown_name("benchmark", config.name, BENCHMARKS)
+        name = DATA[config.name].name
         if not self.data or name in self.data:
             return name
         if name != DataConfig().name:

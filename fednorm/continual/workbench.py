@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from fednorm.cards import OPTIMIZERS
+from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Effect, Learner
 from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience, Stream
-from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError
-from fednorm.models import make_model, model_spec
-from fednorm.norms import make_norm, spec_of
+from fednorm.models import make_model
+from fednorm.norms import spec_of
 from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.optim.l2_init import L2Init
 from fednorm.optim.projection import WeightProjection
 from fednorm.optim.redo import ReDo
 from fednorm.optim.shrink_and_perturb import shrink_and_perturb
-from fednorm.registry import learner_options, learner_spec, scenario_spec
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.step import batch_coupled
@@ -46,22 +46,23 @@ class ContinualWorkbench:
         schedule: Of the learning rate.
     """
 
-    def __init__(self, config: ContinualConfig, stream: Stream | None = None) -> None:
+    def __init__(self, config: RunConfig, stream: Stream | None = None) -> None:
         """Build the stream (unless given), the model and the learner.
 
         Raises:
             FedNormError: Something in the configuration does not fit the rest.
         """
         self.config = config
-        self.stream = stream or scenario_spec(config.scenario.name).stream(
+        self.stream = stream or config.scenario.card.stream(
             config.data,
-            image_size=model_spec(config.model.name).input_size,
+            image_size=config.model.card.input_size,
             seed=config.seed,
             options=config.scenario.options,
         )
-        options, spec = learner_options(config.learner), learner_spec(config.learner.name)
+        spec = config.learner.card
+        options = spec.made_options(config.learner.options)
         ratio = options.batch_ratio(config.train.batch_size)
-        norm = make_norm(config.norm.name, config.norm.options)
+        norm = config.norm.card.made(config.norm.options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
         self.model = self._make_model(config.seed)
         self.joint = spec.joint
@@ -116,22 +117,16 @@ class ContinualWorkbench:
             image_size=self.stream.image_size,
             width=config.model.width,
             activation=config.model.activation,
+            options=config.model.options,
             seed=seed,
         )
         return model.to(memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        train, parameters = self.config.train, list(self.model.parameters())
-        if train.optimizer == "sgd":
-            return torch.optim.SGD(
-                parameters,
-                lr=train.learning_rate,
-                momentum=train.momentum,
-                weight_decay=train.weight_decay,
-                foreach=True,
-            )
-        make = torch.optim.Adam if train.optimizer == "adam" else torch.optim.AdamW
-        return make(parameters, lr=train.learning_rate, weight_decay=train.weight_decay, foreach=True)
+        train = self.config.train
+        return OPTIMIZERS[train.optimizer].make(
+            self.model.parameters(), lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
+        )
 
     def _schedule(self) -> Schedule:
         train = self.config.train
@@ -208,11 +203,7 @@ class ContinualWorkbench:
         return {
             "norm": {"name": config.norm.name, **dataclasses.asdict(self.norm)},
             "learner": {"name": config.learner.name, **dataclasses.asdict(self.learner.options)},
-            "scenario": {
-                "name": config.scenario.name,
-                **scenario_spec(config.scenario.name).options,
-                **config.scenario.options,
-            },
+            "scenario": {"name": config.scenario.name, **config.scenario.values},
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": sum(self.steps),
             "data": {

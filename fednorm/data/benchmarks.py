@@ -1,27 +1,19 @@
-"""The benchmarks: which data sets are the domains, what a table calls them, and what it must say about them."""
+"""What a benchmark is, and what reads its data sets; the benchmarks themselves stand in :mod:`fednorm.data.sets`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from fednorm.cards import Card
 from fednorm.config import DataConfig
-from fednorm.data.digits_mini import DOMAINS as MINI_DOMAINS
-from fednorm.data.digits_mini import read_digits_mini
 from fednorm.data.domain import Domain
 from fednorm.data.folders import list_folders, read_folder
 from fednorm.data.source import Source, count_classes
 from fednorm.data.torchvision_sets import SETS, list_torchvision, read_torchvision
 from fednorm.errors import DataError
-
-DIGITS = ("mnist", "usps", "mnistm", "synthdigits", "streetdigits", "svhn", "syn")
-"""The digit data sets that ``digits`` looks for, in this order."""
-
-DIGITS_FIVE = frozenset({"mnist", "svhn", "usps", "syn", "mnistm"})
-"""The five domains of Digits-Five as in FedBN (Li et al., arXiv 2102.07623)."""
-
-PACS_DOMAINS = frozenset({"art_painting", "cartoon", "photo", "sketch"})
 
 NOTES: Mapping[str, str] = {
     "synthdigits": "synthdigits: digits rendered in the manner of SYN Numbers, a stand-in; it is not SYN.",
@@ -123,95 +115,27 @@ class Reader:
         return wanted
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One entry of ``fednorm list data``.
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Card):
+    """The identity card of a benchmark.
 
     Attributes:
-        name: The benchmark's name.
-        summary: What it is, in a line.
-        note: What must be known before its numbers are reported.
         load: Reads it.
+        note: What must be known before its numbers are reported.
     """
 
-    name: str
-    summary: str
-    note: str
     load: Callable[[Reader], Loaded]
+    note: str = ""
+
+    expects: ClassVar[str] = "A benchmark is a callable (reader) -> Loaded, or a Benchmark."
 
 
-def _digits(reader: Reader) -> Loaded:
-    names = reader.wanted(DIGITS)
-    if not names:
-        held = {*reader.held(), *(SETS if reader.config.download else ())}
-        names = tuple(name for name in DIGITS if name in held)
-    if not names:
-        raise DataError(
-            f"{reader.directory} holds none of {', '.join(DIGITS)}; "
-            f"it holds {', '.join(reader.held()) or 'no data set'}."
-        )
-    sources = [reader.read(name) for name in names]
-    title = "Digits-Five" if frozenset(names) == DIGITS_FIVE else "digits"
-    return _loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()))
+def loaded(title: str, sources: Sequence[Source], domains: tuple[Domain, ...], notes: tuple[str, ...] = ()) -> Loaded:
+    """Return what a benchmark found, under a title that names its domains.
 
-
-def _one(name: str, title: str) -> Callable[[Reader], Loaded]:
-    def load(reader: Reader) -> Loaded:
-        reader.wanted((name,))
-        source = reader.read(name)
-        return _loaded(title, [source], source.split_domains())
-
-    return load
-
-
-def _office(reader: Reader) -> Loaded:
-    source = _with_domains(reader, reader.read("office_caltech10"))
-    note = "Office-Caltech-10: the train/test split is the folder's own, not that of FedBN's files."
-    return _loaded("Office-Caltech-10", [source], source.split_domains(reader.wanted(())), (note,))
-
-
-def _pacs(reader: Reader) -> Loaded:
-    folder = next((name for name in ("pacs", "pacs3") if name in reader.held()), "pacs")
-    source = _with_domains(reader, reader.read(folder))
-    domains = source.split_domains(reader.wanted(()))
-    missing = sorted(PACS_DOMAINS - {domain.name for domain in domains})
-    note = f"PACS without {', '.join(missing)}: not comparable with numbers on all four domains."
-    return _loaded("PACS", [source], domains, (note,) if missing else ())
-
-
-def _with_domains(reader: Reader, source: Source) -> Source:
-    if source.domains is None:
-        raise DataError(f"{reader.directory / source.name} has no column 'domain', which says each image's domain.")
-    return source
-
-
-def _folders(reader: Reader) -> Loaded:
-    wanted = reader.wanted(())
-    if not wanted:
-        raise DataError(
-            f"Benchmark folders needs data.domains, the folders to use (--domains a,b,c); {reader.directory} holds "
-            f"{', '.join(reader.held()) or 'no data set'}."
-        )
-    sources: dict[str, Source] = {}
-    domains: list[Domain] = []
-    for name in wanted:
-        folder, part = name, ""
-        if "." in name and name not in reader.held():
-            folder, _, part = name.rpartition(".")
-        if folder not in sources:
-            sources[folder] = reader.read(folder)
-        domains.extend(sources[folder].split_domains([part] if part else (), prefix=f"{folder}."))
-    return _loaded("folders", list(sources.values()), tuple(domains))
-
-
-def _mini(reader: Reader) -> Loaded:
-    source = read_digits_mini(reader.image_size, reader.cache_dir)
-    wanted = reader.wanted(MINI_DOMAINS) or MINI_DOMAINS
-    note = "digits-mini: small embedded images made from what installed packages carry; a stand-in, not Digits-Five."
-    return _loaded("digits-mini", [source], source.split_domains(wanted), (note,))
-
-
-def _loaded(title: str, sources: Sequence[Source], domains: tuple[Domain, ...], notes: tuple[str, ...] = ()) -> Loaded:
+    Raises:
+        DataError: Two domains have one name.
+    """
     names = [domain.name for domain in domains]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
@@ -220,53 +144,23 @@ def _loaded(title: str, sources: Sequence[Source], domains: tuple[Domain, ...], 
     return Loaded(f"{title} ({', '.join(names)})", count_classes(sources), domains, (*own, *notes))
 
 
-BENCHMARKS: Mapping[str, Benchmark] = {
-    entry.name: entry
-    for entry in (
-        Benchmark(
-            "digits_mini",
-            "five small embedded digit domains, 28x28: scans, photo, fonts, street, faint; needs no folder",
-            "A small stand-in made from installed packages; never to be reported as Digits-Five.",
-            _mini,
-        ),
-        Benchmark(
-            "digits",
-            f"the digit data sets that the folder holds, of {', '.join(DIGITS)}",
-            "Called Digits-Five only with exactly the paper's mnist, svhn, usps, syn, mnistm. "
-            "synthdigits and streetdigits stand in for SYN and SVHN and are neither; "
-            "mnistm's digits are mnist's (train with train, test with test).",
-            _digits,
-        ),
-        Benchmark(
-            "office_caltech10",
-            "Office-Caltech-10: amazon, caltech10, dslr, webcam; ten classes",
-            "webcam and dslr show the same objects from several views.",
-            _office,
-        ),
-        Benchmark(
-            "pacs",
-            "PACS from the folder pacs or pacs3: the domains it holds of art_painting, cartoon, photo, sketch",
-            "Without sketch it is not comparable with published four-domain numbers.",
-            _pacs,
-        ),
-        Benchmark(
-            "cifar10",
-            "CIFAR-10 as one domain, for label skew: set data.clients_per_domain and data.partition",
-            "",
-            _one("cifar10", "CIFAR-10"),
-        ),
-        Benchmark(
-            "cifar100",
-            "CIFAR-100 (100 fine classes) as one domain, for label skew",
-            "Ten images are in both train and test, as in the original.",
-            _one("cifar100", "CIFAR-100"),
-        ),
-        Benchmark(
-            "folders",
-            "any Parquet folders, named in data.domains, each a domain; FOLDER.VALUE for one value of a domain column",
-            "Labels are 0 to K - 1 and mean the same in all of them.",
-            _folders,
-        ),
-    )
-}
-"""The benchmarks by name."""
+def with_domains(reader: Reader, source: Source) -> Source:
+    """Return a data set that must have a column of domains.
+
+    Raises:
+        DataError: It has none.
+    """
+    if source.domains is None:
+        raise DataError(f"{reader.directory / source.name} has no column 'domain', which says each image's domain.")
+    return source
+
+
+def one_domain(name: str, title: str) -> Callable[[Reader], Loaded]:
+    """Return what reads a data set as one domain."""
+
+    def load(reader: Reader) -> Loaded:
+        reader.wanted((name,))
+        source = reader.read(name)
+        return loaded(title, [source], source.split_domains())
+
+    return load

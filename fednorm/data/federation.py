@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fednorm.cards import DATA
 from fednorm.config import DataConfig
-from fednorm.data.benchmarks import BENCHMARKS, Loaded, Reader
+from fednorm.data.benchmarks import Loaded, Reader
 from fednorm.data.domain import Client, Domain, Federation, Split
 from fednorm.data.partition import Share, deal, draw_test, merged_split
 from fednorm.data.source import Rows
-from fednorm.errors import DataError, canonical, unknown_name
+from fednorm.errors import DataError
 
 
 def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir: Path | None = None) -> Federation:
@@ -36,13 +37,10 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
         UnknownNameError: There is no such benchmark.
         DataError: The data is missing, corrupt or unfit, or a client would be empty.
     """
-    name = canonical(config.name)
-    if name not in BENCHMARKS:
-        raise unknown_name("benchmark", config.name, BENCHMARKS)
     size = config.image_size or image_size
     if size < 1:
         raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-    loaded = BENCHMARKS[name].load(Reader(config, size, cache_dir))
+    loaded = DATA[config.name].load(Reader(config, size, cache_dir))
     domains = [_merged(domain) for domain in loaded.domains] if config.merge else list(loaded.domains)
     return Federation(
         title=loaded.title,

@@ -20,7 +20,6 @@ from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluati
 from fednorm.federated.strategy import ClientReport, RoundReport
 from fednorm.federated.wire import pack, unpack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
-from fednorm.registry import strategy_spec
 from fednorm.study.record import Checkpoint, RunRecord
 
 Document = dict[str, Any]
@@ -117,7 +116,7 @@ def describe(bench: Workbench) -> Document:
 
 
 def _options(bench: Workbench) -> Document:
-    return {**strategy_spec(bench.config.strategy.name).options, **bench.config.strategy.options}
+    return bench.config.strategy.values
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar, Self, Unpack
 
-from fednorm.federated.strategy import NormStrategy
-from fednorm.spec import Citation
+from torch import nn
+
+from fednorm.cards import Card
+from fednorm.federated.strategy import Common, NormStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
-class StrategySpec:
+class StrategySpec(Card):
     """What a strategy's file declares beside its class.
 
     Attributes:
-        name: The strategy's name, equal to its file's stem.
-        summary: One sentence.
-        citation: Where it was published.
         make: The class; its own keyword arguments are the strategy's options.
         defaults: Configuration it brings along, laid under the user's: its own norm first of all.
         personalised: Whether clients keep tensors of their own, so that each domain is tested with a different model.
     """
 
-    name: str
-    summary: str
-    citation: Citation
     make: type[NormStrategy]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     personalised: bool = False
 
+    expects: ClassVar[str] = "A strategy is a subclass of NormStrategy, or a StrategySpec beside it."
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return the card that stands beside a subclass of :class:`NormStrategy`, or one made for it."""
+        if not (inspect.isclass(method) and issubclass(method, NormStrategy)):
+            return None
+        beside = vars(sys.modules[method.__module__]).values()
+        own = next((card for card in beside if isinstance(card, cls) and card.make is method), None)
+        return own or cls(name=reference, summary=(method.__doc__ or "").strip().partition("\n")[0], make=method)
+
     @property
-    def options(self) -> dict[str, Any]:
-        """Return the strategy's options with their defaults."""
-        parameters = inspect.signature(self.make.__init__).parameters.values()
-        common = inspect.signature(NormStrategy.__init__).parameters
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in common}
+    def maker(self) -> type[NormStrategy]:
+        """The strategy's class."""
+        return self.make
+
+    def made(self, model: nn.Module, options: Mapping[str, Any], **common: Unpack[Common]) -> NormStrategy:
+        """Return the strategy for a model.
+
+        Args:
+            model: The run's model.
+            options: The strategy's own options.
+            common: What every strategy takes.
+
+        Raises:
+            ConfigError: There is no such option, or its value is out of range.
+            RoleError: The strategy would do nothing on this model.
+        """
+        return self.make(model, **common, **options)
+
+    @cached_property
+    def beyond(self) -> frozenset[str]:
+        """The arguments that every strategy takes."""
+        return frozenset(inspect.signature(NormStrategy.__init__).parameters)

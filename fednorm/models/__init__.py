@@ -1,4 +1,4 @@
-"""The architectures: one file each, one line each in this table.
+"""The architectures: one file each.
 
 A model is given a :class:`~fednorm.spec.Norm` and asks it for every convolution, every normalization layer and every
 nonlinearity; it never names a norm class. So one file serves an activation normalization, a weight reparameterization
@@ -7,25 +7,17 @@ and the normalizer-free residual form alike.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from torch import Tensor, nn
 
-from fednorm import options
-from fednorm.errors import ConfigError, DataError, canonical, unknown_name
+from fednorm.cards import MODELS, Card
+from fednorm.errors import ConfigError, DataError, canonical
+from fednorm.options import one_of
 from fednorm.rng import torch_seeded
-from fednorm.spec import ACTIVATIONS, Citation, Norm
-
-MODELS: tuple[str, ...] = (
-    "alexnet",
-    "cnn",
-    "digits_cnn",
-    "mlp",
-    "mobilenet_v2",
-    "resnet18",
-)
+from fednorm.spec import ACTIVATIONS, Norm
 
 
 class Make(Protocol):
@@ -36,51 +28,37 @@ class Make(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(Card):
     """The identity card of an architecture.
 
     Attributes:
-        name: The model's name, equal to its file's stem.
-        summary: One sentence with the layers.
-        citation: Where it was published.
-        make: Builds it.
+        make: Builds it; its keyword-only arguments with a default are the model's own options.
         input_size: Height and width of the published input, in pixels; the default.
         min_size: Smallest height and width that leave something of an image after the last pooling.
         size_step: Height and width must be a multiple of it.
         width: Channels of the first convolution, or features of the first linear layer, as published; 0 where the
             width is fixed.
         width_step: A width must be a multiple of it.
-        deviations: Where we differ from the paper or its official code.
     """
 
-    name: str
-    summary: str
-    citation: Citation
     make: Make
     input_size: int
     min_size: int = 1
     size_step: int = 1
     width: int = 0
     width_step: int = 1
-    deviations: tuple[str, ...] = ()
+
+    expects: ClassVar[str] = "A model is a callable that returns a network, or a ModelSpec."
+
+    @property
+    def maker(self) -> Make:
+        """What builds it."""
+        return self.make
 
     @property
     def has_width(self) -> bool:
         """Whether the number of channels can be chosen."""
         return self.width > 0
-
-
-def model_spec(name: str) -> ModelSpec:
-    """Return the identity card of the model called ``name``.
-
-    Raises:
-        UnknownNameError: There is no such model.
-    """
-    name = canonical(name)
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    spec: ModelSpec = import_module(f"fednorm.models.{name}").SPEC
-    return spec
 
 
 def require_images(model: str, images: Tensor, image_size: int) -> None:
@@ -106,6 +84,7 @@ def make_model(
     width: int = 0,
     seed: int = 0,
     activation: str = "",
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Return the model called ``name`` in training mode, float32, on the CPU.
 
@@ -114,7 +93,7 @@ def make_model(
     norms that draw nothing themselves start from the same convolutions.
 
     Args:
-        name: A name of :data:`MODELS`; dashes are read as underscores.
+        name: A name of :data:`~fednorm.cards.MODELS`; dashes are read as underscores.
         norm: The normalization method.
         num_classes: Number of logits.
         image_size: Height and width of the images, in pixels; 0 for the published size.
@@ -123,13 +102,14 @@ def make_model(
         activation: A name of :data:`~fednorm.spec.ACTIVATIONS` that takes the place of every ReLU and ReLU6 of the
             architecture, scaled where the norm says so; dashes are read as underscores. Empty for the architecture's
             own. The initial weights are the same.
+        options: The model's own options.
 
     Raises:
         UnknownNameError: There is no such model.
         ConfigError: The size, the width or the number of classes does not fit the architecture; there is no such
             activation, or the architecture has no ReLU that it could replace.
     """
-    spec = model_spec(name)
+    spec = MODELS[name]
     size = image_size or spec.input_size
     if num_classes < 1:
         raise ConfigError(f"model {spec.name} needs at least 1 class; got num_classes = {num_classes}.")
@@ -140,7 +120,7 @@ def make_model(
             f"got image_size = {size}. Set data.image_size, e.g. to {spec.input_size}, its published size."
         )
     if width and not spec.has_width:
-        wide = ", ".join(other for other in MODELS if model_spec(other).has_width)
+        wide = ", ".join(other.name for other in MODELS if other.has_width)
         raise ConfigError(
             f"model {spec.name} has a fixed width; got width = {width}. "
             f"Leave model.width at 0, or take a model that has it: {wide}."
@@ -157,6 +137,7 @@ def make_model(
             num_classes=num_classes,
             image_size=size,
             width=width or spec.width,
+            **(options or {}),
         )
         if asked is not None and not asked.replaced:
             raise ConfigError(
@@ -181,7 +162,7 @@ class _OtherActivation:
     """
 
     def __init__(self, norm: Norm, name: str) -> None:
-        options.one_of("model", "activation", name, ACTIVATIONS)
+        one_of("model", "activation", name, ACTIVATIONS)
         self.norm = norm
         self.name = name
         self.replaced = 0

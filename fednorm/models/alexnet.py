@@ -6,8 +6,9 @@ from collections import OrderedDict
 
 from torch import nn
 
+from fednorm.cards import Citation
 from fednorm.models import ModelSpec
-from fednorm.spec import Citation, Norm
+from fednorm.spec import Norm
 
 _CONVOLUTIONS = ((64, 11, 4, 2), (192, 5, 1, 2), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1))
 """Channels, kernel size, stride and padding: torchvision's plan (Krizhevsky's "one weird trick" form)."""

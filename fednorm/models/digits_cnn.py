@@ -6,9 +6,10 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.models import ModelSpec
-from fednorm.spec import Citation, Norm
+from fednorm.spec import Norm
 
 _POOLED = (1, 2)
 """Only the first two convolutions are followed by a pooling, which divides the image's side by 4."""

@@ -6,8 +6,9 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from fednorm.cards import Citation
 from fednorm.models import ModelSpec, require_images
-from fednorm.spec import Citation, Norm
+from fednorm.spec import Norm
 
 _DEPTH = 4
 _WIDTH = 512

@@ -7,9 +7,10 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from fednorm.cards import Citation
 from fednorm.models import ModelSpec
 from fednorm.models._residual import ExpectedStd, residual_sum
-from fednorm.spec import Citation, Norm
+from fednorm.spec import Norm
 
 _STAGES = 4
 _BLOCKS = 2

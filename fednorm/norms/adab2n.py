@@ -42,10 +42,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.roles import Kind
-from fednorm.spec import Citation, HookedLayer, Norm, NormSpec, TensorSpec
+from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
 
 _LANES = 8
 """Numbers in a vector register of most processors; see :func:`_fold`."""

@@ -23,9 +23,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 _BY_SPATIAL_DIMS: dict[int, type[_BatchNorm]] = {
     0: nn.BatchNorm1d,

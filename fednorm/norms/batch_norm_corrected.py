@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 def corrected_momentum(step: int, momentum: float, kappa: float) -> float:

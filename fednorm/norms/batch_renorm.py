@@ -30,10 +30,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class BatchRenormLayer(BatchLayer):

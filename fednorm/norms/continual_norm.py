@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.norms._batch import BatchLayer, check_spatial_dims
 from fednorm.norms.group_norm import checked_groups
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class ContinualNormLayer(BatchLayer):

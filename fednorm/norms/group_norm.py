@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 def checked_groups(num_channels: int, num_groups: int) -> int:

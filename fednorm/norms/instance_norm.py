@@ -23,10 +23,11 @@ from torch import nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms.layer_norm import SampleLayerNorm
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 _BY_SPATIAL_DIMS: dict[int, type[_InstanceNorm]] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 

@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class SampleLayerNorm(nn.GroupNorm):

@@ -39,13 +39,14 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.norms._batch import per_channel
 from fednorm.norms.layer_norm import ChannelLayerNorm, SampleLayerNorm
 from fednorm.norms.rms_norm import RMSNormLayer
 from fednorm.optim.hidden import hidden_layers
 from fednorm.optim.projection import DECAY, WeightProjection, check_options
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class NaPLayer(nn.Module):

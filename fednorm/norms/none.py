@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fednorm.spec import Citation, Norm, NormSpec
+from fednorm.cards import Citation
+from fednorm.spec import Norm, NormSpec
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,10 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.norms._batch import per_channel
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class RMSNormLayer(nn.Module):

@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class SwitchNormLayer(BatchLayer):

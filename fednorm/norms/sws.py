@@ -30,9 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 GAMMA: Mapping[str, float] = {
     "relu": 1.7139588594436646,

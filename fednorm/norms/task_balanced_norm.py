@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims
 from fednorm.roles import Kind
-from fednorm.spec import Citation, HookedLayer, Norm, NormSpec, TensorSpec
+from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
 
 
 def num_parts(num_current: int, num_memory: int, wanted: int) -> int:

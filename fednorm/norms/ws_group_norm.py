@@ -29,10 +29,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.norms.group_norm import GroupNorm
 from fednorm.norms.sws import centre, require_fan_in
 from fednorm.roles import Kind
-from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
 class WSConv2d(nn.Conv2d):

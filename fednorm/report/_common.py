@@ -17,7 +17,6 @@ from rich.text import Text
 
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import RunConfig
-from fednorm.continual_config import ContinualConfig
 
 Result = Mapping[str, Any]
 
@@ -164,7 +163,7 @@ def settings(result: Result) -> dict[str, Any]:
     A key that a record of an older version lacks has its default, as in the configuration's hash.
     """
     config = result["config"]
-    defaults = ContinualConfig() if config.get("kind") == "continual" else RunConfig()
+    defaults = RunConfig.defaults(config.get("kind", "federated"))
     keys = {**flat(defaults.to_dict()), **flat(config)}
     return {key: value for key, value in keys.items() if key not in IMMATERIAL}
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import RunConfig
-from fednorm.continual_config import ContinualConfig
 from fednorm.report._common import Result, evenly, flat
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
@@ -380,7 +379,7 @@ def _configuration(config: Mapping[str, Any]) -> list[list[Any]]:
     Without the seed, which differs between runs of one configuration, and the folder of the data, which changes no
     number and tells of the machine.
     """
-    defaults = flat((ContinualConfig() if config.get("kind") == "continual" else RunConfig()).to_dict())
+    defaults = flat(RunConfig.defaults(config.get("kind", "federated")).to_dict())
     return [
         [key, _text(value), defaults.get(key) == value]
         for key, value in flat(config).items()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import geometric_mean, mean
 from typing import Any
 
-from fednorm.continual_config import ContinualConfig
+from fednorm.config import RunConfig
 from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, evenly, interval, known, percent, seeds
 from fednorm.study.select import METHOD_OPTIONS, METHOD_SWITCHES
 
@@ -48,7 +48,7 @@ MOST_IN_PLASTICITY = 10
 _NAMED = tuple(
     (section, key)
     for section in ("model", "train", "evaluate")
-    for key in ContinualConfig().to_dict()[section]
+    for key in RunConfig.defaults("continual").to_dict()[section]
     if key in METHOD_OPTIONS | METHOD_SWITCHES and key != "weight_decay"
 )
 """Settings outside learner and norm that a method's name tells; weight decay stands among the settings, as is usual."""
@@ -61,7 +61,7 @@ def method_name(result: Result) -> str:
     (:data:`~fednorm.study.select.METHOD_OPTIONS`), and the learning rate's schedule. An option that is true is called
     by its name alone.
     """
-    config, defaults = result["config"], ContinualConfig().to_dict()
+    config, defaults = result["config"], RunConfig.defaults("continual").to_dict()
     told = [*_options(config["learner"]), *_options(config["norm"])]
     told += [
         _option(key, config[section][key])
@@ -273,7 +273,7 @@ def _settings(groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
 
 
 def _training(result: Result) -> list[str]:
-    config, defaults = result["config"], ContinualConfig().to_dict()["train"]
+    config, defaults = result["config"], RunConfig.defaults("continual").to_dict()["train"]
     train, model = config["train"], config["model"]
     width = f" of width {model['width']}" if model.get("width") else ""
     told = [f"{model['name']}{width}", train["optimizer"], f"lr {train['learning_rate']:g}"]

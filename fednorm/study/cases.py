@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fednorm.study.grid import AnyConfig, KeyPath, Planned, checked, labels, nest, require_different
+from fednorm.config import KeyPath, RunConfig, nest
+from fednorm.study.grid import Planned, checked, labels, require_different
 from fednorm.study.select import best_of, kind_of, mean_score, rule
 
 Result = Mapping[str, Any]
@@ -23,7 +24,7 @@ class Candidate:
     """
 
     keys: Mapping[KeyPath, Any]
-    configs: tuple[AnyConfig, ...]
+    configs: tuple[RunConfig, ...]
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,14 @@ class Study:
     overrides: Table
     searches: tuple[tuple[Candidate, ...], ...] = ()
     on_test: bool = False
-    configs: tuple[AnyConfig, ...] = field(init=False)
+    configs: tuple[RunConfig, ...] = field(init=False)
     """The runs that are reported; empty while hyper-parameters are to be chosen."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "configs", () if self.searches else tuple(self.resolved(())))
 
     @property
-    def search_configs(self) -> tuple[AnyConfig, ...]:
+    def search_configs(self) -> tuple[RunConfig, ...]:
         """Return the runs that hyper-parameters are chosen by."""
         return tuple(config for search in self.searches for candidate in search for config in candidate.configs)
 
@@ -109,7 +110,7 @@ class Study:
             return "training"
         return "test" if self.on_test else "validation"
 
-    def drafts(self) -> list[AnyConfig]:
+    def drafts(self) -> list[RunConfig]:
         """Return the runs of the grid with the first hyper-parameters in place of the chosen ones."""
         first = {number: search[0].keys for number, search in enumerate(self.searches)}
         return [checked(case.values, nest(first.get(case.method, {})), self.overrides) for case in self.cases]
@@ -139,7 +140,7 @@ class Study:
             chosen.append(Choice(number, names[number], standing[best].keys, mean_score(scored[best]), run))
         return chosen
 
-    def resolved(self, choices: Iterable[Choice]) -> list[AnyConfig]:
+    def resolved(self, choices: Iterable[Choice]) -> list[RunConfig]:
         """Return the runs that are reported, with the chosen hyper-parameters.
 
         Args:

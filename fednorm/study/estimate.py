@@ -15,22 +15,20 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 
+from fednorm.cards import DATA
 from fednorm.config import DataConfig, RunConfig
 from fednorm.continual import estimate as of_streams
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
 from fednorm.data import load_federation
-from fednorm.data.benchmarks import BENCHMARKS, DIGITS_FIVE, Reader
+from fednorm.data.benchmarks import Reader
 from fednorm.data.domain import Client, Domain, Federation, Split
 from fednorm.data.partition import Share, deal, draw_test, merged_split
+from fednorm.data.sets.digits import DIGITS_FIVE
 from fednorm.data.source import Rows, Source
-from fednorm.errors import DataError, canonical
+from fednorm.errors import DataError
 from fednorm.federated import estimate as of_rounds
 from fednorm.federated.workbench import Workbench
-from fednorm.models import model_spec
-from fednorm.norms import make_norm
-from fednorm.registry import learner_options, scenario_spec, strategy_spec
 from fednorm.rng import stream
 from fednorm.threads import torch_threads
 
@@ -107,7 +105,7 @@ def _windows(count: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.lib.stride_tricks.as_strided(numbers, (count, 3, size, size), strides)
 
 
-def estimate_seconds(config: RunConfig | ContinualConfig) -> Estimate:
+def estimate_seconds(config: RunConfig) -> Estimate:
     """Return about how long a run will take on this machine.
 
     Steps are timed once for all runs of a process that differ in nothing but seeds, rates, rounds and data of one image
@@ -124,7 +122,7 @@ def estimate_seconds(config: RunConfig | ContinualConfig) -> Estimate:
     counted = _text({key: plain.get(key) for key in ("kind", "data", "scenario", "model")})
     timed = _text(_sizing(_whole(config)))
     with torch_threads(config.threads):
-        if isinstance(config, ContinualConfig):
+        if config.kind == "continual":
             experiences, basis = _stream(_Like(counted, config))
             step_rates = _step_rates(_Like(timed, (config, experiences)))
             return Estimate(of_streams.total_seconds(config, experiences, step_rates), basis)
@@ -150,20 +148,19 @@ def _text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, sort_keys=True)
 
 
-def _whole(config: RunConfig | ContinualConfig) -> dict[str, Any]:
+def _whole(config: RunConfig) -> dict[str, Any]:
     """Return what a step's time depends on, every option with its value."""
     plain = config.to_dict()
-    if isinstance(config, ContinualConfig):
-        method = {"learner": config.learner.name, **asdict(learner_options(config.learner))}
+    if config.kind == "continual":
+        method = {"learner": config.learner.name, **asdict(config.learner.card.made_options(config.learner.options))}
     else:
-        own = strategy_spec(config.strategy.name).options
-        method = {"strategy": config.strategy.name, **own, **config.strategy.options}
+        method = {"strategy": config.strategy.name, **config.strategy.values}
     return {
         "kind": config.kind,
         "threads": config.threads,
         "model": plain["model"],
-        "image_size": config.data.image_size or model_spec(config.model.name).input_size,
-        "norm": {"name": config.norm.name, **asdict(make_norm(config.norm.name, config.norm.options))},
+        "image_size": config.data.image_size or config.model.card.input_size,
+        "norm": {"name": config.norm.name, **asdict(config.norm.card.made(config.norm.options))},
         "method": method,
         "train": plain["train"],
     }
@@ -186,7 +183,7 @@ def _round_rates(like: _Like[tuple[RunConfig, Federation]]) -> of_rounds.Rates:
 
 
 @cache
-def _step_rates(like: _Like[tuple[ContinualConfig, Stream]]) -> of_streams.Rates:
+def _step_rates(like: _Like[tuple[RunConfig, Stream]]) -> of_streams.Rates:
     return of_streams.measure(ContinualWorkbench(*like.one))
 
 
@@ -194,8 +191,8 @@ def _step_rates(like: _Like[tuple[ContinualConfig, Stream]]) -> of_streams.Rates
 def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
     """Return a run's clients and where their images were counted."""
     config = like.one
-    data = replace(config.data, name=canonical(config.data.name), download=False)
-    size = data.image_size or model_spec(config.model.name).input_size
+    data = config.data.replace(download=False)
+    size = data.image_size or config.model.card.input_size
     return _counted(
         data,
         lambda: load_federation(data, image_size=size, seed=config.seed),
@@ -204,16 +201,16 @@ def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
 
 
 @cache
-def _stream(like: _Like[ContinualConfig]) -> tuple[Stream, str]:
+def _stream(like: _Like[RunConfig]) -> tuple[Stream, str]:
     """Return a run's experiences and where their images were counted."""
-    config, spec = like.one, scenario_spec(like.one.scenario.name)
-    data = replace(config.data, download=False)
-    size = data.image_size or model_spec(config.model.name).input_size
+    config, spec = like.one, like.one.scenario.card
+    data = config.data.replace(download=False)
+    size = data.image_size or config.model.card.input_size
     options = config.scenario.options
 
     def published() -> Stream:
         name = spec.data[0] if spec.data and data.name not in spec.data else data.name
-        return spec.make(_Blank(replace(data, name=name), size), config.seed, **options)
+        return spec.make(_Blank(data.replace(name=name), size), config.seed, **options)
 
     return _counted(data, lambda: spec.stream(data, image_size=size, seed=config.seed, options=options), published)
 
@@ -231,7 +228,7 @@ def _counted(data: DataConfig, load: Callable[[], T], published: Callable[[], T]
 
 def _published_federation(data: DataConfig, size: int, seed: int) -> Federation:
     """Return the clients that :func:`~fednorm.data.load_federation` would make of the published data sets."""
-    loaded = BENCHMARKS[data.name].load(_Blank(data, size))
+    loaded = DATA[data.name].load(_Blank(data, size))
     clients: list[Client] = []
     for domain in sorted(loaded.domains, key=lambda domain: domain.name == data.held_out):
         train, test = _merged(domain) if data.merge else (domain.train, domain.test)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from fednorm.config import RunConfig, merge
-from fednorm.continual_config import ContinualConfig
+from fednorm.config import Kind, RunConfig, merge
 
 FORMAT = 1
 """Of records, summaries and manifests of studies: what has no ``format`` is of this one or older, more is refused."""
@@ -119,7 +118,7 @@ def migrated(document: Any, folder: Path | None = None) -> dict[str, Any]:
     kind = document.get("kind") or document["config"].get("kind") or "federated"
     if kind not in _NEEDED:
         raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(_NEEDED)} runs.")
-    defaults = (ContinualConfig() if kind == "continual" else RunConfig()).to_dict()
+    defaults = RunConfig.defaults(cast(Kind, kind)).to_dict()
     _require_like(document["config"], defaults, "config")
     config = {**merge(defaults, document["config"]), "kind": kind}
     lines = _OF_A_LINE[kind][0]

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fednorm.config import IMMATERIAL, RunConfig, merge
-from fednorm.continual_config import ContinualConfig
+from fednorm.config import IMMATERIAL, KeyPath, RunConfig, flatten, merge, nest, resolve
 from fednorm.errors import ConfigError
-from fednorm.norms import make_norm, norm_spec
-from fednorm.registry import learner_options, learner_spec, resolve, scenario_spec, strategy_spec
-
-AnyConfig = RunConfig | ContinualConfig
-
-KeyPath = tuple[str, ...]
-"""A configuration key by its parts: ``("train", "learning_rate")``."""
 
 SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 """How labels call settings that they name often."""
@@ -46,7 +36,7 @@ class Planned:
         origin: The point and the values of the grid that it comes from, for a sentence.
     """
 
-    config: AnyConfig
+    config: RunConfig
     origin: str
 
 
@@ -83,30 +73,12 @@ def combinations(of: Sequence[Axis]) -> Iterator[dict[KeyPath, Any]]:
         yield {axis.path: value for axis, value in zip(of, values, strict=True)}
 
 
-def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> dict[KeyPath, Any]:
-    """Return the values at the end of nested keys by their paths."""
-    flat: dict[KeyPath, Any] = {}
-    for key, value in table.items():
-        flat |= flatten(value, (*path, key)) if isinstance(value, Mapping) else {(*path, key): value}
-    return flat
-
-
-def nest(flat: Mapping[KeyPath, Any]) -> dict[str, Any]:
-    """Return values by their paths as nested keys; :func:`flatten` the other way round."""
-    nested: dict[str, Any] = {}
-    for path, value in flat.items():
-        for key in reversed(path):
-            value = {key: value}
-        nested = merge(nested, value)
-    return nested
-
-
 def expand(
     base: Mapping[str, Any],
     points: Sequence[Mapping[str, Any]],
     grid: Mapping[str, Any],
     overrides: Mapping[str, Any],
-) -> list[AnyConfig]:
+) -> list[RunConfig]:
     """Return the configurations of every point with every combination of the grid's lists, in that order.
 
     Args:
@@ -135,8 +107,8 @@ def without(lists: Iterable[Axis], pinned: Mapping[str, Any]) -> list[Axis]:
     return [axis for axis in lists if axis.path not in keys]
 
 
-def checked(*layers: Mapping[str, Any]) -> AnyConfig:
-    """Return the configuration of nested keys, each laid over those before it, and refuse an option nobody has.
+def checked(*layers: Mapping[str, Any]) -> RunConfig:
+    """Return the configuration of nested keys, each laid over those before it.
 
     Raises:
         ConfigError: A key or a value is wrong; the nearest valid key is named.
@@ -145,38 +117,7 @@ def checked(*layers: Mapping[str, Any]) -> AnyConfig:
     values: dict[str, Any] = {}
     for layer in layers:
         values = merge(values, layer)
-    config = resolve(values)
-    _check_options(config)
-    return config
-
-
-def _check_options(config: AnyConfig) -> None:
-    """Refuse options that their method does not have: a run would, hours later."""
-    known: dict[str, Iterable[str]] = {
-        "norm": [field.name for field in dataclasses.fields(norm_spec(config.norm.name).make)]
-    }
-    if isinstance(config, ContinualConfig):
-        known["learner"] = learner_spec(config.learner.name).options
-        known["scenario"] = scenario_spec(config.scenario.name).options
-    else:
-        known["strategy"] = strategy_spec(config.strategy.name).options
-    for section, names in known.items():
-        method = getattr(config, section)
-        for key in method.options:
-            if key not in names:
-                raise ConfigError(
-                    f"There is no configuration key '{section}.{key}': {section} {method.name} has no such option."
-                    f"{nearest(key, names)} Its options: {', '.join(names) or 'none'}."
-                )
-    make_norm(config.norm.name, config.norm.options)
-    if isinstance(config, ContinualConfig):
-        learner_options(config.learner)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return a question that offers the valid word nearest to a wrong one; empty where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    return resolve(values)
 
 
 def origin(number: int, points: Sequence[Mapping[str, Any]], values: Mapping[KeyPath, Any]) -> str:
@@ -218,7 +159,7 @@ def require_different(planned: Iterable[Planned], overrides: Mapping[str, Any]) 
 
 
 def labels(
-    configs: Sequence[AnyConfig], *, seed: bool = True, apart_from: Collection[KeyPath] = frozenset()
+    configs: Sequence[RunConfig], *, seed: bool = True, apart_from: Collection[KeyPath] = frozenset()
 ) -> list[str]:
     """Return what each run is called: its methods, what tells it from the others, its seed.
 
@@ -242,7 +183,7 @@ def labels(
     return [_label(config, flat, varied, seed) for config, flat in zip(configs, flats, strict=True)]
 
 
-def _label(config: AnyConfig, flat: Mapping[KeyPath, Any], varied: Iterable[KeyPath], seed: bool) -> str:
+def _label(config: RunConfig, flat: Mapping[KeyPath, Any], varied: Iterable[KeyPath], seed: bool) -> str:
     told = [_method(config)]
     for path in varied:
         if path in flat:
@@ -252,9 +193,9 @@ def _label(config: AnyConfig, flat: Mapping[KeyPath, Any], varied: Iterable[KeyP
     return ", ".join(told + [f"seed {config.seed}"] * seed)
 
 
-def _method(config: AnyConfig) -> str:
+def _method(config: RunConfig) -> str:
     """Return a run's method: what trains, and its norm unless that is the strategy's own."""
-    if isinstance(config, ContinualConfig):
+    if config.kind == "continual":
         return f"{config.learner.name} + {config.norm.name}"
-    own = strategy_spec(config.strategy.name).defaults.get("norm", {}).get("name", "batch_norm")
+    own = config.strategy.card.defaults.get("norm", {}).get("name", "batch_norm")
     return config.strategy.name if config.norm.name == own else f"{config.strategy.name} + {config.norm.name}"

@@ -22,10 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
 from fednorm.study.cases import Choice, Study
 from fednorm.study.formats import FORMAT, Unfit, manifest
-from fednorm.study.grid import AnyConfig
 from fednorm.study.results import MANIFEST
 
 Document = dict[str, Any]
@@ -35,7 +35,7 @@ def update(
     folder: Path,
     study: Study,
     choices: Sequence[Choice],
-    configs: Iterable[AnyConfig],
+    configs: Iterable[RunConfig],
     diverged: Mapping[str, str] | None = None,
 ) -> Document:
     """Write what is known of a study, beside what is there.
@@ -98,7 +98,7 @@ def read(folder: Path) -> Document | None:
 
 
 def _document(
-    study: Study, choices: Sequence[Choice], configs: Iterable[AnyConfig], diverged: Mapping[str, str]
+    study: Study, choices: Sequence[Choice], configs: Iterable[RunConfig], diverged: Mapping[str, str]
 ) -> Document:
     chosen = [
         {

@@ -35,7 +35,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fednorm.config import RunConfig
-from fednorm.continual_config import ContinualConfig
 from fednorm.errors import RecordError
 from fednorm.study.formats import Unfit, migrated
 
@@ -98,7 +97,7 @@ class RunRecord:
         config: The run's configuration.
     """
 
-    def __init__(self, root: Path, config: RunConfig | ContinualConfig) -> None:
+    def __init__(self, root: Path, config: RunConfig) -> None:
         self.folder = Path(root).absolute() / f"{config.title}-{config.hash}"
         self.config = config
         self._checkpoint = self.folder / CHECKPOINT

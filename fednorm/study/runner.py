@@ -16,10 +16,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
+from fednorm.config import RunConfig
 from fednorm.errors import AggregationError, ConfigError, RecordError
 from fednorm.study import manifest
 from fednorm.study.cases import Study
-from fednorm.study.grid import AnyConfig, labels
+from fednorm.study.grid import labels
 from fednorm.study.record import RunRecord
 from fednorm.study.worker import Ended, Progress, Worker, attempt
 
@@ -199,7 +200,7 @@ def _of_consequence(study: Study, chosen: Collection[int], failures: Iterable[Fa
 
 
 def run_study(
-    configs: Sequence[AnyConfig], *, runs: Path, jobs: int, watcher: Watcher | None = None, title: str = "runs"
+    configs: Sequence[RunConfig], *, runs: Path, jobs: int, watcher: Watcher | None = None, title: str = "runs"
 ) -> Outcome:
     """Run configurations, several at a time; finished ones are read back, cut ones go on.
 
@@ -239,13 +240,13 @@ def run_study(
 class _Queue:
     """The runs of a study and what has come of them so far."""
 
-    def __init__(self, configs: Sequence[AnyConfig], runs: Path, watcher: Watcher) -> None:
+    def __init__(self, configs: Sequence[RunConfig], runs: Path, watcher: Watcher) -> None:
         self.configs, self.runs, self.watcher = configs, runs, watcher
         self.names = dict(zip([config.hash for config in configs], labels(configs), strict=True))
         self.results: dict[str, dict[str, Any]] = {}
         self.failures: list[Failure] = []
 
-    def open(self, title: str, jobs: int) -> list[AnyConfig]:
+    def open(self, title: str, jobs: int) -> list[RunConfig]:
         """Read finished runs back and return the others."""
         self.watcher.begin(title, self.names, jobs)
         missing = []
@@ -262,7 +263,7 @@ class _Queue:
                 self.watcher.ended(config.hash, result, before=True)
         return missing
 
-    def close(self, config: AnyConfig, ended: Ended) -> None:
+    def close(self, config: RunConfig, ended: Ended) -> None:
         """Take down how a run ended."""
         if ended.result is not None:
             self.results[config.hash] = ended.result
@@ -275,14 +276,14 @@ class _Queue:
         self.watcher.failed(failure)
 
 
-def _run_here(queue: _Queue, missing: Sequence[AnyConfig]) -> None:
+def _run_here(queue: _Queue, missing: Sequence[RunConfig]) -> None:
     """Run configurations one after the other in this process."""
     for config in missing:
         queue.watcher.started(config.hash)
         queue.close(config, attempt(config, queue.runs, partial(queue.watcher.progress, config.hash)))
 
 
-def _run_apart(queue: _Queue, missing: Sequence[AnyConfig], jobs: int) -> None:
+def _run_apart(queue: _Queue, missing: Sequence[RunConfig], jobs: int) -> None:
     """Run configurations in processes; one that is killed is replaced."""
     context, waiting = get_context("spawn"), deque(missing)
     workers: list[Worker] = []
@@ -302,7 +303,7 @@ def _run_apart(queue: _Queue, missing: Sequence[AnyConfig], jobs: int) -> None:
         _end(workers, at_once=not done)
 
 
-def _begin(queue: _Queue, worker: Worker, config: AnyConfig) -> None:
+def _begin(queue: _Queue, worker: Worker, config: RunConfig) -> None:
     worker.run(config)
     queue.watcher.started(config.hash)
 

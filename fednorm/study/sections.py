@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fednorm.config import flatten, nearest, nest
 from fednorm.errors import ConfigError, canonical
-from fednorm.study.grid import checked, flatten, nearest, nest
+from fednorm.study.grid import checked
 
 Table = Mapping[str, Any]
 

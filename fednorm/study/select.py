@@ -8,7 +8,6 @@ from statistics import mean
 from typing import Any
 
 from fednorm.config import IMMATERIAL, RunConfig
-from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError
 
 Result = Mapping[str, Any]
@@ -88,13 +87,13 @@ def rule(kind: str, *, on_test: bool) -> str:
     return said[kind] + (" (--select-on-test): the test numbers flatter every method." if favours else ".")
 
 
-def kind_of(config: RunConfig | ContinualConfig) -> str:
+def kind_of(config: RunConfig) -> str:
     """Return the kind of run as the rules of selection tell them apart, before it has been run.
 
     Returns:
         ``federated``, ``continual`` or ``memorization``.
     """
-    if isinstance(config, ContinualConfig):
+    if config.kind == "continual":
         return "memorization" if config.scenario.name in MEMORIZATION else "continual"
     return "federated"
 
@@ -117,7 +116,7 @@ def _method(result: Result) -> Hashable:
     config = result["config"]
     if _kind(result) == "federated":
         return config["strategy"]["name"], config["norm"]["name"]
-    defaults = ContinualConfig().to_dict()
+    defaults = RunConfig.defaults("continual").to_dict()
     told = []
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, Mapping) else ():

@@ -54,24 +54,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fednorm.config import merge, read_config
+from fednorm.config import KeyPath, RunConfig, flatten, merge, nest, read_config
 from fednorm.errors import ConfigError
 from fednorm.study.cases import Candidate, Case, Choice, Study
-from fednorm.study.grid import (
-    AnyConfig,
-    Axis,
-    KeyPath,
-    Planned,
-    axes,
-    checked,
-    combinations,
-    flatten,
-    labels,
-    nest,
-    origin,
-    require_different,
-    without,
-)
+from fednorm.study.grid import Axis, Planned, axes, checked, combinations, labels, origin, require_different, without
 from fednorm.study.sections import Table, about_study, paper_number, require_sections
 from fednorm.study.select import kind_of
 
@@ -204,7 +190,7 @@ class _Plan:
                 )
             yield from combinations(without(space, self.overrides))
 
-    def _scored(self, values: Table, on_test: bool) -> AnyConfig:
+    def _scored(self, values: Table, on_test: bool) -> RunConfig:
         """Return the configuration of a run that hyper-parameters are chosen by."""
         wanted = "test" if on_test else "validation"
         config = checked(values)

@@ -21,9 +21,8 @@ from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fednorm.continual_config import ContinualConfig
+from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
-from fednorm.study.grid import AnyConfig
 
 if TYPE_CHECKING:
     from fednorm.continual.workbench import ContinualWorkbench
@@ -74,7 +73,7 @@ class Ready:
 Tell = Callable[[Progress], None]
 
 
-def attempt(config: AnyConfig, runs: Path, tell: Tell) -> Ended:
+def attempt(config: RunConfig, runs: Path, tell: Tell) -> Ended:
     """Run one configuration, or go on with it; what fails is a reason, not an exception.
 
     Args:
@@ -90,9 +89,9 @@ def attempt(config: AnyConfig, runs: Path, tell: Tell) -> Ended:
         return Ended(None, f"{type(error).__name__}: {error}", type(error).__name__, traceback.format_exc())
 
 
-def _simulate(config: AnyConfig, runs: Path, tell: Tell) -> dict[str, Any]:
+def _simulate(config: RunConfig, runs: Path, tell: Tell) -> dict[str, Any]:
     """Run a configuration of either kind; what trains is imported only here, in the run's own process."""
-    if isinstance(config, ContinualConfig):
+    if config.kind == "continual":
         from fednorm.continual.simulate import simulate as simulate_stream
 
         return simulate_stream(config, runs=runs, observer=_Steps(tell))
@@ -163,14 +162,14 @@ class Worker:
 
     def __init__(self, context: SpawnContext, runs: Path) -> None:
         self.connection, far = context.Pipe()
-        self.config: AnyConfig | None = None
+        self.config: RunConfig | None = None
         self.ready = self.dead = False
         self._process = context.Process(target=serve, args=(far, runs), daemon=True, name="fednorm worker")
         with _for_children():
             self._process.start()
         far.close()
 
-    def run(self, config: AnyConfig) -> None:
+    def run(self, config: RunConfig) -> None:
         """Let the worker run a configuration."""
         self.config = config
         with suppress(BrokenPipeError):  # it has ended, and says so when it is listened to

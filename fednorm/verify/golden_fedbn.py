@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
+from fednorm.cards import STRATEGIES
 from fednorm.errors import DataError
 from fednorm.federated.aggregation import Average
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.workbench import received
 from fednorm.plan import NormPlan
-from fednorm.registry import strategy_spec
 from fednorm.roles import Role
 from fednorm.verify.golden_trace import Comparison, Family, Trace
 
@@ -66,7 +66,7 @@ def _module(state: State) -> nn.Module:
 
 
 def _strategy(trace: Trace) -> NormStrategy:
-    return strategy_spec(str(trace.setting("mode"))).make(_module(_state(trace, "in.server.")), weighting="equal")
+    return STRATEGIES[str(trace.setting("mode"))].make(_module(_state(trace, "in.server.")), weighting="equal")
 
 
 def _disputed(plan: NormPlan) -> list[str]:

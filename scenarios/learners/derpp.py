@@ -25,11 +25,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import LearnerOptions, LearnerSpec
 from fednorm.continual.replay import ReplayLearner, ReplayOptions
 from fednorm.errors import ConfigError
-from fednorm.spec import Citation
 
 
 @dataclass(frozen=True, kw_only=True)

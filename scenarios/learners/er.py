@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import LearnerSpec
 from fednorm.continual.replay import ReplayLearner
-from fednorm.spec import Citation
 
 
 class ER(ReplayLearner):

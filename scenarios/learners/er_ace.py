@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import LearnerOptions, LearnerSpec, Tensors
 from fednorm.continual.replay import ReplayLearner, ReplayOptions
-from fednorm.spec import Citation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,11 +38,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 from fednorm.data.domain import pixels
 from fednorm.rng import torch_stream
-from fednorm.spec import Citation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.continual.buffer import BalancedBuffer, Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.rng import stream_seed, torch_stream
-from fednorm.spec import Citation
 
 
 @dataclass(frozen=True, kw_only=True)

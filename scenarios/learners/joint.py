@@ -10,8 +10,8 @@ training step. A stream in which one image has several labels has no union (``St
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.learner import Learner, LearnerSpec
-from fednorm.spec import Citation
 
 
 class Joint(Learner):

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
-from fednorm.spec import Citation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ Avalanche's ``Naive``, through fednorm's training step.
 
 from __future__ import annotations
 
+from fednorm.cards import Citation
 from fednorm.continual.learner import Learner, LearnerSpec
-from fednorm.spec import Citation
 
 
 class Naive(Learner):

@@ -17,10 +17,10 @@ from PIL import Image
 from torch import nn
 
 import fednorm
+from fednorm.cards import LEARNERS
+from fednorm.config import resolve
 from fednorm.continual.learner import Learner
-from fednorm.continual_config import continual_config_from_dict
 from fednorm.errors import ConfigError
-from fednorm.registry import learner_names, learner_spec, resolve_continual
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -60,7 +60,7 @@ def test_continual_prints_one_document(call: Call, tmp_path: Path) -> None:
         "drift",
     } == set(result["experiences"][0]["diagnostics"])
     assert (result["config"]["train"]["epochs"], result["config"]["train"]["batch_size"]) == (1, 10)
-    assert resolve_continual(result["config"]) == continual_config_from_dict(result["config"])
+    assert resolve(result["config"]) == resolve(result["config"])
     folder = Path(result["run"])
     assert folder.parent == tmp_path / "runs"
     assert json.loads((folder / "result.json").read_text()) == result
@@ -133,23 +133,23 @@ def test_online_is_one_pass_of_ten_images_wherever_nothing_else_is_said(call: Ca
 
 def test_learners_are_listed_and_explained(call: Call, refused: Refused) -> None:
     document = call("list", "learners", "--json").document
-    assert [row["name"] for row in document["learners"]] == list(learner_names())
+    assert [row["name"] for row in document["learners"]] == list(LEARNERS.names)
     assert all(row["summary"].endswith(".") for row in document["learners"])
     plain = call("list", "learners")
-    assert [line.split()[0] for line in plain.out.splitlines()] == list(learner_names())
+    assert [line.split()[0] for line in plain.out.splitlines()] == list(LEARNERS.names)
     card = call("explain", "er-ace", "--json").document
     assert (card["what"], card["name"]) == ("learner", "er_ace")
-    assert card["options"] == learner_spec("er_ace").options
+    assert card["options"] == LEARNERS["er_ace"].options
     assert "memory_size: Samples that the memory holds" in call("explain", "ER_ACE").out
     refused(call("explain", "er-ac"), "'er_ac'", "Did you mean 'er_ace'")
 
 
-@pytest.mark.parametrize("name", learner_names())
+@pytest.mark.parametrize("name", LEARNERS.names)
 def test_explain_tells_of_every_learner_s_options(name: str, call: Call) -> None:
     outcome = call("explain", name.replace("_", "-"))
     assert outcome.code == 0
     assert outcome.out.startswith(f"{name} (")
-    for option in learner_spec(name).options:
+    for option in LEARNERS[name].options:
         assert f"\n    {option}: " in outcome.out
 
 

@@ -14,13 +14,10 @@ from typing import Any
 import pytest
 
 import fednorm.cli as cli
+from fednorm.cards import DATA, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.commands.catalogue import SECTIONS
-from fednorm.config import config_from_dict
-from fednorm.data.benchmarks import BENCHMARKS
+from fednorm.config import resolve
 from fednorm.federated import client
-from fednorm.models import MODELS
-from fednorm.norms import NORMS
-from fednorm.registry import resolve_config, scenario_names, strategy_names
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -44,7 +41,7 @@ def test_federated_prints_one_document(call: Call, tmp_path: Path, small: Small)
     for line in result["rounds"]:
         assert line["bytes_down"] + line["bytes_up"] == result["plan"]["bytes_per_round"]
     assert set(result["evaluation"]) == {"own", "cross"}
-    assert resolve_config(result["config"]) == config_from_dict(result["config"])
+    assert resolve(result["config"]) == resolve(result["config"])
     folder = Path(result["run"])
     assert folder.parent == tmp_path / "runs"
     assert json.loads((folder / "result.json").read_text()) == result
@@ -85,11 +82,11 @@ def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> No
 @pytest.mark.parametrize(
     ("what", "names"),
     [
-        ("norms", list(NORMS)),
-        ("strategies", list(strategy_names())),
-        ("models", list(MODELS)),
-        ("data", list(BENCHMARKS)),
-        ("scenarios", list(scenario_names())),
+        ("norms", list(NORMS.names)),
+        ("strategies", list(STRATEGIES.names)),
+        ("models", list(MODELS.names)),
+        ("data", list(DATA.names)),
+        ("scenarios", list(SCENARIOS.names)),
         ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "recipes").glob("*.toml"))),
     ],
 )
@@ -104,12 +101,12 @@ def test_list_names_everything(what: str, names: list[str], call: Call) -> None:
         assert all(row["summary"] for row in document[what])
 
 
-@pytest.mark.parametrize("name", [*NORMS, *strategy_names(), *MODELS, *BENCHMARKS, *SECTIONS])
+@pytest.mark.parametrize("name", [*NORMS.names, *STRATEGIES.names, *MODELS.names, *DATA.names, *SECTIONS])
 def test_explain_explains_every_name(name: str, call: Call) -> None:
     card = call("explain", name.replace("_", "-"), "--json").document
     assert card["name"] == name
     assert card.get("about") or card["summary"]
-    if name in (*NORMS, *strategy_names()):
+    if name in (*NORMS.names, *STRATEGIES.names):
         assert card["citation"]["title"] or name == "none"
         assert isinstance(card["options"], dict)
     text = call("explain", name)

@@ -16,13 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fednorm.config import merge
+from fednorm.cards import MODELS, SCENARIOS
+from fednorm.config import RunConfig, merge, resolve
 from fednorm.continual.simulate import simulate
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.continual_config import ContinualConfig
-from fednorm.models import model_spec
-from fednorm.registry import resolve_continual, scenario_spec
 
 Values = dict[str, Any]
 
@@ -65,7 +63,7 @@ class Toy:
     def values(self, scenario: str = "split_digits", learner: str = "naive", norm: str = "batch_norm") -> Values:
         """Return what a user would write for one of the runs."""
         small = {"train_per_experience": 12, "test_per_experience": 6, "num_experiences": 2}
-        options = {key: small[key] for key in small if key in scenario_spec(scenario).options}
+        options = {key: small[key] for key in small if key in SCENARIOS[scenario].options}
         own = {"name": learner, **LEARNER.get(learner, {})}
         if scenario == "split_cifar100" and "memory_size" in own:
             own["memory_size"] = 100  # room for every class
@@ -86,25 +84,25 @@ class Toy:
 
     def config(
         self, scenario: str = "split_digits", learner: str = "naive", norm: str = "batch_norm", /, **changes: Any
-    ) -> ContinualConfig:
+    ) -> RunConfig:
         """Return the configuration of one of the runs, some keys changed."""
-        return resolve_continual(merge(self.values(scenario, learner, norm), changes))
+        return resolve(merge(self.values(scenario, learner, norm), changes))
 
-    def bench(self, config: ContinualConfig) -> ContinualWorkbench:
+    def bench(self, config: RunConfig) -> ContinualWorkbench:
         """Return a run's workbench; what has the same stream shares it."""
         plain = config.to_dict()
         key = json.dumps([plain["scenario"], plain["data"], config.seed, config.model.name])
         if key not in self._streams:
-            self._streams[key] = scenario_spec(config.scenario.name).stream(
+            self._streams[key] = SCENARIOS[config.scenario.name].stream(
                 config.data,
-                image_size=model_spec(config.model.name).input_size,
+                image_size=MODELS[config.model.name].input_size,
                 seed=config.seed,
                 options=config.scenario.options,
                 cache_dir=self.folder / "cache",
             )
         return ContinualWorkbench(config, self._streams[key])
 
-    def run(self, config: ContinualConfig) -> tuple[dict[str, Any], ContinualWorkbench]:
+    def run(self, config: RunConfig) -> tuple[dict[str, Any], ContinualWorkbench]:
         """Return the result of a run and the workbench that it has left."""
         bench = self.bench(config)
         return simulate(config, runs=None, bench=bench), bench
@@ -133,7 +131,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 KIND = """
 from fednorm.continual.learner import Learner
 from fednorm.continual.simulate import simulate
-from fednorm.registry import resolve_continual as resolve
+from fednorm.registry import resolve as resolve
 
 UNIT, ROOM = "experience", 10_000
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from fednorm.cards import SCENARIOS
 from fednorm.config import DataConfig
 from fednorm.continual.avalanche_benchmark import SplitDataset, to_avalanche
 from fednorm.continual.stream import Stream
 from fednorm.data.domain import pixels
-from fednorm.registry import scenario_names, scenario_spec
 from fednorm.rng import torch_seeded
 
 
@@ -25,10 +25,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def toy(name: str, cache: Path, data: DataConfig | None = None, **options: Any) -> Stream:
     config = data or DataConfig()
-    return scenario_spec(name).stream(config, image_size=8, seed=1, options=options, cache_dir=cache)
+    return SCENARIOS[name].stream(config, image_size=8, seed=1, options=options, cache_dir=cache)
 
 
-@pytest.mark.parametrize("name", [name for name in scenario_names() if "cifar" not in name])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS.names if "cifar" not in name])
 def test_the_benchmark_holds_the_rows_of_the_stream(name: str, cache: Path) -> None:
     stream = toy(name, cache, train_per_experience=12)
     benchmark = to_avalanche(stream)

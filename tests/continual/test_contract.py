@@ -12,20 +12,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fednorm.cards import LEARNERS, NORMS, SCENARIOS
 from fednorm.continual.simulate import OF_AN_ORDER, simulate
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.errors import ConfigError
-from fednorm.norms import NORMS, norm_spec
 from fednorm.plan import norm_plan
-from fednorm.registry import learner_names, learner_spec, scenario_names
 from fednorm.roles import STATISTICS, Kind, RoleRule
 from fednorm.spec import HookedLayer
 
-SCENARIOS, LEARNERS = scenario_names(), learner_names()
 NO_UNION = ("random_labels", "permuted_labels")  # an image has several labels there
-REPLAY = tuple(name for name in LEARNERS if "passes" in learner_spec(name).options)
-STATEFUL = tuple(name for name in NORMS if list(norm_spec(name).make().layer(4, 2).buffers()))
+REPLAY = tuple(name for name in LEARNERS.names if "passes" in LEARNERS[name].options)
+STATEFUL = tuple(name for name in NORMS.names if list(NORMS[name].make().layer(4, 2).buffers()))
 FROM_ALL = (
     "average_accuracy",
     "average_incremental_accuracy",
@@ -39,9 +37,9 @@ FROM_ALL = (
 # Every combination ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
-@pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("scenario", SCENARIOS.names)
+@pytest.mark.parametrize("learner", LEARNERS.names)
+@pytest.mark.parametrize("norm", NORMS.names)
 def test_it_trains_and_measures(scenario: str, learner: str, norm: str, toy: Any) -> None:
     # What is measured inside the network costs as much again as the rest, and does not depend on the scenario.
     probed = scenario == "split_digits"
@@ -110,18 +108,18 @@ def training_passes(bench: ContinualWorkbench) -> int:
     return 3 * batches  # those of the last end: each begins with the network as it was
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
-@pytest.mark.parametrize("norm", [name for name in NORMS if "num_groups" in norm_spec(name).make().__dict__])
+@pytest.mark.parametrize("learner", LEARNERS.names)
+@pytest.mark.parametrize("norm", [name for name in NORMS.names if "num_groups" in NORMS[name].make().__dict__])
 def test_groups_that_do_not_divide_are_refused_before_training(learner: str, norm: str, toy: Any) -> None:
     with pytest.raises(ConfigError, match=r"(?=.*4 channels)(?=.*num_groups is 3)"):
         toy.bench(toy.config("split_digits", learner, norm, norm={"num_groups": 3}))
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", NORMS.names)
 def test_a_batch_of_one_is_refused_where_it_has_no_variance(norm: str, toy: Any) -> None:
     alone = toy.config("split_digits", "naive", norm, train={"batch_size": 1})
     memory = toy.config("split_digits", "er", norm, learner={"memory_batch": 1, "passes": "separate"})
-    if norm_spec(norm).batch_coupled:
+    if NORMS[norm].batch_coupled:
         with pytest.raises(ConfigError, match=rf"norm '{norm}' estimates a variance.*train.batch_size is 1"):
             toy.bench(alone)
         with pytest.raises(ConfigError, match=r"memory_batch is 1 and learner.passes is 'separate'"):
@@ -131,7 +129,7 @@ def test_a_batch_of_one_is_refused_where_it_has_no_variance(norm: str, toy: Any)
         assert toy.run(memory)[0]["experiences"][1]["steps"] == 6
 
 
-@pytest.mark.parametrize("norm", [name for name in NORMS if name not in STATEFUL])
+@pytest.mark.parametrize("norm", [name for name in NORMS.names if name not in STATEFUL])
 @pytest.mark.parametrize("options", [{"statistics": "balanced"}, {"recalibrate": True}])
 def test_controls_of_statistics_are_refused_where_there_are_none(norm: str, options: Any, toy: Any) -> None:
     with pytest.raises(ConfigError, match=rf"learner.{next(iter(options))} .*this network has none"):
@@ -141,7 +139,7 @@ def test_controls_of_statistics_are_refused_where_there_are_none(norm: str, opti
 # The same again -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "batch_renorm", "nap"])
 def test_the_same_seed_gives_the_same_bits(learner: str, norm: str, toy: Any) -> None:
     train = {"augment": "crop_flip", "optimizer": "adam", "learning_rate": 0.003, "shrink": 0.9, "perturb": 0.1}
@@ -285,7 +283,7 @@ def test_norms_are_told_the_task_of_every_image(scenario: str, norm: str, learne
 
 
 def test_every_learner_with_a_memory_is_in_the_table() -> None:
-    assert {name for name, _ in SIZES} | {"gdumb"} == set(LEARNERS)
+    assert {name for name, _ in SIZES} | {"gdumb"} == set(LEARNERS.names)
     assert {name for name, passes in SIZES if passes} == set(REPLAY)
 
 

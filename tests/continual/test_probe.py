@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fednorm.cards import NORMS
 from fednorm.continual.probe import diagnose, drift, probe_images
 from fednorm.models import make_model
-from fednorm.norms import NORMS, make_norm
+from fednorm.norms import make_norm
 from fednorm.norms.sws import ScaledActivation
 
 MODELS = {"digits_cnn": 4, "mlp": 16, "resnet18": 4}
@@ -117,7 +118,7 @@ def test_statistics_of_the_images_themselves_have_not_drifted(norm: str) -> None
     assert max(drift(model.eval(), batch, batch_size=64).values()) < (0.01 if norm == "adab2n" else 1e-5)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", NORMS.names)
 def test_the_network_is_left_as_it_was(norm: str) -> None:
     model = network(norm=norm)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}

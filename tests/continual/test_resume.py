@@ -17,12 +17,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fednorm.config import merge
+from fednorm.config import merge, resolve
 from fednorm.continual import simulate as module
 from fednorm.continual.simulate import simulate
 from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.errors import RecordError
-from fednorm.registry import resolve_continual
 from fednorm.study.record import CHECKPOINT_VERSION, RunRecord
 
 Values = dict[str, Any]
@@ -81,7 +80,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, written: Any) -> Callable[[V
     made: dict[str, Any] = {}
 
     def reference(values: Values) -> Any:
-        config = resolve_continual(values)
+        config = resolve(values)
         if config.hash not in made:
             made[config.hash] = written(Path(simulate(config, runs=tmp_path_factory.mktemp("whole"))["run"]))
         return made[config.hash]
@@ -113,7 +112,7 @@ class Watch:
 
 def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
     watch = Watch()
-    return Path(simulate(resolve_continual(values), runs=runs, observer=watch)["run"]), watch
+    return Path(simulate(resolve(values), runs=runs, observer=watch)["run"]), watch
 
 
 # Anywhere -------------------------------------------------------------------------------------------------------------
@@ -190,7 +189,7 @@ def test_an_interrupted_run_goes_on_in_the_same_process(
 ) -> None:
     values = small()
     with pytest.raises(KeyboardInterrupt):
-        simulate(resolve_continual(values), runs=tmp_path, observer=Watch(step))
+        simulate(resolve(values), runs=tmp_path, observer=Watch(step))
     folder, watch = go_on(values, tmp_path)
     assert watch.first == first
     assert written(folder) == whole(values)
@@ -200,8 +199,8 @@ def test_how_often_checkpoints_are_taken_changes_nothing_and_may_change(
     small: Any, whole: Any, written: Any, tmp_path: Path, toy: Any
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        simulate(resolve_continual(small()), runs=tmp_path, observer=Watch(10))
-    other = resolve_continual(small(train={"checkpoint_every": 7}))
+        simulate(resolve(small()), runs=tmp_path, observer=Watch(10))
+    other = resolve(small(train={"checkpoint_every": 7}))
     found, expected = written(Path(simulate(other, runs=tmp_path)["run"])), whole(small())
     assert found.lines == expected.lines
     assert not toy.differing(found.model, expected.model)
@@ -232,7 +231,7 @@ def test_the_comparison_would_notice_lost_state(
 ) -> None:
     values = small(method)
     with pytest.raises(KeyboardInterrupt):
-        simulate(resolve_continual(values), runs=tmp_path, observer=Watch(8))
+        simulate(resolve(values), runs=tmp_path, observer=Watch(8))
     load = RunRecord.load_state
 
     def forgetful(record: RunRecord) -> Any:
@@ -263,7 +262,7 @@ def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_p
     assert state["version"] == CHECKPOINT_VERSION
     assert state["experiences"] == 1
     assert state["progress"] == {"step": 6, "ended": 1, "begun": True, "epoch": 0, "batch": 2}
-    model = toy.bench(resolve_continual(small())).model.state_dict()
+    model = toy.bench(resolve(small())).model.state_dict()
     assert {f"model/{key}" for key in model} == {key for key in tensors if key.startswith("model/")}
     assert int(tensors["model/norm1.num_batches_tracked"]) == 6
     assert tensors["model/norm1.task_weight"].any()
@@ -275,7 +274,7 @@ def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_p
     assert tensors["own/buffer/images"].dtype == torch.uint8
     assert {key for key in tensors if key.startswith("optimizer/")} == {
         f"optimizer/{number}/momentum_buffer"
-        for number in range(len(list(toy.bench(resolve_continual(small())).model.parameters())))
+        for number in range(len(list(toy.bench(resolve(small())).model.parameters())))
     }
 
 
@@ -315,7 +314,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
 ) -> None:
     values = small()
     with pytest.raises(KeyboardInterrupt):
-        simulate(resolve_continual(values), runs=tmp_path, observer=Watch(9))
+        simulate(resolve(values), runs=tmp_path, observer=Watch(9))
     path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
     damage(path, how)
     before = path.read_bytes()
@@ -340,7 +339,7 @@ def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
         if method not in made:
             made[method] = tmp_path_factory.mktemp("cut")
             with pytest.raises(KeyboardInterrupt):
-                simulate(resolve_continual(values), runs=made[method], observer=Watch(10))
+                simulate(resolve(values), runs=made[method], observer=Watch(10))
         shutil.copytree(made[method], runs, dirs_exist_ok=True)
         return values, next(runs.iterdir()) / "checkpoint.safetensors"
 
@@ -405,8 +404,8 @@ def test_what_another_version_has_not_written_is_named(lost: str, of: str, cut: 
 
 def test_a_run_does_not_go_on_with_other_data(cut: Any, whole: Any, written: Any, toy: Any, tmp_path: Path) -> None:
     values, path = cut(FIRST, tmp_path)
-    config = resolve_continual(values)
-    theirs = toy.bench(resolve_continual(merge(values, {"seed": 2}))).stream
+    config = resolve(values)
+    theirs = toy.bench(resolve(merge(values, {"seed": 2}))).stream
     before = {file: file.read_bytes() for file in path.parent.iterdir()}
     with pytest.raises(RecordError, match=r"other data.*--data-dir.*--runs.*remove the file") as caught:
         simulate(config, runs=tmp_path, bench=ContinualWorkbench(config, theirs))
@@ -449,7 +448,7 @@ def test_an_older_checkpoint_that_counted_later_passes_is_refused(cut: Any, tmp_
 def test_lost_lines_are_noticed(lost: str, small: Any, tmp_path: Path) -> None:
     values = small()
     with pytest.raises(KeyboardInterrupt):
-        simulate(resolve_continual(values), runs=tmp_path, observer=Watch(15))
+        simulate(resolve(values), runs=tmp_path, observer=Watch(15))
     path = next(tmp_path.iterdir()) / "experiences.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 3
@@ -502,10 +501,10 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(
 def test_a_finished_run_is_read_back_and_not_run_again(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = simulate(resolve_continual(small()), runs=tmp_path)
+    first = simulate(resolve(small()), runs=tmp_path)
     monkeypatch.setattr(module, "ContinualWorkbench", lambda *_: pytest.fail("the run was made again"))
     before = {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir()}
-    assert simulate(resolve_continual(small()), runs=tmp_path) == first
+    assert simulate(resolve(small()), runs=tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir()} == before
     assert {path.name for path in before} == {
         ".lock", "run.json", "experiences.jsonl", "model.safetensors", "result.json"
@@ -513,19 +512,19 @@ def test_a_finished_run_is_read_back_and_not_run_again(
 
 
 def test_a_record_that_was_moved_says_where_it_is(small: Any, tmp_path: Path) -> None:
-    first = simulate(resolve_continual(small()), runs=tmp_path / "here")
+    first = simulate(resolve(small()), runs=tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
-    again = simulate(resolve_continual(small()), runs=tmp_path / "there")
+    again = simulate(resolve(small()), runs=tmp_path / "there")
     assert again == {**first, "run": str(tmp_path / "there" / Path(first["run"]).name)}
 
 
 def test_a_record_tells_what_was_run(small: Any, tmp_path: Path) -> None:
-    config = resolve_continual(small())
+    config = resolve(small())
     result = simulate(config, runs=tmp_path)
     folder = Path(result["run"])
     assert folder.name == f"er_ace-adab2n-split_digits-seed1-{config.hash}"
     about = json.loads((folder / "run.json").read_text())
-    assert resolve_continual(about["config"]) == config
+    assert resolve(about["config"]) == config
     assert about["versions"]["torch"] == version("torch")
     assert about["data"] == result["data"]
     assert json.loads((folder / "result.json").read_text()) == result

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.cards import LEARNERS
 from fednorm.continual.simulate import finite, plan, simulate, summary
 from fednorm.data.domain import Split
 from fednorm.models import make_model
 from fednorm.norms import make_norm
-from fednorm.registry import learner_names
 from fednorm.rng import stream_seed, torch_stream
-
-LEARNERS = learner_names()
 
 # In plain PyTorch -----------------------------------------------------------------------------------------------------
 
@@ -365,7 +363,7 @@ def test_the_plan_is_the_document_before_training(toy: Any) -> None:
     assert planned["parameters"] == sum(parameter.numel() for parameter in bench.model.parameters())
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "nap", "none"])
 def test_a_run_that_diverges_says_so(learner: str, norm: str, toy: Any) -> None:
     document, _ = toy.run(toy.config("split_digits", learner, norm, train={"learning_rate": 1e30}))

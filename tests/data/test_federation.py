@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fednorm.config import DataConfig
-from fednorm.data import BENCHMARKS, Federation, load_federation, pixels
+from fednorm.data import DATA, Federation, load_federation, pixels
 from fednorm.errors import DataError, UnknownNameError
 
 TEN = [str(digit) for digit in range(10)]
@@ -191,8 +191,8 @@ def test_pacs_and_office_take_their_domains_from_the_column(tmp_path: Path, writ
 
 
 def test_every_benchmark_says_what_it_is() -> None:
-    assert {"digits_mini", "digits", "office_caltech10", "pacs", "cifar10", "cifar100", "folders"} == set(BENCHMARKS)
-    assert all(name == entry.name and entry.summary for name, entry in BENCHMARKS.items())
+    assert {"digits_mini", "digits", "office_caltech10", "pacs", "cifar10", "cifar100", "folders"} == set(DATA)
+    assert all(name == entry.name and entry.summary for name, entry in DATA.items())
 
 
 @pytest.mark.data

@@ -9,12 +9,12 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from fednorm.config import resolve
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.federated.client import make_client_app
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.wire import pack, unpack
 from fednorm.federated.workbench import LOCAL_RECORD, Workbench
-from fednorm.registry import resolve_config
 
 SIZES = ((9, 5), (8, 6), (5, 4))
 """Training and test images of each client; the first client's last batch of four has one image."""
@@ -51,7 +51,7 @@ class Site:
         base: dict[str, Any] = {"model": {"name": "digits_cnn", "width": 4}}
         base["train"] = {"batch_size": 4, "learning_rate": 0.05, **sections.pop("train", {})}
         base["strategy"] = {"name": strategy, **sections.pop("options", {})}
-        self.bench = Workbench(resolve_config(base | dict(sections)), federation(sizes, held_out))
+        self.bench = Workbench(resolve(base | dict(sections)), federation(sizes, held_out))
         self.grid = InProcessGrid(make_client_app(lambda _: self.bench), len(sizes), {})
         self.strategy = self.bench.strategy
 

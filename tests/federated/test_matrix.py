@@ -15,6 +15,7 @@ from flwr.app import Message
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fednorm.config import resolve
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.errors import ConfigError
 from fednorm.federated.grid import InProcessGrid
@@ -22,7 +23,6 @@ from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.workbench import Workbench
 from fednorm.models import make_model
 from fednorm.norms import make_norm
-from fednorm.registry import resolve_config
 
 IMAGES = 23
 DOMAINS = ("a", "a", "b", "c", "unseen")
@@ -69,7 +69,7 @@ class Trained:
     """A finished run: its evaluation, the server's and the clients' tensors, and every message that was sent."""
 
     def __init__(self, strategy: str, norm: str, evaluate: tuple[tuple[str, Any], ...]) -> None:
-        config = resolve_config(values(strategy, norm, **dict(evaluate)))
+        config = resolve(values(strategy, norm, **dict(evaluate)))
         self.messages: list[tuple[str, int]] = []
         handle = InProcessGrid._handle
 
@@ -309,7 +309,7 @@ def test_statistics_that_are_not_there_are_neither_pooled_nor_estimated(strategy
 
 
 def refused(federation_: Federation, message: str, strategy: str, norm: str = "batch_norm", **evaluate: Any) -> None:
-    config = resolve_config(values(strategy, norm, **evaluate))
+    config = resolve(values(strategy, norm, **evaluate))
     bench = Workbench(config, federation_)
     for act in (lambda: plan(config, bench), lambda: simulate(config, runs=None, bench=bench)):
         with pytest.MonkeyPatch.context() as patch:

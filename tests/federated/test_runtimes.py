@@ -11,10 +11,10 @@ import pytest
 from safetensors.torch import load_file
 
 import fednorm.cli as cli
+from fednorm.config import resolve
 from fednorm.errors import RecordError
 from fednorm.federated import simulate_flower
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve_config
 from fednorm.study.record import Checkpoint, RunRecord
 
 VALUES: dict[str, Any] = {
@@ -46,7 +46,7 @@ class Watch:
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
     pytest.importorskip("ray", reason="Flower's simulation runtime needs ray")
-    config, folder, watch = resolve_config(VALUES), tmp_path_factory.mktemp("runtimes"), Watch()
+    config, folder, watch = resolve(VALUES), tmp_path_factory.mktemp("runtimes"), Watch()
     flowers = simulate_flower.simulate_flower(config, runs=folder / "flower", observer=watch, timeout=300)
     return Both(simulate(config, runs=folder / "ours"), flowers, watch.rounds)
 
@@ -118,13 +118,13 @@ def test_a_wrong_configuration_fails_before_flower_starts(
 
 @pytest.mark.usefixtures("no_start")
 def test_a_finished_run_is_read_back_on_any_runtime(tmp_path: Path) -> None:
-    config = resolve_config(VALUES)
+    config = resolve(VALUES)
     assert simulate(config, runs=tmp_path) == simulate_flower.simulate_flower(config, runs=tmp_path)
 
 
 @pytest.mark.usefixtures("no_start")
 def test_flower_never_touches_the_record_of_a_run_that_goes_on_elsewhere(tmp_path: Path) -> None:
-    config = resolve_config(VALUES)
+    config = resolve(VALUES)
     record = RunRecord(tmp_path, config)
     record.prepare()
     record.append_line({"round": 1})
@@ -138,7 +138,7 @@ def test_flower_never_touches_the_record_of_a_run_that_goes_on_elsewhere(tmp_pat
 
 
 def test_lines_of_an_attempt_that_was_cut_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = resolve_config(VALUES)
+    config = resolve(VALUES)
     record = RunRecord(tmp_path, config)
     record.prepare()
     record.append_line({"round": 1, "old": True})

@@ -13,8 +13,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
+from fednorm.cards import STRATEGIES
 from fednorm.federated.wire import MemoryArray, nbytes, pack, tensor_of, unpack
-from fednorm.registry import strategy_names
 
 TENSORS: dict[str, Callable[[], Tensor]] = {
     "float32": lambda: torch.randn(3, 4),
@@ -122,7 +122,7 @@ def planted(keys: Iterable[str], site: Any) -> Iterator[tuple[str, Tensor]]:
         yield key, torch.full_like(like, SENTINEL if like.is_floating_point() else 987654321987)
 
 
-@pytest.mark.parametrize("name", strategy_names())
+@pytest.mark.parametrize("name", STRATEGIES.names)
 def test_local_tensors_are_in_no_message(name: str, make_site: Any) -> None:
     site = make_site(name, train={"learning_rate": 1e-12})
     local = site.strategy.plan.local
@@ -158,7 +158,7 @@ def test_the_search_does_find_what_is_sent(name: str, make_site: Any) -> None:
     assert all(b"norm1.weight" in wire(message) for message in train)
 
 
-@pytest.mark.parametrize("name", strategy_names())
+@pytest.mark.parametrize("name", STRATEGIES.names)
 def test_a_round_is_as_long_as_its_shared_tensors_and_their_headers(name: str, make_site: Any) -> None:
     site = make_site(name)
     log: list[Message] = []

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.config import merge
-from fednorm.continual_config import continual_config_from_dict
+from fednorm.config import merge, resolve
 
 LEARNERS: Mapping[str, Mapping[str, Any]] = {
     "er_ace": {"memory_size": 500, "passes": "joint", "recalibrate": False},
@@ -50,7 +49,7 @@ def _result(
         "norm": {"name": "batch_norm", **(norm or {})},
         "train": {"batch_size": 10, "epochs": 1},
     }
-    resolved = continual_config_from_dict(merge(values, config or {}))
+    resolved = resolve(merge(values, config or {}))
     plain = resolved.to_dict()
     joint = plain["learner"]["name"] == "joint"  # one line, and its row for each experience of the matrix
     experiences = [

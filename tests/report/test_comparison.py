@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.config import config_from_dict, merge
+from fednorm.config import merge, resolve
 from fednorm.errors import ConfigError, UnknownNameError
 from fednorm.report._common import Table
 from fednorm.report.comparison import (
@@ -44,7 +44,7 @@ def federated(
 ) -> dict[str, Any]:
     """Return the result of a federated run; keywords are sections of its configuration."""
     scores = {"a": 0.8, "b": 0.6} if per_domain is None else dict(per_domain)
-    resolved = config_from_dict(merge(merge({"norm": {"name": "batch_norm"}}, config or {}), sections))
+    resolved = resolve(merge(merge({"norm": {"name": "batch_norm"}}, config or {}), sections))
     plain = resolved.to_dict()
     known = [score for score in scores.values() if score is not None]
     return {

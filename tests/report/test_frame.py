@@ -9,7 +9,7 @@ import polars
 import pytest
 from polars.testing import assert_frame_equal
 
-from fednorm.config import config_from_dict
+from fednorm.config import resolve
 from fednorm.report.frame import LEADING, TIDY, frame, records
 from fednorm.report.stream_table import method_name
 
@@ -17,7 +17,7 @@ Make = Callable[..., dict[str, Any]]
 
 
 def federated(**values: Any) -> dict[str, Any]:
-    config = config_from_dict({"strategy": {"name": "fedprox", "mu": 0.1}, "norm": {"name": "batch_norm"}, **values})
+    config = resolve({"strategy": {"name": "fedprox", "mu": 0.1}, "norm": {"name": "batch_norm"}, **values})
     own = {"per_domain": {"a": 0.5, "b": 0.9}, "mean": 0.7, "worst": 0.5}
     other = {"per_domain": {"a": 0.25, "b": None}, "mean": 0.25, "worst": 0.25}
     line = {"train_loss": None, "bytes_down": 10, "rejected": [{"client": 1}], "sampled": [0, 1], "seconds": 1.5}

@@ -45,7 +45,7 @@ def federated(
 ) -> dict[str, Any]:
     """A federated result whose accuracy grows in proportion to the round, and whose drift is round + layer + domain."""
     scores = scores or {"mnist": 0.9, "usps": 0.6}
-    config: dict[str, Any] = {**RunConfig().to_dict(), "seed": seed, "strategy": {"name": strategy}}
+    config: dict[str, Any] = {**RunConfig.defaults("federated").to_dict(), "seed": seed, "strategy": {"name": strategy}}
     config["norm"] = {"name": "batch_norm"}
     lines: list[dict[str, Any]] = []
     for count in range(1, rounds + 1):

@@ -46,7 +46,12 @@ def drift(domain: str, layer: int, seed: int, number: int) -> float:
 
 
 def federated(strategy: str, seed: int) -> dict[str, Any]:
-    config = {**RunConfig().to_dict(), "seed": seed, "strategy": {"name": strategy}, "norm": {"name": "batch_norm"}}
+    config = {
+        **RunConfig.defaults("federated").to_dict(),
+        "seed": seed,
+        "strategy": {"name": strategy},
+        "norm": {"name": "batch_norm"},
+    }
     lines: list[dict[str, Any]] = []
     for number in range(1, ROUNDS + 1):
         scores = {domain: accuracy(strategy, domain, seed, number) for domain in DOMAINS}
@@ -266,7 +271,7 @@ def test_every_number_leads_to_its_run(reader: Reader) -> None:
         )
     )
     assert (told["strategy.name"], told["seed"], told["parameters"]) == ("fedbn", "2", "1,234")
-    assert told["train.batch_size"] == str(RunConfig().train.batch_size)
+    assert told["train.batch_size"] == str(RunConfig.defaults("federated").train.batch_size)
     assert reader.js("return location.hash") == f"#run-{run['hash']}"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fednorm.commands.report import run_report
-from fednorm.config import config_from_dict
+from fednorm.config import resolve
 from fednorm.errors import ConfigError, FedNormError, RecordError, UnknownNameError
 from fednorm.report.comparison import comparison_table, comparisons, paper_table
 from fednorm.report.frame import frame, records
@@ -296,7 +296,7 @@ def test_a_place_that_cannot_be_written_is_named(option: str, stream_result: Mak
 
 
 def a_federated_result() -> dict[str, Any]:
-    config = config_from_dict({"norm": {"name": "batch_norm"}})
+    config = resolve({"norm": {"name": "batch_norm"}})
     own = {"per_domain": {"a": 0.5, "b": 0.9}, "mean": 0.7, "worst": 0.5}
     diagnostics = {"drift": {"a": {"bn": 0.1}}, "weight_norm": {"c": 1.0, "d": 2.0}}
     line = {"train_loss": 1.0, "bytes_down": 10, "bytes_up": 5, "seconds": 1.5, **own, "diagnostics": diagnostics}

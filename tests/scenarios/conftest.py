@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fednorm.cards import SCENARIOS
 from fednorm.config import DataConfig
 from fednorm.continual.stream import Stream
-from fednorm.registry import scenario_spec
 
 Make = Callable[..., Stream]
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -56,7 +56,7 @@ def make(cache: Path, toy_folder: Path) -> Make:
     def make_stream(name: str, seed: int = 1, *, data: dict[str, Any] | None = None, **options: Any) -> Stream:
         folder = {"dir": str(toy_folder)} if "cifar" in name else {}
         config = DataConfig(**{**folder, **(data or {})})
-        return scenario_spec(name).stream(config, image_size=8, seed=seed, options=options, cache_dir=cache)
+        return SCENARIOS[name].stream(config, image_size=8, seed=seed, options=options, cache_dir=cache)
 
     return make_stream
 

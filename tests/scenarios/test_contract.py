@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from fednorm.cards import SCENARIOS
 from fednorm.commands.catalogue import run_explain, run_list
 from fednorm.config import DataConfig
 from fednorm.continual.stream import Experience, PermutedSplit, Stream
 from fednorm.data.domain import Split
 from fednorm.errors import ConfigError, DataError, UnknownNameError
-from fednorm.registry import scenario_names, scenario_spec
 
 Make = Callable[..., Stream]
-NAMES = scenario_names()
+NAMES = SCENARIOS.names
 CLASS_INCREMENTAL = ("split_cifar10", "split_cifar100", "split_digits")
 KEPT_INPUTS = ("random_labels", "permuted_labels", "permuted_pixels")
 
@@ -46,23 +46,23 @@ def test_every_file_is_a_scenario_of_its_name() -> None:
     files = {path.stem for path in (Path(__file__).resolve().parents[2] / "scenarios").glob("[a-z]*.py")}
     assert files == set(NAMES)
     for name in NAMES:
-        spec = scenario_spec(name.replace("_", "-").upper())
+        spec = SCENARIOS[name.replace("_", "-").upper()]
         assert spec.name == name
         assert spec.summary.endswith(".")
         assert spec.citation.arxiv
     with pytest.raises(UnknownNameError, match="Did you mean 'split_cifar10'"):
-        scenario_spec("split_cifar11")
+        SCENARIOS["split_cifar11"]
 
 
 @every_scenario
 def test_the_command_line_lists_and_explains_it(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     run_list("scenarios", as_json=True)
     listed = {row["name"]: row["summary"] for row in json.loads(capsys.readouterr().out)["scenarios"]}
-    assert listed[name] == scenario_spec(name).summary
+    assert listed[name] == SCENARIOS[name].summary
     run_explain(name.replace("_", "-"), as_json=True)
     card = json.loads(capsys.readouterr().out)
     assert (card["what"], card["name"]) == ("scenario", name)
-    assert card["options"] == scenario_spec(name).options
+    assert card["options"] == SCENARIOS[name].options
     assert card["about"].startswith(f"{name}: ")
 
 
@@ -115,7 +115,7 @@ def test_every_image_is_somewhere(name: str, make: Make) -> None:
 @every_scenario
 def test_limits_and_validation_cut_what_they_say(name: str, make: Make) -> None:
     options = {key: n for key, n in (("train_per_experience", 5), ("test_per_experience", 2)) if key in
-               scenario_spec(name).options}  # fmt: skip
+               SCENARIOS[name].options}  # fmt: skip
     small = make(name, **options)
     assert {len(experience.train) for experience in small} == {5}
     if name == "random_labels":
@@ -228,7 +228,7 @@ def test_domains_that_share_digits_are_told(tmp_path: Path, cache: Path, toy_fol
 
     def notes(*domains: str) -> str:
         config = DataConfig(name="digits", dir=str(tmp_path), domains=domains)
-        stream = scenario_spec("domain_digits").stream(config, image_size=8, seed=1, cache_dir=cache)
+        stream = SCENARIOS["domain_digits"].stream(config, image_size=8, seed=1, cache_dir=cache)
         assert {experience.title for experience in stream} == set(domains or ("mnist", "usps", "mnistm"))
         return " ".join(stream.notes)
 
@@ -334,9 +334,9 @@ def test_an_experience_without_test_images_is_refused() -> None:
 def test_several_data_sets_are_not_one(toy_folder: Path, cache: Path) -> None:
     config: dict[str, Any] = {"name": "folders", "dir": str(toy_folder), "domains": ("cifar10", "cifar100")}
     with pytest.raises(DataError, match="is several data sets; this scenario is made of one"):
-        scenario_spec("random_labels").stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
+        SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
     config["domains"] = ("cifar10",)
-    stream = scenario_spec("random_labels").stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
+    stream = SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
     assert len(stream.experiences[0].train) == 30
 
 
@@ -345,7 +345,7 @@ def test_real_cifar10_in_five(real_data: Path, cache: Path) -> None:
     if not (real_data / "cifar10").is_dir():
         pytest.skip(f"no cifar10 in {real_data}")
     config = DataConfig(dir=str(real_data))
-    stream = scenario_spec("split_cifar10").stream(config, image_size=32, seed=1, cache_dir=cache)
+    stream = SCENARIOS["split_cifar10"].stream(config, image_size=32, seed=1, cache_dir=cache)
     assert [len(experience.train) for experience in stream] == [10_000] * 5
     assert [len(experience.test) for experience in stream] == [2_000] * 5
     assert np.unique(labels(stream.experiences[3].train)).tolist() == [6, 7]

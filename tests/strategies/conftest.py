@@ -12,11 +12,11 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
+from fednorm.cards import STRATEGIES
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
 from fednorm.norms import make_norm
-from fednorm.registry import strategy_spec
 from fednorm.rng import torch_seeded
 from fednorm.roles import Kind
 
@@ -75,7 +75,7 @@ class Lab:
     @staticmethod
     def network(name: str = "fedavg") -> nn.Module:
         """Return a small network that a strategy accepts, normalization layers in it wherever it can have them."""
-        norm = make_norm(strategy_spec(name).defaults.get("norm", {}).get("name", "batch_norm"))
+        norm = make_norm(STRATEGIES[name].defaults.get("norm", {}).get("name", "batch_norm"))
         with torch_seeded(3, "network"):
             return nn.Sequential(
                 norm.conv(3, 4, 3), norm.layer(4, 2), norm.activation("relu"), nn.Flatten(), nn.Linear(16, 3)
@@ -83,7 +83,7 @@ class Lab:
 
     @classmethod
     def make(cls, name: str, **options: Any) -> NormStrategy:
-        return strategy_spec(name).make(cls.network(name), **options)
+        return STRATEGIES[name].make(cls.network(name), **options)
 
     @staticmethod
     def update(strategy: NormStrategy, seed: int) -> State:

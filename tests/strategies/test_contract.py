@@ -14,16 +14,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
+from fednorm.cards import STRATEGIES
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.server_optimizer import ServerOptimizer
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
-from fednorm.registry import strategy_names, strategy_spec
 from fednorm.roles import LEARNED, Kind
 
-STRATEGIES = strategy_names()
-every_strategy = pytest.mark.parametrize("name", STRATEGIES)
+every_strategy = pytest.mark.parametrize("name", STRATEGIES.names)
 State = dict[str, Tensor]
 
 
@@ -39,7 +38,7 @@ def averaged_keys(strategy: NormStrategy) -> list[str]:
 
 @every_strategy
 def test_a_spec_is_complete(name: str, lab: Any) -> None:
-    spec = strategy_spec(name)
+    spec = STRATEGIES[name]
     assert spec.name == name == spec.make.__module__.rpartition(".")[2]
     assert spec is import_module(f"strategies.{name}").SPEC
     assert issubclass(spec.make, Strategy)
@@ -129,7 +128,7 @@ def test_counters_stay_integers_and_are_the_first_clients(name: str, lab: Any) -
 @every_strategy
 @pytest.mark.parametrize("rate", [None, 1e3])
 def test_variances_stay_non_negative(name: str, rate: float | None, lab: Any) -> None:
-    options = {"server_learning_rate": rate} if rate and "server_learning_rate" in strategy_spec(name).options else {}
+    options = {"server_learning_rate": rate} if rate and "server_learning_rate" in STRATEGIES[name].options else {}
     strategy = lab.make(name, **options)
     updates = [{pid: (lab.update(strategy, 10 * r + pid), 5) for pid in range(3)} for r in range(4)]
     new = lab.rounds(strategy, updates)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from fednorm.config import RunConfig, merge
-from fednorm.registry import resolve_config
+from fednorm.config import RunConfig, merge, resolve
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 24, "test_per_domain": 10},
@@ -23,7 +22,7 @@ SMALL: dict[str, Any] = {
 KIND = """
 import fednorm.federated.client as client
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve_config as resolve
+from fednorm.registry import resolve as resolve
 
 UNIT, ROOM = "round", 20_000
 
@@ -55,7 +54,7 @@ def small() -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture
 def make(small: Callable[..., dict[str, Any]]) -> Callable[..., RunConfig]:
-    return lambda **changes: resolve_config(small(**changes))
+    return lambda **changes: resolve(small(**changes))
 
 
 class Written:

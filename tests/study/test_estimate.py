@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fednorm.config import DataConfig, merge
+from fednorm.config import DataConfig, merge, resolve
 from fednorm.continual import estimate as of_streams
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.data import load_federation
@@ -23,7 +23,6 @@ from fednorm.errors import DataError
 from fednorm.federated import estimate as of_rounds
 from fednorm.federated.simulate import simulate as simulate_rounds
 from fednorm.federated.workbench import Workbench
-from fednorm.registry import resolve
 from fednorm.study import estimate
 from fednorm.study.estimate import estimate_seconds, seconds_at_once
 

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fednorm.config import RunConfig, flatten, nest
 from fednorm.errors import ConfigError, UnknownNameError
-from fednorm.study.grid import AnyConfig, axes, combinations, expand, flatten, labels, nest
+from fednorm.study.grid import axes, combinations, expand, labels
 
 
-def short(configs: list[AnyConfig]) -> list[tuple[Any, ...]]:
+def short(configs: list[RunConfig]) -> list[tuple[Any, ...]]:
     return [(c.strategy.name, c.norm.name, c.seed, c.train.learning_rate) for c in configs]  # type: ignore[union-attr]
 
 

@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fednorm.config import RunConfig, config_from_dict, merge
+from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import AggregationError, RecordError
 from fednorm.federated import client, server
 from fednorm.federated.simulate import simulate
 from fednorm.federated.workbench import Workbench
-from fednorm.registry import resolve_config
 from fednorm.study import record as record_module
 from fednorm.study.record import Checkpoint, RunRecord, versions
 
@@ -54,7 +53,7 @@ def test_a_record_says_what_was_run_and_what_came_out(make: Make, tmp_path: Path
     names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {"run.json", "rounds.jsonl", "model.safetensors", "clients.safetensors", "result.json"}
     run = json.loads((folder / "run.json").read_text())
-    assert resolve_config(run["config"]) == config
+    assert resolve(run["config"]) == config
     assert run["hash"] == config.hash
     assert run["versions"] == versions()
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
@@ -456,48 +455,46 @@ def dotted(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def test_whatever_changes_numbers_changes_the_hash() -> None:
-    every = {key for key, _ in dotted(resolve_config({}).to_dict())} - {"kind"}
+    every = {key for key, _ in dotted(resolve({}).to_dict())} - {"kind"}
     assert every | {"norm.eps"} == set(LEAVES) | set(ELSEWHERE)
-    hashes = [resolve_config(nested(key, value)).hash for key, value in LEAVES.items()]
-    assert len({resolve_config({}).hash, *hashes}) == len(LEAVES) + 1
+    hashes = [resolve(nested(key, value)).hash for key, value in LEAVES.items()]
+    assert len({resolve({}).hash, *hashes}) == len(LEAVES) + 1
 
 
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_where_a_run_happens_leaves_the_hash_alone(key: str) -> None:
-    changed = resolve_config(nested(key, ELSEWHERE[key]))
-    assert changed != resolve_config({})
-    assert changed.hash == resolve_config({}).hash
+    changed = resolve(nested(key, ELSEWHERE[key]))
+    assert changed != resolve({})
+    assert changed.hash == resolve({}).hash
 
 
-@given(st.sets(st.sampled_from([key for key, _ in dotted(resolve_config({}).to_dict())])), st.integers(1, 99))
+@given(st.sets(st.sampled_from([key for key, _ in dotted(resolve({}).to_dict())])), st.integers(1, 99))
 def test_writing_a_default_out_leaves_the_hash_alone(keys: set[str], seed: int) -> None:
-    defaults = dict(dotted(resolve_config({}).to_dict()))
+    defaults = dict(dotted(resolve({}).to_dict()))
     values: dict[str, Any] = {"seed": seed, "strategy": {"name": "fedbn"}}
     written: dict[str, Any] = {}
     for key in keys:
         written = merge(written, nested(key, defaults[key]))
-    assert resolve_config(merge(written, values)).hash == resolve_config(values).hash
+    assert resolve(merge(written, values)).hash == resolve(values).hash
 
 
 def test_the_default_of_an_option_leaves_the_hash_alone() -> None:
-    plain = resolve_config({"strategy": {"name": "fedprox"}, "norm": {"name": "group_norm"}})
-    spelled = resolve_config({"strategy": {"name": "FedProx", "mu": plain_mu()}, "norm": {"name": "group-norm"}})
+    plain = resolve({"strategy": {"name": "fedprox"}, "norm": {"name": "group_norm"}})
+    spelled = resolve({"strategy": {"name": "FedProx", "mu": plain_mu()}, "norm": {"name": "group-norm"}})
     assert plain.hash == spelled.hash
-    assert resolve_config({"strategy": {"name": "fedprox", "mu": 2}}) == resolve_config(
-        {"strategy": {"name": "fedprox", "mu": 2.0}}
-    )
+    assert resolve({"strategy": {"name": "fedprox", "mu": 2}}) == resolve({"strategy": {"name": "fedprox", "mu": 2.0}})
 
 
 def plain_mu() -> Any:
-    from fednorm.registry import strategy_spec
+    from fednorm.cards import STRATEGIES
 
-    return strategy_spec("fedprox").options["mu"]
+    return STRATEGIES["fedprox"].options["mu"]
 
 
 def test_hashes_are_those_of_records_already_written() -> None:
     """Records outlive versions: these hashes were made by version 0.1.0."""
-    assert {name: resolve_config({"strategy": {"name": name}}).hash for name in ("fedavg", "fedbn", "fedwon")} == HASHES
-    assert config_from_dict(resolve_config({}).to_dict()).hash == HASHES["fedavg"]
+    assert {name: resolve({"strategy": {"name": name}}).hash for name in ("fedavg", "fedbn", "fedwon")} == HASHES
+    assert resolve(resolve({}).to_dict()).hash == HASHES["fedavg"]
 
 
 HASHES = {"fedavg": "76ce0c3de10c", "fedbn": "0fce69fee01e", "fedwon": "895bb107f5cf"}

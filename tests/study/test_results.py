@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.config import config_from_dict
-from fednorm.continual_config import continual_config_from_dict
+from fednorm.config import resolve
 from fednorm.errors import RecordError
 from fednorm.study.results import FORMAT, load
 
@@ -22,7 +21,7 @@ SCORES = {"a": 0.5, "b": 0.9}
 
 def federated(seed: int = 1, strategy: str = "fedbn", split: str = "test", **final: Any) -> dict[str, Any]:
     """Return the result of a federated run, as fednorm writes it, of as many keys as tables need."""
-    config = config_from_dict(
+    config = resolve(
         {"seed": seed, "strategy": {"name": strategy}, "norm": {"name": "batch_norm"}, "evaluate": {"split": split}}
     )
     own = {"per_domain": SCORES, "mean": 0.7, "worst": 0.5}
@@ -43,7 +42,7 @@ def federated(seed: int = 1, strategy: str = "fedbn", split: str = "test", **fin
 
 def continual(seed: int = 1) -> dict[str, Any]:
     """Return the result of a continual run, likewise."""
-    config = continual_config_from_dict({"kind": "continual", "seed": seed, "norm": {"name": "batch_norm"}})
+    config = resolve({"kind": "continual", "seed": seed, "norm": {"name": "batch_norm"}})
     matrix = [[0.9, 0.1], [0.5, 0.8]]
     return {
         "kind": "continual",

@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fednorm.config import resolve
 from fednorm.errors import RecordError
 from fednorm.federated import server
 from fednorm.federated.simulate import simulate
 from fednorm.federated.workbench import Workbench
-from fednorm.registry import resolve_config
 
 METHODS: dict[str, dict[str, Any]] = {
     "client's local tensors": {"evaluate": {"kinds": ["own", "cross", "pooled"]}},
@@ -46,7 +46,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, written: Any) -> Callable[[d
     made: dict[str, Any] = {}
 
     def reference(values: dict[str, Any]) -> Any:
-        config = resolve_config(values)
+        config = resolve(values)
         key = f"{config.hash} {config.rounds.checkpoint_every}"
         if key not in made:
             made[key] = written(Path(simulate(config, runs=tmp_path_factory.mktemp("whole"))["run"]))
@@ -72,7 +72,7 @@ class Watch:
 
 def go_on(values: dict[str, Any], runs: Path) -> tuple[Path, Watch]:
     watch = Watch()
-    return Path(simulate(resolve_config(values), runs=runs, observer=watch)["run"]), watch
+    return Path(simulate(resolve(values), runs=runs, observer=watch)["run"]), watch
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -143,7 +143,7 @@ def test_a_checkpoint_holds_every_client_s_local_tensors(small: Any, launcher: A
     launcher.run(small(), tmp_path, "after the round", 2)
     folder = next(tmp_path.iterdir())
     tensors = load_file(folder / "checkpoint.safetensors")
-    plan = Workbench(resolve_config(small())).plan
+    plan = Workbench(resolve(small())).plan
     expected = {f"server/{key}" for key in plan.sent} | {f"client/{i}/{key}" for i in range(5) for key in plan.local}
     assert set(tensors) == expected
     assert not torch.equal(tensors["client/0/norm1.running_mean"], tensors["client/1/norm1.running_mean"])
@@ -152,19 +152,19 @@ def test_a_checkpoint_holds_every_client_s_local_tensors(small: Any, launcher: A
 def test_a_finished_run_is_read_back_and_not_run_again(
     small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = simulate(resolve_config(small()), runs=tmp_path)
+    first = simulate(resolve(small()), runs=tmp_path)
     monkeypatch.setattr(server, "_serve", lambda *_: pytest.fail("the run was run again"))
     before = {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir()}
-    assert simulate(resolve_config(small()), runs=tmp_path) == first
+    assert simulate(resolve(small()), runs=tmp_path) == first
     assert {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir() if path.name != ".lock"} == {
         path: time for path, time in before.items() if path.name != ".lock"
     }
 
 
 def test_a_record_that_was_moved_says_where_it_is(small: Any, tmp_path: Path) -> None:
-    first = simulate(resolve_config(small()), runs=tmp_path / "here")
+    first = simulate(resolve(small()), runs=tmp_path / "here")
     (tmp_path / "here").rename(tmp_path / "there")
-    again = simulate(resolve_config(small()), runs=tmp_path / "there")
+    again = simulate(resolve(small()), runs=tmp_path / "there")
     assert again == {**first, "run": str(tmp_path / "there" / Path(first["run"]).name)}
 
 
@@ -217,7 +217,7 @@ class Stop:
 def test_other_data_than_the_checkpoints_are_refused_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = resolve_config(
+    config = resolve(
         {"data": {"train_per_client": 16, "test_per_domain": 10}, "model": {"width": 4}, "rounds": {"num_rounds": 2}}
     )
     with pytest.raises(KeyboardInterrupt):

@@ -16,12 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fednorm.config import merge
+from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import ConfigError, FedNormError
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve
 from fednorm.study import runner, worker
-from fednorm.study.grid import AnyConfig, expand
+from fednorm.study.grid import expand
 from fednorm.study.runner import Failure, Progress, default_jobs, execute, run_study
 from fednorm.study.study import make_study
 
@@ -85,7 +84,7 @@ def test_processes_do_what_one_does_and_a_run_that_fails_or_is_killed_stops_no_o
     monkeypatch.setattr(runner, "Worker", Seen)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     watch = Watch(kill)
-    configs: list[AnyConfig] = [victim, diverging, unfit, *good]
+    configs: list[RunConfig] = [victim, diverging, unfit, *good]
     outcome = run_study(configs, runs=tmp_path / "two", jobs=2, watcher=watch)
 
     assert os.environ["OMP_NUM_THREADS"] == "7"
@@ -222,7 +221,7 @@ def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pretend(monkeypatch: pytest.MonkeyPatch) -> list[AnyConfig]:
+def pretend(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Let federations be over at once, with an accuracy that is their learning rate; what is run is taken down.
 
     A rate of 9 diverges; a rate of 8 is a mistake of ours.
@@ -230,7 +229,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[AnyConfig]:
     from fednorm.errors import AggregationError
     from fednorm.study.record import RunRecord
 
-    ran: list[AnyConfig] = []
+    ran: list[RunConfig] = []
 
     def run(config: Any, *, runs: Path, observer: Any) -> dict[str, Any]:
         ran.append(config)
@@ -267,7 +266,7 @@ def searching(rates: Sequence[float], **over: Any) -> Any:
     )
 
 
-def test_a_study_searches_then_reports_and_does_only_what_is_missing(tmp_path: Path, pretend: list[AnyConfig]) -> None:
+def test_a_study_searches_then_reports_and_does_only_what_is_missing(tmp_path: Path, pretend: list[RunConfig]) -> None:
     watch = Watch()
     outcome = execute(searching([0.1, 0.3, 9.0, 0.2]), runs=tmp_path, jobs=1, watcher=watch)
     assert [(c.train.learning_rate, c.evaluate.split, c.seed) for c in pretend] == [
@@ -294,7 +293,7 @@ def test_a_study_searches_then_reports_and_does_only_what_is_missing(tmp_path: P
 
 
 def test_a_method_all_of_whose_configurations_diverge_is_a_failure_each_time(
-    tmp_path: Path, pretend: list[AnyConfig]
+    tmp_path: Path, pretend: list[RunConfig]
 ) -> None:
     for _ in range(2):
         outcome = execute(searching([9.0]), runs=tmp_path, jobs=1)
@@ -303,7 +302,7 @@ def test_a_method_all_of_whose_configurations_diverge_is_a_failure_each_time(
     assert len(pretend) == 1
 
 
-def test_a_mistake_of_ours_is_a_reason_and_the_choice_waits_for_it(tmp_path: Path, pretend: list[AnyConfig]) -> None:
+def test_a_mistake_of_ours_is_a_reason_and_the_choice_waits_for_it(tmp_path: Path, pretend: list[RunConfig]) -> None:
     outcome = execute(searching([0.1, 8.0, 0.2]), runs=tmp_path, jobs=1)
     assert [failure.reason for failure in outcome.failures] == ["ZeroDivisionError: ours"]
     assert outcome.results == []
@@ -311,7 +310,7 @@ def test_a_mistake_of_ours_is_a_reason_and_the_choice_waits_for_it(tmp_path: Pat
     assert len(pretend) == 3
 
 
-def test_a_damaged_result_fails_its_run_alone(tmp_path: Path, pretend: list[AnyConfig]) -> None:
+def test_a_damaged_result_fails_its_run_alone(tmp_path: Path, pretend: list[RunConfig]) -> None:
     study = make_study({"base": {}, "grid": {"seed": [1, 2]}})
     (broken, _) = execute(study, runs=tmp_path, jobs=1).results
     Path(broken["run"], "result.json").write_text("{")
@@ -322,7 +321,7 @@ def test_a_damaged_result_fails_its_run_alone(tmp_path: Path, pretend: list[AnyC
     assert len(pretend) == 2
 
 
-def test_ctrl_c_in_this_process_keeps_what_has_finished(tmp_path: Path, pretend: list[AnyConfig]) -> None:
+def test_ctrl_c_in_this_process_keeps_what_has_finished(tmp_path: Path, pretend: list[RunConfig]) -> None:
     def stop(run: str, _: Progress) -> None:
         if run == study.configs[1].hash:
             os.kill(os.getpid(), signal.SIGTERM)  # is heard as Ctrl-C
@@ -337,7 +336,7 @@ def test_ctrl_c_in_this_process_keeps_what_has_finished(tmp_path: Path, pretend:
     assert len(pretend) == 2
 
 
-def test_a_search_that_is_stopped_reports_nothing(tmp_path: Path, pretend: list[AnyConfig]) -> None:
+def test_a_search_that_is_stopped_reports_nothing(tmp_path: Path, pretend: list[RunConfig]) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 

@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 
-from fednorm.config import merge
-from fednorm.continual_config import continual_config_from_dict
+from fednorm.cards import SCENARIOS
+from fednorm.config import merge, resolve
 from fednorm.errors import ConfigError, FedNormError
-from fednorm.registry import resolve, resolve_config, scenario_names
 from fednorm.study.select import best_by_method, best_of, kind_of, mean_score, rule, rules
 
 
 def result(mean: float, strategy: str = "fedbn", norm: str = "auto", split: str = "validation", **train: Any) -> Any:
     values = {"strategy": {"name": strategy}, "norm": {"name": norm}, "evaluate": {"split": split}, "train": train}
-    config = resolve_config(values)
+    config = resolve(values)
     return {"hash": config.hash, "config": config.to_dict(), "final": {"mean": mean}}
 
 
@@ -64,7 +63,7 @@ def test_seeds_are_not_hyper_parameters() -> None:
 
 def streamed(score: float | None, *, title: str = "split", memorization: bool = False, **sections: Any) -> Any:
     values = {"kind": "continual", "evaluate": {"split": "test" if memorization else "validation"}}
-    config = continual_config_from_dict(merge(values, sections))
+    config = resolve(merge(values, sections))
     final = {"average_accuracy": None if memorization else score, "plasticity": score if memorization else 0.0}
     data = {"title": title, "memorization": memorization}
     return {"kind": "continual", "hash": config.hash, "config": config.to_dict(), "data": data, "final": final}
@@ -165,7 +164,7 @@ def test_the_sentence_names_the_images_and_a_choice_on_test_images_is_called_one
     assert rule("memorization", on_test=True) == rule("memorization", on_test=False)
 
 
-@pytest.mark.parametrize("scenario", scenario_names())
+@pytest.mark.parametrize("scenario", SCENARIOS.names)
 def test_what_a_configuration_is_about_is_known_before_it_is_run(scenario: str) -> None:
     from fednorm.continual.workbench import ContinualWorkbench
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from fednorm.cards import LEARNERS
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche
 from fednorm.continual.stream import Stream
-from scenarios.learners import LEARNERS
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "er": {"memory_size": 30},
@@ -59,7 +59,7 @@ def finish(learner: Any, experiences: list[Any]) -> list[dict[str, torch.Tensor]
 # last step, where what happens at an experience's end is still to come, and the same with the end already under way.
 @pytest.mark.parametrize(("step", "at"), [(12, "step"), (17, "step"), (20, "step"), (20, "later")])
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n"])
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", LEARNERS.names)
 def test_it_goes_on_bit_for_bit(
     name: str, norm: str, step: int, at: str, build: Any, stream: Stream, experiences: list[Any]
 ) -> None:

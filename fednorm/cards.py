@@ -1,0 +1,366 @@
+"""The one table of names: a name, an entry point, an import path or an object becomes a card.
+
+A **card** is what a file declares of its method: its name, what it does in a sentence, who published it, how it is made
+and where it differs; ``SPEC`` in that file. Seven families of cards::
+
+    family       built in                     entry points             an import path names
+    norms        fednorm/norms/NAME.py        fednorm.norms            a NormSpec, a Norm's class
+    models       fednorm/models/NAME.py       fednorm.models           a ModelSpec, a callable that returns a network
+    strategies   strategies/NAME.py           fednorm.strategies       a StrategySpec, a NormStrategy's class
+    scenarios    scenarios/NAME.py            fednorm.scenarios        a ScenarioSpec, a callable that returns a stream
+    learners     scenarios/learners/NAME.py   fednorm.learners         a LearnerSpec, a Learner's class
+    data         fednorm/data/sets/NAME.py    fednorm.data             a Benchmark, a callable that returns domains
+    optimizers   fednorm/optimizers/NAME.py   fednorm.optimizers       an OptimizerSpec, a callable that returns one
+
+Adding a method is adding its file: no list of names is kept by hand. A method's **options** are the keyword-only
+parameters of what its card makes, with their annotations and defaults; there is no other place to declare them.
+
+A stranger's method is given as ``package.module:attribute``, or as ``package.module`` whose ``SPEC`` it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import pkgutil
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module, metadata
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+
+from fednorm.errors import ConfigError, canonical, unknown_name
+
+if TYPE_CHECKING:
+    from fednorm.continual.learner import LearnerSpec
+    from fednorm.continual.spec import ScenarioSpec
+    from fednorm.data.benchmarks import Benchmark
+    from fednorm.federated.spec import StrategySpec
+    from fednorm.models import ModelSpec
+    from fednorm.optimizers import OptimizerSpec
+    from fednorm.spec import NormSpec
+
+Scalar = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method.
+
+    Attributes:
+        name: Its key beside the method's name in the configuration.
+        type: The annotation of its parameter.
+        default: Its value where nobody sets it.
+    """
+
+    name: str
+    type: Any
+    default: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a method's file declares, whatever the family.
+
+    Attributes:
+        name: The method's name, equal to its file's stem.
+        summary: One sentence.
+        citation: Where it was published; None where it was not.
+        deviations: Where we differ from the paper or its official code.
+        origin: The module that declares it, e.g. ``fednorm.norms.batch_norm``; set by the table.
+    """
+
+    name: str
+    summary: str
+    citation: Citation | None = None
+    deviations: tuple[str, ...] = ()
+    origin: str = field(default="", compare=False)
+
+    expects: ClassVar[str] = ""
+    """What an import path may name, as a sentence of an error."""
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return a card for what a stranger gave in place of one, or None where it is nothing of the family's.
+
+        Args:
+            method: What was given: a class, a callable, an object.
+            reference: Its name or import path, which becomes the card's name.
+        """
+        del method, reference
+        return None
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that the method itself would refuse, where that can be told without a model or data.
+
+        Raises:
+            ConfigError: An option is out of range.
+        """
+        del options
+
+    @property
+    def maker(self) -> Callable[..., Any] | None:
+        """What is called with the options; None for a method without any."""
+        return None
+
+    @property
+    def beyond(self) -> frozenset[str]:
+        """The names of the maker's keyword-only parameters that are no options: the run gives those."""
+        return frozenset()
+
+    @cached_property
+    def declared(self) -> Mapping[str, Option]:
+        """The method's options, by name, in the order of their declaration."""
+        return {} if self.maker is None else _options(self.maker, self.beyond)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's options with their defaults."""
+        return {name: option.default for name, option in self.declared.items()}
+
+
+def _options(maker: Callable[..., Any], beyond: frozenset[str]) -> dict[str, Option]:
+    hints = typing.get_type_hints(maker.__init__ if inspect.isclass(maker) else maker)
+    parameters = inspect.signature(maker).parameters.values()
+    return {
+        p.name: Option(p.name, hints.get(p.name, Any), p.default)
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.name not in beyond and p.default is not p.empty
+    }
+
+
+C = TypeVar("C", bound=Card)
+
+
+@dataclass(frozen=True)
+class Family(Generic[C]):
+    """One kind of thing that has a name.
+
+    Attributes:
+        noun: What one is called in an error, e.g. ``strategy``.
+        plural: The family's name, and that of its entry points behind ``fednorm.``.
+        package: The package whose modules are the built-in methods.
+        card: Import path of the card's class.
+    """
+
+    noun: str
+    plural: str
+    package: str
+    card: str
+
+    @cached_property
+    def built_in(self) -> tuple[str, ...]:
+        """The names of the methods that ship: the package's modules, those with an underscore first left out."""
+        found = pkgutil.iter_modules(_package(self.package).__path__)
+        return tuple(sorted(m.name for m in found if not m.name.startswith("_") and not m.ispkg))
+
+    @cached_property
+    def installed(self) -> Mapping[str, metadata.EntryPoint]:
+        """The entry points of other packages, by name; a built-in name cannot be taken."""
+        points = metadata.entry_points(group=f"fednorm.{self.plural}")
+        return {canonical(p.name): p for p in points if canonical(p.name) not in self.built_in}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that needs no import path, sorted."""
+        return tuple(sorted({*self.built_in, *self.installed}))
+
+    def __iter__(self) -> Iterator[C]:
+        """Yield the card of every name."""
+        return (self[name] for name in self.names)
+
+    def __getitem__(self, reference: str) -> C:
+        """Return the card that a name or an import path stands for.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+            ConfigError: The import path cannot be imported, or names something else.
+        """
+        reference = spelled(reference)
+        if reference not in _CARDS.setdefault(self.plural, {}):
+            _CARDS[self.plural][reference] = self._find(reference)
+        return typing.cast(C, _CARDS[self.plural][reference])
+
+    def add(self, method: Any) -> str:
+        """Return the reference by which an object is found again: a name, an import path, or a name in this process.
+
+        Args:
+            method: A name or import path; a card; or what an import path may name.
+
+        Raises:
+            ConfigError: It is none of these.
+        """
+        if isinstance(method, str):
+            return method
+        reference = _import_path(method)
+        _CARDS.setdefault(self.plural, {})[reference] = self._adopted(method, reference)
+        return reference
+
+    def _find(self, reference: str) -> C:
+        if is_path(reference):
+            return self._imported(reference)
+        if reference in self.built_in:
+            module = f"{self.package}.{reference}"
+            return self._with_origin(import_module(module).SPEC, module)
+        if reference in self.installed:
+            return self._imported(self.installed[reference].value)
+        raise unknown_name(self.noun, reference, self.names)
+
+    def _imported(self, reference: str) -> C:
+        return self._adopted(import_object(reference, self.noun), reference)
+
+    def _adopted(self, method: Any, reference: str) -> C:
+        kind = self.card_class
+        made = method if isinstance(method, kind) else kind.adopt(method, reference)
+        if made is None:
+            raise ConfigError(
+                f"{reference} is a {type(method).__name__}, which is no {self.noun}. {kind.expects} "
+                f"`fednorm new {self.noun} NAME` writes one to begin with."
+            )
+        return self._with_origin(made, getattr(method, "__module__", "") or reference.partition(":")[0])
+
+    def _with_origin(self, card: C, module: str) -> C:
+        if not card.origin:
+            object.__setattr__(card, "origin", module)
+        return card
+
+    @property
+    def card_class(self) -> type[C]:
+        """The class of the family's cards; imported when it is asked for."""
+        return typing.cast(type[C], import_object(self.card, self.noun))
+
+
+_CARDS: dict[str, dict[str, Card]] = {}
+"""Cards by family and reference, each found once a process; objects of this process have no other place."""
+
+
+NORMS: Family[NormSpec] = Family("norm", "norms", "fednorm.norms", "fednorm.spec:NormSpec")
+MODELS: Family[ModelSpec] = Family("model", "models", "fednorm.models", "fednorm.models:ModelSpec")
+STRATEGIES: Family[StrategySpec] = Family("strategy", "strategies", "strategies", "fednorm.federated.spec:StrategySpec")
+SCENARIOS: Family[ScenarioSpec] = Family("scenario", "scenarios", "scenarios", "fednorm.continual.spec:ScenarioSpec")
+LEARNERS: Family[LearnerSpec] = Family(
+    "learner", "learners", "scenarios.learners", "fednorm.continual.learner:LearnerSpec"
+)
+DATA: Family[Benchmark] = Family("benchmark", "data", "fednorm.data.sets", "fednorm.data.benchmarks:Benchmark")
+OPTIMIZERS: Family[OptimizerSpec] = Family(
+    "optimizer", "optimizers", "fednorm.optimizers", "fednorm.optimizers:OptimizerSpec"
+)
+
+FAMILIES: Mapping[str, Family[Any]] = {
+    family.plural: family for family in (NORMS, STRATEGIES, MODELS, DATA, SCENARIOS, LEARNERS, OPTIMIZERS)
+}
+"""The families by their plurals, as ``fednorm list`` takes them."""
+
+
+# Import paths ---------------------------------------------------------------------------------------------------------
+
+
+def is_path(reference: str) -> bool:
+    """Return whether a reference is an import path rather than a name."""
+    return ":" in reference or "." in reference
+
+
+def spelled(reference: str) -> str:
+    """Return a reference in the spelling by which it is compared: an import path as it is, a name canonical."""
+    return reference.strip() if is_path(reference) else canonical(reference)
+
+
+def import_object(path: str, noun: str) -> Any:
+    """Return what an import path names: ``package.module:attribute``, or ``package.module`` for its ``SPEC``.
+
+    Modules are found as Python finds them, and in the working directory after all other places.
+
+    Raises:
+        ConfigError: The module does not exist or raises when it is imported, or it has no such attribute.
+    """
+    module_name, _, attribute = path.partition(":")
+    working_directory = os.getcwd()
+    if working_directory not in sys.path and "" not in sys.path:
+        sys.path.append(working_directory)
+    try:
+        module = import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise ConfigError(
+                f"There is no module {error.name!r}, which {noun} {path!r} names. An import path is "
+                "package.module:attribute, of a package that is installed or stands in the working directory."
+            ) from error
+        raise ConfigError(f"Importing {module_name!r} for {noun} {path!r} failed: {error}. Install it.") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(
+            f"Importing {module_name!r} for {noun} {path!r} raised {type(error).__name__}: {error}. Mend the module; "
+            f"python -c 'import {module_name}' shows where."
+        ) from error
+    found: Any = module
+    for part in (attribute or "SPEC").split("."):
+        if not hasattr(found, part):
+            has = ", ".join(name for name in vars(module) if not name.startswith("_")) or "nothing"
+            asked = f"{part!r}, which" if attribute else "'SPEC', the card that an import path without ':'; to it"
+            raise ConfigError(f"Module {module_name!r} has no {asked} {noun} {path!r} names. It has: {has[:300]}.")
+        found = getattr(found, part)
+    return found
+
+
+def _import_path(method: Any) -> str:
+    """Return where an object can be imported from; else a name under which it is known in this process alone."""
+    owner = method if hasattr(method, "__qualname__") else type(method)
+    module, name = getattr(owner, "__module__", ""), getattr(owner, "__qualname__", "")
+    if isinstance(method, Card):
+        module, name = method.origin, "SPEC"
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return f"{module}:{name}" if found is method else f"object:{name}"
+
+
+def source_digest(reference: str, card: Card) -> str:
+    """Return what identifies a stranger's method beside its name: 12 hexadecimal digits of its module's source.
+
+    Args:
+        reference: The name or import path by which it was given.
+        card: Its card.
+
+    Returns:
+        Empty for a built-in method, which the version identifies, and for one whose source nobody can read.
+    """
+    module = sys.modules.get(card.origin)
+    if module is None or not is_path(reference):
+        return ""
+    try:
+        text = inspect.getsource(module)
+    except (OSError, TypeError):
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+FEDNORM_API = 1
+
+
+def _package(name: str) -> ModuleType:
+    """Import a package of built-in methods.
+
+    Raises:
+        ConfigError: It is a stranger's package of the same name.
+    """
+    package = import_module(name)
+    if "." not in name and getattr(package, "FEDNORM_API", None) != FEDNORM_API:
+        raise ConfigError(
+            f"The package {name!r} that Python found at {package.__file__} is not fednorm's. A folder of that name "
+            "in the working directory hides it: run the console script 'fednorm', or 'python -P', or rename the folder."
+        )
+    return package

@@ -1,0 +1,41 @@
+"""The configuration of a run: typed sections, one form for both kinds, read from TOML and ``section.key=value``."""
+
+from __future__ import annotations
+
+from fednorm.cards import Scalar
+from fednorm.config.online import ONLINE, require_online
+from fednorm.config.resolve import VALUES as SECTION_VALUES
+from fednorm.config.resolve import checked_options, resolve
+from fednorm.config.run import IMMATERIAL, Choice, ModelChoice, RunConfig, digest
+from fednorm.config.schema import Kind, choose, nearest
+from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
+
+__all__ = [
+    "EVALUATIONS",
+    "IMMATERIAL",
+    "ONLINE",
+    "SECTION_VALUES",
+    "Choice",
+    "DataConfig",
+    "EvaluateConfig",
+    "KeyPath",
+    "Kind",
+    "ModelChoice",
+    "RoundConfig",
+    "RunConfig",
+    "Scalar",
+    "TrainConfig",
+    "checked_options",
+    "choose",
+    "digest",
+    "flatten",
+    "merge",
+    "nearest",
+    "nest",
+    "override",
+    "read_config",
+    "require_online",
+    "resolve",
+    "scalar",
+]

@@ -1,0 +1,233 @@
+"""From nested keys to a run's configuration: names become cards, options are checked, defaults are laid below. Once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from fednorm.cards import (
+    LEARNERS,
+    MODELS,
+    NORMS,
+    OPTIMIZERS,
+    SCENARIOS,
+    STRATEGIES,
+    Card,
+    Family,
+    Option,
+    Scalar,
+    is_path,
+    source_digest,
+    spelled,
+)
+from fednorm.config.run import SECTIONS, Choice, ModelChoice, RunConfig
+from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, short, unknown_key
+from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.values import merge
+from fednorm.errors import ConfigError, canonical
+
+C = TypeVar("C", bound=Card)
+
+FAMILY: Mapping[str, Family[Any]] = {
+    "scenario": SCENARIOS,
+    "model": MODELS,
+    "norm": NORMS,
+    "strategy": STRATEGIES,
+    "learner": LEARNERS,
+}
+"""The sections that name a method."""
+
+VALUES: Mapping[str, type[Section]] = {
+    "data": DataConfig,
+    "train": TrainConfig,
+    "rounds": RoundConfig,
+    "evaluate": EvaluateConfig,
+}
+"""The sections that are values."""
+
+LEADING: Mapping[Kind, str] = {"federated": "strategy", "continual": "scenario"}
+"""The method that brings defaults along for the rest of a run."""
+
+TOP = ("kind", "seed", "threads")
+
+
+def resolve(values: Mapping[str, Any]) -> RunConfig:
+    """Build the configuration of a run, what its strategy or scenario brings along laid under what the user wrote.
+
+    Args:
+        values: Nested keys, as in a TOML file; ``kind`` is ``federated`` by default.
+
+    Raises:
+        UnknownNameError: A method is not registered.
+        ConfigError: A key, an option or a value is wrong.
+    """
+    kind = values.get("kind", "federated")
+    choose("kind", kind, KINDS)
+    known = (*TOP, *SECTIONS[kind])
+    for key in values:
+        if key not in known and key != "sources":
+            raise unknown_key(key, key, known, _elsewhere(key))
+    values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
+    sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
+    for name in SECTIONS[kind]:
+        table = values.get(name, {})
+        sections[name] = VALUES[name].for_kind(kind, table) if name in VALUES else _choice(name, kind, table)
+    sections["data"] = sections["data"].replace(name=spelled(sections["data"].name))
+    sections["train"] = _with_optimizer(sections["train"])
+    config = RunConfig(**sections)
+    return _identified(config, values.get("sources", {}))
+
+
+def _with_optimizer(train: TrainConfig) -> TrainConfig:
+    """Return the section with its optimizer's name as it is compared.
+
+    Raises:
+        UnknownNameError: There is no such optimizer.
+        ConfigError: It has no momentum that could be set.
+    """
+    if train.momentum and not OPTIMIZERS[train.optimizer].has_momentum:
+        raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has betas of its own. Leave it at 0.")
+    OPTIMIZERS[train.optimizer]
+    return train.replace(optimizer=spelled(train.optimizer))
+
+
+def _elsewhere(key: str) -> str:
+    kinds = [kind for kind, names in SECTIONS.items() if key in names]
+    return f" It is a section of {' and '.join(kinds)} runs." if kinds else ""
+
+
+def _brought_along(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of the leading method, without sections whose name the user replaced.
+
+    A width belongs to its model, and an option to its norm.
+    """
+    section = LEADING[kind]
+    chosen = _choice(section, kind, {"name": _name_in(values, section)} if _name_in(values, section) else {})
+    defaults: Mapping[str, Any] = getattr(chosen.card, "defaults", {})
+
+    def replaced(name: str) -> bool:
+        own, theirs = _name_in(values, name), _name_in(defaults, name)
+        return bool(own and theirs and spelled(own) not in ("auto", spelled(theirs)))
+
+    return {name: table for name, table in defaults.items() if not replaced(name)}
+
+
+def _name_in(values: Mapping[str, Any], section: str) -> str:
+    table = values.get(section, {})
+    return str(table.get("name", "")) if isinstance(table, Mapping) else ""
+
+
+def _without_auto(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values without the norm's name where that is ``auto``, so that a default can take its place."""
+    norm = values.get("norm", {})
+    if isinstance(norm, Mapping) and canonical(str(norm.get("name", ""))) == "auto":
+        return {**values, "norm": {key: value for key, value in norm.items() if key != "name"}}
+    return dict(values)
+
+
+# Methods --------------------------------------------------------------------------------------------------------------
+
+
+def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
+    """Return the method that a section names.
+
+    Raises:
+        UnknownNameError: There is no such method.
+        ConfigError: It is no table, there is no such option, or a value cannot be.
+    """
+    if not isinstance(table, Mapping):
+        raise ConfigError(f"{section} is a table of keys; got {table!r}.")
+    given = {key: value for key, value in table.items() if key not in ("name", "options")}
+    beside = table.get("options", {})
+    if not isinstance(beside, Mapping):
+        raise ConfigError(f"{section}.options is a table of options; got {beside!r}.")
+    given = {**beside, **given}
+    family = FAMILY[section]
+    default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
+    name = spelled(str(table.get("name", default.name)))
+    general = {key: given.pop(key) for key in ("width", "activation") if section == "model" and key in given}
+    card = family[name]
+    options = checked_options(card, section, given)
+    card.check(options)
+    if section == "model":
+        return ModelChoice(name, family, options, **general)
+    return Choice(name, family, options)
+
+
+def checked_options(card: Card, section: str, given: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Return the options that differ from their defaults, each in the type that the method declares, sorted.
+
+    Raises:
+        ConfigError: There is no such option, or it is of another type.
+    """
+    options: dict[str, Scalar] = {}
+    for key, value in sorted(given.items()):
+        if key not in card.declared:
+            known = ", ".join(card.declared) or "none"
+            raise ConfigError(
+                f"There is no configuration key '{section}.{key}': {section} {card.name} has no option {key!r}."
+                f"{nearest(key, card.declared)} Its options: {known}."
+            )
+        typed = _typed(f"{section}.{key}", value, card.declared[key])
+        if not _same(typed, card.declared[key].default):
+            options[key] = typed
+    return options
+
+
+_WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
+
+
+def _typed(full: str, value: Any, option: Option) -> Any:
+    """Return an option's value in the type that its annotation names."""
+    if option.type is Any:
+        return value
+    try:
+        adapter = TypeAdapter(option.type, config=ConfigDict(strict=True, allow_inf_nan=False))
+        return adapter.validate_python(value)
+    except ValidationError:
+        wanted = _WORDS.get(option.type, _choices(option.type) or str(option.type).removeprefix("typing."))
+        raise ConfigError(f"{full} must be {wanted}; got {short(value)}. Its default is {option.default!r}.") from None
+
+
+def _choices(annotation: Any) -> str:
+    literal = getattr(annotation, "__origin__", None) is Literal
+    return f"one of {', '.join(map(str, annotation.__args__))}" if literal else ""
+
+
+def _same(value: Any, default: Any) -> bool:
+    """Return whether two options are the same; ``True`` is not 1, though Python finds them equal."""
+    return bool(value == default) and isinstance(value, bool) == isinstance(default, bool)
+
+
+# Strangers' code ------------------------------------------------------------------------------------------------------
+
+
+def _identified(config: RunConfig, expected: Any) -> RunConfig:
+    """Return the configuration with a digest of every stranger's source.
+
+    Args:
+        config: The configuration.
+        expected: The digests that the record it was read from has.
+
+    Raises:
+        ConfigError: A source has changed since.
+    """
+    choices = {name: getattr(config, name) for name in SECTIONS[config.kind] if name in FAMILY}
+    sources = {
+        name: source_digest(choice.name, choice.card) or "unidentified"
+        for name, choice in choices.items()
+        if is_path(choice.name)
+    }
+    for name, value in (expected if isinstance(expected, Mapping) else {}).items():
+        if sources.get(name, value) != value:
+            raise ConfigError(
+                f"The source of {name} {choices[name].name!r} is not what it was when this configuration was made "
+                f"({value} then, {sources[name]} now). Run it under a new seed or name, or put the source back."
+            )
+    if not sources:
+        return config
+    from dataclasses import replace
+
+    return replace(config, sources=sources)

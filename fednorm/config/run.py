@@ -1,0 +1,192 @@
+"""The configuration of a run of either kind: what a researcher chose, checked, and the methods it names.
+
+A run of kind ``federated`` has the sections data, model, norm, strategy, train, rounds and evaluate; one of kind
+``continual`` has data, scenario, model, norm, learner, train and evaluate. A section that a kind does not have stays at
+its default, and is part neither of the run's hash nor of its record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, Family, Scalar
+from fednorm.config.schema import KINDS, Kind, choose
+from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fednorm.continual.learner import LearnerSpec
+    from fednorm.continual.spec import ScenarioSpec
+    from fednorm.federated.spec import StrategySpec
+    from fednorm.models import ModelSpec
+    from fednorm.spec import NormSpec
+
+C = TypeVar("C", bound=Card)
+
+
+@dataclass(frozen=True)
+class Choice(Generic[C]):
+    """A method that a configuration names, with its options.
+
+    Attributes:
+        name: Its name, or the import path by which it was given.
+        family: Where its card is found.
+        options: The options that differ from their defaults.
+    """
+
+    name: str
+    family: Family[C] = field(repr=False)
+    options: Mapping[str, Scalar] = field(default_factory=dict)
+
+    @cached_property
+    def card(self) -> C:
+        """The method's card."""
+        return self.family[self.name]
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All options, those at their default too."""
+        return {**self.card.options, **self.options}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name, and beside it the options that differ from their defaults."""
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class ModelChoice(Choice[C]):
+    """An architecture, with what every architecture may be asked for.
+
+    Attributes:
+        width: Channels of the first stage, for models that have it; 0 for the model's own.
+        activation: The nonlinearity in place of the model's ReLUs, e.g. ``leaky_relu``; empty for the model's own.
+    """
+
+    width: int = 0
+    activation: str = ""
+
+    def __post_init__(self) -> None:
+        if type(self.width) is not int or self.width < 0:
+            raise ConfigError(f"model.width must be 0 (the model's own) or a number of channels; got {self.width!r}.")
+        if not isinstance(self.activation, str):
+            raise ConfigError(f"model.activation must be a string; got {self.activation!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the name, width and activation, and beside them the model's own options that were set."""
+        return {"name": self.name, "width": self.width, "activation": self.activation, **self.options}
+
+
+SECTIONS: Mapping[Kind, tuple[str, ...]] = {
+    "federated": ("data", "model", "norm", "strategy", "train", "rounds", "evaluate"),
+    "continual": ("data", "scenario", "model", "norm", "learner", "train", "evaluate"),
+}
+"""The sections of each kind of run, in the order of its record."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything a run's numbers depend on; :func:`~fednorm.config.resolve.resolve` makes it.
+
+    Attributes:
+        kind: ``federated`` or ``continual``.
+        seed: Of every random stream.
+        threads: PyTorch threads; part of the configuration because sums depend on it in the last bits.
+        data: Which data, and who holds what.
+        scenario: Which stream is made of the data.
+        model: Which architecture.
+        norm: Which normalization method.
+        strategy: Which federated strategy.
+        learner: Which learner.
+        train: How a client trains in a round, and a learner on an experience.
+        rounds: The rounds.
+        evaluate: What is measured.
+        sources: A digest of the source of every method that is not built in, by section.
+    """
+
+    kind: Kind = "federated"
+    seed: int = 1
+    threads: int = 1
+    data: DataConfig = field(default_factory=DataConfig)
+    scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
+    model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
+    norm: Choice[NormSpec] = field(default_factory=lambda: Choice("auto", NORMS))
+    strategy: Choice[StrategySpec] = field(default_factory=lambda: Choice("fedavg", STRATEGIES))
+    learner: Choice[LearnerSpec] = field(default_factory=lambda: Choice("er_ace", LEARNERS))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    rounds: RoundConfig = field(default_factory=RoundConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        choose("kind", self.kind, KINDS)
+        for key in ("seed", "threads"):
+            if type(getattr(self, key)) is not int:
+                raise ConfigError(f"{key} must be an integer; got {getattr(self, key)!r}.")
+        if self.threads < 1:
+            raise ConfigError(f"threads must be at least 1; got {self.threads}.")
+
+    @classmethod
+    def defaults(cls, kind: Kind) -> RunConfig:
+        """Return the configuration of a run of which nothing was said but its kind."""
+        return cls(kind=kind, train=TrainConfig.for_kind(kind, {}), evaluate=EvaluateConfig.for_kind(kind, {}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as nested dictionaries of plain values, options beside their method's name."""
+        plain: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "threads": self.threads}
+        for name in SECTIONS[self.kind]:
+            section = getattr(self, name)
+            plain[name] = section.to_dict() if isinstance(section, Choice) else section.to_dict(self.kind)
+        return plain | ({"sources": dict(self.sources)} if self.sources else {})
+
+    @cached_property
+    def hash(self) -> str:
+        """Return 12 hexadecimal digits that identify the configuration, seed included.
+
+        Only what differs from the defaults enters, so that a new key leaves the runs of older versions their names;
+        and nothing that leaves the numbers alone: the same run on another machine has the same hash.
+        """
+        defaults = RunConfig.defaults(self.kind).to_dict()
+        # A federated run is one that says nothing of its kind.
+        return digest(self.to_dict(), {**defaults, "kind": "federated"}, IMMATERIAL)
+
+    @property
+    def title(self) -> str:
+        """Return what the run is called in the names of folders, its hash left out."""
+        method, where = (self.strategy, self.data) if self.kind == "federated" else (self.learner, self.scenario)
+        names = (filename(method.name), filename(self.norm.name), filename(where.name))
+        return f"{'-'.join(names)}-seed{self.seed}"
+
+
+def filename(name: str) -> str:
+    """Return a method's name as part of a file's: a stranger's is an import path, with characters that are not."""
+    return "".join(c if c.isalnum() or c in "_.+" else "_" for c in name)[:60]
+
+
+IMMATERIAL = (("data", "dir"), ("data", "download"), ("rounds", "checkpoint_every"), ("train", "checkpoint_every"))
+"""Section and key of what no number depends on."""
+
+
+def digest(values: Mapping[str, Any], defaults: Mapping[str, Any], immaterial: Iterable[tuple[str, str]]) -> str:
+    """Return 12 hexadecimal digits that identify what differs from the defaults, immaterial keys left out."""
+    plain = _without(values, defaults)
+    for section, key in immaterial:
+        plain.get(section, {}).pop(key, None)
+    plain = {key: value for key, value in plain.items() if value != {}}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _without(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of ``values`` that differ from ``defaults``, table by table."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        default = defaults.get(key)
+        if isinstance(value, Mapping) and isinstance(default, Mapping):
+            kept[key] = _without(value, default)
+        elif key not in defaults or value != default:
+            kept[key] = value
+    return kept

@@ -1,0 +1,170 @@
+"""The sections of the configuration that are values: which data, how to train, the rounds, what is measured."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fednorm.config.schema import Kind, Names, Section, choose, key
+from fednorm.errors import ConfigError
+
+FEDERATED: tuple[Kind, ...] = ("federated",)
+CONTINUAL: tuple[Kind, ...] = ("continual",)
+
+EVALUATIONS = ("own", "cross", "averaged", "pooled", "reestimated", "unseen")
+
+
+class DataConfig(Section, name="data"):
+    """Which data, and who holds what of it."""
+
+    name: str = key("digits_mini", "A benchmark (`fednorm list data`), or `folders` for any Parquet folders.")
+    dir: str = key("", "The folder that holds the real data; not needed for digits_mini.")
+    domains: Names = key((), "The domains to use, in this order; empty for all that the benchmark finds.")
+    image_size: int = key(0, "Height and width to resize to, in pixels; 0 for the model's own input size.", ge=0)
+    train_per_client: int = key(0, "Most training images a client; 0 for all. FedBN's protocol has 743.", ge=0)
+    test_per_domain: int = key(0, "Most test images a domain; 0 for all.", ge=0)
+    clients_per_domain: int = key(1, "Clients that share each domain.", ge=1)
+    partition: Literal["iid", "dirichlet", "shards"] = key(
+        "iid", "How a domain's training images are dealt to its clients."
+    )
+    alpha: float = key(0.5, "Concentration of the Dirichlet distribution of labels; small means skewed.", gt=0)
+    shards_per_client: int = key(2, "Shards of label-sorted images a client gets.", ge=1)
+    held_out: str = key("", "A domain that no client trains on (domain generalisation).")
+    validation: float = key(
+        0.0, "Share of the training images held back for choosing hyper-parameters, in [0, 1).", ge=0, lt=1
+    )
+    merge: bool = key(
+        False,
+        "Whether each domain's train and test images are merged and split again 80/20, stratified, as FedBN does.",
+    )
+    download: bool = key(False, "Whether torchvision may download what is missing.")
+
+
+class TrainConfig(Section, name="train"):
+    """How a client trains in a round, and a learner on an experience."""
+
+    optimizer: str = key("sgd", "The optimizer (`fednorm list optimizers`).", kinds=CONTINUAL)
+    learning_rate: float = key(0.01, "Of the optimizer, per step, before the schedule.", gt=0, continual=0.03)
+    batch_size: int = key(32, "New images a step; the last batch of an epoch may be smaller.", ge=1)
+    local_epochs: int = key(1, "E, passes over a client's images a round.", ge=1, kinds=FEDERATED)
+    epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
+    momentum: float = key(0.0, "Of SGD; a client's buffer starts anew every round.", ge=0, lt=1)
+    weight_decay: float = key(
+        0.0, "L2 regularization: added to the gradient, or decoupled from it where the optimizer does so (adamw).", ge=0
+    )
+    agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
+    augment: Literal["none", "crop", "crop_flip"] = key(
+        "none",
+        "For each image of a batch, those from memory too: none, crop (random, padding 4) or crop_flip (and mirrored "
+        "with probability one half).",
+        kinds=CONTINUAL,
+    )
+    schedule: Literal["constant", "linear", "cosine"] = key(
+        "constant", "Of the learning rate, down to final_rate.", kinds=CONTINUAL
+    )
+    schedule_over: Literal["stream", "experience"] = key(
+        "stream", "What the schedule runs over: the whole stream, or each experience anew.", kinds=CONTINUAL
+    )
+    warmup_steps: int = key(0, "Steps in which the rate first rises linearly.", ge=0, kinds=CONTINUAL)
+    final_rate: float = key(
+        0.0, "The learning rate at the end of the schedule, as a share of the first.", ge=0, le=1, kinds=CONTINUAL
+    )
+    reset_optimizer: bool = key(
+        False, "Whether moments and momentum start anew with every experience.", kinds=CONTINUAL
+    )
+    project: bool = key(
+        False,
+        "Whether every weight that a normalization follows is projected to its initial norm after each update (NaP's "
+        "projection with any norm; norm nap brings its own).",
+        kinds=CONTINUAL,
+    )
+    l2_init: float = key(
+        0.0, "Factor of the squared distance to the initial parameters in the loss; 0 for none.", ge=0, kinds=CONTINUAL
+    )
+    shrink: float = key(
+        1.0,
+        "Factor of the parameters when an experience begins (shrink and perturb); 1 for none.",
+        ge=0,
+        le=1,
+        kinds=CONTINUAL,
+    )
+    perturb: float = key(
+        0.0, "Factor of the freshly initialised parameters that are then added; 0 for none.", ge=0, kinds=CONTINUAL
+    )
+    redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0, kinds=CONTINUAL)
+    redo_tau: float = key(
+        0.025,
+        "A unit is dormant where its mean activation is at most this share of its layer's.",
+        ge=0,
+        kinds=CONTINUAL,
+    )
+    checkpoint_every: int = key(
+        500, "Steps between two checkpoints; the end of an experience always has one.", ge=1, kinds=CONTINUAL
+    )
+
+
+class RoundConfig(Section, name="rounds"):
+    """The rounds of the federation."""
+
+    num_rounds: int = key(10, "Rounds of communication.", ge=1)
+    fraction: float = key(1.0, "Share of the clients sampled each round, in (0, 1].", gt=0, le=1)
+    weighting: Literal["examples", "equal"] = key(
+        "examples", "Weights of the average: equal, or examples (proportional to each client's images)."
+    )
+    evaluate_every: int = key(1, "Evaluate each so many rounds; the last round is always evaluated.", ge=1)
+    checkpoint_every: int = key(1, "Write a checkpoint each so many rounds; the last round always has one.", ge=1)
+
+
+class EvaluateConfig(Section, name="evaluate"):
+    """What is measured: of a federation after its rounds, of a stream after each experience."""
+
+    kinds: Names = key(
+        ("own",), f"The evaluation matrix after the last round: any of {', '.join(EVALUATIONS)}.", kinds=FEDERATED
+    )
+    images: int = key(
+        128,
+        "k, the unlabelled test images a client re-estimates its statistics on; 2 or more, to estimate a variance.",
+        ge=2,
+        kinds=FEDERATED,
+    )
+    fallback: Literal["refuse", "averaged", "pooled", "reestimated"] = key(
+        "refuse",
+        "The local tensors with which an unseen domain is evaluated where the strategy leaves the server without any.",
+        kinds=FEDERATED,
+    )
+    split: Literal["test", "validation"] = key(
+        "test", "The images that are scored; validation for choosing hyper-parameters."
+    )
+    experiences: Literal["auto", "all", "seen", "current"] = key(
+        "auto",
+        "Which experiences are scored each time: all, those seen so far, or the current one. auto is current for a "
+        "memorization stream and all else; transfer to experiences to come is measured with all only.",
+        kinds=CONTINUAL,
+    )
+    batch_size: int = key(64, "Images a forward pass.", ge=1, continual=256)
+    train_images: int = key(
+        1000,
+        "Most training images of the experience for its training accuracy; 0 for all of them.",
+        ge=0,
+        kinds=CONTINUAL,
+    )
+    probe_images: int = key(
+        512,
+        "Training images of all experiences so far, as many of each, on which dead units, rank and drift are measured; "
+        "0 for none of these.",
+        ge=0,
+        kinds=CONTINUAL,
+    )
+    diagnostics: bool = key(
+        True,
+        "Whether evaluated rounds tell how clients' running statistics drift and how the weights stand; for it, "
+        "clients that keep their statistics are asked for them.",
+        kinds=FEDERATED,
+    )
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse kinds that are none, and a probe from which no variance can be estimated."""
+        del context
+        for kind in self.kinds:
+            choose("evaluate.kinds", kind, EVALUATIONS)
+        if self.probe_images == 1:
+            raise ConfigError("evaluate.probe_images must be 0 or at least 2, to estimate a variance; got 1.")
