@@ -92,27 +92,29 @@ def importers(package: str) -> set[str]:
     return {name_of(path) for path in FILES if any(within(name, package) for name in imports(path))}
 
 
-every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way() -> None:
+    assert [name_of(path) for path in FILES if layer(name_of(path)) is None] == ["fednorm"]
+    backward = {
+        name_of(path): name
+        for path in FILES
+        for name in imports(path, now=True)
+        if (own := layer(name_of(path))) is not None and (other := layer(name)) is not None and other > own
+    }
+    assert backward == {}, "a module imports one that comes after it"
 
 
-@every_file
-def test_imports_go_one_way(path: Path) -> None:
-    own = layer(name_of(path))
-    assert own is not None or name_of(path) == "fednorm", f"{name_of(path)} stands in no layer of this test"
-    for name in imports(path, now=True):
-        other = layer(name)
-        if own is not None and other is not None:
-            assert other <= own, f"{name_of(path)} imports {name}, which comes after it"
+def test_only_those_with_a_reason_import_late() -> None:
+    late = {name_of(path) for path in FILES if _imports_late(path)}
+    assert late <= set(LATER)
 
 
-@every_file
-def test_only_those_with_a_reason_import_late(path: Path) -> None:
+def _imports_late(path: Path) -> bool:
+    """Return whether a file imports within a function what its layer could not import at once."""
     late = imports(path) - imports(path, now=True)
     guards = [n for n in ast.walk(tree(path)) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]
     typing = {name for guard in guards for inner in ast.walk(guard) for name in _imported(inner)}
     ours = {name for name in late - typing if within(name, "fednorm") or within(name, "strategies")}
-    if any((layer(name) or 0) > (layer(name_of(path)) or 0) for name in ours):
-        assert name_of(path) in LATER
+    return any((layer(name) or 0) > (layer(name_of(path)) or 0) for name in ours)
 
 
 def test_the_test_would_see_an_arrow_that_goes_back(tmp_path: Path) -> None:
@@ -174,21 +176,29 @@ def test_models_do_not_name_norms() -> None:
                     name.split(".")[2] in norms}  # fmt: skip
 
 
-@every_file
-def test_files_and_functions_are_short_and_documented(path: Path) -> None:
-    assert ast.get_docstring(tree(path)), "a module says what it is for"
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
-    for node in ast.walk(tree(path)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
-            lines = (body[-1].end_lineno or 0) - body[0].lineno + 1
-            assert lines <= 60, f"{node.name} has {lines} lines"
+def test_files_are_short_and_say_what_they_are_for() -> None:
+    assert [name_of(path) for path in FILES if not ast.get_docstring(tree(path))] == []
+    assert [name_of(path) for path in FILES if len(path.read_text(encoding="utf-8").splitlines()) > 500] == []
 
 
-@every_file
-def test_nothing_prints(path: Path) -> None:
-    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
-    assert not [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+def test_functions_are_short() -> None:
+    functions = [
+        (name_of(path), node)
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [f"{module}.{node.name}" for module, node in functions if _lines(node) > 60] == []
+
+
+def _lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    body = node.body[1:] if ast.get_docstring(node) and len(node.body) > 1 else node.body
+    return (body[-1].end_lineno or 0) - body[0].lineno + 1
+
+
+def test_nothing_prints() -> None:
+    calls = [(name_of(path), node) for path in FILES for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    assert [module for module, call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"] == []
 
 
 def test_public_names_are_there() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from fednorm.errors import DataError
 from fednorm.verify.golden import Status, replay, replay_folder
 
-GOLDEN = Path(os.environ.get("FEDNORM_GOLDEN", Path(__file__).resolve().parents[1] / "../shared/golden"))
+GOLDEN = Path(__file__).parent / "golden"
 METHODS = {
     "scaled_ws_timm": "sws (timm)",
     "scaled_ws_nfnets": "sws (nfnets_pytorch)",
@@ -24,7 +23,6 @@ METHODS = {
     "agc_deepmind": "agc (DeepMind)",
     "sgd_agc_nfnets": "agc with sgd (nfnets_pytorch)",
 }
-needs_traces = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no folder of golden traces at {GOLDEN}")
 
 
 def read(name: str) -> dict[str, Any]:
@@ -37,7 +35,6 @@ def written(path: Path, arrays: dict[str, Any]) -> Path:
     return path
 
 
-@needs_traces
 @pytest.mark.parametrize("name", METHODS)
 def test_recorded_traces_are_reproduced(name: str) -> None:
     outcome = replay(GOLDEN / f"{name}.npz")
@@ -46,7 +43,6 @@ def test_recorded_traces_are_reproduced(name: str) -> None:
     assert outcome.largest_error < 1e-10
 
 
-@needs_traces
 @pytest.mark.parametrize("name", METHODS)
 def test_traces_are_known_by_contents_not_by_file_name(name: str, tmp_path: Path) -> None:
     outcome = replay(written(tmp_path / "fedbn_comm.npz", read(name)))
@@ -68,7 +64,6 @@ def recorded_results(name: str, arrays: dict[str, Any]) -> list[str]:
     ]
 
 
-@needs_traces
 @pytest.mark.parametrize("name", METHODS)
 def test_a_change_in_any_recorded_array_is_seen(name: str, tmp_path: Path) -> None:
     arrays = read(name)
@@ -83,7 +78,6 @@ def test_a_change_in_any_recorded_array_is_seen(name: str, tmp_path: Path) -> No
         assert outcome.largest_error == pytest.approx(1e-6, rel=1e-3)
 
 
-@needs_traces
 @pytest.mark.parametrize("name", METHODS)
 def test_not_a_number_never_passes(name: str, tmp_path: Path) -> None:
     arrays = read(name)
@@ -99,7 +93,6 @@ def change_hparam(arrays: dict[str, Any], change: Callable[[dict[str, Any]], Non
     return {**arrays, "hparams": np.array(json.dumps(hparams))}
 
 
-@needs_traces
 @pytest.mark.parametrize(
     ("name", "path", "value"),
     [
@@ -129,7 +122,6 @@ def test_hyper_parameters_are_taken_from_the_file(
     assert outcome.method == METHODS[name]
 
 
-@needs_traces
 def test_a_trace_that_lacks_an_array_fails_in_words(tmp_path: Path) -> None:
     arrays = read("agc_timm")
     del arrays["grad_out.head.bias"]
@@ -138,7 +130,6 @@ def test_a_trace_that_lacks_an_array_fails_in_words(tmp_path: Path) -> None:
     assert outcome.detail == "cannot be replayed: the trace has no array 'grad_out.head.bias'"
 
 
-@needs_traces
 def test_a_trace_whose_shapes_contradict_its_settings_fails_in_words(tmp_path: Path) -> None:
     arrays = read("ws_conv")
     arrays["plain.x"] = arrays["plain.x"][:, :3]
@@ -148,7 +139,6 @@ def test_a_trace_whose_shapes_contradict_its_settings_fails_in_words(tmp_path: P
     assert "\n" not in outcome.detail
 
 
-@needs_traces
 def test_a_truncated_file_is_unreadable(tmp_path: Path) -> None:
     whole = (GOLDEN / "ws_conv.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
@@ -201,7 +191,6 @@ def test_a_missing_or_empty_folder_is_an_error(tmp_path: Path) -> None:
     assert replay(tmp_path / "nowhere.npz").status is Status.UNREADABLE
 
 
-@needs_traces
 def test_the_recorded_folder_has_no_failure() -> None:
     outcomes = replay_folder(GOLDEN)
     assert [outcome.file.name for outcome in outcomes if outcome.status not in (Status.PASS, Status.NO_METHOD)] == []

@@ -186,10 +186,7 @@ def test_results_are_not_mixed_with_flower_s_log(call: Call, small: Small) -> No
 
 
 def test_verify_golden_prints_a_row_a_trace(call: Call) -> None:
-    default = Path(__file__).resolve().parents[2] / "../shared/golden"
-    folder = Path(os.environ.get("FEDNORM_GOLDEN") or default)
-    if not folder.is_dir():
-        pytest.skip("no golden traces: set FEDNORM_GOLDEN to their folder")
+    folder = Path(__file__).resolve().parents[1] / "golden"
     outcome = call("verify", "golden", folder, "--json")
     assert outcome.code == 0
     rows = outcome.document["traces"]

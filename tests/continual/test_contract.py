@@ -37,9 +37,26 @@ FROM_ALL = (
 # Every combination ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS.names)
-@pytest.mark.parametrize("learner", LEARNERS.names)
-@pytest.mark.parametrize("norm", NORMS.names)
+def _triples() -> list[Any]:
+    """Return every combination; those that hold each pair of two once are for every run of the tests, others slow."""
+    scenarios = SCENARIOS.names
+    triples = []
+    for (row, learner), (column, norm) in itertools.product(enumerate(LEARNERS.names), enumerate(NORMS.names)):
+        for number, scenario in enumerate(scenarios):
+            pairwise = number == (row + column) % len(scenarios)
+            triples.append(pytest.param(scenario, learner, norm, marks=() if pairwise else pytest.mark.slow))
+    return triples
+
+
+def test_every_pair_is_in_the_default_tier() -> None:
+    default = [triple.values for triple in _triples() if not triple.marks]
+    for first, second in itertools.combinations(range(3), 2):
+        families = (SCENARIOS.names, LEARNERS.names, NORMS.names)
+        pairs = {(triple[first], triple[second]) for triple in default}
+        assert pairs == set(itertools.product(families[first], families[second]))
+
+
+@pytest.mark.parametrize(("scenario", "learner", "norm"), _triples())
 def test_it_trains_and_measures(scenario: str, learner: str, norm: str, toy: Any) -> None:
     # What is measured inside the network costs as much again as the rest, and does not depend on the scenario.
     probed = scenario == "split_digits"
