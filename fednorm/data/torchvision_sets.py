@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fednorm.data.cache import Pixels, cached, file_key
+from fednorm.data.shards import require_regular
 from fednorm.data.source import Rows, Source, stack
 from fednorm.errors import DataError
 
@@ -71,7 +72,7 @@ SETS: dict[str, _Set] = {
 def list_torchvision(directory: Path) -> tuple[str, ...]:
     """Return the names of the data sets that a directory holds whole in torchvision's format, sorted."""
     return tuple(
-        sorted(name for name, entry in SETS.items() if all(path.exists() for path in _paths(directory, entry)))
+        sorted(name for name, entry in SETS.items() if all(_is_there(path) for path in _paths(directory, entry)))
     )
 
 
@@ -91,12 +92,16 @@ def read_torchvision(
         The data set; its training images come first. SVHN's label 10 is 0, as torchvision gives it.
 
     Raises:
-        DataError: The files are missing or broken, or the download failed.
+        DataError: The files are missing, broken or no regular files, there are not as many labels as images, or the
+            download failed.
     """
     entry = SETS[name]
+    for path in _paths(directory, entry):
+        if _is_there(path):
+            require_regular(path)
     train, test = (_open(directory, name, train=train, download=download) for train in (True, False))
     num_train, total = len(train), len(train) + len(test)
-    labels: Rows = np.concatenate([np.asarray(getattr(part, entry.labels), dtype=np.int64) for part in (train, test)])
+    labels: Rows = np.concatenate([_labels(directory, name, part) for part in (train, test)])
     class_names = tuple(str(label) for label in range(10))
     if name.startswith("cifar"):
         class_names = tuple(train.classes)
@@ -107,7 +112,7 @@ def read_torchvision(
     key = ["torchvision", name, f"image_size={image_size}", *(file_key(path) for path in _paths(directory, entry))]
     return Source(
         name=name,
-        images=cached(f"{name}-{image_size}", key, decode, cache_dir),
+        images=cached(f"{name}-{image_size}", key, decode, cache_dir, shape=(total, 3, image_size, image_size)),
         labels=labels,
         train=np.arange(num_train, dtype=np.int64),
         test=np.arange(num_train, total, dtype=np.int64),
@@ -117,6 +122,24 @@ def read_torchvision(
         ),
         class_names=class_names,
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _labels(directory: Path, name: str, part: Any) -> Rows:
+    """Return a split's labels, one for each of its images."""
+    labels: Rows = np.asarray(getattr(part, SETS[name].labels), dtype=np.int64).reshape(-1)
+    if len(labels) != len(part.data):
+        raise DataError(
+            f"The files of {name} in {directory} hold {len(part.data)} images and {len(labels)} labels. "
+            "Copy them again."
+        )
+    return labels
 
 
 def _paths(directory: Path, entry: _Set) -> Sequence[Path]:
