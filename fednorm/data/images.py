@@ -5,6 +5,7 @@ applied. What Pillow's own conversion to RGB would destroy is converted here:
 
 * **Depth.** Grey levels of more than 8 bits are scaled by the range of their bit depth, ``255 v / (2^bits - 1)``, and
   floating-point grey levels, which must lie in [0, 1], by 255; both are rounded. TIFF's "zero is white" is honoured.
+  Of 16-bit colours Pillow gives the upper 8 bits.
 * **Transparency**, be it a channel, a colour or a palette's, is composed on white: ``(a v + (255 - a) 255) / 255``.
   Where the picture would vanish on white (white ink that stands in the alpha channel alone), it is composed on black.
 * **Refused**, because any answer would be a guess: several frames, integers of 32 bits or with a sign, floating-point
@@ -17,6 +18,7 @@ images of more than :data:`MAX_PIXELS` pixels are refused by their header, befor
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -82,11 +84,13 @@ def decode(content: bytes, where: str) -> Image.Image:
         raise DataError(f"{where}: {error}") from None
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{where}: the image cannot be decoded: expected {_EXPECTED}, got {len(content)} bytes that begin with "
-            f"{content[:8]!r}. Convert or replace it."
+            f"{where}: the image cannot be decoded: expected {_EXPECTED} of a kind that Pillow reads, got "
+            f"{len(content)} bytes that begin with {content[:8]!r}. Convert or replace it."
         ) from error
     except Image.DecompressionBombError as error:
-        raise DataError(f"{where}: {_too_large('too many pixels')}") from error
+        number = re.search(r"\d+", str(error))
+        size = f"{int(number[0]):,} pixels" if number else "too many pixels"
+        raise DataError(f"{where}: {_too_large(size)}") from error
     except Exception as error:
         # Pillow's decoders raise whatever the damage leads them to, from EOFError to TypeError.
         reason = str(error) or type(error).__name__
