@@ -167,8 +167,11 @@ def test_labels_of_several_folders_must_agree(tmp_path: Path, write_folder: Any,
     write_folder(tmp_path, "a", names=["cat", "dog"])
     write_folder(tmp_path, "b", names=["dog", "cat"])
     write_folder(tmp_path, "c", num_classes=3)
-    with pytest.raises(DataError, match="class 0 is 'cat' there and 'dog' here"):
-        _load(tmp_path, name="folders", domains=("a", "b"))
+    first, second = _load(tmp_path, name="folders", domains=("a", "b")).clients
+    assert first.train.labels.tolist() == (1 - second.train.labels).tolist()
+    write_folder(tmp_path, "other", names=["cat", "fox"])
+    with pytest.raises(DataError, match=r"'dog' only in .*a, 'fox' only in .*other"):
+        _load(tmp_path, name="folders", domains=("a", "other"))
     with pytest.raises(DataError, match=r"c/train-00000-of-00001\.parquet, row 2: label 2 is outside 0 to 1"):
         _load(tmp_path, name="folders", domains=("a", "c"))
     image = np.zeros((4, 4, 3), np.uint8)
