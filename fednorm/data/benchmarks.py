@@ -11,6 +11,7 @@ from fednorm.data.digits_mini import DOMAINS as MINI_DOMAINS
 from fednorm.data.digits_mini import read_digits_mini
 from fednorm.data.domain import Domain
 from fednorm.data.folders import list_folders, read_folder
+from fednorm.data.shards import holds_parquet
 from fednorm.data.source import Source, align_classes, count_classes
 from fednorm.data.torchvision_sets import SETS, list_torchvision, read_torchvision
 from fednorm.errors import DataError
@@ -75,8 +76,8 @@ class Reader:
                 path.mkdir(parents=True, exist_ok=True)
             is_folder, exists = path.is_dir(), path.exists()
         except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a NUL
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise DataError(f"The data folder {self.config.dir!r} cannot be used: {reason}.") from error
+            reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            raise DataError(f"The data folder {self.config.dir[:200]!r} cannot be used: {reason}.") from error
         if not is_folder:
             raise DataError(
                 f"The data folder {path} {'is no folder' if exists else 'does not exist'}. Name an existing one with "
@@ -87,6 +88,15 @@ class Reader:
     def held(self) -> tuple[str, ...]:
         """Return the data sets that the directory holds, in either format, sorted."""
         return tuple(sorted({*list_folders(self.directory), *list_torchvision(self.directory)}))
+
+    def held_text(self) -> str:
+        """Return what the directory holds, for an error; where it is a data set itself, what to name instead."""
+        if held := self.held():
+            return ", ".join(held)
+        path = self.directory.resolve()
+        if holds_parquet(path):
+            return f"no data set, because it is one itself: name its parent {path.parent}, and {path.name} as domain"
+        return "no data set"
 
     def read(self, name: str) -> Source:
         """Read a data set: the Parquet folder where there is one, else torchvision's files.
@@ -101,7 +111,7 @@ class Reader:
             return read_torchvision(
                 directory, name, self.image_size, download=self.config.download, cache_dir=self.cache_dir
             ).with_note(note)
-        held = ", ".join(self.held()) or "no data set"
+        held = self.held_text()
         hint = " torchvision can download it: --download (data.download)." if name in SETS else ""
         raise DataError(
             f"Data set {name!r} is not in {directory}, which holds {held}. Expected {directory / name}/train-*.parquet "
@@ -149,10 +159,7 @@ def _digits(reader: Reader) -> Loaded:
         held = {*reader.held(), *(SETS if reader.config.download else ())}
         names = tuple(name for name in DIGITS if name in held)
     if not names:
-        raise DataError(
-            f"{reader.directory} holds none of {', '.join(DIGITS)}; "
-            f"it holds {', '.join(reader.held()) or 'no data set'}."
-        )
+        raise DataError(f"{reader.directory} holds none of {', '.join(DIGITS)}; it holds {reader.held_text()}.")
     sources, notes = align_classes([reader.read(name) for name in names])
     title = "Digits-Five" if frozenset(names) == DIGITS_FIVE else "digits"
     return _loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()), notes)
@@ -193,7 +200,7 @@ def _folders(reader: Reader) -> Loaded:
     if not wanted:
         raise DataError(
             f"Benchmark folders needs data.domains, the folders to use (--domains a,b,c); {reader.directory} holds "
-            f"{', '.join(reader.held()) or 'no data set'}."
+            f"{reader.held_text()}."
         )
     held = reader.held()
     parts = [_folder_and_part(name, held) for name in wanted]

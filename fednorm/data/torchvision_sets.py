@@ -32,6 +32,7 @@ class _Set:
         test_files: The files of its test images.
         split: The keyword arguments of a split, from whether it is the training split.
         labels: The attribute that holds the labels.
+        preferred_files: Files of an older format that torchvision reads instead where it finds them.
     """
 
     class_name: str
@@ -39,6 +40,7 @@ class _Set:
     test_files: tuple[str, ...]
     split: Callable[[bool], dict[str, Any]] = lambda train: {"train": train}
     labels: str = "targets"
+    preferred_files: tuple[str, ...] = ()
 
 
 _CIFAR10 = "cifar-10-batches-py"
@@ -50,6 +52,7 @@ SETS: dict[str, _Set] = {
         "MNIST",
         (f"{_MNIST}/train-images-idx3-ubyte", f"{_MNIST}/train-labels-idx1-ubyte"),
         (f"{_MNIST}/t10k-images-idx3-ubyte", f"{_MNIST}/t10k-labels-idx1-ubyte"),
+        preferred_files=("MNIST/processed/training.pt", "MNIST/processed/test.pt"),
     ),
     "usps": _Set("USPS", ("usps.bz2",), ("usps.t.bz2",)),
     "svhn": _Set(
@@ -96,7 +99,8 @@ def read_torchvision(
             download failed.
     """
     entry = SETS[name]
-    for path in _paths(directory, entry):
+    preferred = [path for file in entry.preferred_files if _is_there(path := directory / file)]
+    for path in (*_paths(directory, entry), *preferred):
         if _is_there(path):
             require_regular(path)
     train, test = (_open(directory, name, train=train, download=download) for train in (True, False))
@@ -109,7 +113,12 @@ def read_torchvision(
     def decode() -> Pixels:
         return stack(_images((train, test)), total, image_size)
 
-    key = ["torchvision", name, f"image_size={image_size}", *(file_key(path) for path in _paths(directory, entry))]
+    key = [
+        "torchvision",
+        name,
+        f"image_size={image_size}",
+        *(file_key(path) for path in (*_paths(directory, entry), *preferred)),
+    ]
     return Source(
         name=name,
         images=cached(f"{name}-{image_size}", key, decode, cache_dir, shape=(total, 3, image_size, image_size)),

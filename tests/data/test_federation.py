@@ -66,6 +66,14 @@ def test_missing_folder_and_unknown_benchmark(tmp_path: Path) -> None:
         _load(tmp_path / "nowhere", name="digits")
     with pytest.raises(DataError, match=r"holds none of mnist, .*no data set"):
         _load(tmp_path, name="digits")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").touch()
+    (tmp_path / "data/test.parquet").touch()
+    with pytest.raises(DataError, match=r"is one itself: name its parent .*, and data as domain"):
+        load_federation(DataConfig(name="digits", dir=str(tmp_path / "data")), image_size=8, seed=1)
+    for name, reason in (("~nobody-of-that-name/x", "home directory"), ("x" * 5000, "too long"), ("\0", "")):
+        with pytest.raises(DataError, match=rf"The data folder .*{reason}"):
+            load_federation(DataConfig(name="digits", dir=name), image_size=8, seed=1)
     with pytest.raises(UnknownNameError, match="Did you mean 'digits'"):
         _load(tmp_path, name="digit")
 
