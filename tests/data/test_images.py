@@ -220,6 +220,8 @@ def _files(draw: st.DrawFn) -> tuple[bytes, list[np.ndarray]]:
     kind = {"I;16": np.uint16, "F": np.float32}.get(mode, np.uint8)
     elements = st.floats(0, 1, width=32) if mode == "F" else None
     array = draw(hnp.arrays(kind, (*shape, *bands), elements=elements))
+    if mode in ("LA", "RGBA") and draw(st.booleans()):
+        array[..., :-1] = draw(st.sampled_from([0, 128, 255]))  # ink in the alpha channel alone
     options: dict[str, Any] = {}
     image = Image.fromarray(array)
     alpha = np.full(shape, 255, np.uint8)
