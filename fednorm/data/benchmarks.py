@@ -11,7 +11,8 @@ from fednorm.data.digits_mini import DOMAINS as MINI_DOMAINS
 from fednorm.data.digits_mini import read_digits_mini
 from fednorm.data.domain import Domain
 from fednorm.data.folders import list_folders, read_folder
-from fednorm.data.source import Source, count_classes
+from fednorm.data.shards import holds_parquet
+from fednorm.data.source import Source, align_classes, count_classes
 from fednorm.data.torchvision_sets import SETS, list_torchvision, read_torchvision
 from fednorm.errors import DataError
 
@@ -69,21 +70,33 @@ class Reader:
                 f"Benchmark {self.config.name} reads real data: name its folder with --data-dir DIR (data.dir). "
                 "Without a folder there is digits_mini, which is embedded."
             )
-        path = Path(self.config.dir).expanduser()
-        if self.config.download:
-            try:
+        try:
+            path = Path(self.config.dir).expanduser()
+            if self.config.download:
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(f"Cannot make the data folder {path} to download to: {error.strerror}.") from error
-        if not path.is_dir():
+            is_folder, exists = path.is_dir(), path.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a NUL
+            reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            raise DataError(f"The data folder {self.config.dir[:200]!r} cannot be used: {reason}.") from error
+        if not is_folder:
             raise DataError(
-                f"The data folder {path} does not exist. Name an existing one with --data-dir DIR (data.dir)."
+                f"The data folder {path} {'is no folder' if exists else 'does not exist'}. Name an existing one with "
+                "--data-dir DIR (data.dir)."
             )
         return path
 
     def held(self) -> tuple[str, ...]:
         """Return the data sets that the directory holds, in either format, sorted."""
         return tuple(sorted({*list_folders(self.directory), *list_torchvision(self.directory)}))
+
+    def held_text(self) -> str:
+        """Return what the directory holds, for an error; where it is a data set itself, what to name instead."""
+        if held := self.held():
+            return ", ".join(held)
+        path = self.directory.resolve()
+        if holds_parquet(path):
+            return f"no data set, because it is one itself: name its parent {path.parent}, and {path.name} as domain"
+        return "no data set"
 
     def read(self, name: str) -> Source:
         """Read a data set: the Parquet folder where there is one, else torchvision's files.
@@ -98,7 +111,7 @@ class Reader:
             return read_torchvision(
                 directory, name, self.image_size, download=self.config.download, cache_dir=self.cache_dir
             ).with_note(note)
-        held = ", ".join(self.held()) or "no data set"
+        held = self.held_text()
         hint = " torchvision can download it: --download (data.download)." if name in SETS else ""
         raise DataError(
             f"Data set {name!r} is not in {directory}, which holds {held}. Expected {directory / name}/train-*.parquet "
@@ -146,13 +159,10 @@ def _digits(reader: Reader) -> Loaded:
         held = {*reader.held(), *(SETS if reader.config.download else ())}
         names = tuple(name for name in DIGITS if name in held)
     if not names:
-        raise DataError(
-            f"{reader.directory} holds none of {', '.join(DIGITS)}; "
-            f"it holds {', '.join(reader.held()) or 'no data set'}."
-        )
-    sources = [reader.read(name) for name in names]
+        raise DataError(f"{reader.directory} holds none of {', '.join(DIGITS)}; it holds {reader.held_text()}.")
+    sources, notes = align_classes([reader.read(name) for name in names])
     title = "Digits-Five" if frozenset(names) == DIGITS_FIVE else "digits"
-    return _loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()))
+    return _loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()), notes)
 
 
 def _one(name: str, title: str) -> Callable[[Reader], Loaded]:
@@ -190,18 +200,25 @@ def _folders(reader: Reader) -> Loaded:
     if not wanted:
         raise DataError(
             f"Benchmark folders needs data.domains, the folders to use (--domains a,b,c); {reader.directory} holds "
-            f"{', '.join(reader.held()) or 'no data set'}."
+            f"{reader.held_text()}."
         )
-    sources: dict[str, Source] = {}
+    held = reader.held()
+    parts = [_folder_and_part(name, held) for name in wanted]
+    folders = tuple(dict.fromkeys(folder for folder, _ in parts))
+    aligned, notes = align_classes([reader.read(folder) for folder in folders])
+    sources = dict(zip(folders, aligned, strict=True))
     domains: list[Domain] = []
-    for name in wanted:
-        folder, part = name, ""
-        if "." in name and name not in reader.held():
-            folder, _, part = name.rpartition(".")
-        if folder not in sources:
-            sources[folder] = reader.read(folder)
+    for folder, part in parts:
         domains.extend(sources[folder].split_domains([part] if part else (), prefix=f"{folder}."))
-    return _loaded("folders", list(sources.values()), tuple(domains))
+    return _loaded("folders", aligned, tuple(domains), notes)
+
+
+def _folder_and_part(name: str, held: Sequence[str]) -> tuple[str, str]:
+    """Return a domain's folder and, for ``FOLDER.VALUE``, the value of its domain column."""
+    if "." not in name or name in held:
+        return name, ""
+    folder, _, part = name.rpartition(".")
+    return folder, part
 
 
 def _mini(reader: Reader) -> Loaded:
