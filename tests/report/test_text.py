@@ -1,4 +1,4 @@
-"""Strangers' text in terminals, Markdown and spreadsheets is shown, not obeyed; files are written whole or not at all."""
+"""Strangers' text in terminals, Markdown and spreadsheets is shown, not obeyed; files are written whole."""
 
 from __future__ import annotations
 
