@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from fednorm.errors import ConfigError, FedNormError
+from fednorm.report.text import printable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -375,7 +376,7 @@ def verify_determinism(
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what went wrong on standard error, and leave."""
-    err().print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    err().print(f"[bold red]error:[/] {_plain(printable(message))}", soft_wrap=True)
     raise SystemExit(code)
 
 

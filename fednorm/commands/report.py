@@ -16,6 +16,7 @@ from fednorm.report.export import export as write_export
 from fednorm.report.export import require_suffix, write_summary
 from fednorm.report.grouping import kind_of, scored_on
 from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
+from fednorm.report.text import printable
 from fednorm.study.results import Loaded, load
 from fednorm.study.select import best_by_method, rules
 from fednorm.study.statistics import METHODS as INTERVALS
@@ -197,6 +198,6 @@ def _wrote(what: str, where: Path, shows: str = "") -> None:
 def _end(problems: Sequence[str]) -> None:
     """Name what was left out, and leave with exit code 1 where something was."""
     for problem in problems[:-1]:
-        err().print(problem, markup=False, soft_wrap=True)
+        err().print(printable(problem), markup=False, soft_wrap=True)
     if problems:
         fail(problems[-1], code=1)

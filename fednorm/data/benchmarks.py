@@ -11,6 +11,7 @@ from fednorm.cards import Card
 from fednorm.config import DataConfig
 from fednorm.data.domain import Domain
 from fednorm.data.folders import list_folders, read_folder
+from fednorm.data.shards import holds_parquet
 from fednorm.data.source import Source, count_classes
 from fednorm.data.torchvision_sets import SETS, list_torchvision, read_torchvision
 from fednorm.errors import DataError
@@ -61,21 +62,33 @@ class Reader:
                 f"Benchmark {self.config.name} reads real data: name its folder with --data-dir DIR (data.dir). "
                 "Without a folder there is digits_mini, which is embedded."
             )
-        path = Path(self.config.dir).expanduser()
-        if self.config.download:
-            try:
+        try:
+            path = Path(self.config.dir).expanduser()
+            if self.config.download:
                 path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(f"Cannot make the data folder {path} to download to: {error.strerror}.") from error
-        if not path.is_dir():
+            is_folder, exists = path.is_dir(), path.exists()
+        except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a NUL
+            reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+            raise DataError(f"The data folder {self.config.dir[:200]!r} cannot be used: {reason}.") from error
+        if not is_folder:
             raise DataError(
-                f"The data folder {path} does not exist. Name an existing one with --data-dir DIR (data.dir)."
+                f"The data folder {path} {'is no folder' if exists else 'does not exist'}. Name an existing one with "
+                "--data-dir DIR (data.dir)."
             )
         return path
 
     def held(self) -> tuple[str, ...]:
         """Return the data sets that the directory holds, in either format, sorted."""
         return tuple(sorted({*list_folders(self.directory), *list_torchvision(self.directory)}))
+
+    def held_text(self) -> str:
+        """Return what the directory holds, for an error; where it is a data set itself, what to name instead."""
+        if held := self.held():
+            return ", ".join(held)
+        path = self.directory.resolve()
+        if holds_parquet(path):
+            return f"no data set, because it is one itself: name its parent {path.parent}, and {path.name} as domain"
+        return "no data set"
 
     def read(self, name: str) -> Source:
         """Read a data set: the Parquet folder where there is one, else torchvision's files.
@@ -90,7 +103,7 @@ class Reader:
             return read_torchvision(
                 directory, name, self.image_size, download=self.config.download, cache_dir=self.cache_dir
             ).with_note(note)
-        held = ", ".join(self.held()) or "no data set"
+        held = self.held_text()
         hint = " torchvision can download it: --download (data.download)." if name in SETS else ""
         raise DataError(
             f"Data set {name!r} is not in {directory}, which holds {held}. Expected {directory / name}/train-*.parquet "

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 Pixels = npt.NDArray[np.uint8]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key: raise it when the same files come to mean other arrays."""
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,14 @@ def file_key(path: Path) -> str:
     return f"{path.resolve()}|{status.st_size}|{status.st_mtime_ns}"
 
 
-def cached(name: str, key: Iterable[str], make: Callable[[], Pixels], cache_dir: Path | None = None) -> Pixels:
+def cached(
+    name: str,
+    key: Iterable[str],
+    make: Callable[[], Pixels],
+    cache_dir: Path | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+) -> Pixels:
     """Return ``make()``, or the array that an earlier call with the same key left on disk.
 
     Args:
@@ -55,6 +62,7 @@ def cached(name: str, key: Iterable[str], make: Callable[[], Pixels], cache_dir:
         key: Everything that the array depends on.
         make: Makes the array, uint8.
         cache_dir: Where to keep it (:func:`cache_folder`).
+        shape: The array's shape; a file of another shape is no such array and is made anew. None takes any.
 
     Returns:
         The array: memory-mapped copy-on-write (NumPy's mode ``"c"``: the file is never changed, and PyTorch does not
@@ -62,7 +70,7 @@ def cached(name: str, key: Iterable[str], make: Callable[[], Pixels], cache_dir:
     """
     digest = hashlib.sha256("\n".join([str(FORMAT_VERSION), *key]).encode()).hexdigest()[:20]
     target = cache_folder(cache_dir) / f"{name}-{digest}.npy"
-    kept = _map(target)
+    kept = _map(target, shape)
     if kept is not None:
         return kept
     made = make()
@@ -71,17 +79,23 @@ def cached(name: str, key: Iterable[str], make: Callable[[], Pixels], cache_dir:
     except OSError as error:
         log.info("Decoded images are not kept: cannot write %s (%s).", target, error.strerror)
         return made
-    kept = _map(target)
+    kept = _map(target, shape)
     return made if kept is None else kept
 
 
-def _map(path: Path) -> Pixels | None:
-    """Map a cached array, or return None where there is none or a broken one."""
+def _map(path: Path, shape: tuple[int, ...] | None) -> Pixels | None:
+    """Map a cached array, or return None where there is none, a broken one, or what only looks like one."""
+    if not path.is_file():  # opening a FIFO would wait for ever
+        return None
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        whole = isinstance(array, np.memmap) and array.offset + array.nbytes == path.stat().st_size
+    except Exception:
+        # A damaged header makes NumPy raise what its parser leads it to, beside OSError and ValueError.
         return None
-    return array if array.dtype == np.uint8 else None
+    if not whole or array.dtype != np.uint8 or not array.flags.c_contiguous:
+        return None
+    return None if shape is not None and array.shape != shape else array
 
 
 def _write(target: Path, array: Pixels) -> None:

@@ -155,9 +155,10 @@ def read_digits_mini(image_size: int = SIZE, cache_dir: Path | None = None) -> S
         return stack((draw(plan) for plan in everything), len(everything), image_size)
 
     num_train = sum(plan.train for plan in everything)
+    key, shape = [f"image_size={image_size}", *_versions()], (len(everything), 3, image_size, image_size)
     return Source(
         name="digits_mini",
-        images=cached(f"digits_mini-{image_size}", [f"image_size={image_size}", *_versions()], make, cache_dir),
+        images=cached(f"digits_mini-{image_size}", key, make, cache_dir, shape=shape),
         labels=np.array([plan.label for plan in everything], dtype=np.int64),
         train=np.arange(num_train, dtype=np.int64),
         test=np.arange(num_train, len(everything), dtype=np.int64),

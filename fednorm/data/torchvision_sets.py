@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from fednorm.data.cache import Pixels, cached, file_key
+from fednorm.data.shards import require_regular
 from fednorm.data.source import Rows, Source, stack
 from fednorm.errors import DataError
 
@@ -31,6 +32,7 @@ class _Set:
         test_files: The files of its test images.
         split: The keyword arguments of a split, from whether it is the training split.
         labels: The attribute that holds the labels.
+        preferred_files: Files of an older format that torchvision reads instead where it finds them.
     """
 
     class_name: str
@@ -38,6 +40,7 @@ class _Set:
     test_files: tuple[str, ...]
     split: Callable[[bool], dict[str, Any]] = lambda train: {"train": train}
     labels: str = "targets"
+    preferred_files: tuple[str, ...] = ()
 
 
 _CIFAR10 = "cifar-10-batches-py"
@@ -49,6 +52,7 @@ SETS: dict[str, _Set] = {
         "MNIST",
         (f"{_MNIST}/train-images-idx3-ubyte", f"{_MNIST}/train-labels-idx1-ubyte"),
         (f"{_MNIST}/t10k-images-idx3-ubyte", f"{_MNIST}/t10k-labels-idx1-ubyte"),
+        preferred_files=("MNIST/processed/training.pt", "MNIST/processed/test.pt"),
     ),
     "usps": _Set("USPS", ("usps.bz2",), ("usps.t.bz2",)),
     "svhn": _Set(
@@ -71,7 +75,7 @@ SETS: dict[str, _Set] = {
 def list_torchvision(directory: Path) -> tuple[str, ...]:
     """Return the names of the data sets that a directory holds whole in torchvision's format, sorted."""
     return tuple(
-        sorted(name for name, entry in SETS.items() if all(path.exists() for path in _paths(directory, entry)))
+        sorted(name for name, entry in SETS.items() if all(_is_there(path) for path in _paths(directory, entry)))
     )
 
 
@@ -91,12 +95,17 @@ def read_torchvision(
         The data set; its training images come first. SVHN's label 10 is 0, as torchvision gives it.
 
     Raises:
-        DataError: The files are missing or broken, or the download failed.
+        DataError: The files are missing, broken or no regular files, there are not as many labels as images, or the
+            download failed.
     """
     entry = SETS[name]
+    preferred = [path for file in entry.preferred_files if _is_there(path := directory / file)]
+    for path in (*_paths(directory, entry), *preferred):
+        if _is_there(path):
+            require_regular(path)
     train, test = (_open(directory, name, train=train, download=download) for train in (True, False))
     num_train, total = len(train), len(train) + len(test)
-    labels: Rows = np.concatenate([np.asarray(getattr(part, entry.labels), dtype=np.int64) for part in (train, test)])
+    labels: Rows = np.concatenate([_labels(directory, name, part) for part in (train, test)])
     class_names = tuple(str(label) for label in range(10))
     if name.startswith("cifar"):
         class_names = tuple(train.classes)
@@ -104,10 +113,15 @@ def read_torchvision(
     def decode() -> Pixels:
         return stack(_images((train, test)), total, image_size)
 
-    key = ["torchvision", name, f"image_size={image_size}", *(file_key(path) for path in _paths(directory, entry))]
+    key = [
+        "torchvision",
+        name,
+        f"image_size={image_size}",
+        *(file_key(path) for path in (*_paths(directory, entry), *preferred)),
+    ]
     return Source(
         name=name,
-        images=cached(f"{name}-{image_size}", key, decode, cache_dir),
+        images=cached(f"{name}-{image_size}", key, decode, cache_dir, shape=(total, 3, image_size, image_size)),
         labels=labels,
         train=np.arange(num_train, dtype=np.int64),
         test=np.arange(num_train, total, dtype=np.int64),
@@ -117,6 +131,24 @@ def read_torchvision(
         ),
         class_names=class_names,
     )
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _labels(directory: Path, name: str, part: Any) -> Rows:
+    """Return a split's labels, one for each of its images."""
+    labels: Rows = np.asarray(getattr(part, SETS[name].labels), dtype=np.int64).reshape(-1)
+    if len(labels) != len(part.data):
+        raise DataError(
+            f"The files of {name} in {directory} hold {len(part.data)} images and {len(labels)} labels. "
+            "Copy them again."
+        )
+    return labels
 
 
 def _paths(directory: Path, entry: _Set) -> Sequence[Path]:

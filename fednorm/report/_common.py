@@ -17,6 +17,7 @@ from rich.text import Text
 
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import RunConfig
+from fednorm.report.text import in_cell, in_markdown, one_line
 
 Result = Mapping[str, Any]
 
@@ -49,14 +50,22 @@ class Table:
     notes: tuple[str, ...] = ()
     in_parts: bool = False
 
+    def __post_init__(self) -> None:
+        """Write out what a terminal would obey: names, titles and notes are somebody's words."""
+        own = object.__setattr__
+        own(self, "title", one_line(self.title))
+        own(self, "columns", tuple(map(one_line, self.columns)))
+        own(self, "rows", tuple(tuple(map(one_line, row)) for row in self.rows))
+        own(self, "notes", tuple(map(one_line, self.notes)))
+
     def markdown(self) -> str:
         """Return the table in Markdown."""
         rule = ["---", *("---:" for _ in self.columns[1:])]
         lines = [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-            for cells in (self.columns, rule, *self.rows)
+            "| " + " | ".join(cells) + " |"
+            for cells in (map(in_cell, self.columns), rule, *(map(in_cell, row) for row in self.rows))
         ]
-        return "\n".join([f"**{self.title}**", "", *lines, "", *self.notes])
+        return "\n".join([f"**{in_markdown(self.title)}**", "", *lines, "", *map(in_markdown, self.notes)])
 
     def latex(self) -> str:
         """Return the table in LaTeX: a float of the package booktabs, title and notes as its caption."""

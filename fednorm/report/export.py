@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from fednorm.errors import ConfigError, RecordError
+from fednorm.errors import ConfigError
 from fednorm.report._common import Result
+from fednorm.report.files import write_whole
 from fednorm.report.grouping import kind_of
+from fednorm.report.text import in_csv
 from fednorm.study.results import FORMAT
 
 SUFFIXES = (".csv", ".parquet")
@@ -40,6 +42,8 @@ def require_suffix(path: Path) -> None:
 def export(path: Path, results: Sequence[Result]) -> None:
     """Write the raw records, a row a measured number (:func:`fednorm.report.frame.records`).
 
+    In a CSV a text that a spreadsheet would take for a formula has an apostrophe before it.
+
     Args:
         path: The file; ``.csv`` or ``.parquet`` says which.
         results: Results of finished runs.
@@ -48,15 +52,18 @@ def export(path: Path, results: Sequence[Result]) -> None:
         ConfigError: The name ends in something else.
         RecordError: The file cannot be written.
     """
+    import polars
+
     from fednorm.report.frame import records
 
     require_suffix(path)
-    rows = records(results)
-    with writing(path):
-        if path.suffix.lower() == ".csv":
-            rows.write_csv(path)
-        else:
-            rows.write_parquet(path)
+    rows, buffer = records(results), BytesIO()
+    if path.suffix.lower() == ".csv":
+        texts = [name for name, type_ in rows.schema.items() if type_ == polars.String]
+        rows.with_columns(polars.col(texts).map_elements(in_csv, return_dtype=polars.String)).write_csv(buffer)
+    else:
+        rows.write_parquet(buffer)
+    write_whole(path, buffer.getvalue())
 
 
 def write_summary(path: Path, results: Sequence[Result], studies: Sequence[Mapping[str, Any]] = ()) -> None:
@@ -71,8 +78,7 @@ def write_summary(path: Path, results: Sequence[Result], studies: Sequence[Mappi
         RecordError: The file cannot be written.
     """
     document = {"format": FORMAT, "results": [summarized(result) for result in results], "studies": list(studies)}
-    with writing(path):
-        path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(document, allow_nan=False) + "\n")
 
 
 def summarized(result: Result) -> dict[str, Any]:
@@ -105,17 +111,3 @@ def _lines(lines: Sequence[Mapping[str, Any]], kept: Sequence[str]) -> list[dict
 
 def _only(line: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     return {key: value for key, value in line.items() if key in keys}
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make a file's folder, and turn what the system refuses into a sentence.
-
-    Raises:
-        RecordError: The file or its folder cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-    except OSError as error:
-        raise RecordError(f"Cannot write {path}: {error.strerror or error}. Choose another place.") from error

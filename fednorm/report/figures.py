@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from fednorm.errors import ConfigError
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.curves import Curve, mean_matrix, of_average, of_diagnostic, of_domain, of_key
-from fednorm.report.export import writing
+from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
 from fednorm.report.plotting import COLOURS, Bands, Curves, finish, legend, legend_height, plain, styled
 from fednorm.study.statistics import LEVEL
@@ -99,8 +100,10 @@ def write_figures(
             stem = f"{_slug(re.sub(r'[(][^)]*[)]', '', comparison.title))}-{drawing.end}"
             taken[stem] += 1
             path = folder / f"{stem}{f'-{taken[stem]}' if taken[stem] > 1 else ''}.{figure_format}"
-            with writing(path), styled():
-                drawing.draw().savefig(path, metadata=_UNDATED[figure_format])
+            buffer = BytesIO()
+            with styled():
+                drawing.draw().savefig(buffer, format=figure_format, metadata=_UNDATED[figure_format])
+            write_whole(path, buffer.getvalue())
             yield path, drawing.shows
 
 

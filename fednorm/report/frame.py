@@ -73,6 +73,8 @@ def records(results: Sequence[Result]) -> polars.DataFrame:
                 columns[name].append(value)
     whole = ("seed", "step", "experience")
     types = {name: polars.Int64 if name in whole else polars.String for name in TIDY[:-1]}
+    if any(seed is not None and not -(2**63) <= seed < 2**63 for seed in columns["seed"]):
+        types["seed"], columns["seed"] = polars.String, list(map(str, columns["seed"]))
     return polars.DataFrame(columns, schema={**types, "value": polars.Float64})
 
 
@@ -131,9 +133,14 @@ def _series(name: str, values: list[Any]) -> polars.Series:
     types = {type(value) for value in values if value is not None}
     if types == {int, float}:
         values = [None if value is None else float(value) for value in values]
-    elif len(types) > 1 or not types <= {bool, int, float, str}:
+    elif len(types) > 1 or not types <= {bool, int, float, str} or _is_beyond_integers(values):
         values = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
     return polars.Series(name, values) if types else polars.Series(name, values, dtype=polars.String)
+
+
+def _is_beyond_integers(values: Sequence[Any]) -> bool:
+    """Return whether an integer has no place in 64 bits; a seed may be of any size."""
+    return any(type(value) is int and not -(2**63) <= value < 2**63 for value in values)
 
 
 def _of_federation(result: Result) -> Iterator[Row]:

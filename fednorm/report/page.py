@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fednorm import __version__
 from fednorm.errors import RecordError
 from fednorm.report.comparison import Comparison, comparison_table, comparisons
+from fednorm.report.files import write_whole
 from fednorm.report.page_data import document
 
 if TYPE_CHECKING:
@@ -56,11 +57,7 @@ def write_page(path: Path, loaded: Loaded, *, baseline: str | None = None, inter
         raise RecordError("A page needs at least one finished run, and there is none in what was given.")
     compared = comparisons(loaded.results, studies=loaded.studies, baseline=baseline, interval=interval)
     text = page(document(loaded, compared), compared, folder=path.parent)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RecordError(f"Cannot write the page {path}: {error.strerror}. Choose another --out.") from error
+    write_whole(path, text)
 
 
 def page(document: Mapping[str, Any], compared: Sequence[Comparison], *, folder: Path) -> str:

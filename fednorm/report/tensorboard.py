@@ -15,12 +15,14 @@ import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from fednorm.report._common import Result
 from fednorm.report.curves import steps
-from fednorm.report.export import writing
+from fednorm.report.files import write_whole
 from fednorm.report.frame import methods, numbers
+from fednorm.report.text import file_name, printable
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -46,13 +48,17 @@ def write_events(folder: Path, results: Sequence[Result]) -> int:
 
     labels = methods(results)
     for result in results:
-        label, run = labels[result["hash"]], result["hash"]
-        place = folder / f"{_slug(label)}-seed{result['config']['seed']}-{run}"
-        with writing(place / EVENTS):
-            for old in place.glob(EVENTS):
-                old.unlink()
-            with SummaryWriter(place) as writer:
+        label = labels[result["hash"]]
+        place = folder / f"{file_name(label)}-seed{int(result['config']['seed'])}-{file_name(str(result['hash']), 12)}"
+        with TemporaryDirectory(prefix="fednorm-events-") as scratch:
+            with SummaryWriter(scratch) as writer:
                 _write(writer, result, label)
+            written = [(file.name, file.read_bytes()) for file in sorted(Path(scratch).glob(EVENTS))]
+        old = [file for file in place.glob(EVENTS) if file.is_file() and not file.is_symlink()]
+        for name, content in written:
+            write_whole(place / name, content)
+        for file in old:
+            file.unlink()
     return len(results)
 
 
@@ -85,8 +91,4 @@ def _described(result: Result, label: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]()#+!|<>-])", r"\\\1", text)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.=]+", "-", text).strip("-.")[:80]
+    return re.sub(r"([\\`*_{}\[\]()#+!|<>-])", r"\\\1", printable(text))

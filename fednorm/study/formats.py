@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +117,7 @@ def migrated(document: Any, folder: Path | None = None) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("config"), dict):
         raise Unfit("it is not a result of a run, which has its configuration under 'config'.")
     require_format(document)
+    _require_writable(document)
     kind = document.get("kind") or document["config"].get("kind") or "federated"
     if kind not in _NEEDED:
         raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(_NEEDED)} runs.")
@@ -134,7 +137,36 @@ def migrated(document: Any, folder: Path | None = None) -> dict[str, Any]:
     fill = _filled_stream if kind == "continual" else _filled_federation
     result = fill(result)
     _require(result, _NEEDED[kind], "it")
+    if not re.fullmatch(r"[\w-]{1,64}", result["hash"]):
+        raise Unfit(f"its hash is letters and digits; it is {shortened(result['hash'])}.")
     return result
+
+
+DEEPEST = 12
+"""Tables within tables that a result has at most; today's have seven."""
+
+
+def _require_writable(value: Any, place: str = "it", depth: int = 0) -> None:
+    """Raise unless tables, exports and pages can hold a value: one result must not keep all others from being shown.
+
+    Args:
+        value: The value.
+        place: What it is called in the error.
+        depth: Tables and lists around it.
+    """
+    if depth > DEEPEST:
+        raise Unfit(f"{place} has more than {DEEPEST} tables within each other.")
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            _require_writable(key, f"a key of {place}", depth + 1)
+            _require_writable(inner, f"{place}.{shortened(key)}" if depth else str(key)[:60], depth + 1)
+    elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise Unfit(f"{place} holds half a character (a lone surrogate), which no file can hold: {ascii(value)[:60]}.")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise Unfit(f"{place} is {value}; a number that was not measured is null.")
+    elif type(value) is int and abs(value) >= 2**63 and place != "config.'seed'":
+        raise Unfit(f"{place} is an integer of {len(str(value))} digits; whole numbers have 64 bits.")
 
 
 def _filled_federation(result: dict[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
 KIND = """
 from fednorm.continual.learner import Learner
 from fednorm.continual.simulate import simulate
-from fednorm.registry import resolve as resolve
+from fednorm.config import resolve
 
 UNIT, ROOM = "experience", 10_000
 

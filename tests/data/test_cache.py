@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -69,3 +70,43 @@ def test_torch_takes_the_mapped_array_without_warning_and_the_file_never_changes
         tensor = torch.from_numpy(cached("x", ["k"], lambda: ARRAY, tmp_path))
     tensor.zero_()
     np.testing.assert_array_equal(cached("x", ["k"], lambda: ARRAY, tmp_path), ARRAY)
+
+
+def test_a_file_that_only_looks_like_the_array_is_made_anew(tmp_path: Path) -> None:
+    def path() -> Path:
+        cached("x", ["k"], lambda: ARRAY, tmp_path, shape=ARRAY.shape)
+        (path,) = tmp_path.iterdir()
+        return path
+
+    whole = path().read_bytes()
+    others = [
+        ARRAY.reshape(24),
+        ARRAY[:1],
+        np.zeros((0, 3, 2, 2), np.uint8),
+        ARRAY.astype(np.int8),
+        np.asfortranarray(ARRAY),
+    ]
+    for other in others:
+        np.save(path(), other)
+        np.testing.assert_array_equal(cached("x", ["k"], lambda: ARRAY, tmp_path, shape=ARRAY.shape), ARRAY)
+        assert path().read_bytes() == whole
+    with path().open("wb") as file:
+        np.savez(file, ARRAY)
+    for content in (None, whole + b"\0", whole[:10] + b"\xff" * 20 + whole[30:], whole.replace(b"(2, 3", b"(2, ((")):
+        if content is not None:
+            path().write_bytes(content)
+        np.testing.assert_array_equal(cached("x", ["k"], lambda: ARRAY, tmp_path, shape=ARRAY.shape), ARRAY)
+        assert path().read_bytes() == whole
+
+
+def test_a_fifo_in_the_cache_is_replaced_and_a_folder_left(tmp_path: Path) -> None:
+    cached("x", ["k"], lambda: ARRAY, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    os.mkfifo(path)
+    np.testing.assert_array_equal(cached("x", ["k"], lambda: ARRAY, tmp_path), ARRAY)
+    assert path.is_file()
+    path.unlink()
+    path.mkdir()
+    assert cached("x", ["k"], lambda: ARRAY, tmp_path) is ARRAY
+    assert list(tmp_path.iterdir()) == [path]

@@ -66,6 +66,14 @@ def test_missing_folder_and_unknown_benchmark(tmp_path: Path) -> None:
         _load(tmp_path / "nowhere", name="digits")
     with pytest.raises(DataError, match=r"holds none of mnist, .*no data set"):
         _load(tmp_path, name="digits")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").touch()
+    (tmp_path / "data/test.parquet").touch()
+    with pytest.raises(DataError, match=r"is one itself: name its parent .*, and data as domain"):
+        load_federation(DataConfig(name="digits", dir=str(tmp_path / "data")), image_size=8, seed=1)
+    for name, reason in (("~nobody-of-that-name/x", "home directory"), ("x" * 5000, "too long"), ("\0", "")):
+        with pytest.raises(DataError, match=rf"The data folder .*{reason}"):
+            load_federation(DataConfig(name="digits", dir=name), image_size=8, seed=1)
     with pytest.raises(UnknownNameError, match="Did you mean 'digits'"):
         _load(tmp_path, name="digit")
 
@@ -167,8 +175,11 @@ def test_labels_of_several_folders_must_agree(tmp_path: Path, write_folder: Any,
     write_folder(tmp_path, "a", names=["cat", "dog"])
     write_folder(tmp_path, "b", names=["dog", "cat"])
     write_folder(tmp_path, "c", num_classes=3)
-    with pytest.raises(DataError, match="class 0 is 'cat' there and 'dog' here"):
-        _load(tmp_path, name="folders", domains=("a", "b"))
+    first, second = _load(tmp_path, name="folders", domains=("a", "b")).clients
+    assert first.train.labels.tolist() == (1 - second.train.labels).tolist()
+    write_folder(tmp_path, "other", names=["cat", "fox"])
+    with pytest.raises(DataError, match=r"'dog' only in .*a, 'fox' only in .*other"):
+        _load(tmp_path, name="folders", domains=("a", "other"))
     with pytest.raises(DataError, match=r"c/train-00000-of-00001\.parquet, row 2: label 2 is outside 0 to 1"):
         _load(tmp_path, name="folders", domains=("a", "c"))
     image = np.zeros((4, 4, 3), np.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import hashlib
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -141,3 +142,29 @@ def test_nothing_is_downloaded_unless_asked(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(DataError, match=r"cannot read svhn .*no network"):
         load_federation(DataConfig(**config, download=True), image_size=28, seed=1)
     assert asked == [True]
+
+
+@pytest.mark.parametrize("file", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte"])
+def test_a_fifo_among_torchvisions_files_is_refused_and_never_opened(tmp_path: Path, file: str) -> None:
+    _mnist(tmp_path)
+    (tmp_path / "MNIST/raw" / file).unlink()
+    os.mkfifo(tmp_path / "MNIST/raw" / file)
+    assert list_torchvision(tmp_path) == ("mnist",)
+    with pytest.raises(DataError, match=f"{file} is a FIFO; expected a regular file"):
+        read_torchvision(tmp_path, "mnist", 28)
+
+
+def test_fewer_labels_than_images_are_refused(tmp_path: Path) -> None:
+    _mnist(tmp_path)
+    labels = tmp_path / "MNIST/raw/train-labels-idx1-ubyte"
+    labels.write_bytes(struct.pack(">II", 2049, 3) + bytes(3))
+    with pytest.raises(DataError, match=r"mnist in .* hold 4 images and 3 labels"):
+        read_torchvision(tmp_path, "mnist", 28)
+
+
+def test_an_idx_file_that_announces_more_than_it_holds_is_refused(tmp_path: Path) -> None:
+    _mnist(tmp_path)
+    images = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    images.write_bytes(struct.pack(">IIII", 2051, 2**31 - 1, 28, 28) + images.read_bytes()[16:])
+    with pytest.raises(DataError, match="cannot read mnist"):
+        read_torchvision(tmp_path, "mnist", 28)

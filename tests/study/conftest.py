@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
 KIND = """
 import fednorm.federated.client as client
 from fednorm.federated.simulate import simulate
-from fednorm.registry import resolve as resolve
+from fednorm.config import resolve
 
 UNIT, ROOM = "round", 20_000
 

@@ -6,6 +6,7 @@ Digits-Five is FedBN's set of five (Li et al., https://arxiv.org/abs/2102.07623)
 from __future__ import annotations
 
 from fednorm.data.benchmarks import Benchmark, Loaded, Reader, loaded
+from fednorm.data.source import align_classes
 from fednorm.data.torchvision_sets import SETS
 from fednorm.errors import DataError
 
@@ -22,13 +23,10 @@ def _digits(reader: Reader) -> Loaded:
         held = {*reader.held(), *(SETS if reader.config.download else ())}
         names = tuple(name for name in DIGITS if name in held)
     if not names:
-        raise DataError(
-            f"{reader.directory} holds none of {', '.join(DIGITS)}; "
-            f"it holds {', '.join(reader.held()) or 'no data set'}."
-        )
-    sources = [reader.read(name) for name in names]
+        raise DataError(f"{reader.directory} holds none of {', '.join(DIGITS)}; it holds {reader.held_text()}.")
+    sources, notes = align_classes([reader.read(name) for name in names])
     title = "Digits-Five" if frozenset(names) == DIGITS_FIVE else "digits"
-    return loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()))
+    return loaded(title, sources, tuple(domain for source in sources for domain in source.split_domains()), notes)
 
 
 SPEC = Benchmark(

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from fednorm.config import DataConfig
+from fednorm.data import load_federation
+from fednorm.data.memory import free_memory, require_memory
+from fednorm.data.source import stack
+from fednorm.errors import DataError
+
+
+def test_what_does_not_fit_is_said_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fednorm.data.memory.free_memory", lambda: 3 << 29)
+    require_memory(3 << 29, "This", "Fewer.")
+    with pytest.raises(DataError, match=r"^This would take 1\.5 GiB of memory; 1\.5 GiB are free here\. Fewer\.$"):
+        require_memory((3 << 29) + 1, "This", "Fewer.")
+    with pytest.raises(DataError, match=r"^This would take 21\.3 PiB of memory"):
+        require_memory(24 * 10**15, "This", "Fewer.")
+    with pytest.raises(DataError, match=r"^This would take more than 100,000,000 EiB of memory"):
+        require_memory(10**5000, "This", "Fewer.")
+
+
+def test_free_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert 0 < free_memory() <= psutil.virtual_memory().total
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr("fednorm.data.memory._GROUP_LIMITS", (str(limit),))
+    for content, expected in (("12345\n", 12345), ("max\n", None)):
+        limit.write_text(content)
+        assert free_memory() == expected or (expected is None and free_memory() > 12345)
+
+
+@pytest.mark.parametrize("size", [10**5, 10**9])
+@pytest.mark.parametrize("name", ["digits_mini", "digits"])
+def test_a_huge_image_size_says_what_it_would_take(tmp_path: Path, write_folder: Any, name: str, size: int) -> None:
+    write_folder(tmp_path, "mnist")
+    config = DataConfig(name=name, dir=str(tmp_path), image_size=size)
+    with pytest.raises(DataError, match=rf"images of {size} x {size} pixels would take .*iB of memory; .*image_size"):
+        load_federation(config, image_size=28, seed=1)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_more_or_fewer_images_than_announced_are_refused(count: int) -> None:
+    images = [Image.fromarray(np.zeros((2, 2), np.uint8))] * 3
+    with pytest.raises(DataError, match=f"{count} images were announced and 3 are there"):
+        stack(iter(images), count, 2)
