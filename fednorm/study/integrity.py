@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fednorm.study import files
+import fednorm.study.files as files
 from fednorm.study.formats import FORMAT, Unfit, migrated, shortened
 
 Document = dict[str, Any]
@@ -251,5 +251,5 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     for key in sorted(tensors):
         tensor = tensors[key].detach()
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -37,10 +37,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fednorm.study.files as files
 from fednorm.config import RunConfig
 from fednorm.continual_config import ContinualConfig
 from fednorm.errors import RecordError
-from fednorm.study import files
 from fednorm.study.formats import Unfit
 from fednorm.study.integrity import (
     UNREADABLE,

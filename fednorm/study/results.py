@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fednorm.study.files as files
 from fednorm.errors import RecordError
-from fednorm.study import files
 from fednorm.study.formats import FORMAT, Unfit, manifest, migrated, require_format, shortened
 from fednorm.study.integrity import read_document, read_result, reason, require_run
 

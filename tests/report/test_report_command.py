@@ -18,7 +18,7 @@ from fednorm.report.frame import frame, records
 from fednorm.report.stream_table import average_table, drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.report.table import accuracy_table
 from fednorm.study.integrity import sealed
-from fednorm.study.results import load
+from fednorm.study.results import FORMAT, load
 
 Make = Callable[..., dict[str, Any]]
 Report = Callable[..., str]
@@ -119,7 +119,7 @@ def test_summaries_are_small_and_give_the_same_tables(
         shown = report(runs, FEDERATED, summary=small, **options)
         assert report(small, **options) == shown
     assert report(small, summary=tmp_path / "again.json", as_json=True) == report(small, as_json=True)
-    assert json.loads(small.read_text())["format"] == 1
+    assert json.loads(small.read_text())["format"] == FORMAT
     assert (tmp_path / "again.json").read_text() == small.read_text()
 
     kept = {result["data"]["title"]: result for result in json.loads(small.read_text())["results"]}
