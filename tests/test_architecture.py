@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
-    ("fednorm.study.record", "fednorm.study.formats"),
+    ("fednorm.study.record", "fednorm.study.formats", "fednorm.study.integrity", "fednorm.study.files"),
     ("fednorm.federated", "fednorm.continual"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),
