@@ -12,7 +12,7 @@ from rich.console import Console
 from fednorm.cli import err, out, print_json
 from fednorm.config import RunConfig, choose
 from fednorm.federated.estimate import estimate_seconds
-from fednorm.federated.server import Observer
+from fednorm.federated.server import Observer, read_back
 from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.simulate_flower import simulate_flower
 from fednorm.federated.workbench import Workbench
@@ -26,7 +26,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
-    if not dry_run and (finished := RunRecord(runs, config).result()):
+    if not dry_run and (finished := read_back(RunRecord(runs, config), config)):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )

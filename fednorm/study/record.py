@@ -150,7 +150,7 @@ class RunRecord:
             self._writing(f"append to {self._lines}"),
             (self.folder / self._lines).open("a", encoding="utf-8") as file,
         ):
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the rounds or experiences; a line cut short by a kill is left out."""
@@ -313,7 +313,7 @@ class RunRecord:
         if clients:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
             self._save_tensors("clients.safetensors", local, {"hash": self.config.hash})
-        self._replace("result.json", json.dumps(result, indent=1))
+        self._replace("result.json", json.dumps(result, indent=1, allow_nan=False))
         self._checkpoint.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
