@@ -87,6 +87,12 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(accuracy_table([result]).rich())
     if set(result["evaluation"]) - {"own"}:
         console.print(evaluation_table([result]).rich())
+    if missing := result["final"].get("missing"):
+        whom = ", ".join(missing["domains"]) or f"client {', '.join(map(str, missing['clients']))}"
+        share = f"{100 * result['final']['answered']:.0f} %"
+        console.print(
+            f"INCOMPLETE: {share} of the clients answered the last evaluation; missing: {whom}.", markup=False
+        )
     if result["rejected_updates"]:
         console.print(f"{result['rejected_updates']} updates were rejected; see rounds.jsonl.")
     console.print(f"record: {result['run']}", markup=False, soft_wrap=True)

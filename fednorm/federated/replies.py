@@ -313,7 +313,7 @@ def _sound(record: MetricRecord, required: Collection[str], shares: bool) -> dic
     for name in ("loss", "accuracy"):
         if name in required or name in record:
             _require_sound(name, record, shares)
-    return {key: value for key, value in record.items() if _is_number(value) and -(2**63) <= value < 2**63}
+    return {key: value for key, value in record.items() if _is_number(value) and _fits_a_float(value)}
 
 
 def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
@@ -328,6 +328,10 @@ def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
 
 def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _fits_a_float(value: float) -> bool:
+    return isinstance(value, float) or abs(value) < 2**63
 
 
 def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor]:
