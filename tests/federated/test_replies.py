@@ -1,5 +1,7 @@
 """Whatever a client sends: a reply that does not fit is rejected with its reason, and nothing else changes."""
 
+# ruff: noqa: ARG005 - every fault is drawn from the same things, and few need all of them
+
 from __future__ import annotations
 
 import json
@@ -22,7 +24,6 @@ from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.server import serve
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
-from fednorm.registry import resolve_config
 from fednorm.study.record import RunRecord
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -274,3 +275,230 @@ def test_three_hundred_bad_replies_of_each_kind(site: Any) -> None:
     SLOW(given(st.data())(lambda data: check_training(site, data, expected)))()
     SLOW(given(st.data())(lambda data: check_evaluation(site, data)))()
     SLOW(given(st.data())(lambda data: check_describe(site, data)))()
+
+
+# Whole runs -----------------------------------------------------------------------------------------------------------
+
+
+def federation(make_site: Any, strategy: str = "fedbn", **sections: Any) -> Any:
+    return make_site(strategy, sizes=((4, 3), (4, 3), (4, 3)), **{"rounds": {"num_rounds": 2}, **sections}).bench
+
+
+def result_of(bench: Any, spoil: Mapping[str, Callable[[Message], Any]], record: RunRecord | None = None) -> Any:
+    return serve(Sly(bench, spoil), bench, record, None)
+
+
+def changed(metric: str, value: Any) -> Callable[[Message], Message]:
+    def change(reply: Message) -> Message:
+        reply.content.metric_records["metrics"][metric] = value
+        return reply
+
+    return change
+
+
+def without(*records: str) -> Callable[[Message], Message]:
+    def drop(reply: Message) -> Message:
+        for name in records:
+            if name in reply.content:
+                del reply.content[name]
+        return reply
+
+    return drop
+
+
+def array(key: str, value: float, *, message: str = "arrays") -> Callable[[Message], Message]:
+    def change(reply: Message) -> Message:
+        if message in reply.content.array_records:
+            arrays = ArrayRecord(dict(reply.content.array_records[message]))
+            arrays.update(pack({key: torch.full_like(unpack(arrays)[key], value)}))
+            reply.content[message] = arrays
+        return reply
+
+    return change
+
+
+def without_key(key: str) -> Callable[[Message], Message]:
+    def change(reply: Message) -> Message:
+        arrays = ArrayRecord(dict(reply.content.array_records["arrays"]))
+        del arrays[key]
+        reply.content["arrays"] = arrays
+        return reply
+
+    return change
+
+
+def test_an_evaluation_without_a_domain_is_no_result_and_goes_on_when_it_answers(
+    make_site: Any, tmp_path: Path
+) -> None:
+    bench = federation(make_site)
+    record = RunRecord(tmp_path, bench.config)
+    with pytest.raises(IncompleteError, match=r"Nobody of domain1.*the accuracy is a share.*got 5.*67 %.*min_answered"):
+        result_of(bench, {"evaluate": changed("accuracy", 5)}, record)
+    assert [line["missing"] for line in record.lines()] == [{"clients": [1], "domains": ["domain1"]}] * 2
+    assert not (record.folder / "result.json").exists()
+    calm = federation(make_site)
+    asked: list[str] = []
+    again = Sly(calm, {"evaluate": lambda reply: (asked.append("evaluate"), reply)[1]})
+    result = serve(again, calm, RunRecord(tmp_path, calm.config), None)
+    assert asked == ["evaluate"]  # nothing was trained again
+    whole = result_of(federation(make_site), {})
+    assert result["final"] == whole["final"]
+    assert result["final"]["answered"] == 1
+    assert "missing" not in result["final"]
+    assert record.lines()[-1]["rejected"] == []
+
+
+def test_fewer_answers_are_a_result_where_that_was_asked_for_and_it_says_so(make_site: Any, tmp_path: Path) -> None:
+    from fednorm.report.table import accuracy_table
+
+    bench = federation(make_site, rounds={"num_rounds": 1, "min_answered": 0.0})
+    result = result_of(bench, {"evaluate": without("metrics")}, RunRecord(tmp_path, bench.config))
+    assert result["final"]["missing"] == {"clients": [1], "domains": ["domain1"]}
+    assert result["final"]["answered"] == pytest.approx(2 / 3)
+    assert set(result["final"]["per_domain"]) == {"domain0", "domain2"}
+    assert "seed 1: client 1, nobody of domain1" in " ".join(accuracy_table([result]).notes)
+    strict = federation(make_site, rounds={"num_rounds": 1})
+    assert strict.config.hash == bench.config.hash
+    with pytest.raises(IncompleteError, match=r"has finished without domain1 \(clients 1.*min_answered=0"):
+        result_of(strict, {}, RunRecord(tmp_path, strict.config))
+
+
+def test_a_share_below_one_still_asks_for_somebody_of_each_domain(make_site: Any) -> None:
+    bench = federation(make_site, rounds={"num_rounds": 1, "min_answered": 0.5})
+    with pytest.raises(IncompleteError, match="Nobody of domain1"):
+        result_of(bench, {"evaluate": without("metrics")})
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "reason"),
+    [
+        ("query.local", without("metrics"), "expected one MetricRecord; got 0"),
+        ("query.local", without_key("norm1.weight"), "missing or extra: norm1.weight"),
+        ("query.local", array("norm1.running_var", -1.0), "norm1.running_var has negative variances"),
+        ("query.local", array("norm1.running_mean", math.nan), "norm1.running_mean has NaN or infinite values"),
+        ("query.local", changed("num-examples", 1e300), "num-examples of at most"),
+        ("query.local", lambda _: None, "NoneType came in place of a reply"),
+    ],
+)
+def test_local_tensors_that_do_not_fit_reject_their_client(
+    make_site: Any, kind: str, spoil: Callable[[Message], Any], reason: str
+) -> None:
+    matrix = {"kinds": ["own", "averaged", "cross"]}
+    with pytest.raises(IncompleteError, match=rf"not every client sent its local tensors; missing: 1.*{reason}"):
+        result_of(federation(make_site, evaluate=matrix), {kind: spoil})
+    lenient = federation(make_site, evaluate=matrix, rounds={"num_rounds": 1, "min_answered": 0.0})
+    result = result_of(lenient, {kind: spoil})
+    assert list(result["evaluation"]["cross"]["under"]) == ["domain0 (client 0)", "domain2 (client 2)"]
+    assert reason in result["rejected_in_evaluation"][0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (array("norm2.running_var", -1.0), "norm2.running_var has negative variances"),
+        (array("norm2.running_mean", math.inf), "norm2.running_mean has NaN or infinite values"),
+        (without_key("norm2.running_var"), "missing or extra: norm2.running_var"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_left_out_of_the_diagnostics(
+    make_site: Any, spoil: Callable[[Message], Any], reason: str
+) -> None:
+    result = result_of(federation(make_site), {"query.statistics": spoil})
+    for line in result["rounds"]:
+        assert set(line["diagnostics"]["drift"]) == {"domain0", "domain2"}
+        ((client, told),) = [(r["client"], r["reason"]) for r in line["rejected"]]
+        assert (client, told.startswith("query.statistics failed: ")) == (1, True)
+        assert reason in told
+
+
+def test_a_negative_variance_that_travels_is_rejected(make_site: Any) -> None:
+    result = result_of(federation(make_site, "fedavg"), {"train": array("norm1.running_var", -1.0)})
+    assert [line["rejected"] for line in result["rounds"]] == [
+        [{"client": 1, "reason": "norm1.running_var has negative variances"}]
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "reason"),
+    [
+        ("num-examples", 1e300, "num-examples of at most"),
+        ("num-examples", 5, "num-examples is 5, and this client trains on 4 images"),
+        ("loss", math.nan, "the loss is not a number: it is nan"),
+        ("accuracy", 5, r"a share in \[0, 1\]; got 5"),
+        ("accuracy", [0.5], "expected the metric accuracy, a number"),
+    ],
+)
+def test_metrics_that_do_not_fit_reject_their_client(make_site: Any, metric: str, value: Any, reason: str) -> None:
+    import re
+
+    result = result_of(federation(make_site, "fedavg"), {"train": changed(metric, value)})
+    for line in result["rounds"]:
+        assert [r["client"] for r in line["rejected"]] == [1]
+        assert re.search(reason, line["rejected"][0]["reason"])
+        assert line["train_loss"] > 0
+
+
+def test_an_absurd_client_is_named_and_a_limit_keeps_it_out(make_site: Any, tmp_path: Path) -> None:
+    spoil = {"train": array("conv1.weight", 1e38)}
+    bench = federation(make_site, "fedavg")
+    with pytest.raises(DivergedError, match=r"diverged: .*client 1 had a norm of \d\.\d+e\+3\d.*max_update_norm") as e:
+        result_of(bench, spoil, RunRecord(tmp_path, bench.config))
+    assert "learning_rate" not in str(e.value)
+    norms = {c["client"]: c["update_norm"] for c in RunRecord(tmp_path, bench.config).lines()[0]["clients"]["train"]}
+    assert norms[1] > 1e38 > 10 > max(norms[0], norms[2]) > 0
+    kept = result_of(federation(make_site, "fedavg", rounds={"num_rounds": 2, "max_update_norm": 10.0}), spoil)
+    for line in kept["rounds"]:
+        assert [r["client"] for r in line["rejected"]] == [1]
+        assert "the limit, rounds.max_update_norm, is 10" in line["rejected"][0]["reason"]
+
+
+def test_the_norm_of_an_update_is_the_distance_it_went(make_site: Any) -> None:
+    site = make_site("fedavg")
+    initial = site.strategy.initial_arrays(site.bench.model)
+    site.strategy.start(site.grid, initial, num_rounds=1)
+    other = make_site("fedavg")
+    for told in site.strategy.report.train:
+        new, old = other.train(told.partition_id, 1, initial), unpack(initial)
+        squares = [(new[k].double() - old[k].double()).square().sum() for k in new if new[k].is_floating_point()]
+        assert told.update_norm == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-5)
+
+
+def test_a_federation_that_diverged_ends_in_an_error_that_says_when(make_site: Any, tmp_path: Path) -> None:
+    bench = federation(make_site, "fedavg", train={"learning_rate": 1e20})
+    with pytest.raises(DivergedError, match=r"diverged: the loss is not a number from round \d on.*learning_rate"):
+        result_of(bench, {}, RunRecord(tmp_path, bench.config))
+    assert issubclass(DivergedError, AggregationError)
+    assert issubclass(DivergedError, FedNormError)
+    for text in (RunRecord(tmp_path, bench.config).folder / "rounds.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is no JSON"))
+
+
+def test_two_nodes_that_claim_to_be_one_client_are_both_refused(make_site: Any) -> None:
+    def claim(reply: Message) -> Message:
+        reply.content.config_records["client"].update({"partition-id": 0, "domain": "domain0"})
+        return reply
+
+    bench = federation(make_site, rounds={"num_rounds": 1, "min_answered": 0.0})
+    result = result_of(bench, {"query.describe": claim})
+    assert result["rounds"][0]["sampled"] == [2]
+    told = [(r["client"], r["reason"]) for r in result["rounds"][0]["rejected"]]
+    assert told == [(0, "query.describe failed: 2 nodes say that they are client 0")] * 2
+    assert result["final"]["missing"]["domains"] == ["domain0", "domain1"]
+
+
+def test_a_second_reply_and_a_stranger_s_are_rejected(make_site: Any) -> None:
+    site = make_site("fedavg")
+    strategy = site.strategy
+    messages = strategy.configure_train(1, strategy.initial_arrays(site.bench.model), ConfigRecord(), site.grid)
+    replies = list(site.grid.send_and_receive(messages))
+    expected, _ = strategy.aggregate_train(1, replies)
+    strategy.configure_train(1, strategy.initial_arrays(site.bench.model), ConfigRecord(), site.grid)
+    stranger = Message(replies[0].content, metadata=Metadata(1, "", 99, 1, "", "", 0.0, 1.0, "train"))
+    got, _ = strategy.aggregate_train(1, [replies[2], stranger, replies[0], replies[2], replies[1]])
+    assert got is not None
+    assert expected is not None
+    assert equal(unpack(got), unpack(expected))
+    assert dict(strategy.report.rejected) == {
+        None: "a reply came from node 99, which is not one of this run",
+        2: "a second reply to the same message; the first one counts",
+    }
