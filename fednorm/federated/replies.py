@@ -285,11 +285,20 @@ def _partition(reply: Message, known: Mapping[int, Node]) -> int | None:
 
 def _content(reply: Message) -> RecordDict:
     if reply.has_error():
-        reason = one_line(str(reply.error.reason or "")) or f"error code {reply.error.code}"
-        raise UnfitReply(reason, Cause.BFLOAT16 if "BFloat16" in reason else Cause.FAILED)
+        whole = str(reply.error.reason or "")
+        reason = one_line(_last_line(whole)) or f"error code {reply.error.code}"
+        raise UnfitReply(reason, Cause.BFLOAT16 if "BFloat16" in whole else Cause.FAILED)
     if not reply.has_content():
         raise UnfitReply("the reply is empty", Cause.FAILED)
     return reply.content
+
+
+def _last_line(reason: str) -> str:
+    """Return what an error says: of a traceback, which Ray and Flower put around it, the last line."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    if not any(line.startswith(("File ", "Traceback")) or "occurred. Message:" in line for line in lines):
+        return reason
+    return lines[-1].removesuffix("'>").rpartition("occurred. Message:")[2]
 
 
 def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> MetricRecord:
@@ -331,7 +340,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _fits_a_float(value: float) -> bool:
-    return isinstance(value, float) or abs(value) < 2**63
+    return not isinstance(value, int) or abs(value) < 2**63
 
 
 def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor]:

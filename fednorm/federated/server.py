@@ -359,7 +359,7 @@ class _Log:
         log.info("fednorm: %s + %s from round %d", config.strategy.name, config.norm.name, first_round)
 
     def round(self, line: Mapping[str, Any]) -> None:
-        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst") if key in line}
+        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst", "missing") if key in line}
         log.info("fednorm: round %d: %s", line["round"], shown)
 
 

@@ -257,7 +257,7 @@ class NormStrategy(Strategy):
             required = OURS if ours else OURS[1:] if expected else ()
             shares = node.described or expected is not None
             try:
-                scores = read_scores(reply, required=required, images=ours and ours.scored, shares=shares)
+                scores = read_scores(reply, required=required, images=ours.scored if ours else None, shares=shares)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit, during="evaluation")
             else:
