@@ -162,6 +162,11 @@ class RoundConfig:
         weighting: Weights of the average: ``equal``, or ``examples`` (proportional to each client's images).
         evaluate_every: Evaluate each so many rounds; the last round is always evaluated.
         checkpoint_every: Write a checkpoint each so many rounds; the last round always has one.
+        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels
+            (running statistics included), is longer; 0 for no limit. ``rounds.jsonl`` has the norm of every update.
+        min_answered: Share of the clients with images to score that must answer the last evaluation, in [0, 1]; with
+            fewer, or with nobody of a whole domain, the run fails. At 0 whatever came is the result. Either way the
+            result says who is missing. A run that failed so can be called again with a lower share: its rounds stand.
     """
 
     num_rounds: int = 10
@@ -169,8 +174,16 @@ class RoundConfig:
     weighting: str = "examples"
     evaluate_every: int = 1
     checkpoint_every: int = 1
+    max_update_norm: float = 0.0
+    min_answered: float = 1.0
 
     def __post_init__(self) -> None:
+        require(
+            self.max_update_norm >= 0,
+            f"rounds.max_update_norm is the largest norm of a client's update, or 0 for no limit; got "
+            f"{self.max_update_norm}.",
+        )
+        require(0 <= self.min_answered <= 1, f"rounds.min_answered is a share in [0, 1]; got {self.min_answered}.")
         require(self.num_rounds >= 1, f"rounds.num_rounds must be at least 1; got {self.num_rounds}.")
         require(0 < self.fraction <= 1, f"rounds.fraction is a share in (0, 1]; got {self.fraction}.")
         require(self.evaluate_every >= 1, f"rounds.evaluate_every must be at least 1; got {self.evaluate_every}.")
@@ -266,7 +279,13 @@ class RunConfig:
         return f"{self.strategy.name}-{self.norm.name}-{self.data.name}-seed{self.seed}"
 
 
-IMMATERIAL = (("data", "dir"), ("data", "download"), ("rounds", "checkpoint_every"), ("train", "checkpoint_every"))
+IMMATERIAL = (
+    ("data", "dir"),
+    ("data", "download"),
+    ("rounds", "checkpoint_every"),
+    ("rounds", "min_answered"),
+    ("train", "checkpoint_every"),
+)
 """Section and key of what no number depends on."""
 
 

@@ -215,8 +215,10 @@ def make_strategy(config: RunConfig, model: nn.Module, *, num_nodes: int) -> Nor
             flag("strategy", key, value)
         elif isinstance(spec.options[key], int | float):
             number("strategy", key, value)
+    limit = config.rounds.max_update_norm
     return spec.make(
         model,
+        **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
         fraction=config.rounds.fraction,
         weighting=config.rounds.weighting,
         seed=config.seed,

@@ -58,7 +58,7 @@ _OF_A_PAPER: Mapping[str, Type] = {"match": dict, "score": str, "value": Number,
 _OF_A_SELECTION: Mapping[str, Type] = {"rule": str, "split": str, "configurations": int, "chosen": list}
 
 
-_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients"})
+_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "missing"})
 """Keys of what was measured that hold no numbers."""
 
 _CONTAINERS: Mapping[str, Type] = {"per_domain": dict, "diagnostics": dict, "accuracy": list, "task_accuracy": list}
@@ -67,6 +67,17 @@ _CONTAINERS: Mapping[str, Type] = {"per_domain": dict, "diagnostics": dict, "acc
 
 class Unfit(Exception):
     """Why a document cannot be read; becomes a sentence that names its file."""
+
+
+def finite(value: Any) -> Any:
+    """Return a document with None for every number that is infinite or none: it is valid JSON whatever was measured."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
 
 
 def require_format(document: Mapping[str, Any]) -> None:

@@ -172,7 +172,7 @@ class RunRecord:
         count = len(chain.lines)
         whole = chained(line, count + 1, self.config.hash, chain.digest(count))
         with self._writing(f"append to {self._lines}"):
-            size = files.append(self._journal, json.dumps(whole).encode() + b"\n")
+            size = files.append(self._journal, json.dumps(whole, allow_nan=False).encode() + b"\n")
             self._seen = files.state(self._journal)
         chain.lines.append({key: value for key, value in whole.items() if key not in ("line", "hash", "digest")})
         chain.digests.append(whole["digest"])

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fednorm.config import RunConfig, config_from_dict, merge
-from fednorm.errors import AggregationError, RecordError
+from fednorm.errors import AggregationError, DivergedError, RecordError
 from fednorm.federated import client, server
 from fednorm.federated.simulate import simulate
 from fednorm.federated.workbench import Workbench
@@ -444,20 +444,35 @@ def test_a_rejected_client_goes_on_with_the_local_tensors_it_had(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def test_a_record_is_json_also_where_a_loss_is_not_finite(
+def test_a_loss_that_is_no_number_ends_the_run_and_its_record_is_json(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = client.score
-    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan})
-    result = simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)
+    score, config = client.score, make(rounds={"num_rounds": 2})
+    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan, "spread": math.inf})
+    with pytest.raises(DivergedError, match=r"diverged: the loss is not a number from round 1 on.*learning_rate"):
+        simulate(config, runs=tmp_path)
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    for name in ("rounds.jsonl", "result.json"):
-        json.loads((Path(result["run"]) / name).read_text(), parse_constant=refuse)
-    line = RunRecord(tmp_path, make(rounds={"num_rounds": 1})).lines()[0]
-    assert [c["loss"] for c in line["clients"]["evaluate"]] == [None] * 5
+    record = RunRecord(tmp_path, config)
+    for text in (record.folder / "rounds.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=refuse)
+    assert not (record.folder / "result.json").exists()
+    reason = "evaluation failed: the loss is not a number: it is nan"
+    for line in record.lines():
+        assert line["rejected"] == [{"client": pid, "reason": reason} for pid in range(5)]
+        assert (line["answered"], line["missing"]["clients"]) == (0, [0, 1, 2, 3, 4])
+
+
+def test_other_metrics_that_are_no_numbers_are_null(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, config = client.score, make(rounds={"num_rounds": 1})
+    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "spread": math.inf})
+    simulate(config, runs=tmp_path)
+    line = RunRecord(tmp_path, config).lines()[0]
+    assert [c["spread"] for c in line["clients"]["evaluate"]] == [None] * 5
 
 
 def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
@@ -505,6 +520,7 @@ LEAVES: dict[str, Any] = {
     "rounds.weighting": "equal",
     "model.activation": "leaky_relu",
     "rounds.evaluate_every": 2,
+    "rounds.max_update_norm": 3.5,
     "evaluate.kinds": ["own", "cross"],
     "evaluate.images": 64,
     "evaluate.fallback": "pooled",
@@ -513,7 +529,12 @@ LEAVES: dict[str, Any] = {
     "evaluate.diagnostics": False,
 }
 
-ELSEWHERE: dict[str, Any] = {"data.dir": "/elsewhere", "data.download": True, "rounds.checkpoint_every": 7}
+ELSEWHERE: dict[str, Any] = {
+    "data.dir": "/elsewhere",
+    "data.download": True,
+    "rounds.checkpoint_every": 7,
+    "rounds.min_answered": 0.5,
+}
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:
