@@ -138,7 +138,7 @@ def _map(example: Example, function: Any) -> Example:
 
     if isinstance(example, Mapping):
         return {key: one(value) for key, value in example.items()}
-    return one(example) if isinstance(example, Tensor) else [one(value) for value in example]  # type: ignore[no-any-return]
+    return one(example) if isinstance(example, Tensor) else [one(value) for value in example]
 
 
 def _dims_in_sequences(model: nn.Module, known: Mapping[int, Any]) -> dict[int, tuple[int, ...]]:
