@@ -123,7 +123,9 @@ def test_what_stands_before_a_layer_elsewhere_does_not_matter() -> None:
 def test_transformers_of_pytorch_evaluate_with_their_new_norms(name: str, batch_first: bool) -> None:
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
-    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=batch_first)
+    # Layer normalization keeps PyTorch's own fused path, which leaves 0 at masked places.
+    nested = batch_first and name != "layer_norm"
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=nested)
     converted = convert(model, name).eval()
     x = images(3, 5, 8) if batch_first else images(5, 3, 8)
     mask = torch.tensor([[False] * 5, [False] * 4 + [True], [False] * 3 + [True] * 2])
@@ -348,7 +350,7 @@ def test_hooks_are_called_as_before(name: str) -> None:
         net[index].register_load_state_dict_post_hook(lambda *_: calls.append("load"))
     new = convert(net, name)
     calls.clear()
-    new(images(2, 3, 6, 6)).sum().backward()
+    new(images(2, 3, 6, 6).requires_grad_()).sum().backward()
     new.load_state_dict(new.state_dict())
     assert sorted(calls) == sorted(["forward", "pre", "backward", "state", "load"] * 2)
 
