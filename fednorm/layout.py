@@ -113,7 +113,7 @@ def _doubled(
     """
     try:
         seen, same = _run(model, known, _map(example, axis, lambda x: torch.cat([x, x], axis)))
-        _, other = _run(model, known, _map(example, axis, lambda x: torch.cat([x, x.flip(-1) * 2], axis)))
+        _, other = _run(model, known, _map(example, axis, lambda x: torch.cat([x, _another(x)], axis)))
     except ConfigError:
         return None
     if not all(isinstance(value, Tensor) for value in (output, same, other)):
@@ -121,8 +121,13 @@ def _doubled(
     longer = _longer(tuple(output.shape), tuple(same.shape))
     if longer is None or same.shape[longer] != 2 * output.shape[longer]:
         return None
-    halves = [value.narrow(longer, 0, output.shape[longer]) for value in (same, other)]
-    return seen if torch.allclose(*halves, rtol=1e-4, atol=1e-5) else None
+    one, two = (value.narrow(longer, 0, output.shape[longer]) for value in (same, other))
+    return seen if torch.allclose(one, two, rtol=1e-4, atol=1e-5) else None
+
+
+def _another(x: Tensor) -> Tensor:
+    """Return another tensor of the same shape; whole numbers, which may be positions in a table, keep their range."""
+    return 2 * x.flip(-1) + 1 if x.is_floating_point() else x.flip(-1)
 
 
 def run_example(model: nn.Module, example: Example, what: str) -> Any:

