@@ -543,14 +543,15 @@ def leaves(draw: st.DrawFn) -> nn.Module:
         affine, track = draw(st.booleans()), draw(st.booleans())
         made = (nn.BatchNorm2d if kind == "bn" else LeakyBatchNorm)(C, eps, momentum, affine, track)
     else:
-        made = {
+        build: dict[str, Callable[[], Any]] = {
             "conv": lambda: nn.Conv2d(C, C, 3, padding=1, bias=draw(st.booleans())),
             "gn": lambda: nn.GroupNorm(draw(st.sampled_from([1, 2])), C, eps),
             "ln": lambda: ConvNextLayerNorm(C, "channels_first"),
             "act": lambda: draw(st.sampled_from([nn.ReLU(), nn.GELU(), nn.Dropout(0.0)])),
-            "spectral": lambda: parametrizations.spectral_norm(nn.Conv2d(C, C, 1)),
+            "spectral": lambda: WRAPPERS["spectral_norm"](nn.Conv2d(C, C, 1)),
             "frozen": lambda: FrozenBatchNorm2d(C, eps),
-        }[kind]()
+        }
+        made = build[kind]()
     made.requires_grad_(draw(st.booleans()))
     return made.train(draw(st.booleans()))
 
