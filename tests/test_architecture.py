@@ -19,7 +19,10 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
-    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
+    ("fednorm.probing", "fednorm.recognition"),
+    ("fednorm.data", "fednorm.norms", "fednorm.declaration", "fednorm.optim", "fednorm.diagnostics"),
+    ("fednorm.surroundings",),
+    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
@@ -196,7 +199,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "federated", "load"}
+    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "declare", "federated", "load"}
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 
