@@ -12,9 +12,10 @@ samples s, s + S, s + 2 S, ... and *all* of the memory:
     running <- (1 - momentum) running + momentum * mean over s of the parts' mean, and of their unbiased variance
 
 S = 1 is batch normalization: the first task, unknown tasks (a federation), and every batch that is not divided as
-above, which is recognized by a length that ``batch_ratio`` + 1 does not divide or by an earlier task's sample among the
-first B_c. Set ``batch_ratio`` to the learner's ratio of new to memory samples, and put the new ones first. Evaluation
-is batch normalization with the running moments.
+above, which is recognized by a length that ``batch_ratio`` + 1 does not divide or by another task's sample among the
+first B_c. Set ``batch_ratio`` to the learner's ratio of new to memory samples, and put the new ones first. Where an
+experience comes again, the current task is the one that it was, and T counts all others seen. Evaluation is batch
+normalization with the running moments.
 
 Federated: batch normalization. Continual: everything is kept across experiences.
 Differs: the official layer takes the first B_c samples for current whatever they are; ours checks their task numbers.
@@ -57,11 +58,16 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.batch_ratio = batch_ratio
         self._tasks: Tensor | None = None
-        self._earlier = 0
+        self._earlier = self._current = 0
 
     def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:
         """Take the task numbers of the coming batch; the current task is ``num_tasks - 1``."""
         self._tasks, self._earlier = (None, 0) if tasks is None else (tasks, num_tasks - 1)
+        self._current = self._earlier
+
+    def set_current_task(self, task: int) -> None:
+        """Take the number of the current task; T counts all others that have been seen."""
+        self._current = task
 
     def division(self, count: int) -> tuple[int, int]:
         """Return B_c and S for the coming batch of ``count`` samples.
@@ -78,7 +84,7 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
             )
         memory, rest = divmod(count, self.batch_ratio + 1)
         current = count - memory
-        if rest or bool((self._tasks[:current] != self._earlier).any()):
+        if rest or bool((self._tasks[:current] != self._current).any()):
             return count, 1
         return current, num_parts(current, memory, self.batch_ratio * self._earlier)
 
@@ -112,7 +118,7 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         return f"{self.num_features}, eps={self.eps:g}, batch_ratio={self.batch_ratio}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tasks": None, "_earlier": 0}
+        return {**self.__dict__, "_tasks": None, "_earlier": 0, "_current": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
