@@ -45,10 +45,13 @@ REFUSED = {
     },
     "GenerativeReplayPlugin": f"It adds generated samples, whose task is unknown, to every batch. Take {ELSEWHERE}.",
     "CWRStarPlugin": f"It works on a head for each experience. Take {ELSEWHERE}.",
+    "NormPlugin": "fednorm's learners tell layers their tasks, add penalties and project by themselves: leave it out.",
     "UpdateNCM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
     "UpdateFeCAM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
 }
 """Avalanche's plugins that cannot work here, and what to take instead."""
+
+_HOMES = ("avalanche.", "fednorm.avalanche")
 
 UNTOUCHABLE = {
     "dataloader": "batches are cut out of arrays, without a loader",
@@ -124,7 +127,7 @@ def require_plugins(plugins: Iterable[Any], *, scheduled: bool) -> None:
             continue
         name = type(plugin).__name__
         for ancestor in type(plugin).__mro__:
-            if ancestor.__name__ in REFUSED and ancestor.__module__.startswith("avalanche."):
+            if ancestor.__name__ in REFUSED and ancestor.__module__.startswith(_HOMES):
                 raise ConfigError(f"{name} would have no effect on this learner. {REFUSED[ancestor.__name__]}")
         if scheduled and isinstance(plugin, LRSchedulerPlugin):
             raise ConfigError(

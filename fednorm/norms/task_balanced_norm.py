@@ -34,6 +34,7 @@ from torch.nn import functional
 from fednorm import options
 from fednorm.errors import DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims
+from fednorm.norms._hearing import Hearing
 from fednorm.roles import Kind
 from fednorm.spec import Citation, HookedLayer, Norm, NormSpec, TensorSpec
 
@@ -52,16 +53,21 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         batch_ratio: Current samples for each memory sample of a batch.
         eps: Added to the variance.
         momentum: Weight of the new batch in the running moments.
+        norm: The method object, of which all layers warn together where nobody tells them their tasks.
     """
 
-    def __init__(self, num_features: int, *, batch_ratio: int, eps: float, momentum: float) -> None:
+    def __init__(
+        self, num_features: int, *, batch_ratio: int, eps: float, momentum: float, norm: TaskBalancedNorm | None = None
+    ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
+        self._hearing = Hearing(norm)
         self.batch_ratio = batch_ratio
         self._tasks: Tensor | None = None
         self._earlier = self._current = 0
 
     def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:
         """Take the task numbers of the coming batch; the current task is ``num_tasks - 1``."""
+        self._hearing.told = True
         self._tasks, self._earlier = (None, 0) if tasks is None else (tasks, num_tasks - 1)
         self._current = self._earlier
 
@@ -95,6 +101,8 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
             DataError: The input's shape is wrong, or the task numbers were for a batch of another size.
         """
         self._check_input_dim(x)
+        if self.training and not self._hearing.told:
+            self._hearing.say("task_balanced_norm")
         current, parts = self.division(len(x)) if self.training else (len(x), 1)
         return super().forward(x) if parts == 1 else self._in_parts(x, current, parts)
 
@@ -150,7 +158,9 @@ class TaskBalancedNorm(Norm):
             ConfigError: ``spatial_dims`` is not 0, 1, 2 or 3.
         """
         check_spatial_dims("task_balanced_norm", spatial_dims)
-        return TaskBalancedNormLayer(num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum)
+        return TaskBalancedNormLayer(
+            num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum, norm=self
+        )
 
     def for_stream(self, *, num_tasks: int, batch_ratio: int) -> TaskBalancedNorm:
         """Return the method with the learner's ratio of new to memory samples."""
