@@ -226,7 +226,8 @@ class NormPlugin(SupervisedPlugin):  # type: ignore[misc]
         raise DataError(
             "NormPlugin cannot tell which experience the samples of this batch come from: their classes came in "
             "several, and the strategy has a memory. Give the benchmark task labels (to_avalanche(stream, "
-            "task_labels=True)), say by='experience', or give by a function of the strategy that returns the experience of each sample."
+            "task_labels=True)), say by='experience', or give by a function of the strategy that returns the "
+            "experience of each sample."
         )
 
 

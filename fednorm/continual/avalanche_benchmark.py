@@ -90,6 +90,16 @@ class StreamExperience(DatasetExperience):  # type: ignore[misc]
     task_label: int
 
     @property
+    def dataset(self) -> StreamDataset:
+        """The samples; BiC puts others in their place."""
+        data: StreamDataset = self._dataset
+        return data
+
+    @dataset.setter
+    def dataset(self, data: StreamDataset) -> None:
+        self._dataset = data
+
+    @property
     def benchmark(self) -> StreamBenchmark:
         """Return the benchmark that it belongs to, as iCaRL and confusion matrices ask for it."""
         benchmark: StreamBenchmark = self.origin_stream.benchmark

@@ -44,7 +44,6 @@ REFUSED = {
         for name, learner in LEARNERS.items()
     },
     "GenerativeReplayPlugin": f"It adds generated samples, whose task is unknown, to every batch. Take {ELSEWHERE}.",
-    "CWRStarPlugin": f"It works on a head for each experience. Take {ELSEWHERE}.",
     "NormPlugin": "fednorm's learners tell layers their tasks, add penalties and project by themselves: leave it out.",
     "UpdateNCM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
     "UpdateFeCAM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
