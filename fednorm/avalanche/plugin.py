@@ -91,7 +91,11 @@ class NormPlugin(SupervisedPlugin):  # type: ignore[misc]
         del kwargs
         self._attach(strategy)
         self._scan(strategy.model)  # it may have grown
-        experience = strategy.experience
+        # Joint training has all experiences at once, and calls the first the present one.
+        for experience in getattr(strategy, "_experiences", None) or [strategy.experience]:
+            self._count(experience)
+
+    def _count(self, experience: Any) -> None:
         number = number_of(experience, unnamed=max(self.tasks_seen, default=-1) + 1)
         if number not in self.tasks_seen:
             self.tasks_seen.append(number)

@@ -53,7 +53,9 @@ LEFT_OUT = {
 
 WITHOUT_NORM = {
     "CWRStar": "freezes all but the head after the first task",
+    "MER": "each of its inner steps is over a batch of its own, which is taken for one task",
     "PNNStrategy": "its network has no norm",
+    "PackNet": "takes networks without a norm only",
     "StreamingLDA": "does not train its network",
 }
 """Strategies under which psi cannot move, and why."""
@@ -155,7 +157,11 @@ RECIPES: dict[str, Recipe] = {
         task_labels=True,
     ),
     "PackNet": Recipe(
-        lambda _: {"post_prune_epochs": 1, "prune_proportion": 0.5}, network=PackNetModel, task_labels=True
+        lambda _: {"post_prune_epochs": 1, "prune_proportion": 0.5, "train_epochs": 2},
+        network=lambda _: PackNetModel(
+            models.SimpleMLP(num_classes=CLASSES, input_size=3 * SIZE * SIZE, hidden_size=16, drop_rate=0.0)
+        ),
+        task_labels=True,
     ),
     "Replay": Recipe(lambda _: {"mem_size": 30}),
     "SCR": Recipe(
@@ -240,7 +246,7 @@ def make(name: str, *, network: nn.Module, plugins: list[Any]) -> Any:
         settings["criterion"] = nn.CrossEntropyLoss()
     common = {"train_mb_size": 8, "eval_mb_size": 16, "train_epochs": 1, "plugins": plugins}
     kind = getattr(training, name, None) or getattr(supervised, name)
-    return kind, settings | common
+    return kind, common | settings
 
 
 def train(name: str, benchmark: Any, *, norm: str = "") -> nn.Module:
