@@ -167,7 +167,7 @@ class NormPlugin(SupervisedPlugin):  # type: ignore[misc]
 
     def _projections_of(self, model: nn.Module) -> list[Any]:
         norms = [self.norm] if self.norm is not None else _with_projection(model)
-        made = [projection for norm in norms if (projection := norm.after_update(model)) is not None]
+        made: list[Any] = [projection for norm in norms if (projection := norm.after_update(model)) is not None]
         if self.project and not made:
             made = [WeightProjection(model)]
         for old, new in zip(self._projections, made, strict=False):

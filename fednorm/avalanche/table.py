@@ -170,7 +170,9 @@ RECIPES: dict[str, Recipe] = {
         criterion=False,
     ),
     "StreamingLDA": Recipe(
-        lambda _: {"input_size": 32, "num_classes": CLASSES}, network=lambda model: model.features, optimizer=False
+        lambda _: {"input_size": 32, "num_classes": CLASSES},
+        network=lambda model: model.get_submodule("features"),
+        optimizer=False,
     ),
     "SynapticIntelligence": Recipe(lambda _: {"si_lambda": 0.1}),
 }

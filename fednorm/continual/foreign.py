@@ -45,8 +45,6 @@ REFUSED = {
     },
     "GenerativeReplayPlugin": f"It adds generated samples, whose task is unknown, to every batch. Take {ELSEWHERE}.",
     "NormPlugin": "fednorm's learners tell layers their tasks, add penalties and project by themselves: leave it out.",
-    "UpdateNCM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
-    "UpdateFeCAM": f"It needs a classifier by class means. Take {ELSEWHERE}.",
 }
 """Avalanche's plugins that cannot work here, and what to take instead."""
 

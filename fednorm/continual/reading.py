@@ -166,7 +166,7 @@ class _Leaf:
             return None
         if isinstance(self.data, SplitDataset):
             return self.data.split.batch if self.data.prepare is pixels else None
-        if type(self.data) is TensorDataset and len(self.data.tensors) == 2 and _plain(*self.data.tensors):
+        if _is_plain(self.data):
             return self._of_tensors
         return None
 
@@ -185,7 +185,12 @@ class _Leaf:
         return torch.full((len(self.rows),), number, dtype=torch.int64) if own is None else own
 
 
-def _plain(samples: Tensor, labels: Tensor) -> bool:
+def _is_plain(data: Any) -> bool:
+    """Return whether a data set is two tensors, samples and class numbers, as PyTorch and Avalanche keep them."""
+    home = type(data) is TensorDataset or type(data).__module__.startswith("avalanche.")
+    if not (home and isinstance(data, TensorDataset) and len(data.tensors) == 2):
+        return False
+    samples, labels = data.tensors
     return samples.dtype != torch.uint8 and labels.ndim == 1 and not labels.is_floating_point()
 
 
@@ -293,7 +298,10 @@ def _transforms(data: Any, group: str) -> bool:
         if groups is None:
             continue
         try:
-            if groups.transform_groups[group] is not None:
+            transform = groups.transform_groups[group]
+            if transform is not None and any(
+                part is not None for part in getattr(transform, "transforms", [transform])
+            ):
                 return True
         except KeyError:  # Avalanche itself will say that there is no such group
             return True
