@@ -54,7 +54,14 @@ class HookedLayer:
         Args:
             tasks: The task number of every sample, integers in [0, ``num_tasks``), shape (N,). None where tasks are
                 unknown, as in a federation: the layer then does what it documents for a single task.
-            num_tasks: How many tasks have been seen, the present one included; the present one is ``num_tasks - 1``.
+            num_tasks: How many tasks have been seen, the present one included; the present one is ``num_tasks - 1``
+                unless :meth:`set_current_task` says otherwise.
+        """
+
+    def set_current_task(self, task: int) -> None:
+        """Be told which task is being learned; called after :meth:`set_tasks` where it is not ``num_tasks - 1``.
+
+        An experience that comes again is the task that it was.
         """
 
     def penalty(self) -> Tensor | None:

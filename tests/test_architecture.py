@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
     ("fednorm.study.record", "fednorm.study.formats", "fednorm.study.integrity", "fednorm.study.files"),
-    ("fednorm.federated", "fednorm.continual"),
+    ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),
     ("fednorm.report",),
@@ -153,8 +153,12 @@ def test_flower_and_avalanche_stay_in_their_places() -> None:
     homes = ("fednorm.federated", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
     homes = (
+        "fednorm.avalanche",
         "fednorm.continual.avalanche_benchmark",
+        "fednorm.continual.foreign",
         "fednorm.continual.learner",
+        "fednorm.continual.passes",
+        "fednorm.continual.reading",
         "scenarios.learners",
         "fednorm.bench",
     )
