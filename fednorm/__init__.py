@@ -17,15 +17,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
+    from fednorm.declaration import declare
 
-__all__ = ["__version__", "compare", "continual", "convert", "federated", "load"]
+__all__ = ["__version__", "compare", "continual", "convert", "declare", "federated", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.conversion"} | dict.fromkeys(
+    homes = {"convert": "fednorm.conversion", "declare": "fednorm.declaration"} | dict.fromkeys(
         ("compare", "continual", "federated", "load"), "fednorm.api"
     )
     if name not in homes:

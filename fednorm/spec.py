@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -46,7 +46,14 @@ class HookedLayer:
         Args:
             tasks: The task number of every sample, integers in [0, ``num_tasks``), shape (N,). None where tasks are
                 unknown, as in a federation: the layer then does what it documents for a single task.
-            num_tasks: How many tasks have been seen, the present one included; the present one is ``num_tasks - 1``.
+            num_tasks: How many tasks have been seen, the present one included; the present one is ``num_tasks - 1``
+                unless :meth:`set_current_task` says otherwise.
+        """
+
+    def set_current_task(self, task: int) -> None:
+        """Be told which task is being learned; called after :meth:`set_tasks` where it is not ``num_tasks - 1``.
+
+        An experience that comes again is the task that it was.
         """
 
     def penalty(self) -> Tensor | None:
@@ -77,6 +84,20 @@ class Norm:
         """
         del num_channels, spatial_dims
         return nn.Identity()
+
+    def layer_for(self, num_channels: int, spatial_dims: Collection[int]) -> nn.Module:
+        """Return a layer for inputs whose number of axes after C is one of several, where that cannot be known.
+
+        Unless overridden, the layer for the largest number: most methods have one layer for all.
+
+        Args:
+            num_channels: C.
+            spatial_dims: The numbers in question, at least one; each is one that :meth:`layer` takes.
+
+        Raises:
+            ConfigError: The method cannot be built for one of them.
+        """
+        return [self.layer(num_channels, dims) for dims in sorted(spatial_dims)][-1]
 
     def conv(
         self,

@@ -66,23 +66,32 @@ class TrainingStep:
         self.update(loss)
         return loss.detach(), logits.detach()
 
-    def forward(self, images: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1) -> Tensor:
+    def forward(
+        self, images: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1, current: int | None = None
+    ) -> Tensor:
         """Return the logits of a training forward pass, the layers told its tasks.
 
         For a loss of one's own: any number of forward passes, then one :meth:`update`. Arguments and errors are those
-        of a call.
+        of a call; ``current`` is the task that is being learned, ``num_tasks - 1`` if None.
         """
-        self.announce(tasks, num_tasks, len(images))
+        self.announce(tasks, num_tasks, len(images), current)
         logits: Tensor = self.model(images)
         self._penalties += [penalty for layer in self.hooked if (penalty := layer.penalty()) is not None]
         return logits
 
-    def update(self, loss: Tensor) -> None:
-        """Update the parameters by a loss, to which the penalties of the forward passes since the last update go."""
+    def update(self, loss: Tensor, *, fresh: bool = True) -> None:
+        """Update the parameters by a loss, to which the penalties of the forward passes since the last update go.
+
+        Args:
+            loss: A scalar.
+            fresh: Whether gradients are cleared before the backward pass; False where the caller has cleared them, and
+                may have added some since.
+        """
         penalties, self._penalties = self._penalties, []
         for penalty in penalties:
             loss = loss + penalty
-        self.optimizer.zero_grad(set_to_none=True)
+        if fresh:
+            self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         for change in self.adjust:
             change()
@@ -90,8 +99,8 @@ class TrainingStep:
         for change in self.after:
             change()
 
-    def announce(self, tasks: Tensor | None, num_tasks: int, count: int) -> None:
-        """Tell the layers with hooks the tasks of the coming batch of ``count`` images.
+    def announce(self, tasks: Tensor | None, num_tasks: int, count: int, current: int | None = None) -> None:
+        """Tell the layers with hooks the tasks of the coming batch of ``count`` images, and the one being learned.
 
         Raises:
             DataError: There is not one task in [0, ``num_tasks``) for each image.
@@ -100,13 +109,20 @@ class TrainingStep:
             return
         if tasks is not None:
             _require_tasks(tasks, num_tasks, count)
-        for layer in self.hooked:
-            layer.set_tasks(tasks, num_tasks)
+        announce(self.hooked, tasks, num_tasks, current)
 
     def end_experience(self) -> None:
         """Tell the layers with hooks that an experience has ended."""
         for layer in self.hooked:
             layer.end_experience()
+
+
+def announce(layers: Iterable[HookedLayer], tasks: Tensor | None, num_tasks: int, current: int | None = None) -> None:
+    """Tell layers with hooks the tasks of the coming batch, and which of them is being learned if not the newest."""
+    for layer in layers:
+        layer.set_tasks(tasks, num_tasks)
+        if current is not None and tasks is not None:
+            layer.set_current_task(current)
 
 
 def _require_tasks(tasks: Tensor, num_tasks: int, count: int) -> None:

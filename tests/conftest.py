@@ -87,11 +87,11 @@ def arm(where, n):
         def nth(part, name):
             checkpoints.extend([1] if str(name).endswith("checkpoint.safetensors") else [])
             return len(checkpoints) == n
-        before(record.os, "replace", nth, die)
+        before(os, "replace", nth, die)
     elif where == "before the result":
         before(rec, "finish", lambda *_: True, die)
     elif where == "in the result":
-        before(record.os, "replace", lambda part, name: str(name).endswith("result.json"), die)
+        before(os, "replace", lambda part, name: str(name).endswith("result.json"), die)
     else:
         arm_own(where, n)
     return Watch(where, n)

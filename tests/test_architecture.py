@@ -20,12 +20,22 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.options", "fednorm.config"),
-    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers", "fednorm.diagnostics"),
+    ("fednorm.probing", "fednorm.recognition"),
+    (
+        "fednorm.data",
+        "fednorm.norms",
+        "fednorm.declaration",
+        "fednorm.optim",
+        "fednorm.optimizers",
+        "fednorm.diagnostics",
+    ),
+    ("fednorm.surroundings",),
+    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
-    ("fednorm.study.record", "fednorm.study.formats"),
-    ("fednorm.federated", "fednorm.continual"),
+    ("fednorm.study.record", "fednorm.study.formats", "fednorm.study.integrity", "fednorm.study.files"),
+    ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),
     ("fednorm.report",),
@@ -153,8 +163,12 @@ def test_flower_and_avalanche_stay_in_their_places() -> None:
     homes = ("fednorm.federated", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
     homes = (
+        "fednorm.avalanche",
         "fednorm.continual.avalanche_benchmark",
+        "fednorm.continual.foreign",
         "fednorm.continual.learner",
+        "fednorm.continual.passes",
+        "fednorm.continual.reading",
         "scenarios.learners",
         "fednorm.bench",
     )
@@ -207,7 +221,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "federated", "load"}
+    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "declare", "federated", "load"}
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 

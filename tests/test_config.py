@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def test_a_list_of_names_holds_names(value: Any) -> None:
         (RoundConfig, "weighting", ("mean",), ("equal", "examples")),
         (RoundConfig, "evaluate_every", (0,), (1,)),
         (RoundConfig, "checkpoint_every", (0,), (1,)),
+        (RoundConfig, "max_update_norm", (-1e-9, math.nan), (0.0, 1e9)),
+        (RoundConfig, "min_answered", (-0.1, 1.1, math.nan), (0.0, 1.0)),
         (EvaluateConfig, "kinds", (("own", "crosss"),), ((), EVALUATIONS)),
         (EvaluateConfig, "images", (1, 0), (2,)),
         (EvaluateConfig, "fallback", ("none",), ("refuse", "averaged", "pooled", "reestimated")),

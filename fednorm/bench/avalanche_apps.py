@@ -19,12 +19,11 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from fednorm.bench.stream_case import StreamCase
+from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.stream import Stream
 from fednorm.data.domain import Split, pixels
 
-with warnings.catch_warnings():
-    # Avalanche imports GEM's solver whatever is asked of it; that none is installed matters to GEM alone.
-    warnings.filterwarnings("ignore", "no QP solver found", UserWarning)
+with avalanche_imports():
     from avalanche.benchmarks import (
         benchmark_from_datasets,
         split_online_stream,

@@ -12,7 +12,7 @@ from rich.console import Console
 from fednorm.cli import err, out, print_json
 from fednorm.config import RunConfig, choose
 from fednorm.federated.estimate import estimate_seconds
-from fednorm.federated.server import Observer
+from fednorm.federated.server import Observer, read_back
 from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.simulate_flower import simulate_flower
 from fednorm.federated.workbench import Workbench
@@ -26,7 +26,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
-    if not dry_run and (finished := RunRecord(runs, config).result()):
+    if not dry_run and (finished := read_back(RunRecord(runs, config), config)):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
@@ -87,6 +87,12 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     console.print(accuracy_table([result]).rich())
     if set(result["evaluation"]) - {"own"}:
         console.print(evaluation_table([result]).rich())
+    if missing := result["final"].get("missing"):
+        whom = ", ".join(missing["domains"]) or f"client {', '.join(map(str, missing['clients']))}"
+        share = f"{100 * result['final']['answered']:.0f} %"
+        console.print(
+            f"INCOMPLETE: {share} of the clients answered the last evaluation; missing: {whom}.", markup=False
+        )
     if result["rejected_updates"]:
         console.print(f"{result['rejected_updates']} updates were rejected; see rounds.jsonl.")
     console.print(f"record: {result['run']}", markup=False, soft_wrap=True)

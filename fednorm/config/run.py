@@ -167,7 +167,13 @@ def filename(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_.+" else "_" for c in name)[:60]
 
 
-IMMATERIAL = (("data", "dir"), ("data", "download"), ("rounds", "checkpoint_every"), ("train", "checkpoint_every"))
+IMMATERIAL = (
+    ("data", "dir"),
+    ("data", "download"),
+    ("rounds", "checkpoint_every"),
+    ("rounds", "min_answered"),
+    ("train", "checkpoint_every"),
+)
 """Section and key of what no number depends on."""
 
 

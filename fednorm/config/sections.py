@@ -112,6 +112,20 @@ class RoundConfig(Section, name="rounds"):
     )
     evaluate_every: int = key(1, "Evaluate each so many rounds; the last round is always evaluated.", ge=1)
     checkpoint_every: int = key(1, "Write a checkpoint each so many rounds; the last round always has one.", ge=1)
+    max_update_norm: float = key(
+        0.0,
+        "A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels (running "
+        "statistics included), is longer; 0 for no limit. rounds.jsonl has the norm of every update.",
+        ge=0,
+    )
+    min_answered: float = key(
+        1.0,
+        "Share of the clients with images to score that must answer the last evaluation, in [0, 1]; with fewer, or "
+        "with nobody of a whole domain, the run fails. At 0 whatever came is the result. Either way the result says "
+        "who is missing. A run that failed so can be called again with a lower share: its rounds stand.",
+        ge=0,
+        le=1,
+    )
 
 
 class EvaluateConfig(Section, name="evaluate"):

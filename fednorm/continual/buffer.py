@@ -1,7 +1,8 @@
 """Replay buffers: what a learner keeps of the stream, filled online and drawn from at every step.
 
-A buffer holds pixels as they were read (uint8, before any augmentation), so that every replay augments anew, and of
-each sample its label, its task and, for distillation, the logits it had when it came. It lives in main memory.
+A buffer holds pixels as they were read (uint8, before any augmentation), so that every replay augments anew, or what a
+data set gave in their place, ready for the network; and of each sample its label, its task and, for distillation, the
+logits it had when it came. It lives in main memory.
 
 Two streams of random numbers, named after the run's seed, one for what enters and one for what is drawn: how often a
 learner draws does not change what the buffer holds. Each sample takes its own random number, so that the same samples
@@ -26,7 +27,7 @@ class Samples:
     """Some samples of a buffer; copies, which later additions leave alone.
 
     Attributes:
-        images: Pixels, uint8, shape (n, 3, H, W).
+        images: Pixels, uint8, shape (n, 3, H, W); or samples of another kind, shape (n, ...).
         labels: Classes, int64, shape (n,).
         tasks: The task each came from, int64, shape (n,).
         logits: The logits each was stored with, float32, shape (n, K); None in a buffer without logits.
@@ -54,6 +55,7 @@ class Buffer(ABC):
         capacity: Most samples held.
         num_classes: K.
         num_seen: Samples offered so far, whether they were kept or not.
+        pixels: Whether images must be pixels, as by default; False for a data set that gives other samples.
 
     Raises:
         ConfigError: The capacity is not a positive integer, or smaller than the number of classes.
@@ -69,6 +71,7 @@ class Buffer(ABC):
         self.capacity = capacity
         self.num_classes = num_classes
         self.num_seen = 0
+        self.pixels = True
         self._size = 0
         self._store: dict[str, Tensor] = {}
         self._insert = torch_stream(seed, "buffer", "insert")
@@ -94,7 +97,7 @@ class Buffer(ABC):
         """Offer a batch, sample by sample in its order.
 
         Args:
-            images: Un-augmented pixels, uint8, shape (n, 3, H, W).
+            images: Un-augmented pixels, uint8, shape (n, 3, H, W); anything of shape (n, ...) if not :attr:`pixels`.
             labels: Classes, int64, shape (n,).
             tasks: Tasks, int64, shape (n,).
             logits: What the model made of the samples, shape (n, K); kept detached, as float32. In every call or in
@@ -218,6 +221,8 @@ class Buffer(ABC):
         n = len(labels)
         for name, rows in batch.items():
             dtype, dim = _FORMATS[name]
+            if name == "images" and not self.pixels:
+                dtype, dim = rows.dtype, rows.ndim
             if rows.dtype != dtype or rows.ndim != dim or len(rows) != n:
                 raise DataError(
                     f"A buffer takes {name} of type {dtype} with {dim} dimension{'s' * (dim > 1)} and one row for each "
@@ -234,6 +239,11 @@ class Buffer(ABC):
                 raise DataError(
                     f"This buffer holds {name} of shape {tuple(held.shape[1:])} a sample; a batch came with "
                     f"{tuple(batch[name].shape[1:])}. Use a new buffer for samples of another shape."
+                )
+            if held.dtype != batch[name].dtype:
+                raise DataError(
+                    f"This buffer holds {name} of type {held.dtype}; a batch came with {batch[name].dtype}. Let all "
+                    "experiences of a stream come from one kind of data set."
                 )
         if n:
             low, high = (int(label) for label in labels.aminmax())

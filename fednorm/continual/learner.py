@@ -3,8 +3,13 @@
 A learner is an ``avalanche.training.templates.SupervisedTemplate``: ``learner.train(experience)`` and
 ``learner.eval(stream)`` work as there, plugins and evaluators are called at Avalanche's own places. What differs from
 Avalanche's own training loop: batches are cut out of the stream's uint8 arrays, without a loader and without a loop
-over samples, and augmented together; the norm is told every sample's task; and everything that the rest of the training
-depends on can be taken as plain tensors in the middle of an experience, and put back.
+over samples, and augmented together (:mod:`fednorm.continual.reading` has what other experiences are read by); the norm
+is told every sample's task; and everything that the rest of the training depends on can be taken as plain tensors in
+the middle of an experience, and put back. A plugin that replaces what is not there, such as the loader, is refused
+(:mod:`fednorm.continual.foreign`).
+
+Tasks are numbered in the order in which their experiences came first, so that one that comes again is the task that it
+was, and the number of tasks seen is counted.
 
 Random numbers are derived from the seed and the number of the step, so that there is no generator to restore.
 """
@@ -21,25 +26,22 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm.cards import Card
-from fednorm.continual.avalanche_benchmark import StreamDataset
 from fednorm.continual.buffer import Samples
+from fednorm.continual.foreign import Hooks, require_model, require_plugins
+from fednorm.continual.passes import Passes
+from fednorm.continual.quietly import avalanche_imports
+from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
 from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience
-from fednorm.data.augment import crop_and_flip
-from fednorm.data.domain import pixels
-from fednorm.errors import DataError, RecordError
+from fednorm.errors import ConfigError, DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import stream_seed, torch_seeded, torch_stream
 from fednorm.step import TrainingStep, batch_coupled
 
-with warnings.catch_warnings():
-    # Avalanche imports GEM's solver whatever is asked of it; that none is installed matters to GEM alone.
-    warnings.filterwarnings("ignore", "no QP solver found", UserWarning)
+with avalanche_imports():
     from avalanche.training.plugins import EvaluationPlugin
-    from avalanche.training.templates import SupervisedTemplate
 
 Tensors = dict[str, Tensor]
 Effect = Callable[[], None]
@@ -115,7 +117,7 @@ class Progress:
     batch: int = 0
 
 
-class Learner(SupervisedTemplate):  # type: ignore[misc]
+class Learner(Passes):
     """An Avalanche template over a stream's arrays.
 
     A method overrides :meth:`observe`, and where it remembers something :meth:`begin_experience`,
@@ -137,6 +139,10 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         after: Effects after the update.
         plugins: Avalanche plugins.
         evaluator: An Avalanche evaluation plugin; none by default.
+        criterion: Takes the cross-entropy's place in every loss: logits and labels to a scalar.
+        device: ``cpu``.
+        eval_every: As in Avalanche: after how many epochs (or iterations) ``eval_streams`` are evaluated; -1 for never.
+        peval_mode: ``epoch`` or ``iteration``.
 
     Attributes:
         met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
@@ -144,6 +150,11 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         hits: How many of those the model got right just before it was trained on them, int64.
         seen: New samples of the present experience in all passes so far.
         loss_sum: The sum over those of the loss before the update, float64.
+        tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
+            number is its place here.
+
+    Raises:
+        ConfigError: A plugin or a module of the network needs what fednorm's learners do not have.
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
@@ -167,16 +178,30 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         after: Sequence[Effect] = (),
         plugins: Sequence[Any] | None = None,
         evaluator: Any = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        device: str | torch.device = "cpu",
+        eval_every: int = -1,
+        peval_mode: str = "epoch",
     ) -> None:
+        if torch.device(device).type != "cpu":
+            raise ConfigError(
+                f"fednorm's learners train on the CPU; got device {str(device)!r}. Leave device out, or take one of "
+                "Avalanche's own strategies with fednorm.avalanche.NormPlugin, which works on any device."
+            )
+        require_model(model)
         super().__init__(
             model=model,
             optimizer=optimizer,
+            criterion=criterion or nn.CrossEntropyLoss(),
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
             plugins=plugins,
             evaluator=evaluator or _silent(),
+            eval_every=eval_every,
+            peval_mode=peval_mode,
         )
+        require_plugins(self.plugins, scheduled=schedule is not None)
         self.options = options or type(self).Options()
         self.num_classes, self.seed, self.augment = num_classes, seed, augment
         self.schedule, self.begin = schedule, tuple(begin)
@@ -187,6 +212,11 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.progress = Progress()
         self.batch_coupled = batch_coupled(model, spec_of)
         self.source: Experience | None = None
+        self.tasks_seen: list[int] = []
+        self._task_of_row = torch.empty(0, dtype=torch.int64)
+        self._current_task = 0
+        self._hooks = Hooks(self.plugins)
+        self._told_how = False
         self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
         self.seen = self.met = 0
         self._augmenting = torch.Generator()
@@ -196,7 +226,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
     def observe(self, new: Samples) -> Tensor:
         """Learn from one batch, and return the logits of its samples, shape (n, K), before the update."""
         (logits,) = self.pass_forward(new)
-        self.descend(functional.cross_entropy(logits, new.labels))
+        self.descend(self.loss_of(logits, new))
         return logits
 
     def begin_experience(self) -> None:
@@ -226,59 +256,55 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         assert self.source is not None
         return self.source.number
 
-    def prepared(self, images: Tensor) -> Tensor:
-        """Return uint8 images augmented, as floats."""
-        if self.augment != "none":
-            images = crop_and_flip(images, self._augmenting, flip=self.augment == "crop_flip")
-        return pixels(images)
-
-    def pass_forward(self, *groups: Samples) -> tuple[Tensor, ...]:
-        """Return the logits of each group of samples, from one training forward pass over all of them."""
-        one = groups[0]
-        images = one.images if len(groups) == 1 else torch.cat([group.images for group in groups])
-        labels = one.labels if len(groups) == 1 else torch.cat([group.labels for group in groups])
-        tasks = one.tasks if len(groups) == 1 else torch.cat([group.tasks for group in groups])
-        self.mbatch = [self.prepared(images), labels, torch.zeros_like(labels)]
-        self._before_forward()
-        self.mb_output = self.step.forward(self.mbatch[0], tasks=tasks, num_tasks=self.experience_number + 1)
-        self._after_forward()
-        if len(groups) == 1:
-            return (self.mb_output,)
-        return torch.split(self.mb_output, [len(group) for group in groups])
-
-    def descend(self, loss: Tensor) -> None:
-        """Update the parameters by a loss."""
-        self.loss = loss
-        self._before_backward()
-        self.step.update(self.loss)
-
     # Avalanche's loop -------------------------------------------------------------------------------------------------
 
     def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
-        """Train on experiences of :func:`~fednorm.continual.avalanche_benchmark.to_avalanche`, as in Avalanche.
+        """Train on Avalanche experiences, as in Avalanche.
+
+        Args:
+            experiences: One, or several in order, of any benchmark whose data sets give samples and labels.
+            eval_streams: What is evaluated in between, as often as ``eval_every`` says; nothing by default.
+            **kwargs: Of Avalanche's loader ``shuffle`` and ``drop_last`` count; there is none for the others. Plugins
+                are given all.
 
         Raises:
-            DataError: An experience is of another kind, whose images are not in arrays.
+            DataError: An experience has no samples, or some that cannot be read.
+            ConfigError: A plugin needs what fednorm's learners do not have.
         """
+        require_plugins(self.plugins, scheduled=self.schedule is not None)
+        self._hooks = Hooks(self.plugins)
         # Avalanche's own default evaluates the training experiences as a stream; ours evaluates nothing.
         return super().train(experiences, [] if eval_streams is None else eval_streams, **kwargs)
 
     def eval(self, exp_list: Any, **kwargs: Any) -> Any:
         """Evaluate on experiences, as in Avalanche, under the model of :meth:`for_evaluation`."""
-        with self.for_evaluation():
-            return super().eval(exp_list, **kwargs)
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            with self.for_evaluation():
+                return super().eval(exp_list, **kwargs)
+        finally:  # in the middle of training the network goes on as it was
+            for module, training in modes.items():
+                module.training = training
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Take the experience's data set, in Avalanche's transform group for training where it has such groups."""
+        del kwargs
+        dataset = getattr(self.experience, "dataset", None)
+        self.adapted_dataset = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Do without a loader."""
         del kwargs
-        self.dataloader: list[Any] = []
+        self.dataloader = self._hooks.no_loader
 
     def check_model_and_optimizer(self, **kwargs: Any) -> None:
         """Leave model and optimizer as they are: all K outputs are there from the start."""
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         del eval_streams
-        self.source, progress = _source(experience), self.progress
+        self._hooks.require_untouched(self)
+        self._take(experience)
+        progress = self.progress
         with torch_seeded(self.seed, "learner"):
             if not progress.begun:
                 self._begin()
@@ -291,6 +317,27 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
             self.end_experience()
         self.step.end_experience()
         self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+
+    def _take(self, experience: Any) -> None:
+        """Read an experience, or what a plugin has made of its data set, and count its tasks."""
+        source = read(experience, self.adapted_dataset, unnamed=max(self.tasks_seen, default=-1) + 1)
+        self.source, train = source, source.train
+        if isinstance(train, LoadedSplit) and self.augment != "none":
+            raise DataError(
+                f"augment = {self.augment!r} is for arrays of pixels, and the samples of {train.name} come from "
+                "its own data set. Use augment = 'none' and let the data set's transforms augment."
+            )
+        if not isinstance(train, LoadedSplit):
+            require_classes(train.targets, self.num_classes, f"Experience {source.number}")
+        if not self._told_how:
+            self._told_how = isinstance(train, LoadedSplit)
+            tell_how(source)
+        numbers = source.tasks_of(torch.arange(len(train)))
+        own = sorted(set(numbers.tolist()))
+        self.tasks_seen += [number for number in own if number not in self.tasks_seen]
+        places = {number: place for place, number in enumerate(self.tasks_seen)}
+        self._task_of_row = torch.tensor([places[number] for number in numbers.tolist()], dtype=torch.int64)
+        self._current_task = places[own[0]] if len(own) == 1 else len(places) - 1
 
     def _begin(self) -> None:
         if self.progress.ended:
@@ -308,7 +355,11 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         progress, count = self.progress, len(self.source.train)
         names = ("experience", progress.ended, "epoch", progress.epoch, "order")
         order = torch.randperm(count, generator=torch_stream(self.seed, *names))
+        if not kwargs.get("shuffle", True):
+            order = torch.arange(count)
         batches = torch.split(order, self.train_mb_size)
+        if kwargs.get("drop_last", False) and len(batches[-1]) < self.train_mb_size:
+            batches = batches[:-1]
         for rows in batches[progress.batch :]:
             if self._stop_training:
                 break
@@ -330,19 +381,22 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         torch.default_generator.manual_seed(stream_seed(self.seed, "model", step))
         self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
         images, labels = source.train.batch(rows)
-        new = Samples(images, labels, source.tasks_of(rows), None)
-        self.mbatch = [images, labels, torch.zeros_like(labels)]
-        self._before_training_iteration(**kwargs)
+        if isinstance(source.train, LoadedSplit):
+            require_classes(labels, self.num_classes, source.train.name)
+        new = Samples(images, labels, self._task_of_row[rows], None)
+        self._hooks.clear()
+        if self._hooks.at_iteration:
+            self._show(new, **kwargs)
+        else:
+            self.mbatch = [images, labels, torch.zeros_like(labels)]
+            self._before_training_iteration(**kwargs)
+        self._hooks.require_untouched(self)
         logits = self.observe(new).detach()
         if not self.progress.epoch:
             self.hits += (logits.argmax(1) == labels).sum()
             self.met += len(rows)
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
-
-    def _backward_done(self) -> None:
-        self._after_backward()
-        self._before_update()
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -360,7 +414,13 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"progress": asdict(self.progress), "seen": self.seen, "met": self.met, "rates": rates}
+        return {
+            "progress": asdict(self.progress),
+            "seen": self.seen,
+            "met": self.met,
+            "rates": rates,
+            "tasks": list(self.tasks_seen),
+        }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
@@ -389,6 +449,8 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.load_own_tensors(_below("own", tensors))
         self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
         self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
+        # Earlier versions went by the number of experiences, which came in order.
+        self.tasks_seen = [int(number) for number in state.get("tasks", range(progress.ended))]
 
 
 def _silent() -> Any:
@@ -402,14 +464,3 @@ def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
-
-
-def _source(experience: Any) -> Experience:
-    dataset = experience.dataset
-    if not isinstance(dataset, StreamDataset):
-        raise DataError(
-            f"fednorm's learners take experiences of fednorm.continual.avalanche_benchmark.to_avalanche(stream), whose "
-            f"images are in arrays; this one's data set is a {type(dataset).__name__}. For other Avalanche benchmarks "
-            "use Avalanche's own strategies, or write the data as a Parquet folder (--data folders)."
-        )
-    return dataset.source

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.continual.buffer import Buffer, ReservoirBuffer, Samples
 from fednorm.continual.learner import Learner, LearnerOptions, Tensors
-from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.recalibration import Statistics, in_batches, reestimate
 
@@ -121,7 +120,7 @@ class ReplayLearner(Learner):
     def remember(self, new: Samples, logits: Tensor) -> None:
         """Offer a batch to the memory."""
         del logits
-        self.buffer.add(new.images, new.labels, new.tasks)
+        self.offer(self.buffer, new)
 
     def remembered(self, new: Samples) -> Samples:
         """Return memory samples for one step."""
@@ -138,7 +137,7 @@ class ReplayLearner(Learner):
         if not len(self.buffer):
             return
         drawn = self.buffer.draw_balanced(2 * count)
-        self.step.forward(self.prepared(drawn.images), tasks=drawn.tasks, num_tasks=self.experience_number + 1)
+        self.step.forward(self.prepared(drawn.images), tasks=drawn.tasks, num_tasks=len(self.tasks_seen))
 
     @contextmanager
     def for_evaluation(self) -> Iterator[nn.Module]:
@@ -148,7 +147,7 @@ class ReplayLearner(Learner):
                 yield model
             return
         with self._statistics.kept():
-            images = pixels(self.buffer.everything().images)
+            images = self.as_input(self.buffer.everything().images)
             reestimate(self.model, in_batches(images, self.eval_mb_size))
             yield self.model
 

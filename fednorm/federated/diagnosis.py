@@ -7,7 +7,7 @@ clients are asked for (``query.statistics``), for the record and not for trainin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,10 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fednorm.diagnostics import Moments, rates_of_norms, wasserstein_drifts, weight_layers
+from fednorm.federated.nodes import Node
 from fednorm.federated.pooling import pool_moments
-from fednorm.federated.strategy import Node, RoundReport
+from fednorm.federated.replies import UnfitReply, in_order, read_statistics
+from fednorm.federated.strategy import RoundReport
 from fednorm.federated.wire import unpack
 from fednorm.plan import NormPlan
 from fednorm.roles import Role
@@ -49,7 +51,7 @@ def diagnose(bench: Workbench, grid: Grid, report: RoundReport, arrays: ArrayRec
     Args:
         bench: The run's workbench.
         grid: The way to the clients.
-        report: The round, with the statistics that travelled.
+        report: The round, with the statistics that travelled; clients whose statistics do not fit are taken down in it.
         arrays: The server's tensors after it.
 
     Returns:
@@ -109,7 +111,8 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
     keys = [key for pair in plan.moments() for key in pair]
     local = any(plan.by_key[key].role is Role.LOCAL for key in keys)
     nodes = {node.partition_id: node for node in bench.strategy.nodes}
-    kept = _ask(grid, [nodes[client.partition_id] for client in report.train]) if local else {}
+    asked = [nodes[client.partition_id] for client in report.train] if local else []
+    kept = _ask(grid, asked, plan, report)
     return [
         ClientStatistics(
             client.domain,
@@ -124,12 +127,19 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
     ]
 
 
-def _ask(grid: Grid, nodes: Iterable[Node]) -> dict[int, dict[str, Tensor]]:
-    """Return the statistics that each client keeps, by partition id; a client that does not answer is left out."""
-    by_id = {node.node_id: node for node in nodes}
-    messages = [Message(RecordDict(), dst_node_id=node_id, message_type="query.statistics") for node_id in by_id]
-    return {
-        by_id[reply.metadata.src_node_id].partition_id: unpack(reply.content.array_records["arrays"])
-        for reply in grid.send_and_receive(messages)
-        if not reply.has_error() and "arrays" in reply.content.array_records
-    }
+def _ask(grid: Grid, nodes: Sequence[Node], plan: NormPlan, report: RoundReport) -> dict[int, dict[str, Tensor]]:
+    """Return the statistics that each client keeps, by partition id; a client without good ones is left out."""
+    ask = "query.statistics"
+    messages = [Message(RecordDict(), dst_node_id=node.node_id, message_type=ask) for node in nodes]
+    awaited = [node.partition_id for node in nodes]
+    kept = {}
+
+    def reject(partition_id: int | None, unfit: UnfitReply) -> None:
+        report.reject(partition_id, unfit, during=ask)
+
+    for node, reply in in_order(grid.send_and_receive(messages) if messages else (), nodes, awaited, reject):
+        try:
+            kept[node.partition_id] = read_statistics(reply, plan)
+        except UnfitReply as unfit:
+            reject(node.partition_id, unfit)
+    return kept

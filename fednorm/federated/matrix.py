@@ -8,8 +8,8 @@ need them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -17,14 +17,18 @@ from torch import Tensor
 
 from fednorm.config import EvaluateConfig
 from fednorm.data.domain import Federation
-from fednorm.errors import AggregationError, ConfigError
+from fednorm.errors import ConfigError, IncompleteError
+from fednorm.federated.answers import answers, enough
+from fednorm.federated.nodes import Node
 from fednorm.federated.pooling import pool_moments
-from fednorm.federated.strategy import Node, NormStrategy
+from fednorm.federated.replies import Expected, UnfitReply, in_order, read_local, read_scores
+from fednorm.federated.strategy import NormStrategy, shown
 from fednorm.federated.wire import pack, unpack
 from fednorm.plan import NormPlan
 from fednorm.roles import STATISTICS
 
 Scores = dict[str, Any]
+T = TypeVar("T")
 
 NO_STATISTICS = "the network has no running statistics"
 
@@ -66,20 +70,40 @@ class EvaluationMatrix:
         arrays: The server's tensors.
         config: Which evaluations, and their settings.
         own: The scores of ``own``, where the last round's evaluation has made them already.
+        min_answered: Share of the clients that must answer (``rounds.min_answered``).
+
+    Attributes:
+        bytes_of_locals: Bytes of the local tensors that clients sent for it.
+        rejected: What was asked, partition id and reason of every reply that was not used.
     """
 
     def __init__(
-        self, strategy: NormStrategy, grid: Grid, arrays: ArrayRecord, config: EvaluateConfig, own: Scores | None = None
+        self,
+        strategy: NormStrategy,
+        grid: Grid,
+        arrays: ArrayRecord,
+        config: EvaluateConfig,
+        own: Scores | None = None,
+        *,
+        min_answered: float = 1.0,
     ) -> None:
-        self._known = own
+        self._known, self._least = own, min_answered
         self._strategy, self._grid, self._config = strategy, grid, config
         self._shared = unpack(arrays)
         self._plan = strategy.plan
-        self._locals: dict[int, tuple[float, dict[str, Tensor]]] = {}
+        self._locals: dict[int, tuple[float, dict[str, Tensor]]] | None = None
+        self._kind = ""
         self.bytes_of_locals = 0
+        self.rejected: list[tuple[str, int | None, str]] = []
 
     def run(self) -> Scores:
-        """Return, for each evaluation asked for, its scores by domain, or ``not_applicable`` with the reason."""
+        """Return, for each evaluation asked for, its scores by domain, or ``not_applicable`` with the reason.
+
+        Scores that lack clients have ``answered`` and ``missing`` beside them.
+
+        Raises:
+            IncompleteError: Fewer clients answered than ``min_answered`` asks for.
+        """
         makers: dict[str, Callable[[], Scores]] = {
             "own": self._own,
             "cross": self._cross,
@@ -88,7 +112,14 @@ class EvaluationMatrix:
             "reestimated": self._reestimated,
             "unseen": self._unseen,
         }
-        return {kind: makers[kind]() for kind in makers if kind in self._config.kinds}
+        made: Scores = {}
+        for self._kind in (kind for kind in makers if kind in self._config.kinds):
+            made[self._kind] = makers[self._kind]()
+        return made
+
+    def rejected_replies(self) -> list[Scores]:
+        """Return, as a result has it, every reply that was not used."""
+        return [{"evaluation": what, "client": pid, "reason": reason} for what, pid, reason in self.rejected]
 
     def _own(self) -> Scores:
         if self._known:
@@ -134,13 +165,28 @@ class EvaluationMatrix:
 
     def _local_tensors(self) -> Mapping[int, tuple[float, dict[str, Tensor]]]:
         """Ask every client, once, for its local tensors; clients that never trained have none."""
-        if not self._locals:
-            for node, reply in self._ask(self._seen(), RecordDict(), "query.local"):
-                records = reply.content.array_records
-                if "arrays" in records:
-                    count = float(str(reply.content.metric_records["metrics"]["num-examples"]))
-                    self._locals[node.partition_id] = (count, unpack(records["arrays"]))
+        if self._locals is None:
+            nodes, expected = self._seen(), self._strategy.expected
+            replies = dict(
+                self._ask(
+                    nodes,
+                    RecordDict(),
+                    "query.local",
+                    lambda node, reply: read_local(
+                        reply,
+                        self._plan,
+                        examples=expected[node.partition_id].train if node.described and expected else 0,
+                    ),
+                )
+            )
+            self._require([node for node in nodes if node not in replies], len(nodes), "sent its local tensors")
+            self._locals = {node.partition_id: local for node, local in replies.items() if local is not None}
             self.bytes_of_locals = sum(t.nbytes for _, tensors in self._locals.values() for t in tensors.values())
+            if not self._locals:
+                raise IncompleteError(
+                    f"The evaluation {self._kind!r} needs the clients' local tensors, and none of {len(nodes)} clients "
+                    f"has any ({self._reasons() or 'none has trained'}). Leave it out of evaluate.kinds."
+                )
         return self._locals
 
     def _combined(self, how: str) -> dict[str, Tensor]:
@@ -167,20 +213,53 @@ class EvaluationMatrix:
     def _scores(self, nodes: Iterable[Node], tensors: Mapping[str, Tensor], *, mode: str) -> Scores:
         config = ConfigRecord({"mode": mode, "images": self._config.images})
         content = RecordDict({"arrays": pack(tensors), "config": config})
-        scored: list[tuple[str, float, float]] = []
-        for node, reply in self._ask(nodes, content, "evaluate"):
-            metrics = reply.content.metric_records["metrics"]
-            scored.append((node.domain, float(str(metrics["num-examples"])), float(str(metrics["accuracy"]))))
-        return summarize(by_domain(scored))
+        nodes, expected = list(nodes), self._strategy.expected
 
-    def _ask(self, nodes: Iterable[Node], content: RecordDict, message_type: str) -> Iterable[tuple[Node, Message]]:
-        by_id = {node.node_id: node for node in nodes}
-        messages = [Message(content, dst_node_id=node_id, message_type=message_type) for node_id in by_id]
-        answers = [(by_id[reply.metadata.src_node_id], reply) for reply in self._grid.send_and_receive(messages)]
-        for node, reply in sorted(answers, key=lambda answer: answer[0].partition_id):
-            if reply.has_error():
-                raise AggregationError(f"Client {node.partition_id} ({node.domain}) failed: {reply.error.reason}")
-            yield node, reply
+        def read(node: Node, reply: Message) -> dict[str, float]:
+            images = expected[node.partition_id].scored if node.described and expected else None
+            return read_scores(reply, required=("accuracy",), images=images)
+
+        scores = dict(self._ask(nodes, content, "evaluate", read))
+        made = summarize(by_domain((n.domain, s["num-examples"], s["accuracy"]) for n, s in scores.items()))
+        asked = expected or {n.partition_id: Expected(n.domain, n.held_out, train=1, scored=1) for n in nodes}
+        held_out = any(node.held_out for node in nodes)
+        standing = answers(asked, {node.partition_id for node in scores}, held_out=held_out).document()
+        missing = standing["missing"]["clients"] if "missing" in standing else []
+        if missing and not (made["per_domain"] and enough(standing, self._least)):
+            raise self._incomplete(missing, "could be evaluated")
+        return made | standing if missing else made
+
+    def _require(self, missing: Sequence[Node], asked: int, what: str) -> None:
+        """Refuse to go on without some of the clients, where too many of those that were asked are missing."""
+        if missing and 1 - len(missing) / asked < self._least:
+            raise self._incomplete({node.partition_id for node in missing}, what)
+
+    def _incomplete(self, missing: Iterable[int], what: str) -> IncompleteError:
+        clients = ", ".join(map(str, sorted(missing))) or "any of them"
+        return IncompleteError(
+            f"The evaluation {self._kind!r} cannot be made: not every client {what}; missing: {clients} "
+            f"({self._reasons() or 'no reply'}). The record keeps the rounds. The same command again goes on from its "
+            "checkpoint; --set rounds.min_answered=0 takes what came, or leave it out of evaluate.kinds."
+        )
+
+    def _reasons(self) -> str:
+        return shown((partition_id, reason) for _, partition_id, reason in self.rejected[-3:])
+
+    def _ask(
+        self, nodes: Sequence[Node], content: RecordDict, message_type: str, read: Callable[[Node, Message], T]
+    ) -> Iterator[tuple[Node, T]]:
+        """Yield what each client answers, in the order of partition ids, without those whose answers do not fit."""
+        messages = [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
+        awaited = sorted(node.partition_id for node in nodes)
+
+        def reject(partition_id: int | None, unfit: UnfitReply) -> None:
+            self.rejected.append((f"{self._kind}, {message_type}", partition_id, unfit.reason))
+
+        for node, reply in in_order(self._grid.send_and_receive(messages), nodes, awaited, reject):
+            try:
+                yield node, read(node, reply)
+            except UnfitReply as unfit:
+                reject(node.partition_id, unfit)
 
 
 def by_domain(scored: Iterable[tuple[str, float, float]]) -> dict[str, float]:

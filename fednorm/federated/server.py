@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
+import typing
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
-from fednorm.errors import AggregationError
+from fednorm.config import RunConfig
+from fednorm.errors import IncompleteError
+from fednorm.federated.answers import answers, enough, require_answered
 from fednorm.federated.diagnosis import diagnose
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federated.strategy import ClientReport, RoundReport
+from fednorm.federated.replies import Expected
+from fednorm.federated.strategy import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federated.wire import pack, unpack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.study.formats import finite
 from fednorm.study.record import Checkpoint, RunRecord
 
 Document = dict[str, Any]
@@ -67,13 +71,31 @@ def serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obse
     """Run a federation from its checkpoint, if any, to its result.
 
     Raises:
-        FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+        FedNormError: The configuration cannot be run, too few clients answered, or the record cannot be written.
     """
     check(bench)
     if record is None:
         return _serve(grid, bench, None, observer)
     with record.locked():
-        return record.result() or _serve(grid, bench, record, observer)
+        return read_back(record, bench.config) or _serve(grid, bench, record, observer)
+
+
+def read_back(record: RunRecord, config: RunConfig) -> Document | None:
+    """Return the result of a run that has finished, or None.
+
+    Raises:
+        IncompleteError: It was finished with fewer clients than ``rounds.min_answered`` asks for now.
+        RecordError: It cannot be read.
+    """
+    result = record.result()
+    if result is not None and not enough(result["final"], config.rounds.min_answered):
+        missing = result["final"]["missing"]
+        raise IncompleteError(
+            f"The run in {record.folder} has finished without {', '.join(missing['domains']) or 'some clients'} "
+            f"(clients {', '.join(map(str, missing['clients']))} did not answer), and rounds.min_answered asks for "
+            "more now. --set rounds.min_answered=0 reads its result back; without result.json there it runs anew."
+        )
+    return result
 
 
 def check(bench: Workbench) -> None:
@@ -115,12 +137,22 @@ def describe(bench: Workbench) -> Document:
     }
 
 
+def expected_of(bench: Workbench) -> dict[int, Expected]:
+    """Return what a run knows of its clients before they answer, by partition id."""
+    scored = bench.config.evaluate.split
+    return {
+        client.partition_id: Expected(client.domain, client.held_out, len(client.train), len(getattr(client, scored)))
+        for client in bench.federation.clients
+    }
+
+
 def _options(bench: Workbench) -> Document:
     return bench.config.strategy.values
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
     config, about = bench.config, describe(bench)
+    bench.strategy.expected = expected_of(bench)
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()
     if record:
@@ -134,9 +166,11 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
             evaluate_every=config.rounds.evaluate_every,
             on_round=journal.round,
         )
+        if first_round > config.rounds.num_rounds and "missing" in journal.lines[-1]:
+            journal.evaluate_again(arrays)
     finally:
         journal.close()
-    document = _document(grid, bench, record, about, journal.lines, result.arrays)
+    document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
         record.finish(document, unpack(result.arrays), _local_tensors(grid))
     return document
@@ -169,15 +203,18 @@ class _Journal:
             with self._record.restoring():
                 arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
             self.lines = self._record.lines()
+            trained = self.lines[-1].get("clients", {}).get("train", ()) if self.lines else ()
+            self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
         if self._observer:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        line = round_line(report)
-        if report.evaluate and self._bench.config.evaluate.diagnostics:
-            line["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        config, found = self._bench.config.evaluate, {}
+        if report.evaluate and config.diagnostics:
+            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        line = round_line(report, self._bench.strategy.expected) | finite(found)
         self.lines.append(line)
         if self._record:
             self._record.append_line(line)
@@ -187,6 +224,22 @@ class _Journal:
                     self.close()
         if self._observer:
             self._observer.round(line)
+
+    def evaluate_again(self, arrays: ArrayRecord) -> None:
+        """Evaluate the last round once more, whose evaluation lacked clients when the run was cut short by it."""
+        strategy, last = self._bench.strategy, self.lines.pop()
+        report = strategy.report = RoundReport(last["round"])
+        messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
+        strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
+        made = round_line(report, strategy.expected)
+        kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
+        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        line = {key: value for key, value in last.items() if key not in SCORES}
+        line |= {key: made[key] for key in SCORES if key in made}
+        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        if self._record:
+            self._record.keep_lines(len(self.lines) - 1)
+            self._record.append_line(self.lines[-1])
 
     def close(self) -> None:
         """Write the last round's checkpoint where that is not done: a run that ends, well or not, keeps its rounds."""
@@ -199,22 +252,31 @@ def _document(
     grid: Grid, bench: Workbench, record: RunRecord | None, about: Document, lines: list[Document], arrays: ArrayRecord
 ) -> Document:
     last = lines[-1]
+    require_answered(last, bench.config.rounds.min_answered, lines, bench.strategy.remedy(last["round"]))
     if not last.get("per_domain"):
-        reasons = "; ".join(f"client {r['client']}: {r['reason']}" for r in last["rejected"][:3])
-        raise AggregationError(
+        reasons = shown((r["client"], r["reason"]) for r in last["rejected"])
+        raise IncompleteError(
             f"No client could be evaluated after the last round ({reasons or 'there are no images to score'}). The "
             "record keeps the round."
         )
     own = {key: last[key] for key in ("per_domain", "mean", "worst")}
     bench.strategy.discover(grid)
-    matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, own)
+    standing = {key: last[key] for key in ("answered", "missing") if key in last}
+    least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
+    matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, known, min_answered=least)
     evaluation = matrix.run()
     return {
         "kind": "federated",
         **about,
         "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
-        "final": {**own, "round": last["round"], "selection": f"last round, {bench.config.evaluate.split} images"},
+        "final": {
+            **own,
+            **standing,
+            "round": last["round"],
+            "selection": f"last round, {bench.config.evaluate.split} images",
+        },
         "evaluation": evaluation,
+        **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,
         "seconds": sum(line["seconds"] for line in lines),
         "rejected_updates": sum(len(line["rejected"]) for line in lines),
@@ -224,13 +286,17 @@ def _document(
     }
 
 
-def round_line(report: RoundReport) -> Document:
-    """Return one round as a line of the record."""
+SCORES = ("per_domain", "mean", "worst", "answered", "missing")
+"""What a round's line says of its evaluation."""
+
+
+def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = None) -> Document:
+    """Return one round as a line of the record; numbers that are none are null."""
     line: Document = {
         "round": report.server_round,
         "sampled": list(report.sampled),
-        "train_loss": _mean(report.train, "loss"),
-        "train_accuracy": _mean(report.train, "accuracy"),
+        "train_loss": mean_metric(report.train, "loss"),
+        "train_accuracy": mean_metric(report.train, "accuracy"),
         "rejected": [{"client": partition_id, "reason": reason} for partition_id, reason in report.rejected],
         "bytes_down": report.bytes_down,
         "bytes_up": report.bytes_up,
@@ -243,22 +309,16 @@ def round_line(report: RoundReport) -> Document:
     if report.evaluate:
         scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
         line |= summarize(by_domain(scored))
-    return line
+    if report.evaluated:
+        line |= answers(expected or {}, {r.partition_id for r in report.evaluate}).document()
+    return typing.cast(Document, finite(line))
 
 
 def _of_client(report: ClientReport) -> Document:
-    metrics = {key: _number(value) for key, value in report.metrics.items()}
-    return {"client": report.partition_id, "domain": report.domain, **metrics}
-
-
-def _number(value: float) -> float | None:
-    """Return a metric, or None for what JSON has no number for: the loss of a model that diverged."""
-    return value if math.isfinite(value) else None
-
-
-def _mean(reports: Sequence[ClientReport], key: str) -> float | None:
-    total = sum(report.metrics["num-examples"] for report in reports)
-    return _number(sum(r.metrics["num-examples"] * r.metrics[key] for r in reports) / total) if total else None
+    own: Document = {"client": report.partition_id, "domain": report.domain}
+    if report.update_norm is not None:
+        own["update_norm"] = report.update_norm
+    return own | {key: value for key, value in report.metrics.items() if key not in own}
 
 
 def _local_tensors(grid: Grid) -> dict[int, dict[str, Tensor]]:
@@ -298,7 +358,7 @@ class _Log:
         log.info("fednorm: %s + %s from round %d", config.strategy.name, config.norm.name, first_round)
 
     def round(self, line: Mapping[str, Any]) -> None:
-        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst") if key in line}
+        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst", "missing") if key in line}
         log.info("fednorm: round %d: %s", line["round"], shown)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
+from fednorm.federated.aggregation import HALF
 from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.roles import LEARNED
 
@@ -17,7 +18,9 @@ from fednorm.roles import LEARNED
 class ServerOptimizer(NormStrategy):
     """A strategy whose server takes optimizer steps over the shared *learned* tensors.
 
-    Shared running statistics and counters are averaged as in FedAvg, whatever the optimizer.
+    Shared running statistics and counters are averaged as in FedAvg, whatever the optimizer. The steps of
+    half-precision tensors are taken, and their slots kept, in float32: squares and small constants leave float16's
+    range.
     """
 
     slots: ClassVar[tuple[str, ...]] = ()
@@ -27,7 +30,9 @@ class ServerOptimizer(NormStrategy):
         super().__init__(model, **common)
         self._learned = [key for key in self.plan.sent if self.plan.by_key[key].kind in LEARNED]
         state = model.state_dict()
-        self._slots = {key: {slot: self.initial(slot, state[key]) for slot in self.slots} for key in self._learned}
+        self._slots = {
+            key: {slot: self.initial(slot, _widened(state[key])) for slot in self.slots} for key in self._learned
+        }
 
     @abstractmethod
     def update(self, old: Tensor, mean: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
@@ -46,7 +51,10 @@ class ServerOptimizer(NormStrategy):
 
     def server_update(self, old: Mapping[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
         """Take a step for each learned tensor; the rest is the average."""
-        return mean | {key: self.update(old[key], mean[key], self._slots[key]) for key in self._learned}
+        return mean | {key: self._step(old[key], mean[key], self._slots[key]) for key in self._learned}
+
+    def _step(self, old: Tensor, mean: Tensor, slots: Mapping[str, Tensor]) -> Tensor:
+        return self.update(_widened(old), _widened(mean), slots).to(old.dtype)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the slots, as ``slot/key``: the slots themselves change in place."""
@@ -63,3 +71,8 @@ class ServerOptimizer(NormStrategy):
 
     def _named_slots(self) -> dict[str, Tensor]:
         return {f"{slot}/{key}": tensor for key, slots in self._slots.items() for slot, tensor in slots.items()}
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return a half-precision tensor in float32, any other as it is."""
+    return tensor.float() if tensor.dtype in HALF else tensor

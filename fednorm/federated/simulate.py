@@ -11,7 +11,7 @@ from flwr.app import Context, RecordDict
 from fednorm.config import RunConfig
 from fednorm.federated.client import make_client_app
 from fednorm.federated.grid import InProcessGrid
-from fednorm.federated.server import Observer, check, describe, make_server_app
+from fednorm.federated.server import Observer, check, describe, make_server_app, read_back
 from fednorm.federated.workbench import Workbench
 from fednorm.study.record import RunRecord
 from fednorm.threads import torch_threads
@@ -43,10 +43,10 @@ def simulate(
         The result, as in ``result.json``.
 
     Raises:
-        FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+        FedNormError: The configuration cannot be run, too few clients answered, or the record cannot be written.
     """
     record = RunRecord(runs, config) if runs else None
-    if record and (finished := record.result()):
+    if record and (finished := read_back(record, config)):
         return finished
     made = bench or Workbench(config)
     results: list[dict[str, Any]] = []

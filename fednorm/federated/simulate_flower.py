@@ -13,7 +13,7 @@ from typing import Any
 from fednorm.config import RunConfig
 from fednorm.errors import RecordError
 from fednorm.federated.flower_runtime import run_with_flower, write_app
-from fednorm.federated.server import Observer, check
+from fednorm.federated.server import Observer, check, read_back
 from fednorm.federated.workbench import Workbench
 from fednorm.study.record import RunRecord
 
@@ -44,7 +44,7 @@ def simulate_flower(
             in-process runtime can go on from.
     """
     record = RunRecord(runs, config)
-    if finished := record.result():
+    if finished := read_back(record, config):
         return finished
     bench = Workbench(config)
     check(bench)

@@ -7,14 +7,15 @@ Differences from ``flwr.serverapp.strategy.FedAvg``, each the closing of a trap:
 * replies are aggregated in the order of partition ids, whatever the order of arrival, so sums are the same bit for bit;
 * integers (batch counters) are taken from the first client, never averaged into floats;
 * what a plan calls pooled is pooled by the law of total variance;
-* a reply with NaN or infinity is rejected and counted, and the round goes on with the others;
+* a reply that does not fit the plan (:mod:`fednorm.federated.replies`) is rejected and counted, and the round goes on
+  with the others;
 * :meth:`NormStrategy.start` can start at any round, and reports every client of every round.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypedDict
@@ -24,8 +25,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
-from fednorm.errors import AggregationError, ConfigError
-from fednorm.federated.aggregation import Average, reject_metrics, reject_reason
+from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError
+from fednorm.federated.aggregation import Average, all_finite, weighted_mean
+from fednorm.federated.nodes import Node, discover
+from fednorm.federated.replies import Cause, Expected, UnfitReply, in_order, read_scores, read_update
+from fednorm.federated.update_norm import suspect, update_norm
 from fednorm.federated.wire import nbytes, pack, unpack
 from fednorm.plan import NormPlan, norm_plan
 from fednorm.rng import stream
@@ -34,24 +38,26 @@ from fednorm.roles import RoleRule
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
 
-
-@dataclass(frozen=True)
-class Node:
-    """One client as the server knows it: how to reach it, and what it said of itself."""
-
-    node_id: int
-    partition_id: int
-    domain: str = ""
-    held_out: bool = False
+OURS = ("loss", "accuracy")
+"""The metrics that fednorm's own clients report besides ``num-examples``."""
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What one client reported in one round."""
+    """What one client reported in one round.
+
+    Attributes:
+        partition_id: The client.
+        domain: Its domain.
+        metrics: The numbers among its metrics.
+        update_norm: How far its training led it (:func:`~fednorm.federated.update_norm.update_norm`); None after an
+            evaluation.
+    """
 
     partition_id: int
     domain: str
     metrics: Mapping[str, float]
+    update_norm: float | None = None
 
 
 @dataclass
@@ -63,7 +69,10 @@ class RoundReport:
         sampled: Partition ids of the clients that were asked to train.
         train: What those reported that trained.
         evaluate: What those reported that evaluated; empty in rounds without evaluation.
-        rejected: Partition id and reason of every reply that was not used.
+        evaluated: Whether clients were asked to evaluate.
+        rejected: Partition id and reason of every reply that was not used; None for a node that the run does not
+            know.
+        causes: How often each kind of fault was among them.
         bytes_down: Bytes of tensors sent to clients for training.
         bytes_up: Bytes of tensors received from them.
         seconds: Wall-clock time of the round.
@@ -75,11 +84,18 @@ class RoundReport:
     sampled: tuple[int, ...] = ()
     train: list[ClientReport] = field(default_factory=list)
     evaluate: list[ClientReport] = field(default_factory=list)
-    rejected: list[tuple[int, str]] = field(default_factory=list)
+    evaluated: bool = False
+    rejected: list[tuple[int | None, str]] = field(default_factory=list)
+    causes: Counter[Cause] = field(default_factory=Counter)
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
     statistics: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    def reject(self, partition_id: int | None, unfit: UnfitReply, during: str = "") -> None:
+        """Take down a reply that is not used, and what for it was sent where that is not training."""
+        self.rejected.append((partition_id, f"{during} failed: {unfit.reason}" if during else unfit.reason))
+        self.causes[unfit.cause] += 1
 
 
 class Common(TypedDict, total=False):
@@ -89,6 +105,7 @@ class Common(TypedDict, total=False):
     weighting: str
     seed: int
     min_nodes: int
+    max_update_norm: float
 
 
 class NormStrategy(Strategy):
@@ -102,6 +119,13 @@ class NormStrategy(Strategy):
         weighting: ``examples`` or ``equal``.
         seed: Of the stream that samples clients.
         min_nodes: Nodes to wait for before the first round.
+        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels
+            (running statistics included), is longer; 0 for no limit.
+
+    Attributes:
+        expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
+            against it.
+        norms: The norms of the last round's updates, by partition id.
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
@@ -118,19 +142,26 @@ class NormStrategy(Strategy):
         weighting: str = "examples",
         seed: int = 0,
         min_nodes: int = 1,
+        max_update_norm: float = 0.0,
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction is the share of clients sampled each round, in (0, 1]; got {fraction}.")
         if weighting not in ("examples", "equal"):
             raise ConfigError(f"weighting is 'examples' or 'equal'; got {weighting!r}.")
+        if not max_update_norm >= 0:
+            raise ConfigError(f"max_update_norm is a norm, or 0 for no limit; got {max_update_norm}.")
         self.fraction = fraction
         self.weighting = weighting
         self.seed = seed
         self.min_nodes = min_nodes
+        self.max_update_norm = max_update_norm
+        self.expected: Mapping[int, Expected] = {}
+        self.norms: dict[int, float] = {}
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
         self._awaited: list[int] = []
+        self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
         self.check(model)
         self.plan: NormPlan = norm_plan(model, self.role_rule())
@@ -178,6 +209,8 @@ class NormStrategy(Strategy):
         """Sample this round's clients and address the shared tensors to them."""
         chosen = self._sample(grid, server_round)
         self.report = RoundReport(server_round, sampled=tuple(node.partition_id for node in chosen))
+        while self._refused:  # nodes that could not be taken on; the first round tells of them
+            self.report.reject(*self._refused.pop(0), during="query.describe")
         self.report.bytes_down = nbytes(arrays.values()) * len(chosen)
         self._sent = unpack(arrays)
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
@@ -189,21 +222,21 @@ class NormStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average what came back, in the order of partition ids; (None, None) where nothing usable did."""
         del server_round
-        average = Average(self.plan)
+        average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
-            reason = reject_reason(reply, self.plan)
-            if reason:
-                self.report.rejected.append((node.partition_id, reason))
+            try:
+                tensors, told = self._read_update(node, reply)
+            except UnfitReply as unfit:
+                self.report.reject(node.partition_id, unfit)
                 continue
-            arrays, metrics = _arrays(reply), _metrics(reply)
-            self.report.bytes_up += nbytes(arrays.values())
-            self.report.train.append(ClientReport(node.partition_id, node.domain, metrics))
-            tensors = unpack(arrays)
+            self.report.train.append(told)
+            norms[node.partition_id] = told.update_norm or 0.0
             if self._keeps_statistics:
                 self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
-            average.add(tensors, metrics["num-examples"] if self.weighting == "examples" else 1.0)
+            average.add(tensors, told.metrics["num-examples"] if self.weighting == "examples" else 1.0)
         if not self.report.train:
             return None, None
+        self.norms = norms
         return pack(self.server_update(self._sent, average.result())), _weighted_metrics(self.report.train)
 
     def configure_evaluate(
@@ -211,17 +244,24 @@ class NormStrategy(Strategy):
     ) -> Iterable[Message]:
         """Address the shared tensors to every client that took part in the federation."""
         self.discover(grid)
+        self.report.evaluated = True
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
         return self._address(content, "evaluate", [node for node in self.nodes if not node.held_out])
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every client's metrics, and return their average weighted by test images."""
         del server_round
-        for node, reply in self._in_order(replies):
-            if reason := reject_metrics(reply):
-                self.report.rejected.append((node.partition_id, f"evaluation failed: {reason}"))
+        for node, reply in self._in_order(replies, during="evaluation"):
+            expected = self.expected.get(node.partition_id)
+            ours = expected if node.described else None
+            required = OURS if ours else OURS[1:] if expected else ()
+            shares = node.described or expected is not None
+            try:
+                scores = read_scores(reply, required=required, images=ours.scored if ours else None, shares=shares)
+            except UnfitReply as unfit:
+                self.report.reject(node.partition_id, unfit, during="evaluation")
             else:
-                self.report.evaluate.append(ClientReport(node.partition_id, node.domain, _metrics(reply)))
+                self.report.evaluate.append(ClientReport(node.partition_id, node.domain, scores))
         return _weighted_metrics(self.report.evaluate) if self.report.evaluate else None
 
     def summary(self) -> None:
@@ -259,7 +299,8 @@ class NormStrategy(Strategy):
             Flower's ``Result``.
 
         Raises:
-            AggregationError: No client of a round sent a usable reply.
+            DivergedError: No client of a round sent finite numbers any more, or their average is not finite.
+            IncompleteError: No client of a round sent a usable reply, for other reasons.
         """
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         result, arrays = Result(), initial_arrays
@@ -273,7 +314,8 @@ class NormStrategy(Strategy):
             messages = self.configure_train(current, arrays, train_config, grid)
             new, train_metrics = self.aggregate_train(current, grid.send_and_receive(messages, timeout=timeout))
             if new is None:
-                raise AggregationError(_nothing_usable(self.report))
+                raise self._nothing_usable()
+            self._require_finite(new)
             result.arrays = arrays = new
             if train_metrics is not None:
                 result.train_metrics_clientapp[current] = train_metrics
@@ -295,22 +337,21 @@ class NormStrategy(Strategy):
         """Wait for the nodes and ask each for its partition id and domain, once.
 
         Raises:
-            AggregationError: Too few nodes came.
+            AggregationError: Too few nodes came, or none of them can be taken on.
         """
-        if self.nodes:
-            return
+        if not self.nodes:
+            self._wait_for_nodes(grid)
+            self.nodes, self._refused = discover(grid, self.expected)
+
+    def _wait_for_nodes(self, grid: Grid) -> None:
         waited_until = time.monotonic() + NODE_SECONDS
-        while len(ids := sorted(grid.get_node_ids())) < self.min_nodes:
+        while (count := len(list(grid.get_node_ids()))) < self.min_nodes:
             if time.monotonic() > waited_until:
                 raise AggregationError(
-                    f"The run has {self.min_nodes} clients, and {len(ids)} nodes came within {NODE_SECONDS:.0f} s. "
+                    f"The run has {self.min_nodes} clients, and {count} nodes came within {NODE_SECONDS:.0f} s. "
                     f"With flwr run: --federation-config 'num-supernodes={self.min_nodes}'."
                 )
             time.sleep(0.2)
-        ask = [Message(RecordDict(), dst_node_id=node_id, message_type="query.describe") for node_id in ids]
-        replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(ask, timeout=600)}
-        nodes = [_node(node_id, rank, replies.get(node_id)) for rank, node_id in enumerate(ids)]
-        self.nodes = tuple(sorted(nodes, key=lambda node: node.partition_id))
 
     def _address(self, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
         self._awaited = [node.partition_id for node in nodes]
@@ -319,64 +360,86 @@ class NormStrategy(Strategy):
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.discover(grid)
         nodes = [node for node in self.nodes if not node.held_out]
+        if not nodes:
+            raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
         if self.fraction == 1:
             return nodes
         size = max(1, round(self.fraction * len(nodes)))
         chosen = stream(self.seed, "sample", "round", server_round).choice(len(nodes), size=size, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _in_order(self, replies: Iterable[Message]) -> Iterator[tuple[Node, Message]]:
-        """Yield replies by partition id, each as soon as all before it are there; stragglers' gaps close at the end."""
-        nodes = {node.node_id: node for node in self.nodes}
-        waiting: dict[int, tuple[Node, Message]] = {}
-        awaited = iter(self._awaited)
-        following = next(awaited, None)
-        for reply in replies:
-            node = nodes[reply.metadata.src_node_id]
-            waiting[node.partition_id] = (node, reply)
-            while following in waiting:
-                yield waiting.pop(following)
-                following = next(awaited, None)
-        for partition_id in sorted(waiting):
-            yield waiting[partition_id]
+    def _in_order(self, replies: Iterable[Message], during: str = "") -> Iterator[tuple[Node, Message]]:
+        def reject(partition_id: int | None, unfit: UnfitReply) -> None:
+            self.report.reject(partition_id, unfit, during)
+
+        return in_order(replies, self.nodes, self._awaited, reject)
+
+    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport]:
+        """Return a client's tensors and what it reported, or raise UnfitReply."""
+        ours = self.expected.get(node.partition_id) if node.described else None
+        update = read_update(
+            reply,
+            self.plan,
+            required=OURS if ours else (),
+            examples=ours.train if ours else 0,
+            shares=node.described or bool(self.expected),
+        )
+        norm = update_norm(update.tensors, self._sent)
+        if self.max_update_norm and not norm <= self.max_update_norm:
+            limit = f"the limit, rounds.max_update_norm, is {self.max_update_norm:g}"
+            raise UnfitReply(f"the norm of its update is {norm:.4g}, and {limit}", Cause.NORM)
+        self.report.bytes_up += update.nbytes
+        return update.tensors, ClientReport(node.partition_id, node.domain, update.metrics, norm)
+
+    # Rounds that cannot be gone on from ---------------------------------------------------------------------------
+
+    def _nothing_usable(self) -> AggregationError:
+        """Return the error of a round in which no client sent a usable update, with the remedy for what they sent."""
+        report = self.report
+        text = (
+            f"Round {report.server_round}: none of the {len(report.sampled)} sampled clients sent a usable update "
+            f"({shown(report.rejected) or 'no reply at all'})"
+        )
+        causes = [cause for cause, _ in report.causes.most_common()]
+        if causes and causes[0] is Cause.DIVERGED:
+            return DivergedError(
+                f"{text}: the federation diverged: the loss is not a number from round {report.server_round} on. "
+                f"The record keeps the last good round. {self.remedy(report.server_round - 1)}"
+            )
+        remedies = "; ".join(causes)
+        return IncompleteError(f"{text}. The record keeps the last good round{'; ' if remedies else ''}{remedies}.")
+
+    def _require_finite(self, arrays: ArrayRecord) -> None:
+        """Refuse server tensors that no client could go on from, though every update was finite."""
+        if all_finite(unpack(arrays).values()):
+            return
+        number = self.report.server_round
+        raise DivergedError(
+            f"Round {number}: every update that was used is finite, and the server's tensors made of them are not: the "
+            f"federation diverged: the loss is not a number from round {number + 1} on. The record keeps the last good "
+            f"round. {self.remedy(number)}"
+        )
+
+    def remedy(self, server_round: int) -> str:
+        """Return what helps against numbers that are none any more, after a round's updates were averaged."""
+        return suspect(self.norms, server_round) or f"{Cause.DIVERGED[:1].upper()}{Cause.DIVERGED[1:]}."
 
 
-def _node(node_id: int, rank: int, reply: Message | None) -> Node:
-    """Read a node's description; a ClientApp that is not ours has none, and is numbered by its node id's rank."""
-    if reply is None or reply.has_error() or "client" not in reply.content.config_records:
-        return Node(node_id, rank)
-    about = reply.content.config_records["client"]
-    return Node(node_id, int(str(about["partition-id"])), str(about["domain"]), bool(about["held-out"]))
-
-
-def _arrays(reply: Message) -> ArrayRecord:
-    return next(iter(reply.content.array_records.values()))
-
-
-def _metrics(reply: Message) -> dict[str, float]:
-    record = next(iter(reply.content.metric_records.values()))
-    return {key: value for key, value in record.items() if isinstance(value, int | float)}
-
-
-def _weighted_metrics(reports: Iterable[ClientReport]) -> MetricRecord:
-    """Average each metric over clients, weighted by their examples; NaN where there are no examples at all."""
-    reports = list(reports)
-    total = sum(report.metrics["num-examples"] for report in reports)
-    keys = [key for key in reports[0].metrics if key != "num-examples"]
-    return MetricRecord(
-        {
-            key: sum(report.metrics["num-examples"] * report.metrics.get(key, math.nan) for report in reports) / total
-            if total
-            else math.nan
-            for key in keys
-        }
+def shown(rejected: Iterable[tuple[int | None, str]], most: int = 3) -> str:
+    """Return the first few rejections as they stand in an error."""
+    return "; ".join(
+        f"{'another node' if partition_id is None else f'client {partition_id}'}: {reason}"
+        for partition_id, reason in list(rejected)[:most]
     )
 
 
-def _nothing_usable(report: RoundReport) -> str:
-    reasons = "; ".join(f"client {partition_id}: {reason}" for partition_id, reason in report.rejected[:3])
-    return (
-        f"Round {report.server_round}: none of the {len(report.sampled)} sampled clients sent a usable update "
-        f"({reasons or 'no reply at all'}). The record keeps the last good round; "
-        "a smaller train.learning_rate, or clipping (train.agc), often helps where losses became NaN."
-    )
+def _weighted_metrics(reports: Sequence[ClientReport]) -> MetricRecord:
+    """Average each metric over the clients that report it, weighted by their examples; NaN without any example."""
+    keys = dict.fromkeys(key for report in reports for key in report.metrics if key != "num-examples")
+    return MetricRecord({key: mean_metric(reports, key) for key in keys})
+
+
+def mean_metric(reports: Iterable[ClientReport], key: str) -> float:
+    """Return the mean of a metric over the clients that report it, weighted by their examples; NaN without any."""
+    metrics = [report.metrics for report in reports if key in report.metrics]
+    return weighted_mean([m[key] for m in metrics], [m["num-examples"] for m in metrics])

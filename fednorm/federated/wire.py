@@ -2,19 +2,36 @@
 
 Flower's ``Array`` serializes at once. :class:`MemoryArray` is an ``Array`` that keeps the tensor and serializes only
 when somebody asks for its bytes: on our in-process grid nobody does.
+
+What a client sent is decoded by :func:`decode` alone, which knows what it expects and looks before it reads: a header
+that does not fit is refused before a byte of its values is touched, and nothing is ever unpickled.
+
+NumPy has no bfloat16, and so Flower's arrays have none: a bfloat16 tensor is serialized as float32, exactly, under the
+name ``bfloat16``, and rounded back where it is read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from io import BytesIO
 from typing import Any, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
+
+BFLOAT16 = "bfloat16"
+
+STYPE = "numpy.ndarray"
+"""The one serialization that Flower's arrays have."""
+
+
+class Undecodable(ValueError):
+    """Why an array is not the tensor that was expected."""
 
 
 class MemoryArray(Array):
@@ -28,7 +45,7 @@ class MemoryArray(Array):
         fields = {
             "dtype": str(tensor.dtype).removeprefix("torch."),
             "shape": tuple(tensor.shape),
-            "stype": "numpy.ndarray",
+            "stype": STYPE,
             "tensor": tensor,
         }
         self.__dict__.update(fields)
@@ -39,8 +56,9 @@ class MemoryArray(Array):
         return Array(self.numpy()).data
 
     def numpy(self) -> NDArray[Any]:
-        """Return the tensor as a NumPy array, without a copy."""
-        return cast(NDArray[Any], self.__dict__["tensor"].numpy())
+        """Return the tensor as a NumPy array, without a copy; one of bfloat16 as float32."""
+        tensor = self.__dict__["tensor"]
+        return cast(NDArray[Any], (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle as a plain ``Array``."""
@@ -65,16 +83,93 @@ def unpack(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def tensor_of(array: Array) -> Tensor:
-    """Return one array as a tensor that must not be written to."""
+    """Return one array of our own as a tensor that must not be written to; for a client's there is :func:`decode`."""
     held = array.__dict__.get("tensor")
-    return held if isinstance(held, Tensor) else torch.from_numpy(np.require(array.numpy(), requirements="W"))
+    if isinstance(held, Tensor):
+        return held
+    tensor = torch.from_numpy(np.require(array.numpy(), requirements="W"))
+    return tensor.bfloat16() if array.dtype == BFLOAT16 else tensor
+
+
+def decode(array: Array, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Return the tensor that a client sent, if it is one of this shape and type.
+
+    Args:
+        array: What came.
+        shape: The shape that is expected.
+        dtype: The type that is expected, e.g. ``float32``. A bfloat16 tensor may come as float32.
+
+    Returns:
+        The tensor, on the CPU; it must not be written to.
+
+    Raises:
+        Undecodable: It is something else, in a few words that follow the tensor's name.
+    """
+    if not isinstance(array, Array):
+        raise Undecodable(f"is no Array but a {type(array).__name__}")
+    held = array.__dict__.get("tensor")
+    if isinstance(held, Tensor):
+        _require_fit(tuple(held.shape), str(held.dtype).removeprefix("torch."), shape, dtype)
+        if held.layout is not torch.strided:
+            raise Undecodable(f"is laid out as {held.layout}; expected a dense tensor")
+        tensor = held.detach().cpu()
+    else:
+        tensor = _from_bytes(array, shape, dtype)
+    return tensor.bfloat16() if dtype == BFLOAT16 else tensor
+
+
+def _require_fit(shape: tuple[int, ...], dtype: str, expected: tuple[int, ...], expected_dtype: str) -> None:
+    if shape != expected:
+        raise Undecodable(f"has shape {_shown(shape)}; expected {expected}")
+    if dtype != expected_dtype and (dtype, expected_dtype) != ("float32", BFLOAT16):
+        raise Undecodable(f"is of type {_shown(dtype)}; expected {expected_dtype}")
+
+
+def _from_bytes(array: Array, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Read the .npy file that a Flower array is, its header first."""
+    if array.stype != STYPE:
+        raise Undecodable(f"is serialized as {_shown(array.stype)}; expected {STYPE!r}")
+    _require_fit(tuple(array.shape), array.dtype, shape, dtype)
+    data = array.data
+    if not isinstance(data, bytes):
+        raise Undecodable(f"holds a {type(data).__name__} in place of bytes")
+    numbers, fortran, began = _header(data)
+    stored = np.dtype("float32" if dtype == BFLOAT16 else dtype)
+    if (numbers[0], numbers[1]) != (shape, stored):
+        raise Undecodable(f"says {array.dtype} {shape}, and its bytes hold {_shown(numbers[1])} {_shown(numbers[0])}")
+    if (came := len(data) - began) != (size := stored.itemsize * math.prod(shape)):
+        raise Undecodable(f"has {came} bytes of values; expected {size}: it was cut short or damaged")
+    flat = np.frombuffer(data, stored, offset=began).copy()  # bytes cannot be written to, which PyTorch warns of
+    return torch.from_numpy(flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape))
+
+
+def _header(data: bytes) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], bool, int]:
+    """Return a .npy file's shape and type, whether it is in Fortran's order, and where its values begin."""
+    stream = BytesIO(data)
+    try:
+        version = npy.read_magic(stream)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(stream)
+    except Exception as error:  # a header is a stranger's text, and NumPy's reader may fail on it in any way
+        raise Undecodable("cannot be decoded: its bytes are no NumPy array") from error
+    return (shape, dtype), fortran, stream.tell()
+
+
+def _shown(value: object) -> str:
+    """Return what came as text for an error: short, on one line."""
+    text = value if isinstance(value, str) else repr(value)
+    text = ascii(text)[1:-1] if not text.isprintable() else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def nbytes(arrays: Iterable[Array]) -> int:
-    """Return the bytes of the arrays' values, without the few bytes of each header."""
+    """Return the bytes of the arrays' values in their own types, without the few bytes of each header."""
     return sum(_nbytes(array) for array in arrays)
 
 
 def _nbytes(array: Array) -> int:
     held = array.__dict__.get("tensor")
-    return held.nbytes if isinstance(held, Tensor) else np.dtype(array.dtype).itemsize * math.prod(array.shape)
+    if isinstance(held, Tensor):
+        return held.nbytes
+    size = 2 if array.dtype == BFLOAT16 else np.dtype(array.dtype).itemsize
+    return size * math.prod(array.shape)

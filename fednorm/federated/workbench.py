@@ -69,9 +69,11 @@ class Workbench:
             options=config.model.options,
             seed=config.seed,
         ).to(memory_format=torch.channels_last)  # oneDNN's convolutions are a tenth to a third faster in this layout
+        limit = config.rounds.max_update_norm
         self.strategy: NormStrategy = config.strategy.card.made(
             self.model,
             config.strategy.options,
+            **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
             fraction=config.rounds.fraction,
             weighting=config.rounds.weighting,
             seed=config.seed,

@@ -19,8 +19,9 @@ reset it. Evaluation is batch normalization with the running moments and needs n
 **A seen task that is absent from the batch keeps its share pi_t, which no sample gets**: the weights sum to less than 1
 and the moments shrink. That is how it was published; ``corrected`` shares pi among the tasks that are present.
 
-With one task, or without task numbers (a federation), pi is 1: batch normalization with a biased running variance, the
-momentum above and the loss; psi has the gradient 0 (in the official code: none).
+With one task, or without task numbers (a federation; a plain training loop, which is warned once), pi is 1: batch
+normalization with a biased running variance, the momentum above and the loss; psi has the gradient 0 (in the official
+code: none).
 
 Federated: psi is a GATE, shared by FedAvg, local under FedBN; running moments and counter as in batch normalization.
 Continual: everything is kept across experiences.
@@ -45,6 +46,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._hearing import Hearing
 from fednorm.roles import Kind
 from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
 
@@ -327,6 +329,7 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
         self.config = config
         self.task_weight = nn.Parameter(torch.zeros(config.num_tasks))
         self._now = _Now()
+        self._hearing = Hearing(config)
 
     @property
     def eta(self) -> float:
@@ -345,6 +348,7 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
                 f"adab2n.num_tasks is {len(self.task_weight)}, and the stream is at its task number {num_tasks}. Set "
                 "num_tasks to the stream's number of tasks or more; entries of unseen tasks change nothing."
             )
+        self._hearing.told = True
         now = self._now
         now.tasks, now.seen = (None, 1) if tasks is None else (tasks, num_tasks)
 
@@ -366,6 +370,8 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
         self._check_input_dim(x)
         if not self.training:
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        if not self._hearing.told:
+            self._hearing.say("adab2n")
         maps = x if x.ndim > 2 else x.unsqueeze(-1)
         if not (maps.is_contiguous() or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))):
             maps = maps.contiguous()

@@ -12,9 +12,10 @@ samples s, s + S, s + 2 S, ... and *all* of the memory:
     running <- (1 - momentum) running + momentum * mean over s of the parts' mean, and of their unbiased variance
 
 S = 1 is batch normalization: the first task, unknown tasks (a federation), and every batch that is not divided as
-above, which is recognized by a length that ``batch_ratio`` + 1 does not divide or by an earlier task's sample among the
-first B_c. Set ``batch_ratio`` to the learner's ratio of new to memory samples, and put the new ones first. Evaluation
-is batch normalization with the running moments.
+above, which is recognized by a length that ``batch_ratio`` + 1 does not divide or by another task's sample among the
+first B_c. Set ``batch_ratio`` to the learner's ratio of new to memory samples, and put the new ones first. Where an
+experience comes again, the current task is the one that it was, and T counts all others seen. Evaluation is batch
+normalization with the running moments.
 
 Federated: batch normalization. Continual: everything is kept across experiences.
 Differs: the official layer takes the first B_c samples for current whatever they are; ours checks their task numbers.
@@ -34,6 +35,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims
+from fednorm.norms._hearing import Hearing
 from fednorm.roles import Kind
 from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
 
@@ -52,17 +54,27 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         batch_ratio: Current samples for each memory sample of a batch.
         eps: Added to the variance.
         momentum: Weight of the new batch in the running moments.
+        norm: The method object, of which all layers warn together where nobody tells them their tasks.
     """
 
-    def __init__(self, num_features: int, *, batch_ratio: int, eps: float, momentum: float) -> None:
+    def __init__(
+        self, num_features: int, *, batch_ratio: int, eps: float, momentum: float, norm: TaskBalancedNorm | None = None
+    ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
+        self._hearing = Hearing(norm)
         self.batch_ratio = batch_ratio
         self._tasks: Tensor | None = None
-        self._earlier = 0
+        self._earlier = self._current = 0
 
     def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:
         """Take the task numbers of the coming batch; the current task is ``num_tasks - 1``."""
+        self._hearing.told = True
         self._tasks, self._earlier = (None, 0) if tasks is None else (tasks, num_tasks - 1)
+        self._current = self._earlier
+
+    def set_current_task(self, task: int) -> None:
+        """Take the number of the current task; T counts all others that have been seen."""
+        self._current = task
 
     def division(self, count: int) -> tuple[int, int]:
         """Return B_c and S for the coming batch of ``count`` samples.
@@ -79,7 +91,7 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
             )
         memory, rest = divmod(count, self.batch_ratio + 1)
         current = count - memory
-        if rest or bool((self._tasks[:current] != self._earlier).any()):
+        if rest or bool((self._tasks[:current] != self._current).any()):
             return count, 1
         return current, num_parts(current, memory, self.batch_ratio * self._earlier)
 
@@ -90,6 +102,8 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
             DataError: The input's shape is wrong, or the task numbers were for a batch of another size.
         """
         self._check_input_dim(x)
+        if self.training and not self._hearing.told:
+            self._hearing.say("task_balanced_norm")
         current, parts = self.division(len(x)) if self.training else (len(x), 1)
         return super().forward(x) if parts == 1 else self._in_parts(x, current, parts)
 
@@ -113,7 +127,7 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         return f"{self.num_features}, eps={self.eps:g}, batch_ratio={self.batch_ratio}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tasks": None, "_earlier": 0}
+        return {**self.__dict__, "_tasks": None, "_earlier": 0, "_current": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +159,9 @@ class TaskBalancedNorm(Norm):
             ConfigError: ``spatial_dims`` is not 0, 1, 2 or 3.
         """
         check_spatial_dims("task_balanced_norm", spatial_dims)
-        return TaskBalancedNormLayer(num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum)
+        return TaskBalancedNormLayer(
+            num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum, norm=self
+        )
 
     def for_stream(self, *, num_tasks: int, batch_ratio: int) -> TaskBalancedNorm:
         """Return the method with the learner's ratio of new to memory samples."""

@@ -205,6 +205,18 @@ def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> 
     return f"Seed {', '.join(map(str, numbers))} ({said})"
 
 
+def incomplete(groups: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return a note where clients did not answer the evaluation that a result rests on, or no note."""
+    told = []
+    for name, group in groups.items():
+        for result in group:
+            if missing := result["final"].get("missing"):
+                clients = f"client{'s'[: len(missing['clients']) != 1]} {', '.join(map(str, missing['clients']))}"
+                domains = f", nobody of {', '.join(missing['domains'])}" if missing["domains"] else ""
+                told.append(f"{name}, seed {result['config']['seed']}: {clients}{domains}")
+    return [f"Missing from the last evaluation: {'; '.join(told)}."] if told else []
+
+
 def known(values: Sequence[float | None]) -> list[float]:
     """Return the values that were measured and are finite."""
     return [value for value in values if value is not None and math.isfinite(value)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from fednorm.errors import unknown_name
 from fednorm.report import stream_table
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, percent, settings
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, percent, settings
 from fednorm.report.grouping import (
     covers,
     data_settings,
@@ -332,6 +332,7 @@ def _caption(
     interval: str,
 ) -> tuple[str, ...]:
     said = [_of_seeds(methods, headline, interval), _of_scoring(methods), *_of_missing(methods, headline)]
+    said += incomplete({method.label: method.results for method in methods})
     if baseline:
         which = f"{baseline}, to the one that shares most settings with the method" if baselines > 1 else baseline
         said.append(f"Difference: to {which}, paired by seed; mean, interval, and seeds in which the method is better.")

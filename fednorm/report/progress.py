@@ -84,6 +84,9 @@ class RoundProgress(_Bars):
         state = "loss not finite" if line["train_loss"] is None else f"loss {line['train_loss']:.3f}"
         if "mean" in line:
             state += f", mean accuracy {100 * line['mean']:.1f} %, worst {100 * line['worst']:.1f} %"
+        if missing := line.get("missing"):
+            domains = f", nobody of {', '.join(missing['domains'])}" if missing["domains"] else ""
+            state += f", {len(missing['clients'])} clients missing from the evaluation{domains}"
         if line["rejected"]:
             state += f", {len(line['rejected'])} updates rejected"
         if self._task is not None:

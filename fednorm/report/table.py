@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, percent, seeds
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, incomplete, percent, seeds
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "method_name", "plan_table"]
 
@@ -59,7 +59,8 @@ def curve_table(results: Sequence[Result]) -> Table:
         curves = [{line["round"]: line["mean"] for line in result["rounds"] if "mean" in line} for result in group]
         rows.append((name, *(percent([curve.get(number) for curve in curves]) for number in rounds)))
     columns = ("mean accuracy after round", *map(str, rounds))
-    return Table(f"Mean accuracy by round (%): {results[0]['data']['title']}", columns, tuple(rows))
+    title = f"Mean accuracy by round (%): {results[0]['data']['title']}"
+    return Table(title, columns, tuple(rows), tuple(incomplete(groups)))
 
 
 def evaluation_table(results: Sequence[Result]) -> Table:
@@ -88,6 +89,7 @@ def evaluation_table(results: Sequence[Result]) -> Table:
         for scores in evaluations(result["evaluation"]).values()
         if "not_applicable" in scores
     )
+    reasons |= dict.fromkeys(incomplete({name: [result] for name, result in zip(names, results, strict=True)}))
     columns = ("evaluated under", *domains, "mean")
     return Table(f"Evaluation matrix (%): {results[0]['data']['title']}", columns, tuple(rows), tuple(reasons))
 
@@ -133,6 +135,7 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     after = ", ".join(map(str, rounds))
     return (
         f"{seeds(results, groups)}; accuracy after round {after} ({selection}); wall clock.",
+        *incomplete(groups),
         *([f"Settings: {settings}."] if settings else []),
         *results[0]["data"]["notes"],
     )

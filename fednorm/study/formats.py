@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from fednorm.config import Kind, RunConfig, merge
 
-FORMAT = 1
-"""Of records, summaries and manifests of studies: what has no ``format`` is of this one or older, more is refused."""
+FORMAT = 2
+"""Of records, summaries and manifests of studies.
+
+A file of a record is read if it is of this very format (:mod:`fednorm.study.integrity`); summaries are kept for longer,
+and those of any format up to this one are read, or of none, as the first had it.
+"""
 
 Number = (int, float)
 Type = type | tuple[type, ...]
@@ -55,7 +57,7 @@ _OF_A_PAPER: Mapping[str, Type] = {"match": dict, "score": str, "value": Number,
 _OF_A_SELECTION: Mapping[str, Type] = {"rule": str, "split": str, "configurations": int, "chosen": list}
 
 
-_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients"})
+_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "missing"})
 """Keys of what was measured that hold no numbers."""
 
 _CONTAINERS: Mapping[str, Type] = {"per_domain": dict, "diagnostics": dict, "accuracy": list, "task_accuracy": list}
@@ -66,15 +68,28 @@ class Unfit(Exception):
     """Why a document cannot be read; becomes a sentence that names its file."""
 
 
+def finite(value: Any) -> Any:
+    """Return a document with None for every number that is infinite or none: it is valid JSON whatever was measured."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
+
+
 def require_format(document: Mapping[str, Any]) -> None:
-    """Refuse what a newer fednorm wrote.
+    """Refuse what a newer fednorm wrote, and what none did.
 
     Raises:
-        Unfit: It is of a newer format.
+        Unfit: It is of a newer format, or of one that does not exist.
     """
     found = document.get("format", FORMAT)
-    if not isinstance(found, int) or found > FORMAT:
-        raise Unfit(f"it is of format {found!r}, and this fednorm reads up to {FORMAT}. Install a newer fednorm.")
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise Unfit(f"it is of format {shortened(found)}, which no fednorm has written. It is damaged.")
+    if found > FORMAT:
+        raise Unfit(f"it is of format {found}, and this fednorm reads up to {FORMAT}. Install a newer fednorm.")
 
 
 def manifest(document: Any) -> dict[str, Any]:
@@ -101,15 +116,14 @@ def manifest(document: Any) -> dict[str, Any]:
     return found
 
 
-def migrated(document: Any, folder: Path | None = None) -> dict[str, Any]:
+def migrated(document: Any) -> dict[str, Any]:
     """Return a result in today's form, checked.
 
     Older versions did not write every key. What follows from others is filled in: settings that did not exist have
-    their defaults, means come from their parts, lines of rounds or experiences from the file beside the result.
+    their defaults, means come from their parts.
 
     Args:
         document: The result as it was written.
-        folder: The record's folder, None for a result of a summary.
 
     Raises:
         Unfit: It is of a newer format, or no table can be made of it.
@@ -124,9 +138,7 @@ def migrated(document: Any, folder: Path | None = None) -> dict[str, Any]:
     defaults = RunConfig.defaults(cast(Kind, kind)).to_dict()
     _require_like(document["config"], defaults, "config")
     config = {**merge(defaults, document["config"]), "kind": kind}
-    lines = _OF_A_LINE[kind][0]
     result = {"kind": kind, **document, "config": config}
-    result.setdefault(lines, _lines_beside(folder, lines))
     for key in ("data", "final"):
         if not isinstance(result.get(key), dict):
             raise Unfit(f"it has no '{key}', which holds {'what was scored' if key == 'data' else 'the scores'}.")
@@ -198,18 +210,6 @@ def _filled_stream(result: dict[str, Any]) -> dict[str, Any]:
     return filled
 
 
-def _lines_beside(folder: Path | None, name: str) -> Any:
-    """Return the lines of a record's file of rounds or experiences; None where there is none."""
-    path = folder / f"{name}.jsonl" if folder is not None else None
-    if path is None or not path.is_file():
-        return None
-    try:
-        lines = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise Unfit(f"it has no {name}, and {path.name} beside it cannot be read ({error}).") from error
-    return [{key: value for key, value in line.items() if key != "clients"} for line in lines]
-
-
 def _seconds(lines: Iterable[Mapping[str, Any]]) -> float | None:
     times = [line["seconds"] for line in lines if _is(line.get("seconds"), Number)]
     return float(sum(times)) if times else None
@@ -242,7 +242,7 @@ def _require_like(values: Mapping[str, Any], defaults: Mapping[str, Any], place:
 
 def _require_lines(result: Mapping[str, Any], kind: str) -> None:
     name, needed = _OF_A_LINE[kind]
-    lines = result[name]
+    lines = result.get(name)
     if not isinstance(lines, list) or not lines or not all(isinstance(line, dict) for line in lines):
         raise Unfit(f"it has no '{name}', a table of keys for each of its {name}.{_OLDER}")
     for line in lines:

@@ -1,6 +1,6 @@
 """``study.json``: of which study the records in a folder are, which runs are reported, and how they were chosen.
 
-    {"format": 1, "study": name, "title": text, "about": text,
+    {"format": 2, "digest": of all else, "study": name, "title": text, "about": text,
      "baseline": part of a configuration or null,
      "paper": [{"match": part of a configuration, "score": dotted key of "final", "value": share, "source": text}],
      "selection": null or {"rule": sentence, "split": "validation", "test" or "training" (memorization),
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,9 @@ from typing import Any
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
 from fednorm.study.cases import Choice, Study
+from fednorm.study.files import is_there, replacing
 from fednorm.study.formats import FORMAT, Unfit, manifest
+from fednorm.study.integrity import read_document, reason, sealed
 from fednorm.study.results import MANIFEST
 
 Document = dict[str, Any]
@@ -57,9 +58,8 @@ def update(
     with _writing(folder):
         before = read(folder)
         united = _united(before, _document(study, choices, configs, diverged or {}), folder)
-        part = folder / f"{MANIFEST}.part"
-        part.write_text(json.dumps(united, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, folder / MANIFEST)
+        with replacing(folder / MANIFEST) as part:
+            part.write_text(json.dumps(sealed(united), indent=1) + "\n", encoding="utf-8")
     return united
 
 
@@ -86,14 +86,12 @@ def read(folder: Path) -> Document | None:
         RecordError: It is damaged or of a newer format.
     """
     path = folder / MANIFEST
-    if not path.exists():
-        return None
     try:
-        return manifest(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, Unfit) as error:
+        return manifest(read_document(path)) if is_there(path) else None
+    except (OSError, Unfit) as error:
         raise RecordError(
-            f"{path} does not tell which study this folder holds: {error} Where it is damaged, remove it, and the same "
-            "command writes it again, no run is lost; or choose another folder with --out."
+            f"{path} does not tell which study this folder holds: {reason(error)}. Where it is damaged, remove it, and "
+            "the same command writes it again, no run is lost; or choose another folder with --out."
         ) from error
 
 

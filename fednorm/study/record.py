@@ -13,34 +13,52 @@ holds the learner's tensors, and what else it needs as JSON in the file's metada
 tensors it has, of which shapes, and what identifies the data it was trained on: a run goes on with all of it or not at
 all.
 
-Files are replaced whole, never half. Lines written after the checkpoint are dropped on resume: what they tell of is run
-again, to the same numbers.
+Files are replaced whole, never half, and are on the disk before what they stand in for is removed. Each carries the
+hash of the run's configuration and a digest of its content (:mod:`fednorm.study.integrity`), the checkpoint besides
+that of the lines before it, the result those of all that belongs to it. What does not fit is named and never used.
+Lines written after the checkpoint are dropped on resume, damaged or not: what they tell of is run again, to the same
+numbers. One checkpoint is kept: where it is damaged, the run starts over, to the same numbers again, once its user has
+removed it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import platform
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import fednorm.study.files as files
 from fednorm.config import RunConfig
 from fednorm.errors import RecordError
-from fednorm.study.formats import Unfit, migrated
+from fednorm.study.formats import Unfit
+from fednorm.study.integrity import (
+    UNREADABLE,
+    Chain,
+    chained,
+    digest_of,
+    read_chain,
+    read_document,
+    read_result,
+    read_tensors,
+    reason,
+    sealed,
+    tensors_metadata,
+)
 
 Tensors = dict[str, Tensor]
 
-CHECKPOINT = "checkpoint.safetensors"
+ABOUT, RESULT = "run.json", "result.json"
+CHECKPOINT, MODEL, CLIENTS = "checkpoint.safetensors", "model.safetensors", "clients.safetensors"
 
 CHECKPOINT_VERSION = 1
 """Of the checkpoint of a continual run; a checkpoint of another version is refused."""
@@ -102,6 +120,9 @@ class RunRecord:
         self.config = config
         self._checkpoint = self.folder / CHECKPOINT
         self._lines = LINES[config.kind]
+        self._journal = self.folder / self._lines
+        self._chain, self._seen = Chain(), files.NO_FILE  # the journal when it was last read or written
+        self._digests: dict[str, str] = {}  # of the files that this process has written, by name
 
     def prepare(self) -> None:
         """Make the run's folder.
@@ -140,32 +161,68 @@ class RunRecord:
 
     def describe(self, about: Mapping[str, Any]) -> None:
         """Write ``run.json``."""
-        document = {"config": self.config.to_dict(), "hash": self.config.hash, "versions": versions(), **about}
-        self._replace("run.json", json.dumps(document, indent=1))
+        self._replace(
+            ABOUT, {"config": self.config.to_dict(), "hash": self.config.hash, "versions": versions(), **about}
+        )
 
     def append_line(self, line: Mapping[str, Any]) -> None:
-        """Append the line of a round or an experience."""
-        with (
-            self._writing(f"append to {self._lines}"),
-            (self.folder / self._lines).open("a", encoding="utf-8") as file,
-        ):
-            file.write(json.dumps(line) + "\n")
+        """Append the line of a round or an experience; a full disk leaves none of it."""
+        chain = self._read_journal()
+        count = len(chain.lines)
+        whole = chained(line, count + 1, self.config.hash, chain.digest(count))
+        with self._writing(f"append to {self._lines}"):
+            size = files.append(self._journal, json.dumps(whole, allow_nan=False).encode() + b"\n")
+            self._seen = files.state(self._journal)
+        chain.lines.append({key: value for key, value in whole.items() if key not in ("line", "hash", "digest")})
+        chain.digests.append(whole["digest"])
+        chain.ends.append(size)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines of the rounds or experiences; a line cut short by a kill is left out."""
-        path = self.folder / self._lines
-        lines = []
-        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+        """Return the lines of the rounds or experiences, up to the first that is not whole, if any.
+
+        Raises:
+            RecordError: The file cannot be read.
+        """
+        return list(self._read_journal().lines)
 
     def keep_lines(self, count: int) -> None:
-        """Drop the lines after the first ``count``, and a line cut short by a kill."""
-        kept = self.lines()[:count]
-        self._replace(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
+        """Drop the lines after the first ``count``, whole or not.
+
+        Raises:
+            RecordError: The lines are another run's.
+        """
+        chain = self._read_journal()
+        self._require_own_lines(count)
+        size = files.state(self._journal)[1]
+        end = chain.ends[:count][-1] if chain.ends[:count] else 0
+        if size == end:
+            return
+        with self._writing(f"write {self._lines}"):
+            kept = files.read(self._journal)[:end]
+        with self._replacing(self._lines) as part:
+            part.write_bytes(kept if kept.endswith(b"\n") or not kept else kept + b"\n")
+
+    def _require_own_lines(self, count: int) -> None:
+        chain = self._read_journal()
+        if chain.foreign and len(chain.lines) <= count:
+            raise RecordError(
+                f"{self._journal} does not belong here: {chain.broken}. Put it back into that run's folder; or remove "
+                "it, and the checkpoint beside it where there is one, to start this run over."
+            )
+
+    def _read_journal(self) -> Chain:
+        """Return the lines that are there, read again if another process has written to the file."""
+        try:
+            state = files.state(self._journal)
+            if state != self._seen:
+                content = files.read(self._journal) if state != files.NO_FILE else b""
+                self._chain, self._seen = read_chain(content, self.config.hash), state
+        except OSError as error:
+            raise RecordError(
+                f"{self._journal} cannot be read: {reason(error)}. Remove it, and the checkpoint beside it, to start "
+                "this run over."
+            ) from error
+        return self._chain
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Replace the checkpoint."""
@@ -173,21 +230,20 @@ class RunRecord:
         tensors |= {f"strategy/{key}": tensor for key, tensor in checkpoint.strategy.items()}
         for partition_id, local in checkpoint.clients.items():
             tensors |= {f"client/{partition_id}/{key}": tensor for key, tensor in local.items()}
-        told = {} if checkpoint.data is None else {"data": checkpoint.data}
-        self._save_checkpoint(tensors, {"round": str(checkpoint.server_round), **told})
+        about = {} if checkpoint.data is None else {"data": checkpoint.data}
+        self._save_checkpoint(tensors, {"round": str(checkpoint.server_round), **about}, checkpoint.server_round)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """Return the checkpoint, and drop the lines of later rounds; None where there is none.
 
         Raises:
-            RecordError: The file is damaged, or a tensor is missing or of another shape than was written.
+            RecordError: A file of the record is damaged, of another run, or of another version of fednorm.
         """
-        if not self._checkpoint.exists():
-            self.keep_lines(0)
+        if not self._open():
             return None
         with self.restoring():
-            tensors, told = self._read_checkpoint()
-            checkpoint = Checkpoint(int(told["round"]), {}, data=told.get("data"))
+            tensors, about = read_tensors(self._checkpoint, self.config.hash)
+            checkpoint = Checkpoint(int(about["round"]), {}, data=about.get("data"))
             for key, tensor in tensors.items():
                 place, name = key.split("/", 1)
                 if place == "client":
@@ -195,7 +251,7 @@ class RunRecord:
                     checkpoint.clients.setdefault(int(partition_id), {})[name] = tensor
                 else:
                     (checkpoint.server if place == "server" else checkpoint.strategy)[name] = tensor
-        self._require_lines(checkpoint.server_round, "round")
+        self._require_lines(checkpoint.server_round, "round", about["journal"])
         return checkpoint
 
     def save_state(self, tensors: Tensors, state: Mapping[str, Any]) -> None:
@@ -206,29 +262,27 @@ class RunRecord:
             state: What else it needs, for JSON; ``experiences``, how many have ended, among it.
         """
         document = json.dumps({"version": CHECKPOINT_VERSION, **state})
-        self._save_checkpoint(tensors, {"state": document})
+        self._save_checkpoint(tensors, {"state": document}, state["experiences"])
 
     def load_state(self) -> tuple[Tensors, dict[str, Any]] | None:
         """Return what :meth:`save_state` wrote, and drop the lines of later experiences; None where there is none.
 
         Raises:
-            RecordError: The file is damaged, a tensor is missing or of another shape than was written, or the file is
-                of another version of fednorm.
+            RecordError: A file of the record is damaged, of another run, or of another version of fednorm.
         """
-        if not self._checkpoint.exists():
-            self.keep_lines(0)
+        if not self._open():
             return None
         with self.restoring():
-            tensors, told = self._read_checkpoint()
-            state = json.loads(told["state"])
+            tensors, about = read_tensors(self._checkpoint, self.config.hash)
+            state = json.loads(about["state"])
             version_found, ended = state["version"], int(state["experiences"])
-        if version_found != CHECKPOINT_VERSION:
+        if version_found != CHECKPOINT_VERSION or isinstance(version_found, bool):
             raise RecordError(
                 f"The checkpoint {self._checkpoint} has version {version_found}, and this fednorm reads "
                 f"{CHECKPOINT_VERSION}. Go on with the fednorm that wrote it, or remove the file to start this run "
                 "over."
             )
-        self._require_lines(ended, "experience")
+        self._require_lines(ended, "experience", about["journal"])
         return tensors, state
 
     def require_data(self, trained_on: str | None, present: str) -> None:
@@ -257,35 +311,63 @@ class RunRecord:
         """
         try:
             yield
-        except (SafetensorError, RecordError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            how = "cannot be gone on from" if isinstance(error, RecordError) else "is damaged"
-            reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        except (*UNREADABLE, LookupError, TypeError, RuntimeError) as error:
+            how = "cannot be gone on from" if isinstance(error, RecordError | Unfit) else "is damaged"
+            why = f"it has no {error}" if isinstance(error, KeyError) else reason(error)
             raise RecordError(
-                f"The checkpoint {self._checkpoint} {how} ({reason}). Remove the file to start this run over."
+                f"The checkpoint {self._checkpoint} {how} ({why}). Remove the file to start this run over."
             ) from error
 
-    def _save_checkpoint(self, tensors: Tensors, told: Mapping[str, str]) -> None:
-        shapes = json.dumps({key: list(tensor.shape) for key, tensor in tensors.items()})
-        self._save_tensors(CHECKPOINT, tensors, {**told, "shapes": shapes})
+    def _save_checkpoint(self, tensors: Tensors, about: Mapping[str, str], count: int) -> None:
+        """Replace the checkpoint, which belongs to the first ``count`` lines; they are on the disk before it is."""
+        chain = self._read_journal()
+        self._sync_journal()
+        journal = chain.digest(min(count, len(chain.lines)))
+        self._save_tensors(CHECKPOINT, tensors, {**about, "journal": journal})
 
-    def _read_checkpoint(self) -> tuple[Tensors, dict[str, str]]:
-        """Return the checkpoint's tensors and what it tells besides."""
-        with safe_open(self._checkpoint, framework="pt") as file:
-            told: dict[str, str] = dict(file.metadata())
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
-        for key, shape in json.loads(told.get("shapes", "{}")).items():
-            if tuple(tensors[key].shape) != tuple(shape):
-                raise ValueError(f"{key} was written in shape {tuple(shape)} and has {tuple(tensors[key].shape)}")
-        return tensors, told
+    def _sync_journal(self) -> None:
+        with self._writing(f"append to {self._lines}"):
+            if files.is_there(self._journal):
+                files.sync(self._journal)
 
-    def _require_lines(self, count: int, what: str) -> None:
-        """Drop what was written after the checkpoint, and refuse a record that has lost what came before it."""
-        self.keep_lines(count)
-        if (found := len(self.lines())) != count:
+    def _open(self) -> bool:
+        """Return whether there is a checkpoint; without one, the lines are those of an attempt that left none.
+
+        Raises:
+            RecordError: A file does not belong to this run, or is no file.
+        """
+        self._require_about()
+        with self.restoring():
+            begun = files.is_there(self._checkpoint)
+        if not begun:
+            self.keep_lines(0)
+        return begun
+
+    def _require_about(self) -> None:
+        path = self.folder / ABOUT
+        try:
+            if files.is_there(path):
+                read_document(path, self.config.hash)
+        except (OSError, Unfit) as error:
             raise RecordError(
-                f"{self.folder / self._lines} has the lines of {found} {what}s, and the checkpoint beside it was "
-                f"written after {what} {count}. Remove {self._checkpoint} to start this run over."
+                f"{path} is not that of this run: {reason(error)}. Where this one file is damaged, remove it, and it "
+                "is written again; where the folder is another run's or an older fednorm's, choose another with --runs."
+            ) from error
+
+    def _require_lines(self, count: int, what: str, journal: str) -> None:
+        """Drop what was written after the checkpoint, and refuse a record that has lost what came before it."""
+        chain = self._read_journal()
+        self._require_own_lines(count)
+        known = len(chain.lines)
+        why = f" ({chain.broken})" if chain.broken and known < count else ""
+        if known >= count and chain.digest(count) != journal:
+            why = " (they are of another attempt at this run)"
+        if known < count or why:
+            raise RecordError(
+                f"{self._journal} has the lines of {known} {what}s{why}, and the checkpoint beside it was written "
+                f"after {what} {count}. Remove {self._checkpoint} to start this run over."
             )
+        self.keep_lines(count)
 
     def start_over(self) -> None:
         """Forget the rounds of an earlier attempt that left no checkpoint.
@@ -293,12 +375,11 @@ class RunRecord:
         Raises:
             RecordError: There is a checkpoint, which is not lost for a runtime that cannot use it.
         """
-        if self._checkpoint.exists():
+        if self._open():
             raise RecordError(
                 f"This run was begun in process, and Flower's runtime cannot go on from its checkpoint. Go on with "
                 f"--runtime in-process, choose another folder with --runs, or remove {self._checkpoint}."
             )
-        self.keep_lines(0)
 
     def finish(self, result: Mapping[str, Any], model: Tensors, clients: Mapping[int, Tensors] | None = None) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
@@ -308,49 +389,89 @@ class RunRecord:
             model: The model's tensors; the server's, in a federation.
             clients: Each client's local tensors, by partition id.
         """
-        self._save_tensors("model.safetensors", model, {"hash": self.config.hash})
+        self._save_tensors(MODEL, model)
         if clients:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
-            self._save_tensors("clients.safetensors", local, {"hash": self.config.hash})
-        self._replace("result.json", json.dumps(result, indent=1))
+            self._save_tensors(CLIENTS, local)
+        parts = {name: digest for name, digest in self._digests.items() if name != CHECKPOINT}
+        if chain := self._read_journal().digests:
+            self._sync_journal()
+            parts[self._lines] = chain[-1]
+        self._replace(RESULT, {**result, "files": parts})
         self._checkpoint.unlink(missing_ok=True)
 
     def result(self) -> dict[str, Any] | None:
-        """Return the result of a finished run, or None.
+        """Return the result of a finished run, or None; a checkpoint that a kill has left beside it is removed.
 
         Raises:
-            RecordError: The file is damaged, or of a newer version of fednorm.
+            RecordError: The file, or one that belongs to it, is damaged or of another run or version of fednorm.
         """
-        path = self.folder / "result.json"
-        if not path.exists():
-            return None
+        path = self.folder / RESULT
         try:
-            result = migrated(json.loads(path.read_text(encoding="utf-8")), self.folder)
-        except (OSError, ValueError, RecursionError, Unfit) as error:
+            if not files.is_there(path):
+                return None
+            result, parts = read_result(path, self.config.hash)
+        except UNREADABLE as error:
+            if getattr(error, "errno", None):  # the folder, not the file: a name too long, no permission
+                raise RecordError(f"Cannot read {path}: {reason(error)}. Choose another folder with --runs.") from error
             raise RecordError(
-                f"{path} is not a result: {str(error).rstrip('.')}. Remove it, and the run is made again."
+                f"{path} is not a result of this run: {reason(error)}. Remove it, and the run is made again."
             ) from error
+        for name, digest in parts.items():
+            self._require_part(name, digest)
+        with suppress(OSError):  # it may be a read-only copy
+            self._checkpoint.unlink(missing_ok=True)
         return {**result, "run": str(self.folder)}
 
-    def _save_tensors(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> None:
-        with self._replacing(name) as part:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata=metadata)
+    def _require_part(self, name: str, digest: str) -> None:
+        """Refuse a finished run of which a file is not the one that it has left."""
+        readers: Mapping[str, Callable[[Path], str]] = {
+            ABOUT: lambda path: digest_of(read_document(path, self.config.hash)),
+            self._lines: self._digest_of_journal,
+            MODEL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+        }
+        path = self.folder / name
+        try:
+            present = readers[name](path)
+            if present != digest:
+                raise Unfit("it is whole, but of another attempt at this run")
+        except (*UNREADABLE, LookupError) as error:
+            raise RecordError(
+                f"{path} is not what this run has left when it finished: {reason(error)}. Take the file from a copy of "
+                f"the record; or remove {self.folder / RESULT}, and the run is made again."
+            ) from error
 
-    def _replace(self, name: str, text: str) -> None:
+    def _digest_of_journal(self, path: Path) -> str:
+        chain = read_chain(files.read(path), self.config.hash)
+        if chain.broken:
+            raise Unfit(chain.broken)
+        return chain.digest(len(chain.lines))
+
+    def _save_tensors(self, name: str, tensors: Tensors, about: Mapping[str, str] | None = None) -> None:
+        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        metadata = tensors_metadata(whole, self.config.hash, about)
         with self._replacing(name) as part:
-            part.write_text(text, encoding="utf-8")
+            save_file(whole, part, metadata=metadata)
+        self._digests[name] = metadata["digest"]
+
+    def _replace(self, name: str, content: Mapping[str, Any]) -> None:
+        document = sealed(content)
+        with self._replacing(name) as part:
+            part.write_text(json.dumps(document, indent=1), encoding="utf-8")
+        self._digests[name] = document["digest"]
 
     @contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
         """Give a file to write to, and put it in the place of ``name`` once it is whole."""
-        part = self.folder / f"{name}.part"
-        with self._writing(f"write {name}"):
-            try:
-                yield part
-                os.replace(part, self.folder / name)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
+        try:
+            files.is_there(self.folder / name)
+        except OSError as error:
+            raise RecordError(
+                f"Cannot write {self.folder / name}: {reason(error)}. Remove it, then run the same command again."
+            ) from error
+        with self._writing(f"write {name}"), files.replacing(self.folder / name) as part:
+            yield part
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
@@ -359,8 +480,7 @@ class RunRecord:
         except RecordError:
             raise
         except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
             raise RecordError(
-                f"Cannot {what} in {self.folder}: {reason}. What was written before is whole. Free some space or "
-                "choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
+                f"Cannot {what} in {self.folder}: {reason(error)}. What was written before is whole. Free some space "
+                "or choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
             ) from error

@@ -1,7 +1,8 @@
 """Results of finished runs, read back from disk: records, folders of records, summaries; and the studies they are of.
 
-A damaged file never hides the others: it is left out and named. A record of an older version of fednorm is brought to
-today's form where nothing has to be guessed (:func:`fednorm.study.formats.migrated`), else it is named too.
+A damaged file never hides the others: it is left out and named, and so is a record of another version of fednorm. A
+summary of an older one is brought to today's form where nothing has to be guessed
+(:func:`fednorm.study.formats.migrated`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fednorm.study.files as files
 from fednorm.errors import RecordError
 from fednorm.study.formats import FORMAT, Unfit, manifest, migrated, require_format, shortened
+from fednorm.study.integrity import read_document, read_result, reason, require_run
 
 __all__ = ["FORMAT", "MANIFEST", "Loaded", "load", "order"]
+
+RESULT = "result.json"
+"""The file in a run's folder that its tables are made from."""
 
 MANIFEST = "study.json"
 """The file in a folder of records that tells of which study they are."""
@@ -85,27 +91,45 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
     for path in paths:
         if not path.exists():
             raise RecordError(f"There is no {path}. Give a record's folder, a folder of records, or a summary file.")
-        files = [path] if path.is_file() else [*sorted(path.rglob(MANIFEST)), *sorted(path.rglob("result.json"))]
+        files = [path] if path.is_file() else [*sorted(path.rglob(MANIFEST)), *sorted(path.rglob(RESULT))]
         yield from (file for file in files if file.resolve() not in seen)
         seen.update(file.resolve() for file in files)
 
 
 def _read(file: Path, problems: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the results and the manifests of a file; problems of single results of a summary are added."""
+    if file.name == MANIFEST:
+        return [], [manifest(read_document(file))]
+    if file.name == RESULT:
+        try:
+            result, _ = read_result(file)
+            _require_beside(file.parent, result["hash"])
+        except Unfit as error:
+            raise Unfit(
+                f"{str(error).rstrip('.')}. Where {RESULT} is damaged, remove it, and its run can be made again."
+            ) from error
+        return [{**result, "run": str(file.parent)}], []
     try:
-        document = json.loads(file.read_text(encoding="utf-8"))
+        document = json.loads(files.read(file).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise Unfit(
-            f"it cannot be read ({error}). Where it is a damaged result.json, remove it, and its run can be made again."
-        ) from error
+        raise Unfit(f"it cannot be read ({reason(error)}).") from error
     if not isinstance(document, dict):
         raise Unfit(f"it holds no table of keys but {shortened(document)}.")
     require_format(document)
-    if file.name == MANIFEST:
-        return [], [manifest(document)]
-    if "results" not in document:
-        return [{**migrated(document, file.parent), "run": str(file.parent)}], []
+    if "results" not in document:  # one result, as --json prints it, or a copy of a record's
+        return [read_result(file)[0] if "digest" in document else migrated(document)], []
     return _of_summary(document, file, problems)
+
+
+def _require_beside(folder: Path, run: str) -> None:
+    """Refuse a result that lies in the folder of another run; the folder's ``run.json`` tells of which it is."""
+    path = folder / "run.json"
+    try:
+        about = json.loads(files.read(path).decode("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # a result tells all that a table needs
+    if isinstance(about, dict) and isinstance(about.get("hash"), str):
+        require_run(run, about["hash"])
 
 
 def _of_summary(

@@ -71,21 +71,21 @@ class DERPP(ReplayLearner):
         """Learn from new samples, from stored logits, and from stored labels."""
         if not len(self.buffer):
             (logits,) = self.logits_of(new)
-            self.descend(functional.cross_entropy(logits, new.labels))
+            self.descend(self.loss_of(logits, new))
             return logits
         dark, memory = self.remembered(new), self.remembered(new)
         assert dark.logits is not None
         logits, recalled, remembered = self.logits_of(new, dark, memory)
         self.descend(
-            functional.cross_entropy(logits, new.labels)
+            self.loss_of(logits, new)
             + self.options.alpha * functional.mse_loss(recalled, dark.logits)
-            + self.options.beta * functional.cross_entropy(remembered, memory.labels)
+            + self.options.beta * self.loss_of(remembered, memory)
         )
         return logits
 
     def remember(self, new: Samples, logits: Tensor) -> None:
         """Offer a batch to the memory, with its logits."""
-        self.buffer.add(new.images, new.labels, new.tasks, logits)
+        self.offer(self.buffer, new, logits)
 
 
 SPEC = LearnerSpec(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
@@ -32,8 +31,7 @@ class ER(ReplayLearner):
         """Learn from new and memory samples alike."""
         groups = (new, self.remembered(new)) if len(self.buffer) else (new,)
         logits = self.logits_of(*groups)
-        labels = torch.cat([group.labels for group in groups])
-        self.descend(functional.cross_entropy(torch.cat(logits), labels))
+        self.descend(self.loss_of(torch.cat(logits), *groups))
         return logits[0]
 
 

@@ -23,7 +23,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
@@ -67,13 +66,13 @@ class ERACE(ReplayLearner):
         self.seen_classes |= present
         if not len(self.buffer) or not (self.options.task_free or self.progress.ended):
             (logits,) = self.logits_of(new)
-            self.descend(functional.cross_entropy(logits, new.labels))
+            self.descend(self.loss_of(logits, new))
             return logits
         memory = self.remembered(new)
         logits, remembered = self.logits_of(new, memory)
         absent = self.seen_classes & ~present
         masked = logits.masked_fill(absent, torch.finfo(logits.dtype).min)
-        self.descend(functional.cross_entropy(masked, new.labels) + functional.cross_entropy(remembered, memory.labels))
+        self.descend(self.loss_of(masked, new) + self.loss_of(remembered, memory))
         return logits
 
     def own_tensors(self) -> Tensors:

@@ -41,7 +41,6 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.continual.buffer import Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
-from fednorm.data.domain import pixels
 from fednorm.rng import torch_stream
 
 
@@ -102,7 +101,7 @@ class EWC(Learner):
     def observe(self, new: Samples) -> Tensor:
         """Learn from one batch, penalized once an experience has ended."""
         (logits,) = self.pass_forward(new)
-        loss = functional.cross_entropy(logits, new.labels)
+        loss = self.loss_of(logits, new)
         self.descend(loss + self.penalty() if self.progress.ended else loss)
         return logits
 
@@ -133,7 +132,7 @@ class EWC(Learner):
         drawing = torch_stream(self.seed, "fisher", number, "labels")
         total = torch.zeros_like(self.importance)
         self.model.eval()
-        for image, label in zip(torch.split(pixels(images), 1), torch.split(labels, 1), strict=True):
+        for image, label in zip(torch.split(self.as_input(images), 1), torch.split(labels, 1), strict=True):
             log_p = functional.log_softmax(self.model(image)[0], dim=0)
             # A network that has diverged has no distribution to draw from, and no finite Fisher information either.
             if self.options.labels == "model" and not log_p.isnan().any():

@@ -34,13 +34,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.continual.buffer import BalancedBuffer, Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
-from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.rng import stream_seed, torch_stream
 
@@ -105,11 +103,11 @@ class GDumb(Learner):
     def observe(self, new: Samples) -> Tensor:
         """Remember a batch, and return what the network trained last makes of it."""
         if not self.progress.epoch:
-            self.buffer.add(new.images, new.labels, new.tasks)
+            self.offer(self.buffer, new)
         self.model.eval()
-        logits: Tensor = self.model(pixels(new.images))
+        logits: Tensor = self.model(self.as_input(new.images))
         self.model.train()
-        self.mb_output, self.loss = logits, functional.cross_entropy(logits, new.labels)
+        self.mb_output, self.loss = logits, self.loss_of(logits, new)
         return logits
 
     def end_experience(self) -> None:
@@ -139,7 +137,7 @@ class GDumb(Learner):
             self._augmenting.manual_seed(stream_seed(self.seed, *names, "augment", batch))
             samples = Samples(memory.images[slots], memory.labels[slots], memory.tasks[slots])
             (logits,) = self.pass_forward(samples)
-            self.descend(functional.cross_entropy(logits, samples.labels))
+            self.descend(self.loss_of(logits, samples))
 
     def _before_update(self, **kwargs: Any) -> None:
         if self.options.clip:

@@ -75,7 +75,7 @@ class LwF(Learner):
     def observe(self, new: Samples) -> Tensor:
         """Learn from one batch and from the teacher."""
         (logits,) = self.pass_forward(new)
-        loss = functional.cross_entropy(logits, new.labels)
+        loss = self.loss_of(logits, new)
         if self.teacher is not None:
             with torch.no_grad():
                 taught = self.teacher(self.mbatch[0])

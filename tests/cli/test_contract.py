@@ -44,7 +44,9 @@ def test_federated_prints_one_document(call: Call, tmp_path: Path, small: Small)
     assert resolve(result["config"]) == resolve(result["config"])
     folder = Path(result["run"])
     assert folder.parent == tmp_path / "runs"
-    assert json.loads((folder / "result.json").read_text()) == result
+    written = json.loads((folder / "result.json").read_text())
+    assert {key: written[key] for key in result} == result
+    assert set(written) - set(result) == {"format", "digest", "files"}
 
     again = call("federated", "--strategy", "fedbn", "--evaluate", "own,cross", "--json", *small)
     assert again.document == result

@@ -161,8 +161,13 @@ class Written:
         assert not list(folder.glob("*.part"))
         self.model = load_file(folder / "model.safetensors")
         lines = (folder / "experiences.jsonl").read_text().splitlines()
-        self.lines = Toy.timeless([json.loads(line) for line in lines])
-        self.result = Toy.timeless(json.loads((folder / "result.json").read_text()))
+        self.lines = [self._content(line) for line in lines]
+        self.result = self._content((folder / "result.json").read_text())
+
+    @staticmethod
+    def _content(text: str) -> Any:
+        """Return what a line or a result tells, without digests, which are of times too."""
+        return Toy.timeless({key: value for key, value in json.loads(text).items() if key not in ("digest", "files")})
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Written)

@@ -41,7 +41,9 @@ def test_the_benchmark_holds_the_rows_of_the_stream(name: str, cache: Path) -> N
         assert torch.equal(torch.stack([sample[0] for sample in samples]), pixels(images))
         assert [sample[1] for sample in samples] == labels.tolist()
         assert list(experience.dataset.targets) == labels.tolist()
-        assert experience.classes_in_this_experience == set(labels.tolist()) <= set(ours.classes)
+        assert experience.classes_in_this_experience == sorted(set(labels.tolist()))
+        assert set(experience.classes_in_this_experience) <= set(ours.classes)
+        assert experience.benchmark is benchmark
 
 
 def test_the_task_is_hidden_and_classes_are_not(cache: Path) -> None:
@@ -51,8 +53,8 @@ def test_the_task_is_hidden_and_classes_are_not(cache: Path) -> None:
         for number, experience in enumerate(benchmark.streams[name]):
             assert (experience.task_label, experience.task_labels) == (0, [0])
             assert {int(sample[2]) for sample in (experience.dataset[0], experience.dataset[-1])} == {0}
-            assert experience.classes_in_this_experience == {2 * number, 2 * number + 1}
-            assert experience.classes_seen_so_far == set(range(2 * number + 2))
+            assert experience.classes_in_this_experience == [2 * number, 2 * number + 1]
+            assert experience.classes_seen_so_far == list(range(2 * number + 2))
     valid = benchmark.streams["valid"][2].dataset
     assert list(valid.targets) == stream.experiences[2].validation.batch(torch.arange(len(valid)))[1].tolist()
 

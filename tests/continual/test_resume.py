@@ -22,6 +22,8 @@ from fednorm.continual import simulate as module
 from fednorm.continual.simulate import simulate
 from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.errors import RecordError
+from fednorm.study.formats import FORMAT
+from fednorm.study.integrity import tensors_metadata, unsealed
 from fednorm.study.record import CHECKPOINT_VERSION, RunRecord
 
 Values = dict[str, Any]
@@ -256,7 +258,7 @@ def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_p
     path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
-        assert set(file.metadata()) == {"state", "shapes"}
+        assert set(file.metadata()) == {"state", "shapes", "hash", "journal", "record_format", "digest"}
         state, shapes = (json.loads(file.metadata()[key]) for key in ("state", "shapes"))
     assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
     assert state["version"] == CHECKPOINT_VERSION
@@ -278,6 +280,14 @@ def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_p
     }
 
 
+def reseal(path: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
+    """Write a checkpoint of a run again, with a digest of what it now holds."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    about = {"journal": metadata["journal"], **about}
+    save_file(tensors, path, tensors_metadata(tensors, metadata["hash"], about))
+
+
 def damage(path: Path, how: str) -> None:
     content, tensors = path.read_bytes(), load_file(path)
     with safe_open(path, framework="pt") as file:
@@ -289,15 +299,15 @@ def damage(path: Path, how: str) -> None:
     elif how == "something else":
         path.write_text("not a checkpoint")
     elif how == "no state":
-        save_file(tensors, path)
+        reseal(path, tensors)
     elif how == "another's":
-        save_file(tensors, path, {"round": "3"})
+        reseal(path, tensors, round="3")
     elif how == "no version":
-        save_file(tensors, path, {"state": json.dumps({key: state[key] for key in state if key != "version"})})
+        reseal(path, tensors, state=json.dumps({key: state[key] for key in state if key != "version"}))
     elif how == "half a state":
-        save_file(tensors, path, {"state": json.dumps(state)[:50]})
+        reseal(path, tensors, state=json.dumps(state)[:50])
     else:
-        save_file(tensors, path, {"state": json.dumps({**state, "version": how})})
+        reseal(path, tensors, state=json.dumps({**state, "version": how}))
 
 
 @pytest.mark.parametrize(
@@ -307,6 +317,7 @@ def damage(path: Path, how: str) -> None:
         *((how, "is damaged") for how in ("no version", "half a state")),
         (CHECKPOINT_VERSION + 1, f"has version {CHECKPOINT_VERSION + 1}, and this fednorm reads {CHECKPOINT_VERSION}"),
         (0, "has version 0"),
+        (True, "has version True"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
@@ -347,14 +358,16 @@ def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
 
 
 def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], *, manifest: bool = True) -> None:
-    """Write a checkpoint again, its tensors and its state changed in place, what it says of the shapes left or lost."""
+    """Write a checkpoint again, its tensors and its state changed in place, its digest left or made to fit."""
     tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     state = json.loads(metadata["state"])
     change(tensors, state)
-    shapes = {"shapes": metadata["shapes"]} if manifest else {}
-    save_file(tensors, path, {"state": json.dumps(state), **shapes})
+    if manifest:
+        save_file(tensors, path, {**metadata, "state": json.dumps(state)})
+    else:
+        reseal(path, tensors, state=json.dumps(state))
 
 
 PARTS = {
@@ -393,7 +406,7 @@ def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
      ("count/loss_sum", "tensors"), ("untrained", "state"), ("progress", "state"), ("rates", "state")],
 )  # fmt: skip
 def test_what_another_version_has_not_written_is_named(lost: str, of: str, cut: Any, tmp_path: Path) -> None:
-    """Nor told the shapes of: the learner itself finds it missing."""
+    """Nor told of: the learner itself finds it missing."""
     values, path = cut(FIRST, tmp_path)
     rewrite(path, lambda tensors, state: (tensors if of == "tensors" else state).pop(lost), manifest=False)
     with pytest.raises(RecordError, match=r"The checkpoint .*Remove the file to start this run over") as caught:
@@ -523,10 +536,12 @@ def test_a_record_tells_what_was_run(small: Any, tmp_path: Path) -> None:
     result = simulate(config, runs=tmp_path)
     folder = Path(result["run"])
     assert folder.name == f"er_ace-adab2n-split_digits-seed1-{config.hash}"
-    about = json.loads((folder / "run.json").read_text())
+    about = unsealed(json.loads((folder / "run.json").read_text()))
     assert resolve(about["config"]) == config
     assert about["versions"]["torch"] == version("torch")
     assert about["data"] == result["data"]
-    assert json.loads((folder / "result.json").read_text()) == result
-    lines = [json.loads(line) for line in (folder / "experiences.jsonl").read_text().splitlines()]
-    assert lines == result["experiences"]
+    written = unsealed(json.loads((folder / "result.json").read_text()))
+    assert set(written.pop("files")) == {"run.json", "experiences.jsonl", "model.safetensors"}
+    assert written.pop("format") == FORMAT
+    assert written == result
+    assert RunRecord(tmp_path, config).lines() == result["experiences"]

@@ -53,7 +53,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
 
 def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
     text = (Path(result["run"]) / "rounds.jsonl").read_text()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text.splitlines()]
+    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "digest")} for line in text.splitlines()]
 
 
 @pytest.mark.flower

@@ -17,7 +17,8 @@ from fednorm.report.comparison import comparison_table, comparisons, paper_table
 from fednorm.report.frame import frame, records
 from fednorm.report.stream_table import average_table, drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.report.table import accuracy_table
-from fednorm.study.results import load
+from fednorm.study.integrity import sealed
+from fednorm.study.results import FORMAT, load
 
 Make = Callable[..., dict[str, Any]]
 Report = Callable[..., str]
@@ -41,7 +42,7 @@ def record(folder: Path, results: Sequence[dict[str, Any]]) -> Path:
     for result in results:
         path = folder / result["hash"] / "result.json"
         path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        path.write_text(json.dumps(sealed(result), indent=1), encoding="utf-8")
     return folder
 
 
@@ -118,7 +119,7 @@ def test_summaries_are_small_and_give_the_same_tables(
         shown = report(runs, FEDERATED, summary=small, **options)
         assert report(small, **options) == shown
     assert report(small, summary=tmp_path / "again.json", as_json=True) == report(small, as_json=True)
-    assert json.loads(small.read_text())["format"] == 1
+    assert json.loads(small.read_text())["format"] == FORMAT
     assert (tmp_path / "again.json").read_text() == small.read_text()
 
     kept = {result["data"]["title"]: result for result in json.loads(small.read_text())["results"]}
@@ -183,7 +184,7 @@ def test_a_study_brings_its_baseline_and_its_papers_numbers(
     paper = [{"match": {"norm": {"name": "group_norm"}}, "score": "average_accuracy", "value": 0.7, "source": "Us, 1"}]
     study = a_study(results, baseline={"norm": {"name": "batch_norm"}}, paper=paper)
     runs, small = record(tmp_path / "runs", results), tmp_path / "small.json"
-    (runs / "study.json").write_text(json.dumps(study), encoding="utf-8")
+    (runs / "study.json").write_text(json.dumps(sealed(study)), encoding="utf-8")
     (comparison,) = comparisons(results, studies=[study])
     shown = report(runs, summary=small)
     assert shown == printed(comparison_table(comparison), paper_table(comparison), stream_table(results))
@@ -214,7 +215,7 @@ def test_a_study_is_reported_without_its_search(stream_result: Make, report: Rep
         selection={"rule": "Chosen.", "split": "validation", "configurations": 2, "chosen": []},
     )
     runs = record(tmp_path, [*searched, *final])
-    (runs / "study.json").write_text(json.dumps(study), encoding="utf-8")
+    (runs / "study.json").write_text(json.dumps(sealed(study)), encoding="utf-8")
     documents = [json.loads(report(runs, as_json=True, select=select)) for select in (False, True)]
     assert [[result["hash"] for result in document["results"]] for document in documents] == [
         [final[0]["hash"]],
@@ -353,6 +354,6 @@ def test_no_damage_to_a_record_ends_in_a_traceback(
             del inner[place[-1]]
         else:
             inner[place[-1]] = junk
-        path.write_text(json.dumps(damaged), encoding="utf-8")
+        path.write_text(json.dumps(sealed(damaged)), encoding="utf-8")
         endings.setdefault(ending(path, report), place)
     assert endings.keys() <= {"tables", "a sentence"}, endings

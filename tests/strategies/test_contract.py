@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from fednorm.cards import STRATEGIES
-from fednorm.errors import AggregationError, ConfigError
+from fednorm.errors import AggregationError, ConfigError, IncompleteError
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.server_optimizer import ServerOptimizer
 from fednorm.federated.strategy import NormStrategy
@@ -448,3 +450,129 @@ def test_bytes_are_those_of_the_tensors_that_travel(name: str, lab: Any) -> None
     assert strategy.plan.bytes_sent == size
     assert strategy.report.bytes_down == strategy.report.bytes_up == 3 * size
     assert strategy.plan.summary(3)["bytes_per_round"] == 6 * size
+
+
+# Apps that are not ours -------------------------------------------------------------------------------------------
+
+
+class Registered(InProcessGrid):
+    """A grid as Flower's simulation makes one: random node ids, registered in the order of partition ids."""
+
+    def __init__(self, app: ClientApp, num_nodes: int, seed: int) -> None:
+        super().__init__(app, num_nodes, {})
+        ids = random.Random(seed).sample(range(2**40), num_nodes)
+        self.contexts = {
+            node_id: Context(1, node_id, dict(context.node_config), RecordDict(), {})
+            for node_id, context in zip(ids, self.contexts.values(), strict=True)
+        }
+
+
+class Distant(Grid):
+    """The same without what only an in-process grid knows."""
+
+    def __init__(self, inner: Registered) -> None:
+        self.inner = inner
+
+    def get_node_ids(self) -> Any:
+        return set(self.inner.contexts)
+
+    def get_nodes(self) -> Any:
+        order = [NodeInfo(i, f"2026-01-01T00:00:{n:02}") for n, i in enumerate(self.inner.contexts)]
+        return sorted(order, key=lambda node: node.node_id)
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        return self.inner.send_and_receive(messages, timeout=timeout)
+
+    set_run = run = create_message = push_messages = pull_messages = None  # type: ignore[assignment]
+
+
+class NodeInfo(NamedTuple):
+    node_id: int
+    registered_at: str
+
+
+def plain_app(pids: list[int], change: Callable[[State], State]) -> ClientApp:
+    """Return an app that knows nothing of fednorm, and takes down which partitions it trains on."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Any) -> Message:
+        pids.append(int(context.node_config["partition-id"]))
+        arrays = ArrayRecord(change(message.content.array_records["arrays"].to_torch_state_dict()))
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 8})}), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, _: Any) -> Message:
+        metrics = MetricRecord({"num-examples": 8, "accuracy": 97.5})  # percent, by its own convention
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize("wrap", [lambda grid: grid, Distant])
+def test_nodes_that_describe_nothing_are_numbered_by_partition_id(lab: Any, wrap: Any, caplog: Any) -> None:
+    draws = []
+    for seed in range(4):
+        pids: list[int] = []
+        strategy = lab.make("fedavg", fraction=0.3, seed=5)
+        grid = wrap(Registered(plain_app(pids, dict), 12, seed))
+        with caplog.at_level("INFO", logger="flwr"):
+            caplog.clear()
+            result = strategy.start(grid, strategy.initial_arrays(lab.network()), num_rounds=2)
+        assert [told.partition_id for told in strategy.report.train] == pids[4:]
+        assert len([record for record in caplog.records if "describe" in record.message]) == 1
+        assert result.evaluate_metrics_clientapp[2]["accuracy"] == 97.5
+        draws.append(pids)
+    assert len(draws[0]) == 8
+    assert all(draw == draws[0] for draw in draws)
+
+
+def advice(lab: Any, name: str, change: Callable[[State], State], network: Any = None) -> str:
+    network = network or lab.network(name)
+    strategy = STRATEGIES[name].make(network)
+    with pytest.raises(IncompleteError) as caught:
+        strategy.start(InProcessGrid(plain_app([], change), 2, {}), strategy.initial_arrays(network), num_rounds=1)
+    assert "learning_rate" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_advice_depends_on_what_was_sent(lab: Any) -> None:
+    whole = lab.network("fedbn").state_dict()
+    assert "the whole state dict came" in advice(lab, "fedbn", lambda _: whole)
+    assert "plan.sent only" in advice(lab, "fedbn", lambda _: whole)
+    doubles = advice(lab, "fedavg", lambda state: {k: t.double() for k, t in state.items()})
+    assert "in the shape and type in which the message brought it" in doubles
+    half = lab.network("fedavg").bfloat16()
+    text = advice(lab, "fedavg", lambda state: {k: t.bfloat16() for k, t in state.items()}, half)
+    assert "have no bfloat16" in text
+    assert "tensor.float()" in text
+
+
+def test_the_remedies_help(lab: Any) -> None:
+    """plan.sent only, as the advice has it, and float32 for a bfloat16 model."""
+    network = lab.network("fedbn")
+    strategy = STRATEGIES["fedbn"].make(network)
+    whole = network.state_dict()
+    app = plain_app([], lambda state: {key: whole[key] for key in state})
+    strategy.start(InProcessGrid(app, 2, {}), strategy.initial_arrays(network), num_rounds=1)
+    assert strategy.report.rejected == []
+    half = lab.network("fedavg").bfloat16()
+    strategy = STRATEGIES["fedavg"].make(half)
+    app = plain_app([], lambda state: {k: t + 0.5 if t.is_floating_point() else t for k, t in state.items()})
+    result = strategy.start(InProcessGrid(app, 2, {}), strategy.initial_arrays(half), num_rounds=1)
+    assert strategy.report.rejected == []
+    for key, tensor in unpack(result.arrays).items():
+        assert tensor.dtype == half.state_dict()[key].dtype
+        if tensor.is_floating_point():
+            assert torch.equal(tensor, (half.state_dict()[key].float() + 0.5).bfloat16())
+
+
+def test_an_error_in_a_traceback_is_told_by_its_last_line(lab: Any) -> None:
+    strategy = lab.make("fedavg")
+
+    def fail(*_: Any) -> RecordDict:
+        raise RuntimeError("\n  File 'x', line 3\nTraceback\nException X occurred. Message: out of memory\n")
+
+    grid = lab.ShuffledGrid(lab.answering(fail), 1)
+    with pytest.raises(IncompleteError, match=r"\(client 0: out of memory\)"):
+        strategy.start(grid, pack(lab.update(strategy, 1)), num_rounds=1)

@@ -66,9 +66,10 @@ class Written:
         self.clients = load_file(clients) if clients.exists() else {}
         assert not (folder / "checkpoint.safetensors").exists()
         lines = map(json.loads, (folder / "rounds.jsonl").read_text().splitlines())
-        self.rounds = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+        timed = ("seconds", "digest", "files")  # digests are of times too
+        self.rounds = [{key: value for key, value in line.items() if key not in timed} for line in lines]
         result = json.loads((folder / "result.json").read_text())
-        self.result = {key: value for key, value in result.items() if key not in ("seconds", "run", "rounds")}
+        self.result = {key: value for key, value in result.items() if key not in (*timed, "run", "rounds")}
 
     def __eq__(self, other: object) -> bool:
         assert isinstance(other, Written)

@@ -6,6 +6,9 @@ import errno
 import json
 import math
 import os
+import resource
+import signal
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fednorm.config import RunConfig, merge, resolve
-from fednorm.errors import AggregationError, RecordError
+from fednorm.errors import AggregationError, DivergedError, RecordError
 from fednorm.federated import client, server
 from fednorm.federated.simulate import simulate
 from fednorm.federated.workbench import Workbench
 from fednorm.study import record as record_module
+from fednorm.study.formats import FORMAT
+from fednorm.study.integrity import unsealed
 from fednorm.study.record import Checkpoint, RunRecord, versions
 
 Make = Callable[..., RunConfig]
@@ -52,12 +57,15 @@ def test_a_record_says_what_was_run_and_what_came_out(make: Make, tmp_path: Path
     assert result["run"] == str(folder)
     names = {path.name for path in folder.iterdir()} - {".lock"}
     assert names == {"run.json", "rounds.jsonl", "model.safetensors", "clients.safetensors", "result.json"}
-    run = json.loads((folder / "run.json").read_text())
+    run = unsealed(json.loads((folder / "run.json").read_text()))
     assert resolve(run["config"]) == config
     assert run["hash"] == config.hash
     assert run["versions"] == versions()
     assert run["versions"]["torch"] == torch.__version__.split("+")[0] or run["versions"]["torch"] == torch.__version__
-    assert json.loads((folder / "result.json").read_text()) == result
+    written = unsealed(json.loads((folder / "result.json").read_text()))
+    assert written.pop("format") == run["format"] == FORMAT
+    assert set(written.pop("files")) == names - {"result.json"}
+    assert written == result
     plan = Workbench(config).plan
     assert set(load_file(folder / "model.safetensors")) == set(plan.sent)
     local = {f"{client}/{key}" for client in range(5) for key in plan.local}
@@ -66,7 +74,10 @@ def test_a_record_says_what_was_run_and_what_came_out(make: Make, tmp_path: Path
 
 def test_a_round_s_line_holds_every_client(make: Make, tmp_path: Path) -> None:
     result = simulate(make(), runs=tmp_path)
-    lines = [json.loads(line) for line in (Path(result["run"]) / "rounds.jsonl").read_text().splitlines()]
+    text = (Path(result["run"]) / "rounds.jsonl").read_text()
+    assert [json.loads(line)["line"] for line in text.splitlines()] == [1, 2, 3, 4]
+    assert {json.loads(line)["hash"] for line in text.splitlines()} == {make().hash}
+    lines = RunRecord(tmp_path, make()).lines()
     assert [line["round"] for line in lines] == [1, 2, 3, 4]
     for line, round_ in zip(lines, result["rounds"], strict=True):
         clients = line["clients"]
@@ -155,13 +166,11 @@ def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
     assert path.read_bytes() == before
 
 
-def test_a_checkpoint_that_tells_no_shapes_is_read(cut: Path, make: Make, tmp_path: Path) -> None:
-    """As those of earlier versions."""
+def test_a_checkpoint_of_an_older_fednorm_is_refused(cut: Path, make: Make, tmp_path: Path) -> None:
     path = cut / "checkpoint.safetensors"
     save_file(load_file(path), path, {"round": "2"})
-    checkpoint = RunRecord(tmp_path, make()).load_checkpoint()
-    assert checkpoint is not None
-    assert (checkpoint.server_round, checkpoint.data) == (2, None)
+    with pytest.raises(RecordError, match=r"tells no format.*reads format 2\. An older fednorm wrote it\).*Remove"):
+        RunRecord(tmp_path, make()).load_checkpoint()
 
 
 def test_other_data_than_the_checkpoint_s_are_refused(make: Make, tmp_path: Path) -> None:
@@ -236,6 +245,72 @@ def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
     assert [line["mean"] for line in result["rounds"]] == [line["mean"] for line in reference["rounds"]]
     models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, reference)]
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[1])
+
+
+def test_a_line_that_does_not_fit_the_disk_leaves_nothing(make: Make, tmp_path: Path) -> None:
+    record = RunRecord(tmp_path, make())
+    record.prepare()
+    record.append_line({"round": 1})
+    path, before = record.folder / "rounds.jsonl", (record.folder / "rounds.jsonl").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 40, limits[1]))
+        with pytest.raises(RecordError, match=r"Cannot append to rounds\.jsonl in .*File too large"):
+            record.append_line({"round": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_bytes() == before
+    record.append_line({"round": 2})
+    assert RunRecord(tmp_path, make()).lines() == [{"round": 1}, {"round": 2}]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o002, 0o077])
+def test_all_files_of_a_record_have_the_mode_that_the_user_wants(mask: int, make: Make, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        folder = Path(simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)["run"])
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
+    assert len(modes) == 6
+
+
+def test_what_is_removed_or_relied_on_is_on_the_disk_before(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a power cut a name may last longer than what is behind it; so may a checkpoint than the lines before it."""
+    events: list[tuple[str, str]] = []
+    fsync, replace, unlink = os.fsync, os.replace, Path.unlink
+
+    def synced(number: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{number}")).name))
+        fsync(number)
+
+    def replaced(part: Any, path: Any) -> None:
+        events.append(("replace", Path(path).name))
+        replace(part, path)
+
+    def unlinked(path: Path, *args: Any, **options: Any) -> None:
+        events.append(("unlink", path.name))
+        unlink(path, *args, **options)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(Path, "unlink", unlinked)
+    folder = Path(simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)["run"])
+    places = [n for n, event in enumerate(events) if event == ("replace", "checkpoint.safetensors")]
+    assert events[places[0] - 2 : places[0]] == [
+        *[("unlink", "checkpoint.safetensors.part"), ("sync", "checkpoint.safetensors.part")]
+    ]
+    assert ("sync", "rounds.jsonl") in events[: places[0]]
+    for name in ("run.json", "checkpoint.safetensors", "model.safetensors", "clients.safetensors", "result.json"):
+        place = events.index(("replace", name))
+        assert events[place - 1] == ("sync", f"{name}.part")
+        assert events[place + 1] == ("sync", folder.name)
+    assert events.index(("unlink", "checkpoint.safetensors")) > events.index(("replace", "result.json")) + 1
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_before_training(
@@ -368,20 +443,35 @@ def test_a_rejected_client_goes_on_with_the_local_tensors_it_had(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def test_a_record_is_json_also_where_a_loss_is_not_finite(
+def test_a_loss_that_is_no_number_ends_the_run_and_its_record_is_json(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = client.score
-    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan})
-    result = simulate(make(rounds={"num_rounds": 1}), runs=tmp_path)
+    score, config = client.score, make(rounds={"num_rounds": 2})
+    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan, "spread": math.inf})
+    with pytest.raises(DivergedError, match=r"diverged: the loss is not a number from round 1 on.*learning_rate"):
+        simulate(config, runs=tmp_path)
 
     def refuse(constant: str) -> None:
         pytest.fail(f"{constant} is no JSON")
 
-    for name in ("rounds.jsonl", "result.json"):
-        json.loads((Path(result["run"]) / name).read_text(), parse_constant=refuse)
-    line = RunRecord(tmp_path, make(rounds={"num_rounds": 1})).lines()[0]
-    assert [c["loss"] for c in line["clients"]["evaluate"]] == [None] * 5
+    record = RunRecord(tmp_path, config)
+    for text in (record.folder / "rounds.jsonl").read_text().splitlines():
+        json.loads(text, parse_constant=refuse)
+    assert not (record.folder / "result.json").exists()
+    reason = "evaluation failed: the loss is not a number: it is nan"
+    for line in record.lines():
+        assert line["rejected"] == [{"client": pid, "reason": reason} for pid in range(5)]
+        assert (line["answered"], line["missing"]["clients"]) == (0, [0, 1, 2, 3, 4])
+
+
+def test_other_metrics_that_are_no_numbers_are_null(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, config = client.score, make(rounds={"num_rounds": 1})
+    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "spread": math.inf})
+    simulate(config, runs=tmp_path)
+    line = RunRecord(tmp_path, config).lines()[0]
+    assert [c["spread"] for c in line["clients"]["evaluate"]] == [None] * 5
 
 
 def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
@@ -429,6 +519,7 @@ LEAVES: dict[str, Any] = {
     "rounds.weighting": "equal",
     "model.activation": "leaky_relu",
     "rounds.evaluate_every": 2,
+    "rounds.max_update_norm": 3.5,
     "evaluate.kinds": ["own", "cross"],
     "evaluate.images": 64,
     "evaluate.fallback": "pooled",
@@ -437,7 +528,12 @@ LEAVES: dict[str, Any] = {
     "evaluate.diagnostics": False,
 }
 
-ELSEWHERE: dict[str, Any] = {"data.dir": "/elsewhere", "data.download": True, "rounds.checkpoint_every": 7}
+ELSEWHERE: dict[str, Any] = {
+    "data.dir": "/elsewhere",
+    "data.download": True,
+    "rounds.checkpoint_every": 7,
+    "rounds.min_answered": 0.5,
+}
 
 
 def nested(key: str, value: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import pytest
 
 from fednorm.config import resolve
 from fednorm.errors import RecordError
+from fednorm.study.integrity import sealed
 from fednorm.study.results import FORMAT, load
 
 Make = Callable[..., dict[str, Any]]
@@ -64,8 +65,14 @@ def write(folder: Path, *results: Mapping[str, Any]) -> Path:
     for result in results:
         path = folder / f"run-{result['hash']}" / "result.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result), encoding="utf-8")
+        path.write_text(json.dumps(sealed(result)), encoding="utf-8")
     return folder
+
+
+def summary(path: Path, *results: Mapping[str, Any]) -> Path:
+    """Write a summary as older versions did: without a format."""
+    path.write_text(json.dumps({"results": results}), encoding="utf-8")
+    return path
 
 
 def without(result: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -88,14 +95,13 @@ def test_records_folders_and_summaries_are_read_in_one_order(tmp_path: Path) -> 
     results = [federated(1, "fedavg"), federated(2, "fedavg"), federated(1), continual()]
     expected = [result["hash"] for result in results]
     runs = write(tmp_path / "deep" / "runs", *results[::-1])
-    summary = tmp_path / "summary.json"
-    summary.write_text(json.dumps({"results": results[2:0:-1]}), encoding="utf-8")
-    assert hashes(runs) == hashes(tmp_path / "deep") == hashes(runs, runs) == hashes(summary, runs) == expected
-    assert hashes(summary) == expected[1:3]
+    small = summary(tmp_path / "summary.json", *results[2:0:-1])
+    assert hashes(runs) == hashes(tmp_path / "deep") == hashes(runs, runs) == hashes(small, runs) == expected
+    assert hashes(small) == expected[1:3]
     record = runs / f"run-{expected[2]}"
     assert hashes(record) == hashes(record / "result.json") == expected[2:3]
-    assert load([summary, runs]).results[1]["run"] == str(runs / f"run-{expected[1]}")  # the record, not its summary
-    assert "run" not in load([summary]).results[0]
+    assert load([small, runs]).results[1]["run"] == str(runs / f"run-{expected[1]}")  # the record, not its summary
+    assert "run" not in load([small]).results[0]
     loaded = load([runs])
     assert loaded.problems == []
     assert loaded.studies == []
@@ -110,13 +116,16 @@ def test_records_folders_and_summaries_are_read_in_one_order(tmp_path: Path) -> 
         ("\xff\x00", "cannot be read"),
         ("[" * 100_000, "cannot be read"),
         ("[1, 2]", "no table of keys but [1, 2]"),
-        ("{}", "'config'"),
-        ('{"config": {}}', "'data'"),
-        ('{"format": 99, "config": {}}', "format 99, and this fednorm reads up to 1. Install a newer"),
-        ('{"format": "x"}', "format 'x'"),
-        ('{"config": {}, "kind": "quantum"}', "'quantum'"),
+        ("{}", "tells no format, and this fednorm reads format 2. An older fednorm wrote it"),
+        ('{"format": 1, "config": {}}', "format 1, and this fednorm reads format 2. An older fednorm wrote it"),
+        ('{"format": 99, "config": {}}', "format 99, and this fednorm reads format 2. A newer fednorm wrote it"),
+        ('{"format": "x"}', "format 'x', which no fednorm has written"),
+        ('{"format": 2, "config": {}}', "its content is not what was written"),
+        (json.dumps(sealed({})), "'config'"),
+        (json.dumps(sealed({"config": {}})), "'data'"),
+        (json.dumps(sealed({"config": {}, "kind": "quantum"})), "'quantum'"),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_a_damaged_record_is_left_out_and_named(text: str, told: str, tmp_path: Path) -> None:
     good = federated()
@@ -164,8 +173,7 @@ FILLED = {
 
 @pytest.mark.parametrize("key", FILLED)
 def test_what_an_older_federated_record_lacks_follows_from_the_rest(key: str, tmp_path: Path) -> None:
-    write(tmp_path, without(federated(), key))
-    (result,) = load([tmp_path]).results
+    (result,) = load([summary(tmp_path / "s.json", without(federated(), key))]).results
     for name in key.split("."):
         result = result[name]
     assert result == pytest.approx(FILLED[key]) if isinstance(FILLED[key], float) else result == FILLED[key]
@@ -183,22 +191,29 @@ def test_what_an_older_federated_record_lacks_follows_from_the_rest(key: str, tm
     ],
 )
 def test_what_an_older_stream_lacks_follows_from_the_rest(key: str, filled: Any, tmp_path: Path) -> None:
-    write(tmp_path, without(continual(), key))
-    (result,) = load([tmp_path]).results
+    (result,) = load([summary(tmp_path / "s.json", without(continual(), key))]).results
     for name in key.split("."):
         result = result[name]
     assert result == filled
 
 
-def test_lines_of_an_older_record_stand_beside_its_result(tmp_path: Path) -> None:
-    whole = federated()
-    folder = write(tmp_path, without(whole, "rounds")) / f"run-{whole['hash']}"
-    lines = [json.dumps({**line, "clients": {"0": {}}}) for line in whole["rounds"]]
-    (folder / "rounds.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    assert load([tmp_path]).results[0]["rounds"] == whole["rounds"]
-    (folder / "rounds.jsonl").write_text(lines[0][:-5], encoding="utf-8")
-    with pytest.raises(RecordError, match=r"rounds.jsonl beside it cannot be read"):
-        load([tmp_path])
+@pytest.mark.parametrize("written", [0, -1, True, None, 3, 2.0, "1"])
+def test_a_summary_of_a_format_that_this_fednorm_does_not_know_is_refused(written: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text(json.dumps({"format": written, "results": [federated()]}), encoding="utf-8")
+    with pytest.raises(RecordError, match="is of format"):
+        load([path])
+
+
+def test_one_result_as_a_command_prints_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "printed.json"
+    path.write_text(json.dumps(federated()), encoding="utf-8")
+    assert load([path]).results == [federated()]
+    path.write_text(json.dumps(sealed(federated())), encoding="utf-8")
+    assert load([path]).results == [federated()]
+    path.write_text(json.dumps(sealed(federated())).replace("0.5", "0.6"), encoding="utf-8")
+    with pytest.raises(RecordError, match="not what was written"):
+        load([path])
 
 
 @pytest.mark.parametrize(
@@ -213,7 +228,7 @@ def test_what_cannot_be_filled_in_is_named(make: Make, key: str, tmp_path: Path)
     write(tmp_path, good)
     path = tmp_path / "old" / "result.json"
     path.parent.mkdir()
-    path.write_text(json.dumps(bad), encoding="utf-8")
+    path.write_text(json.dumps(sealed(bad)), encoding="utf-8")
     loaded = load([tmp_path])
     assert [result["hash"] for result in loaded.results] == [good["hash"]]
     (problem,) = loaded.problems
@@ -243,7 +258,7 @@ def test_two_files_that_say_different_numbers_of_one_run_are_named(tmp_path: Pat
 
 
 def study(**values: Any) -> dict[str, Any]:
-    return {"format": 1, "study": "s", "title": "S", "runs": [], "selection_runs": [], **values}
+    return {"format": FORMAT, "study": "s", "title": "S", "runs": [], "selection_runs": [], **values}
 
 
 def test_runs_that_a_study_only_chose_by_are_left_out(tmp_path: Path) -> None:
@@ -254,7 +269,7 @@ def test_runs_that_a_study_only_chose_by_are_left_out(tmp_path: Path) -> None:
         selection_runs=[searched["hash"], both["hash"]],
         selection={"rule": "Chosen.", "split": "validation", "configurations": 2, "chosen": []},
     )
-    (tmp_path / "study.json").write_text(json.dumps(manifest), encoding="utf-8")
+    (tmp_path / "study.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     assert hashes(runs) == [both["hash"], reported["hash"], other["hash"]]
     assert len(hashes(runs, select=True)) == 4
     assert load([runs, runs]).studies == [{"about": "", "baseline": None, "paper": [], **manifest}]
@@ -269,7 +284,8 @@ def test_runs_that_a_study_only_chose_by_are_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"format": 2}, "format 2"),
+        ({"format": 1}, "format 1"),
+        ({"format": 3}, "format 3"),
         ({"runs": "abc"}, "'runs'"),
         ({"runs": [1]}, "hashes"),
         ({"study": None}, "'study'"),
@@ -281,7 +297,7 @@ def test_runs_that_a_study_only_chose_by_are_left_out(tmp_path: Path) -> None:
 )
 def test_a_damaged_manifest_is_named_and_its_runs_still_read(values: dict[str, Any], told: str, tmp_path: Path) -> None:
     write(tmp_path, federated())
-    (tmp_path / "study.json").write_text(json.dumps(study(**values)), encoding="utf-8")
+    (tmp_path / "study.json").write_text(json.dumps(sealed(study(**values))), encoding="utf-8")
     loaded = load([tmp_path])
     assert len(loaded.results) == 1
     assert loaded.studies == []

@@ -13,6 +13,7 @@ from fednorm.config import merge
 from fednorm.errors import ConfigError, RecordError
 from fednorm.study import manifest
 from fednorm.study.cases import Study
+from fednorm.study.integrity import unsealed
 from fednorm.study.study import make_study, read_study
 
 SEARCHED: dict[str, Any] = {
@@ -302,8 +303,9 @@ def test_streams_choose_on_validation_images_and_memorization_by_plasticity() ->
 def test_the_manifest_tells_of_the_study_from_the_first_moment_and_unites_its_calls(tmp_path: Path) -> None:
     study = searched({"seed": 1})
     first = manifest.update(tmp_path / "runs", study, (), ())
-    assert json.loads((tmp_path / "runs" / "study.json").read_text()) == first == manifest.read(tmp_path / "runs")
-    assert (first["format"], first["study"], first["title"], first["runs"]) == (1, "digits", "digits", [])
+    assert unsealed(json.loads((tmp_path / "runs" / "study.json").read_text())) == first
+    assert manifest.read(tmp_path / "runs") == first
+    assert (first["format"], first["study"], first["title"], first["runs"]) == (2, "digits", "digits", [])
     assert first["selection_runs"] == [config.hash for config in study.search_configs]
     assert first["selection"] == {
         "rule": "Chosen by the mean validation accuracy over domains.",
@@ -342,7 +344,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         manifest.update(tmp_path, make_study({"base": {}}, "other"), (), ())
     with pytest.raises(ConfigError, match="were chosen on validation images, and these would be chosen on test images"):
         manifest.update(tmp_path, searched(select_on_test=True), (), ())
-    for text in ("{", "[]", "{}", '{"format": 2}'):
+    whole = (tmp_path / "study.json").read_text()
+    for text in (
+        "{",
+        "[]",
+        "{}",
+        '{"format": 3}',
+        whole.replace('"format": 2', '"format": 1'),
+        whole.replace("4", "5"),
+    ):
         (tmp_path / "study.json").write_text(text)
         with pytest.raises(RecordError, match=r"study\.json does not tell which study this folder holds: .*remove it"):
             manifest.update(tmp_path, searched(), (), ())
