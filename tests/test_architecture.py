@@ -17,13 +17,13 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
+    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
     ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
-    ("fednorm.study.record", "fednorm.study.formats"),
+    ("fednorm.study.record", "fednorm.study.formats", "fednorm.study.leftovers"),
     ("fednorm.federated", "fednorm.continual"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fednorm.cli import err, out, print_json
 from fednorm.commands.options import collect_values
+from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import merge
 from fednorm.continual.simulate import plan, simulate
 from fednorm.continual.workbench import ContinualWorkbench
@@ -47,7 +48,7 @@ def run_continual(config: ContinualConfig, *, runs: Path, dry_run: bool, as_json
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    with StreamProgress(err()) as progress:
+    with saying_what_stands(lambda: run_stands(config, runs)), StreamProgress(err()) as progress:
         result = simulate(config, runs=runs, observer=progress, bench=bench)
     return show_result(result, as_json=as_json)
 

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fednorm.cli import err, out, print_json
+from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
 from fednorm.federated.estimate import estimate_seconds
 from fednorm.federated.server import Observer
@@ -46,7 +47,8 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    with RoundProgress(err()) as progress:
+    here = runtime == "in-process"
+    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
         result = _run(config, bench, runs, runtime, progress)
     return show_result(result, as_json=as_json)
 

@@ -38,6 +38,7 @@ from fednorm.config import RunConfig
 from fednorm.continual_config import ContinualConfig
 from fednorm.errors import RecordError
 from fednorm.study.formats import Unfit, migrated
+from fednorm.study.leftovers import beside_a_result, not_there, nothing_left, remove_empty
 
 Tensors = dict[str, Tensor]
 
@@ -123,13 +124,30 @@ class RunRecord:
         Raises:
             RecordError: The folder cannot be made or written, or another process is running this very run.
         """
-        self.prepare()
-        with self._writing("lock the record"):
-            handle = (self.folder / ".lock").open("w")
+        missing = not_there(self.folder)
+        try:
+            self.prepare()
+            with self._writing("lock the record"):
+                handle = (self.folder / ".lock").open("w")
+        except RecordError:
+            remove_empty(missing)
+            raise
         with handle:
             with self._writing("lock the record"):
                 self._lock(handle)
-            yield
+            with nothing_left(self.folder, missing, self._lines, self.stands):
+                yield
+
+    @property
+    def lines_file(self) -> str:
+        """Return the name of the file that grows while the run goes."""
+        return self._lines
+
+    def stands(self) -> bool:
+        """Return whether anything of the run is worth keeping: a result, a checkpoint or a line."""
+        lines = self.folder / self._lines
+        kept = (self.folder / "result.json", self._checkpoint)
+        return any(path.exists() for path in kept) or (lines.exists() and (lines.is_dir() or lines.stat().st_size > 0))
 
     def _lock(self, handle: TextIO) -> None:
         try:
@@ -166,6 +184,8 @@ class RunRecord:
     def keep_lines(self, count: int) -> None:
         """Drop the lines after the first ``count``, and a line cut short by a kill."""
         kept = self.lines()[:count]
+        if not kept and not (self.folder / self._lines).exists():
+            return
         self._replace(self._lines, "".join(json.dumps(line) + "\n" for line in kept))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
@@ -331,6 +351,7 @@ class RunRecord:
             raise RecordError(
                 f"{path} is not a result: {str(error).rstrip('.')}. Remove it, and the run is made again."
             ) from error
+        beside_a_result(self.folder, self._checkpoint)
         return {**result, "run": str(self.folder)}
 
     def _save_tensors(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> None:

@@ -253,7 +253,7 @@ def _for_children() -> Iterator[None]:
     resource_tracker.ensure_running()  # started later, it would take the signals' block off
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
     try:
         yield
     finally:
