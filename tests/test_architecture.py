@@ -18,6 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
+    ("fednorm.limits",),
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
     ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),

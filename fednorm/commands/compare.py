@@ -12,6 +12,7 @@ from fednorm.commands.report import show, tables
 from fednorm.commands.standing import say_stopped
 from fednorm.config import merge, override
 from fednorm.errors import ConfigError, FedNormError, RecordError
+from fednorm.limits import require_path
 from fednorm.report._common import Table
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
@@ -62,6 +63,7 @@ def run_compare(
         overrides = merge(overrides, override(setting))
     made = read_study(path, overrides, select_on_test=select_on_test)
     folder, at_a_time = runs or Path("runs") / path.stem, jobs or default_jobs()
+    require_path(folder, "--out")
     if dry_run:
         return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
     outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))

@@ -10,6 +10,7 @@ from fednorm.commands.report import show, tables
 from fednorm.commands.standing import saying_what_stands
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
+from fednorm.limits import require_path
 from fednorm.registry import resolve_config, resolve_continual
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
@@ -84,6 +85,7 @@ def _run_all(results: list[dict[str, Any]], runs: Path, *, rounds: int, images: 
 
 def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
     """Run strategies and streams one after the other and print their tables."""
+    require_path(runs, "--runs")
     results: list[dict[str, Any]] = []
     planned = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
     again = "The same command goes on with the others, from their checkpoints."

@@ -17,6 +17,7 @@ from fednorm.federated.server import Observer
 from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.simulate_flower import simulate_flower
 from fednorm.federated.workbench import Workbench
+from fednorm.limits import require_path
 from fednorm.report.progress import RoundProgress
 from fednorm.report.table import accuracy_table, evaluation_table, plan_table
 from fednorm.study.record import RunRecord
@@ -27,6 +28,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
+    require_path(runs, "--runs")
     if not dry_run and (finished := RunRecord(runs, config).result()):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True

@@ -14,6 +14,7 @@ from PIL import Image
 from fednorm.data.cache import Pixels
 from fednorm.data.domain import Domain, Split
 from fednorm.errors import DataError
+from fednorm.limits import require_memory
 
 Rows = npt.NDArray[np.int64]
 
@@ -165,6 +166,11 @@ def to_square(image: Image.Image, size: int) -> Pixels:
 
 def stack(images: Iterable[Image.Image], count: int, size: int) -> Pixels:
     """Return ``count`` images as uint8, shape (count, 3, size, size)."""
+    require_memory(
+        count * 3 * size**2,
+        f"{count:,} images of {size} x {size} pixels",
+        "Lower data.image_size, or take fewer images.",
+    )
     out = np.empty((count, 3, size, size), dtype=np.uint8)
     for row, image in enumerate(images):
         out[row] = to_square(image, size)

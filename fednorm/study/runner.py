@@ -35,6 +35,9 @@ __all__ = [
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """Where Linux says how much of the cores a container may use: microseconds, and in how many; ``max`` for all."""
 
+MOST_JOBS, MOST_JOBS_A_CORE = 64, 4
+"""Most runs at a time, whatever the machine and for each of its cores; the larger counts."""
+
 log = logging.getLogger("fednorm")
 
 
@@ -149,6 +152,12 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
         ConfigError: The folder holds another study, or ``jobs`` is less than 1.
         RecordError: The manifest cannot be written.
     """
+    _require_jobs(jobs)
+    with manifest.taken_back_if_empty(runs):
+        return _execute(study, runs, jobs, watcher)
+
+
+def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> StudyOutcome:
     document = manifest.update(runs, study, (), study.configs)
     searched, failures, configs = Outcome([], [], interrupted=False), list[Failure](), list(study.configs)
     if study.searches:
@@ -218,8 +227,7 @@ def run_study(
         ConfigError: ``jobs`` is less than 1.
         FedNormError: No process could be started.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs, the number of runs at a time, must be at least 1 (--jobs); got {jobs}.")
+    _require_jobs(jobs)
     queue = _Queue(configs, runs, watcher or _Nobody())
     code = 0
     with raising():
@@ -235,6 +243,16 @@ def run_study(
             queue.watcher.end()
     results = [queue.results[config.hash] for config in configs if config.hash in queue.results]
     return Outcome(results, queue.failures, interrupted=code > 0, exit_code=code)
+
+
+def _require_jobs(jobs: int) -> None:
+    """Refuse a number of processes that no machine of this size holds: each has PyTorch in its memory."""
+    most = max(MOST_JOBS_A_CORE * default_jobs(), MOST_JOBS)
+    if not 1 <= jobs <= most:
+        raise ConfigError(
+            f"jobs, the number of runs at a time (--jobs), is between 1 and {most} on this machine, which has "
+            f"{default_jobs()} cores to share among them; got {jobs}."
+        )
 
 
 class _Queue:
