@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -25,6 +26,9 @@ Scalar = bool | int | float | str
 
 MOST_BYTES = 4 * 2**20
 """Of a configuration's or a study's file."""
+
+_ENDLESS_KEY = re.compile(r"(?:[\w\"'-]+[ \t]*\.[ \t]*){64}")
+"""Tables in tables that a reader of TOML takes minutes for: its time grows with the square of them."""
 
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
@@ -326,9 +330,9 @@ def _convert(key: str, value: Any, annotation: Any) -> Any:
         if wanted is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
         if wanted is int and not isinstance(value, bool | float):
-            number = int(value)
-            require(key == "seed" or -INTEGER <= number < INTEGER, f"{key} has at most 64 bits; got {shown(number)}.")
-            return number
+            whole = int(value)
+            require(key == "seed" or -INTEGER <= whole < INTEGER, f"{key} has at most 64 bits; got {shown(whole)}.")
+            return whole
         if wanted is float and not isinstance(value, bool) and math.isfinite(number := float(value)):
             return require_float(key, number)
         if wanted is str and isinstance(value, str):
@@ -423,7 +427,9 @@ def read_config(path: Path) -> dict[str, Any]:
     require_path(path, "The configuration file")
     try:
         _require_regular(path)
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        require(not _ENDLESS_KEY.search(text), f"{path} has a key of more than 64 parts, deeper than any key.")
+        values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration file {path}: {error.strerror}.") from error
     except RecursionError as error:
