@@ -248,9 +248,11 @@ def run_study(
 def _require_jobs(jobs: int) -> None:
     """Refuse a number of processes that no machine of this size holds: each has PyTorch in its memory."""
     most = max(MOST_JOBS_A_CORE * default_jobs(), MOST_JOBS)
-    if not 1 <= jobs <= most:
+    if jobs < 1:
+        raise ConfigError(f"jobs, the number of runs at a time, must be at least 1 (--jobs); got {jobs}.")
+    if jobs > most:
         raise ConfigError(
-            f"jobs, the number of runs at a time (--jobs), is between 1 and {most} on this machine, which has "
+            f"jobs, the number of runs at a time (--jobs), is at most {most} on this machine, which has "
             f"{default_jobs()} cores to share among them; got {jobs}."
         )
 
