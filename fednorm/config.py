@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,8 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.errors import ConfigError, canonical
+from fednorm.limits import INTEGER, MOST_DEPTH, require_float, require_path, require_plain, shown
 
 Scalar = bool | int | float | str
+
+MOST_BYTES = 4 * 2**20
+"""Of a configuration's or a study's file."""
+
+_ENDLESS_KEY = re.compile(r"(?:[\w\"'-]+[ \t]*\.[ \t]*){64}")
+"""Tables in tables that a reader of TOML takes minutes for: its time grows with the square of them."""
+
+MOST_THREADS = 1024
+"""PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -255,7 +266,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         choose("kind", self.kind, ("federated",))
-        require(self.threads >= 1, f"threads must be at least 1; got {self.threads}.")
+        require(1 <= self.threads <= MOST_THREADS, f"threads is between 1 and {MOST_THREADS}; got {self.threads}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, options beside their method's name."""
@@ -313,12 +324,12 @@ def _without(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 def choose(key: str, value: str, choices: Iterable[str]) -> None:
     """Raise a ConfigError unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {value!r}.{_near(value, choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{key} must be one of {', '.join(choices)}; got {shown(value)}.{_near(value, choices)}")
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word)[:80], list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
@@ -331,21 +342,25 @@ def _convert(key: str, value: Any, annotation: Any) -> Any:
     if origin is tuple:
         items = value.split(",") if isinstance(value, str) else value
         names = isinstance(items, list | tuple) and all(isinstance(item, str) for item in items)
-        require(names, f"{key} must be a list of names; got {value!r}.")
+        require(names, f"{key} must be a list of names; got {shown(value)}.")
         return tuple(item.strip() for item in items if item.strip())
     wanted = annotation
     try:
         if wanted is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
         if wanted is int and not isinstance(value, bool | float):
-            return int(value)
+            whole = int(value)
+            require(key == "seed" or -INTEGER <= whole < INTEGER, f"{key} has at most 64 bits; got {shown(whole)}.")
+            return whole
         if wanted is float and not isinstance(value, bool) and math.isfinite(number := float(value)):
-            return number
+            return require_float(key, number)
         if wanted is str and isinstance(value, str):
             return value
+    except ConfigError:
+        raise
     except (KeyError, OverflowError, TypeError, ValueError):
         pass
-    raise ConfigError(f"{key} must be {_EXPECTED[wanted]}; got {value!r}.")
+    raise ConfigError(f"{key} must be {_EXPECTED[wanted]}; got {shown(value)}.")
 
 
 def scalar(text: str) -> Scalar:
@@ -355,10 +370,12 @@ def scalar(text: str) -> Scalar:
         return lowered == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
-    return text
+        if kind is int or math.isfinite(number) or not any(digit.isdigit() for digit in text):
+            return number
+    return text  # also digits by the thousand: an error can quote them, and infinity it could not
 
 
 def build(cls: type[Any], values: Mapping[str, Any], path: str = "") -> Any:
@@ -380,24 +397,35 @@ def build(cls: type[Any], values: Mapping[str, Any], path: str = "") -> Any:
     for key, value in values.items():
         full = f"{path}{key}"
         if free and key == "options":
-            require(isinstance(value, Mapping), f"{full} is a table of options; got {value!r}.")
+            require(isinstance(value, Mapping), f"{full} is a table of options; got {shown(value)}.")
             options.update(value)
         elif key not in known and free:
             options[key] = value
         elif key not in known:
             raise ConfigError(
-                f"There is no configuration key {full!r}.{_near(key, known)} Known here: {', '.join(known)}."
+                f"There is no configuration key {shown(full)}.{_near(key, known)} Known here: {', '.join(known)}."
             )
         elif is_dataclass(known[key]):
-            require(isinstance(value, Mapping), f"{full} is a table of keys; got {value!r}.")
+            require(isinstance(value, Mapping), f"{full} is a table of keys; got {shown(value)}.")
             built[key] = build(typing.cast(type[Any], known[key]), value, f"{full}.")
         else:
             built[key] = _convert(full, value, known[key])
     if free:
-        built["options"] = dict(sorted(options.items()))
+        built["options"] = {key: _option(f"{path}{key}", value) for key, value in sorted(options.items())}
     if "name" in built:
         built["name"] = canonical(built["name"])
     return cls(**built)
+
+
+def _option(key: str, value: Any) -> Scalar:
+    """Return the value of a method's option, as far as it can be checked without the method."""
+    if not isinstance(value, bool | int | float | str):
+        raise ConfigError(
+            f"{shown(key)} is an option of its method: true or false, a number or a text; got {shown(value)}."
+        )
+    if isinstance(value, int):
+        require(-INTEGER <= value < INTEGER, f"{key} is a number of at most 64 bits; got {shown(value)}.")
+    return require_float(key, value) if isinstance(value, float) else value
 
 
 def config_from_dict(values: Mapping[str, Any]) -> RunConfig:
@@ -413,14 +441,32 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML file into nested dictionaries.
 
     Raises:
-        ConfigError: The file is missing or is not TOML.
+        ConfigError: The file is missing, is not TOML, or holds what no configuration key takes, e.g. a date.
     """
+    require_path(path, "The configuration file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        _require_regular(path)
+        text = path.read_text(encoding="utf-8")
+        require(not _ENDLESS_KEY.search(text), f"{path} has a key of more than 64 parts, deeper than any key.")
+        values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration file {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} nests tables or lists deeper than any configuration key does.") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # not TOML, not UTF-8, an integer of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {str(error)[:300].rstrip('.')}.") from error
+    require_plain(values, str(path), lines=True)
+    return values
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a file that would be waited for, or read for minutes; one that is missing is named by its reader."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"The configuration file {path} is a device or a pipe. Give a TOML file.")
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; no configuration has more than {MOST_BYTES:,}.")
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -441,8 +487,11 @@ def override(assignment: str) -> dict[str, Any]:
         ConfigError: There is no ``=``.
     """
     key, equals, text = assignment.partition("=")
-    require(bool(equals) and bool(key.strip()), f"--set takes section.key=value; got {assignment!r}.")
+    require(bool(equals) and bool(key.strip()), f"--set takes section.key=value; got {shown(assignment)}.")
+    parts = key.strip().split(".")
+    require(len(parts) <= MOST_DEPTH, f"--set takes section.key=value; {shown(key)} is deeper than any key.")
     nested: Any = scalar(text)
-    for part in reversed(key.strip().split(".")):
+    for part in reversed(parts):
         nested = {part: nested}
+    require_plain(nested, "--set")
     return typing.cast(dict[str, Any], nested)

@@ -13,7 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fednorm.config import IMMATERIAL, DataConfig, ModelConfig, NormConfig, Scalar, build, choose, digest, require
+from fednorm.config import (
+    IMMATERIAL,
+    MOST_THREADS,
+    DataConfig,
+    ModelConfig,
+    NormConfig,
+    Scalar,
+    build,
+    choose,
+    digest,
+    require,
+)
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -177,7 +188,7 @@ class ContinualConfig:
 
     def __post_init__(self) -> None:
         choose("kind", self.kind, ("continual",))
-        require(self.threads >= 1, f"threads must be at least 1; got {self.threads}.")
+        require(1 <= self.threads <= MOST_THREADS, f"threads is between 1 and {MOST_THREADS}; got {self.threads}.")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, options beside their method's name."""

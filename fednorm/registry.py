@@ -12,7 +12,10 @@ from torch import nn
 
 from fednorm.config import RunConfig, Scalar, choose, config_from_dict, merge
 from fednorm.continual_config import ContinualConfig, LearnerConfig, continual_config_from_dict
+from fednorm.data.benchmarks import BENCHMARKS
 from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.limits import require_plain
+from fednorm.models import MODELS
 from fednorm.norms import make_norm
 from fednorm.options import flag, number
 
@@ -94,7 +97,8 @@ def resolve(values: Mapping[str, Any]) -> RunConfig | ContinualConfig:
         UnknownNameError: A name is not registered.
         ConfigError: A key or a value is wrong.
     """
-    kind = str(values.get("kind", "federated"))
+    require_plain(values, "The configuration")
+    kind = values.get("kind", "federated")
     choose("kind", kind, ("federated", "continual"))
     return resolve_continual(values) if kind == "continual" else resolve_config(values)
 
@@ -106,11 +110,14 @@ def resolve_continual(values: Mapping[str, Any]) -> ContinualConfig:
         UnknownNameError: The scenario, the learner or the norm is not registered.
         ConfigError: A key or a value is wrong.
     """
+    require_plain(values, "The configuration")
     values = _without_auto(values)
     written = continual_config_from_dict(values)
     scenario, learner = scenario_spec(written.scenario.name), learner_spec(written.learner.name)
     defaults = merge({"kind": "continual", "norm": {"name": "batch_norm"}}, _fitting(scenario.defaults, values))
     config = continual_config_from_dict(merge(defaults, values))
+    _require_data(config.data.name)
+    _require_model(config.model.name)
     norm_defaults = dataclasses.asdict(make_norm(config.norm.name))
     return dataclasses.replace(
         config,
@@ -165,18 +172,33 @@ def resolve_config(values: Mapping[str, Any]) -> RunConfig:
         UnknownNameError: The strategy is not registered.
         ConfigError: A key or a value is wrong.
     """
+    require_plain(values, "The configuration")
     chosen = values.get("strategy", {})
     name = chosen.get("name", "fedavg") if isinstance(chosen, Mapping) else str(chosen)
     spec = strategy_spec(str(name))
     values = _without_auto(values)
     defaults = merge({"norm": {"name": "batch_norm"}}, spec.defaults)
     config = config_from_dict(merge(defaults, values))
+    _require_data(config.data.name)
+    _require_model(config.model.name)
     norm_defaults = dataclasses.asdict(make_norm(config.norm.name))
     return dataclasses.replace(
         config,
         norm=dataclasses.replace(config.norm, options=_beside(norm_defaults, config.norm.options)),
         strategy=dataclasses.replace(config.strategy, options=_beside(spec.options, config.strategy.options)),
     )
+
+
+def _require_data(name: str) -> None:
+    """Refuse a benchmark that is none; its name becomes part of a folder's."""
+    if name not in BENCHMARKS:
+        raise unknown_name("benchmark", name, BENCHMARKS)
+
+
+def _require_model(name: str) -> None:
+    """Refuse a model that is none, before a study has begun."""
+    if name not in MODELS:
+        raise unknown_name("model", name, MODELS)
 
 
 def _beside(defaults: Mapping[str, Any], options: Mapping[str, Scalar]) -> dict[str, Scalar]:

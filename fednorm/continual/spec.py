@@ -15,6 +15,9 @@ from fednorm.errors import ConfigError, DataError, canonical, unknown_name
 from fednorm.options import flag, number, whole
 from fednorm.spec import Citation
 
+MOST_EXPERIENCES = 10_000
+"""Of a stream."""
+
 _FEDERATED_ONLY = (
     "train_per_client",
     "test_per_domain",
@@ -99,6 +102,11 @@ class ScenarioSpec:
                 flag("scenario", key, value)
             elif isinstance(default, int):
                 whole("scenario", key, value, at_least=0)
+                if key == "num_experiences" and isinstance(value, int) and value > MOST_EXPERIENCES:
+                    raise ConfigError(
+                        f"scenario.num_experiences is at most {MOST_EXPERIENCES:,} (published streams have a few "
+                        f"hundred): each is made before training begins; got {value}."
+                    )
             elif isinstance(default, float):
                 number("scenario", key, value)
 

@@ -19,6 +19,7 @@ from fednorm.continual.stream import Experience, Stream
 from fednorm.continual_config import ContinualConfig
 from fednorm.errors import ConfigError
 from fednorm.models import make_model, model_spec
+from fednorm.models.footprint import require_footprint
 from fednorm.norms import make_norm, spec_of
 from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.optim.l2_init import L2Init
@@ -63,6 +64,7 @@ class ContinualWorkbench:
         ratio = options.batch_ratio(config.train.batch_size)
         norm = make_norm(config.norm.name, config.norm.options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
+        self._require_memory()
         self.model = self._make_model(config.seed)
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
@@ -106,6 +108,19 @@ class ContinualWorkbench:
         """
         before, steps = sum(self.steps[:place]), self.steps[place]
         return mean(self.schedule.at(before + step, step, steps) for step in range(steps))
+
+    def _require_memory(self) -> None:
+        """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
+        train = self.config.train
+        require_footprint(
+            self.config,
+            self.norm,
+            num_classes=self.stream.num_classes,
+            image_size=self.stream.image_size,
+            copies=3 + (bool(train.momentum) if train.optimizer == "sgd" else 2),  # gradients, a checkpoint
+            train_images=sum(len(experience.train) for experience in self.stream),
+            test_images=max((len(experience.test) for experience in self.stream), default=0),
+        )
 
     def _make_model(self, seed: int) -> nn.Module:
         config = self.config
