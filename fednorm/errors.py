@@ -30,6 +30,10 @@ class AggregationError(FedNormError, RuntimeError):
     """A round that cannot be aggregated: every client failed, or their replies do not fit together."""
 
 
+class DivergedError(FedNormError, ArithmeticError):
+    """A training whose numbers are no numbers any more; what was finished before stays in its record."""
+
+
 class RecordError(FedNormError, OSError):
     """A run's record that cannot be written or read."""
 

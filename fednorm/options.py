@@ -11,15 +11,20 @@ from typing import Any
 
 from fednorm.errors import ConfigError
 
+LARGEST = 3.4e38
+"""What a number may be at most to be one in single precision, in which networks compute: beyond it is infinity."""
+
 
 def number(method: str, option: str, value: Any, *, above: float = -math.inf, at_most: float = math.inf) -> None:
-    """Require a finite real number in (``above``, ``at_most``].
+    """Require a finite real number in (``above``, ``at_most``], within what single precision holds.
 
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == math.inf:
         raise ConfigError(f"{method}.{option} must be a finite number; got {value!r}.")
+    if abs(value) > LARGEST:  # compared, not converted: an integer may be beyond any float
+        raise ConfigError(f"{method}.{option} must be at most {LARGEST:g}, which is what float32 holds; got {value!r}.")
     if not above < value <= at_most:
         upper = f" and at most {at_most:g}" if math.isfinite(at_most) else ""
         raise ConfigError(f"{method}.{option} must be greater than {above:g}{upper}; got {value!r}.")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.continual.anytime import modes_kept
 from fednorm.continual.avalanche_benchmark import StreamDataset
 from fednorm.continual.buffer import Samples
 from fednorm.continual.schedule import Schedule
@@ -120,11 +121,14 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         after: Effects after the update.
         plugins: Avalanche plugins.
         evaluator: An Avalanche evaluation plugin; none by default.
+        online: Whether those counts are of the ``train`` step's own logits, or of ``eval``: a forward pass in
+            evaluation mode before it, on the images without augmentation.
 
     Attributes:
         met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
             passes they are new no more.
         hits: How many of those the model got right just before it was trained on them, int64.
+        hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
         seen: New samples of the present experience in all passes so far.
         loss_sum: The sum over those of the loss before the update, float64.
     """
@@ -150,6 +154,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         after: Sequence[Effect] = (),
         plugins: Sequence[Any] | None = None,
         evaluator: Any = None,
+        online: str = "train",
     ) -> None:
         super().__init__(
             model=model,
@@ -162,7 +167,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         )
         self.options = options or type(self).Options()
         self.num_classes, self.seed, self.augment = num_classes, seed, augment
-        self.schedule, self.begin = schedule, tuple(begin)
+        self.schedule, self.begin, self.online = schedule, tuple(begin), online
         self.effects = (*adjust, *after)
         self.step = TrainingStep(
             model, optimizer, adjust=(*adjust, self._backward_done), after=(*after, self._after_update)
@@ -171,6 +176,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.batch_coupled = batch_coupled(model, spec_of)
         self.source: Experience | None = None
         self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        self.hits_of_all = torch.zeros((), dtype=torch.int64)
         self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
@@ -280,6 +286,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
             for effect in self.begin:
                 effect(self.experience_number)
         self.hits.zero_()
+        self.hits_of_all.zero_()
         self.loss_sum.zero_()
         self.seen = self.met = 0
         self.begin_experience()
@@ -310,6 +317,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
 
     def _train_on(self, source: Experience, rows: Tensor, **kwargs: Any) -> None:
         step = self.progress.step
+        guesses = self._guess(source, rows) if self.online == "eval" else None
         torch.default_generator.manual_seed(stream_seed(self.seed, "model", step))
         self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
         images, labels = source.train.batch(rows)
@@ -317,11 +325,21 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         self.mbatch = [images, labels, torch.zeros_like(labels)]
         self._before_training_iteration(**kwargs)
         logits = self.observe(new).detach()
+        right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
+        self.hits_of_all += right
         if not self.progress.epoch:
-            self.hits += (logits.argmax(1) == labels).sum()
+            self.hits += right
             self.met += len(rows)
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
+
+    @torch.no_grad()
+    def _guess(self, source: Experience, rows: Tensor) -> Tensor:
+        """Return the logits of some rows in evaluation mode; nothing that trains is changed by it."""
+        with modes_kept(self.model):
+            self.model.eval()
+            logits: Tensor = self.model(pixels(source.train.batch(rows)[0]))
+        return logits
 
     def _backward_done(self) -> None:
         self._after_backward()
@@ -338,7 +356,11 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
             if hasattr(effect, "state_dict"):
                 found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
         found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        return found | {"count/hits": self.hits, "count/loss_sum": self.loss_sum}
+        return found | {
+            "count/hits": self.hits,
+            "count/hits_of_all": self.hits_of_all,
+            "count/loss_sum": self.loss_sum,
+        }
 
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
@@ -349,13 +371,13 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
         """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
 
         Raises:
-            RecordError: They were taken in the middle of an experience by a version that did not count its first pass.
+            RecordError: They were taken in the middle of an experience by a version with one online accuracy only.
         """
         progress, seen = Progress(**state["progress"]), int(state["seen"])
-        if "met" not in state and progress.epoch:
+        if progress.epoch and ("met" not in state or "count/hits_of_all" not in tensors):
             raise RecordError(
-                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that counted "
-                "every pass into the online accuracy"
+                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that had one "
+                "online accuracy, of the first pass or of all"
             )
         self.model.load_state_dict(_below("model", tensors))
         moments: dict[int, Tensors] = {}
@@ -371,6 +393,7 @@ class Learner(SupervisedTemplate):  # type: ignore[misc]
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors(_below("own", tensors))
         self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
+        self.hits_of_all = tensors.get("count/hits_of_all", self.hits).clone()
         self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
 
 

@@ -21,6 +21,8 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "average incremental": ("average_incremental_accuracy", percent),
     "forgetting (max − last)": ("forgetting_max_minus_last", percent),
     "forgetting (first − last)": ("forgetting_first_minus_last", percent),
+    "late average": ("average_late_accuracy", percent),
+    "worst case": ("worst_case_accuracy", percent),
     "online accuracy": ("online_accuracy", percent),
     "train accuracy": ("train_accuracy", percent),
     "drift": ("drift", lambda values: interval(values, ".3g")),
@@ -29,6 +31,8 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
+    "late average": "late: average accuracy, mean over the last evaluations",
+    "worst case": "worst case (WC-ACC): of each earlier experience the lowest accuracy since its end, of the last its own",
     "online accuracy": "online: every batch just before training on it for the first time",
     "train accuracy": "train: every experience's own training images after it",
     "drift": "drift: running statistics against those of all the data seen, in standard deviations, mean over layers",

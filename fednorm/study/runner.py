@@ -16,7 +16,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from fednorm.errors import AggregationError, ConfigError, RecordError
+from fednorm.errors import AggregationError, ConfigError, DivergedError, RecordError
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import AnyConfig, labels
@@ -58,8 +58,8 @@ class Failure:
 
     @property
     def diverged(self) -> bool:
-        """Return whether the run broke down by its own numbers: no client had a finite update left."""
-        return self.error == AggregationError.__name__
+        """Return whether the run broke down by its own numbers: a stream's loss, or every client's update."""
+        return self.error in (AggregationError.__name__, DivergedError.__name__)
 
 
 @dataclass(frozen=True)
