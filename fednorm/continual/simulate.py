@@ -37,6 +37,10 @@ OF_AN_ORDER = (
 """Numbers that mean something only where experiences come one after another."""
 
 
+WORST = frozenset({"average_minimum_accuracy", "worst_case_accuracy"})
+"""Numbers of evaluations on the way that mean something only there, and are there only where those were made."""
+
+
 class StreamObserver(Protocol):
     """What wants to know how a run goes, e.g. a progress bar."""
 
@@ -260,11 +264,10 @@ class _Run:
             ]
             train_accuracy = self._train_accuracy(model, source)
             diagnostics = self._diagnostics(model, source, rate)
-        overall = [score and score.overall for score in scores]
-        whole = not bench.config.evaluate.every_images  # then the points are of the same images as the line
-        anytime = self.anytime.close(
-            learner.progress.step, (lambda: overall[: source.number + 1]) if whole else self._seen
-        )
+        overall: Scores = [None if score is None else score.overall for score in scores]
+        # Without a limit of their own the points are of the same images as the line.
+        own = self._seen if bench.config.evaluate.every_images else lambda: overall[: source.number + 1]
+        anytime = self.anytime.close(learner.progress.step, own)
         return {
             "experience": source.number,
             "title": source.title,
@@ -308,7 +311,7 @@ class _Run:
             self.lines, config.evaluate.average_last
         )
         if bench.joint:  # nothing came before anything else
-            numbers |= dict.fromkeys(OF_AN_ORDER)
+            numbers |= dict.fromkeys((*OF_AN_ORDER, *(numbers.keys() & WORST)))
         return {
             "kind": "continual",
             **bench.about,
@@ -352,7 +355,7 @@ def summary(
     trained = [line["train_accuracy"] for line in lines]
     drift = list(lines[-1]["diagnostics"].get("drift", {}).values())
     own = lines[-1]["task_accuracy"]
-    every_pass = [line.get("average_online_accuracy") for line in lines]
+    every_pass = [line["average_online_accuracy"] for line in lines if "average_online_accuracy" in line]
     measured: dict[str, Callable[[], float]] = {
         "average_accuracy": lambda: metrics.average_accuracy(r),
         "average_incremental_accuracy": lambda: metrics.average_incremental_accuracy(r),
@@ -364,7 +367,7 @@ def summary(
         **{name: _or_none(measure) for name, measure in measured.items()},
         "forward_transfer": _or_none(lambda: metrics.forward_transfer(r, np.array(untrained))) if untrained else None,
         "online_accuracy": mean(line["online_accuracy"] for line in lines),
-        "average_online_accuracy": None if None in every_pass else mean(every_pass),
+        "average_online_accuracy": mean(every_pass) if len(every_pass) == len(lines) else None,
         "task_incremental_accuracy": mean(own) if own and None not in own else None,
         "train_accuracy": mean(trained),
         "plasticity": metrics.plasticity(trained),

@@ -32,7 +32,7 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
     "late average": "late: average accuracy, mean over the last evaluations",
-    "worst case": "worst case (WC-ACC): of each earlier experience the lowest accuracy since its end, of the last its own",
+    "worst case": "worst case: WC-ACC, the last experience's accuracy and of earlier ones the lowest since their end",
     "online accuracy": "online: every batch just before training on it for the first time",
     "train accuracy": "train: every experience's own training images after it",
     "drift": "drift: running statistics against those of all the data seen, in standard deviations, mean over layers",
@@ -103,6 +103,7 @@ def stream_table(results: Sequence[Result]) -> Table:
         for name, group in groups.items()
     )
     meanings = [MEANINGS[column] for column in shown if column in MEANINGS]
+    meanings = [f"{text}, {_mode(results)}" if text is MEANINGS["online accuracy"] else text for text in meanings]
     notes = (
         f"{seeds(results, groups)}; {_scored(results[0])}; wall clock.",
         *([f"{_capital('; '.join(meanings))}."] if meanings else []),
@@ -253,6 +254,13 @@ def _hidden_mean(by_layer: Mapping[str, float | None]) -> float | None:
     if not hidden or len(values) < len(hidden):
         return None
     return geometric_mean(values) if all(values) else 0.0
+
+
+def _mode(results: Sequence[Result]) -> str:
+    """Return what mode online accuracy was measured in; in training mode a batch norm takes the batch's statistics."""
+    modes = dict.fromkeys(result["config"]["evaluate"].get("online", "train") for result in results)
+    names = {"train": "training", "eval": "evaluation"}
+    return f"in {' and '.join(names.get(mode, mode) for mode in modes)} mode"
 
 
 def _scored(result: Result) -> str:
