@@ -1,7 +1,7 @@
 """split: the classes of any data set in experiences of a few each, class-incremental.
 
 Splitting a data set's classes into tasks: Zenke, Poole, Ganguli. Continual Learning Through Synaptic Intelligence.
-ICML 2017. https://arxiv.org/abs/1703.04200. With ``--data folders --domains mnist`` it is Split MNIST (five experiences
+ICML 2017. https://arxiv.org/abs/1703.04200. With ``--data folders --set data.domains=mnist`` it is Split MNIST (five experiences
 of two digits), with a folder of Tiny-ImageNet and ``num_experiences=10`` Split Tiny-ImageNet (Buzzega et al.,
 https://arxiv.org/abs/2004.07211), and so on for a data set of one's own: a folder of Parquet files with labels 0 to
 K - 1. ``classes_per_experience="50,10,10,10,10,10"`` is the protocol that begins with

@@ -49,10 +49,12 @@ def test_continual_prints_one_document(call: Call, tmp_path: Path) -> None:
     assert {
         *("average_accuracy", "average_incremental_accuracy", "forgetting_max_minus_last"),
         *("forgetting_first_minus_last", "backward_transfer", "forward_transfer", "online_accuracy"),
+        "average_online_accuracy",
         *("task_incremental_accuracy", "train_accuracy", "plasticity", "drift", "selection"),
     } == set(result["final"])
     assert {
         *("experience", "title", "accuracy", "task_accuracy", "online_accuracy", "train_accuracy", "train_loss"),
+        "average_online_accuracy",
         *("steps", "learning_rate", "seconds", "diagnostics"),
     } == set(result["experiences"][0])
     assert {
@@ -166,7 +168,7 @@ def test_explain_tells_of_the_stream_s_keys_too(section: str, words: str, call: 
     ("arguments", "words"),
     [
         (("--experiences", "11"), ("10 classes", "11", "a class of its own", "one of 1, 2, 5, 10")),
-        (("--experiences", "3"), ("3 does not divide 10", "one of 1, 2, 5, 10")),
+        (("--experiences", "11"), ("10 classes", "into 11 experiences", "num_experiences to 10 or less")),
         (("--experiences", "0"), ("num_experiences", "0")),
         (("--memory-size", "5"), ("capacity 5", "10 classes", "10 or more")),
         (("--memory-size", "0"), ("learner.memory_size is 0", "naive")),
