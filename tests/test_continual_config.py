@@ -242,6 +242,7 @@ CHANGED: dict[str, Any] = {
     )},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),
+        ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3),
     )},
 }  # fmt: skip
 

@@ -167,8 +167,7 @@ def test_explain_tells_of_the_stream_s_keys_too(section: str, words: str, call: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--experiences", "11"), ("10 classes", "11", "a class of its own", "one of 1, 2, 5, 10")),
-        (("--experiences", "11"), ("10 classes", "into 11 experiences", "num_experiences to 10 or less")),
+        (("--experiences", "11"), ("10 classes", "11", "a class of its own", "num_experiences to 10 or less")),
         (("--experiences", "0"), ("num_experiences", "0")),
         (("--memory-size", "5"), ("capacity 5", "10 classes", "10 or more")),
         (("--memory-size", "0"), ("learner.memory_size is 0", "naive")),
@@ -262,7 +261,7 @@ def test_nap_finds_no_layer_to_normalize() -> None:
 def test_a_task_that_is_absent_from_the_batch_is_the_documented_behaviour(call: Call) -> None:
     """Naive batches have the present task alone: AdaB2N's weights sum to less than 1, the corrected ones to 1."""
     documents = [
-        call("continual", *OWN, "--learner", "naive", "--norm", norm, "--json", *more).document
+        call("continual", *OWN, "--learner", "naive", "--norm", norm, "--seed", "2", "--json", *more).document
         for norm, more in (
             ("batch_norm", ()),
             ("adab2n", ("--set", "norm.corrected=true", "--set", "norm.lambd=0", "--set", "norm.kappa=1")),
