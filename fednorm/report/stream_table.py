@@ -103,10 +103,10 @@ def stream_table(results: Sequence[Result]) -> Table:
         for name, group in groups.items()
     )
     meanings = [MEANINGS[column] for column in shown if column in MEANINGS]
-    meanings = [f"{text}, {_mode(results)}" if text is MEANINGS["online accuracy"] else text for text in meanings]
+    mode = f" Online accuracy is measured {_mode(results)}." if "online accuracy" in shown else ""
     notes = (
         f"{seeds(results, groups)}; {_scored(results[0])}; wall clock.",
-        *([f"{_capital('; '.join(meanings))}."] if meanings else []),
+        *([f"{_capital('; '.join(meanings))}.{mode}"] if meanings else []),
         *_settings(groups),
         *dict.fromkeys(note for result in results for note in result["data"]["notes"]),
     )

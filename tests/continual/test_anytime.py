@@ -169,10 +169,10 @@ def test_the_table_shows_it_and_says_what_it_is(toy: Any) -> None:
     table = stream_table([document])
     assert {"late average", "worst case"} <= set(table.columns)
     assert "worst case: WC-ACC" in table.notes[1]
-    assert "for the first time, in training mode" in table.notes[1]
+    assert "Online accuracy is measured in training mode." in table.notes[1]
     table = stream_table([plain])
     assert not {"late average", "worst case"} & set(table.columns)
-    assert "for the first time, in evaluation mode" in table.notes[1]
+    assert "Online accuracy is measured in evaluation mode." in table.notes[1]
 
 
 # Online accuracy ------------------------------------------------------------------------------------------------------
