@@ -62,7 +62,6 @@ class ContinualWorkbench:
         options, spec = learner_options(config.learner), learner_spec(config.learner.name)
         ratio = options.batch_ratio(config.train.batch_size)
         norm = make_norm(config.norm.name, config.norm.options)
-        self._require_parts(norm, options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
         self.model = self._make_model(config.seed)
         self.joint = spec.joint
@@ -90,6 +89,7 @@ class ContinualWorkbench:
             after=after,
             online=config.evaluate.online,
         )
+        self._require_parts(norm, options)
 
     def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
         """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
