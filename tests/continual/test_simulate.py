@@ -279,7 +279,6 @@ NO_PARTS = [
     ("er", {"memory_batch": 1}, 10),
     ("er_ace", {"memory_batch": 20}, 10),
     ("derpp", {"passes": "separate", "memory_batch": 4}, 7),
-    ("er", {}, 1),
 ]
 
 
