@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from fednorm import options
 from fednorm.config import (
     IMMATERIAL,
     MOST_THREADS,
@@ -115,6 +116,8 @@ class StreamTrainConfig:
         choose("train.augment", self.augment, AUGMENTATIONS)
         choose("train.schedule", self.schedule, SCHEDULES)
         choose("train.schedule_over", self.schedule_over, ("stream", "experience"))
+        for key in ("learning_rate", "weight_decay", "agc", "l2_init", "perturb", "redo_tau"):
+            options.number("train", key, getattr(self, key))
         require(self.learning_rate > 0, f"train.learning_rate must be positive; got {self.learning_rate}.")
         for key in ("batch_size", "epochs", "checkpoint_every"):
             require(getattr(self, key) >= 1, f"train.{key} must be at least 1; got {getattr(self, key)}.")
@@ -128,7 +131,7 @@ class StreamTrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamEvaluateConfig:
-    """What is measured when an experience has ended.
+    """What is measured when an experience has ended, and on the way.
 
     Attributes:
         split: The images that are scored: ``test``, or ``validation`` for choosing hyper-parameters.
@@ -139,6 +142,12 @@ class StreamEvaluateConfig:
         train_images: Most training images of the experience for its training accuracy; 0 for all of them.
         probe_images: Training images of all experiences so far, as many of each, on which dead units, rank and drift
             are measured; 0 for none of these.
+        online: Whether online accuracy is that of the ``train`` step's own outputs, for which a batch norm takes the
+            batch's statistics and images are augmented, or of ``eval``: one more forward pass before the step, in
+            evaluation mode, on the images as they are. Norms are comparable in the latter only.
+        every_steps: Steps between two evaluations on the experiences seen so far (anytime evaluation); 0 for none.
+        every_images: Most images of each experience in those; 0 for all.
+        average_last: Evaluations, the last one included, that ``average_late_accuracy`` is the mean of.
     """
 
     split: str = "test"
@@ -146,12 +155,19 @@ class StreamEvaluateConfig:
     batch_size: int = 256
     train_images: int = 1000
     probe_images: int = 512
+    online: str = "train"
+    every_steps: int = 0
+    every_images: int = 0
+    average_last: int = 5
 
     def __post_init__(self) -> None:
         choose("evaluate.split", self.split, ("test", "validation"))
         choose("evaluate.experiences", self.experiences, ("auto", "all", "seen", "current"))
         require(self.batch_size >= 1, f"evaluate.batch_size must be at least 1; got {self.batch_size}.")
-        require(self.train_images >= 0, f"evaluate.train_images must be 0 or more; got {self.train_images}.")
+        choose("evaluate.online", self.online, ("train", "eval"))
+        for key in ("train_images", "every_steps", "every_images"):
+            require(getattr(self, key) >= 0, f"evaluate.{key} must be 0 or more; got {getattr(self, key)}.")
+        require(self.average_last >= 1, f"evaluate.average_last must be at least 1; got {self.average_last}.")
         require(
             self.probe_images == 0 or self.probe_images >= 2,
             f"evaluate.probe_images must be 0 or at least 2, to estimate a variance; got {self.probe_images}.",

@@ -101,6 +101,10 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (StreamEvaluateConfig, "batch_size", (0,), (1,)),
         (StreamEvaluateConfig, "train_images", (-1,), (0, 1)),
         (StreamEvaluateConfig, "probe_images", (-1, 1), (0, 2)),
+        (StreamEvaluateConfig, "online", ("test",), ("train", "eval")),
+        (StreamEvaluateConfig, "every_steps", (-1,), (0, 1)),
+        (StreamEvaluateConfig, "every_images", (-1,), (0, 1)),
+        (StreamEvaluateConfig, "average_last", (0,), (1,)),
         (ContinualConfig, "threads", (0,), (1,)),
         (ContinualConfig, "kind", ("federated",), ("continual",)),
     ],
@@ -238,6 +242,7 @@ CHANGED: dict[str, Any] = {
     )},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),
+        ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3),
     )},
 }  # fmt: skip
 

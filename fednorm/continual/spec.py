@@ -124,6 +124,7 @@ class ScenarioSpec:
             return name
         if name != DataConfig().name:
             raise ConfigError(
-                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. Leave data.name out."
+                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. Leave data.name "
+                "out, or take a scenario of any data: split, permuted_labels, permuted_pixels, random_labels."
             )
         return self.data[0]

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.errors import DataError
 from fednorm.norms._batch import per_channel
+from fednorm.norms._precision import in_full_precision
 from fednorm.roles import Kind
 from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
 
@@ -50,6 +51,7 @@ class RMSNormLayer(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
 
+    @in_full_precision
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``.
 
