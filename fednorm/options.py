@@ -12,9 +12,6 @@ from typing import Any
 from fednorm.errors import ConfigError
 from fednorm.limits import INTEGER, require_float, shown
 
-LARGEST = 3.4e38
-"""What a number may be at most to be one in single precision, in which networks compute: beyond it is infinity."""
-
 
 def number(method: str, option: str, value: Any, *, above: float = -math.inf, at_most: float = math.inf) -> None:
     """Require a finite real number in (``above``, ``at_most``], within what single precision holds.

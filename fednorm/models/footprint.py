@@ -110,7 +110,7 @@ def require_footprint(
     takes = footprint(config.model.name, norm, num_classes=num_classes, image_size=image_size, width=width)
     model = f"model {config.model.name}" + (f" of width {width:,}" if width else "")
     require_memory(
-        copies * takes.state,
+        int(copies * takes.state),
         f"{model} for images of {image_size} x {image_size} pixels, with {takes.parameters:,} parameters, and what "
         "goes with it in training",
         "Lower model.width or data.image_size.",
