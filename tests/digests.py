@@ -3,7 +3,8 @@
     python tests/digests.py record before.json     # before a change
     python tests/digests.py compare before.json    # after it: names every run whose tensors or numbers differ
 
-What a run did not tell before does not count. Bits depend on the kind of CPU and on PyTorch's version, so the file is made and compared on one machine and not kept.
+What a run did not tell before does not count. Bits depend on the kind of CPU and on PyTorch's version, so the file is
+made and compared on one machine and not kept.
 ``--only NAME`` runs the cases whose name contains it. Every case goes through the public functions alone.
 """
 
