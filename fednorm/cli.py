@@ -6,17 +6,25 @@ user's mistake ends with exit code 2 and a sentence, never with a traceback.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
-from rich.console import Console
+from fednorm.signals import raising, starting
 
-from fednorm.errors import ConfigError, FedNormError
-from fednorm.report.text import printable
+try:
+    import typer
+    from rich.console import Console
+
+    from fednorm.errors import ConfigError, FedNormError
+    from fednorm.report.text import printable
+except KeyboardInterrupt:  # before anything has begun there is nothing to tell
+    raise SystemExit(130) from None
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -51,10 +59,14 @@ def _console(*, stderr: bool) -> Console:
 
 
 class Stopped(SystemExit):
-    """The user stopped a command, which has said what stands: exit code 130, and no more words."""
+    """A command was stopped and has said what stands: no more words.
 
-    def __init__(self) -> None:
-        super().__init__(130)
+    Args:
+        code: The exit code: 130 after Ctrl-C, 128 + its number after another signal.
+    """
+
+    def __init__(self, code: int = 130) -> None:
+        super().__init__(code)
 
 
 def print_json(document: Any) -> None:
@@ -71,7 +83,8 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Strategies on embedded multi-domain digits, then norms on streams of them: no data folder, no network."""
-    from fednorm.commands.demo import run_demo
+    with starting():
+        from fednorm.commands.demo import run_demo
 
     run_demo(runs=runs, rounds=rounds, images=images, seed=seed, as_json=as_json)
 
@@ -108,8 +121,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Run one federation, or go on with one that was cut short."""
-    from fednorm.commands.federated import run_federated
-    from fednorm.commands.options import collect
+    with starting():
+        from fednorm.commands.federated import run_federated
+        from fednorm.commands.options import collect
 
     flags = {
         "data.name": data,
@@ -160,7 +174,8 @@ def continual(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Train a learner on a stream of experiences, or go on with a run that was cut short."""
-    from fednorm.commands.continual import collect_continual, run_continual
+    with starting():
+        from fednorm.commands.continual import collect_continual, run_continual
 
     flags = {
         "scenario.name": scenario,
@@ -199,7 +214,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
-    from fednorm.commands.compare import run_compare
+    with starting():
+        from fednorm.commands.compare import run_compare
 
     run_compare(
         study,
@@ -217,7 +233,8 @@ def compare(
 @app.command()
 def recipes(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
     """List the studies that ship, what they cost on this machine, and the papers they follow."""
-    from fednorm.commands.recipes import run_recipes
+    with starting():
+        from fednorm.commands.recipes import run_recipes
 
     run_recipes(data_dir, as_json=as_json)
 
@@ -242,7 +259,8 @@ def report(  # noqa: PLR0913 - one parameter an option
     as_json: JsonOption = False,
 ) -> None:
     """Make tables, figures and one page from records."""
-    from fednorm.commands.report import run_report
+    with starting():
+        from fednorm.commands.report import run_report
 
     if markdown and latex:
         raise ConfigError("--markdown and --latex are two forms of the same tables: choose one.")
@@ -269,7 +287,8 @@ def list_names(
     as_json: JsonOption = False,
 ) -> None:
     """List what is there, a line each."""
-    from fednorm.commands.catalogue import run_list
+    with starting():
+        from fednorm.commands.catalogue import run_list
 
     run_list(what, as_json=as_json)
 
@@ -284,8 +303,9 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Show who holds what: images and labels of every client."""
-    from fednorm.commands.data import run_data
-    from fednorm.commands.options import collect
+    with starting():
+        from fednorm.commands.data import run_data
+        from fednorm.commands.options import collect
 
     flags = {
         "data.name": name,
@@ -302,7 +322,8 @@ def explain(
     as_json: JsonOption = False,
 ) -> None:
     """Explain a method: formula, paper, options, what each of its tensors is, where we differ."""
-    from fednorm.commands.catalogue import run_explain
+    with starting():
+        from fednorm.commands.catalogue import run_explain
 
     run_explain(name, as_json=as_json)
 
@@ -322,7 +343,8 @@ def bench_engine(
     as_json: JsonOption = False,
 ) -> None:
     """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
-    from fednorm.commands.bench import run_bench_engine
+    with starting():
+        from fednorm.commands.bench import run_bench_engine
 
     run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
 
@@ -341,7 +363,8 @@ def bench_continual(
     as_json: JsonOption = False,
 ) -> None:
     """Time a step on a stream beside a bare PyTorch loop and Avalanche's own ER_ACE and Replay."""
-    from fednorm.commands.bench_continual import run_bench_continual, run_bench_layers
+    with starting():
+        from fednorm.commands.bench_continual import run_bench_continual, run_bench_layers
 
     if layers and (case or against):
         raise ConfigError("--layers times layers alone: leave --case and --against out, or --layers.")
@@ -356,7 +379,8 @@ def verify_golden(
     folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
 ) -> None:
     """Replay traces recorded from official implementations with our own classes."""
-    from fednorm.commands.verify import run_golden
+    with starting():
+        from fednorm.commands.verify import run_golden
 
     run_golden(folder, as_json=as_json)
 
@@ -369,14 +393,16 @@ def verify_determinism(
     as_json: JsonOption = False,
 ) -> None:
     """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
-    from fednorm.commands.verify import run_determinism
+    with starting():
+        from fednorm.commands.verify import run_determinism
 
     run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what went wrong on standard error, and leave."""
-    err().print(f"[bold red]error:[/] {_plain(printable(message))}", soft_wrap=True)
+    with suppress(OSError):  # the terminal may be gone
+        err().print(f"[bold red]error:[/] {_plain(printable(message))}", soft_wrap=True)
     raise SystemExit(code)
 
 
@@ -389,18 +415,27 @@ def _plain(message: str) -> str:
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    try:
-        app(standalone_mode=True)
-    except FedNormError as error:
-        message = str(error.args[0]) if error.args else type(error).__name__
-        fail(message if not isinstance(error, ConfigError) else str(error))
-    except SystemExit as ended:
-        if ended.code == 130 and not isinstance(ended, Stopped):  # Typer has turned a KeyboardInterrupt into this
-            fail("stopped. Run the same command again to go on from the last checkpoint.", 130)
-        raise
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(141) from None
+    with raising():
+        try:
+            app(standalone_mode=True)
+        except FedNormError as error:
+            message = str(error.args[0]) if error.args else type(error).__name__
+            fail(message if not isinstance(error, ConfigError) else str(error))
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(141) from None
+        except OSError as error:
+            if error.errno == errno.EIO and not sys.stderr.isatty():  # the terminal was closed under us
+                raise SystemExit(128 + signal.SIGHUP) from None
+            fail(_of_the_system(error))
+        except MemoryError:
+            fail("This machine's memory does not suffice. Take fewer or smaller images, a smaller batch or model.")
+
+
+def _of_the_system(error: OSError) -> str:
+    """Return the sentence for what the operating system refuses: a name that is too long, a full disk."""
+    where = f" ({str(error.filename)[:200]})" if error.filename else ""
+    return f"The system refuses: {error.strerror or error}{where}. Mend that or name another path, then call again."
 
 
 if __name__ == "__main__":

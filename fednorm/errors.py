@@ -63,6 +63,7 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> UnknownNameError
         An error whose message offers the nearest valid names first.
     """
     names = sorted(known)
+    name = name if len(name) <= 80 else f"{name[:80]}..."
     near = difflib.get_close_matches(canonical(name), names, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
     return UnknownNameError(f"There is no {what} named {name!r}.{hint} Known: {', '.join(names)}.")

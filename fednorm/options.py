@@ -10,19 +10,23 @@ from collections.abc import Iterable
 from typing import Any
 
 from fednorm.errors import ConfigError
+from fednorm.limits import INTEGER, require_float, shown
 
 
 def number(method: str, option: str, value: Any, *, above: float = -math.inf, at_most: float = math.inf) -> None:
-    """Require a finite real number in (``above``, ``at_most``].
+    """Require a finite real number in (``above``, ``at_most``], within what single precision holds.
 
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{method}.{option} must be a finite number; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{method}.{option} must be a finite number; got {shown(value)}.")
+    if isinstance(value, int) and not -INTEGER <= value < INTEGER:
+        raise ConfigError(f"{method}.{option} must be a number of at most 64 bits; got {shown(value)}.")
+    require_float(f"{method}.{option}", value)
     if not above < value <= at_most:
         upper = f" and at most {at_most:g}" if math.isfinite(at_most) else ""
-        raise ConfigError(f"{method}.{option} must be greater than {above:g}{upper}; got {value!r}.")
+        raise ConfigError(f"{method}.{option} must be greater than {above:g}{upper}; got {shown(value)}.")
 
 
 def whole(method: str, option: str, value: Any, *, at_least: int) -> None:
@@ -31,8 +35,8 @@ def whole(method: str, option: str, value: Any, *, at_least: int) -> None:
     Raises:
         ConfigError: It is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ConfigError(f"{method}.{option} must be an integer of {at_least} or more; got {value!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < INTEGER:
+        raise ConfigError(f"{method}.{option} must be an integer of {at_least} or more; got {shown(value)}.")
 
 
 def flag(method: str, option: str, value: Any) -> None:
@@ -42,7 +46,7 @@ def flag(method: str, option: str, value: Any) -> None:
         ConfigError: It is something else.
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{method}.{option} must be true or false; got {value!r}.")
+        raise ConfigError(f"{method}.{option} must be true or false; got {shown(value)}.")
 
 
 def one_of(method: str, option: str, value: Any, choices: Iterable[str]) -> None:
@@ -52,5 +56,5 @@ def one_of(method: str, option: str, value: Any, choices: Iterable[str]) -> None
         ConfigError: It is something else.
     """
     choices = tuple(choices)
-    if value not in choices:
-        raise ConfigError(f"{method}.{option} must be one of {', '.join(choices)}; got {value!r}.")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(f"{method}.{option} must be one of {', '.join(choices)}; got {shown(value)}.")

@@ -155,6 +155,16 @@ class Norm:
         """Return the nonlinearity called ``name`` (a key of :data:`ACTIVATIONS`), scaled where the method says so."""
         return ACTIVATIONS[name]()
 
+    def divides(self, new: int, memory: int) -> bool:
+        """Return whether the method does on such a batch what it is for; True unless it needs to tell the two apart.
+
+        Args:
+            new: New samples of a batch.
+            memory: Samples from a learner's memory that follow them in the same forward pass.
+        """
+        del new, memory
+        return True
+
     def for_stream(self, *, num_tasks: int, batch_ratio: int) -> Norm:
         """Return this method fitted to what trains with it on a stream; itself unless the method needs to know.
 

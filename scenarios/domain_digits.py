@@ -12,7 +12,7 @@ though, which the stream's notes say where it matters.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, deal, load
+from fednorm.continual.dealing import Limits, deal, load, seed_of_order
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
@@ -26,6 +26,7 @@ def make(
     seed: int,
     *,
     domain_order: str = "shuffled",
+    order_seed: int | str = "run",
     train_per_experience: int = 0,
     test_per_experience: int = 0,
 ) -> Stream:
@@ -35,6 +36,7 @@ def make(
         reader: Reads the data.
         seed: The run's seed.
         domain_order: ``shuffled`` by the seed, or ``given``: as in ``data.domains`` or the benchmark.
+        order_seed: Of the domains' order: ``run`` for the run's seed, or a number.
         train_per_experience: Most training images an experience; 0 for all.
         test_per_experience: Most test images an experience; 0 for all.
 
@@ -43,6 +45,7 @@ def make(
         DataError: The data is missing or corrupt.
     """
     one_of("scenario", "domain_order", domain_order, ("shuffled", "given"))
+    drawn_from = seed_of_order(seed, order_seed, drawn=domain_order != "given")
     loaded = load(reader)
     count = len(loaded.domains)
     if count < 2:
@@ -50,7 +53,7 @@ def make(
             f"scenario domain_digits needs two domains or more; {loaded.title} has {count}. Name more in data.domains, "
             "or leave it out for all there are."
         )
-    order = range(count) if domain_order == "given" else stream(seed, "stream", "domain order").permutation(count)
+    order = range(count) if domain_order == "given" else stream(drawn_from, "stream", "domain order").permutation(count)
     limits = Limits(reader.config.validation, train_per_experience, test_per_experience)
     classes = tuple(range(loaded.num_classes))
     experiences = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, kept_inputs, relabelled
+from fednorm.continual.dealing import Limits, kept_inputs, relabelled, seed_of_order
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
@@ -25,6 +25,7 @@ def make(
     seed: int,
     *,
     num_experiences: int = 10,
+    order_seed: int | str = "run",
     train_per_experience: int = 0,
     test_per_experience: int = 0,
 ) -> Stream:
@@ -34,6 +35,7 @@ def make(
         reader: Reads the data.
         seed: The run's seed.
         num_experiences: T; how often classes are renamed. More of them leave the earlier ones as they are.
+        order_seed: Of the permutations: ``run`` for the run's seed, or a number.
         train_per_experience: Most training images; 0 for all.
         test_per_experience: Most test images; 0 for all.
 
@@ -42,6 +44,7 @@ def make(
         DataError: The data is missing or corrupt, or several data sets.
     """
     whole("scenario", "num_experiences", num_experiences, at_least=1)
+    drawn_from = seed_of_order(seed, order_seed)
     limits = Limits(reader.config.validation, train_per_experience, test_per_experience)
     loaded, kept = kept_inputs("permuted_labels", reader, seed, limits=limits)
     classes = tuple(range(loaded.num_classes))
@@ -49,7 +52,7 @@ def make(
     labels = kept.train.labels.clamp(0, loaded.num_classes - 1)
     experiences = []
     for number in range(num_experiences):
-        drawn = stream(seed, "stream", "permuted labels", number).permutation(loaded.num_classes)
+        drawn = stream(drawn_from, "stream", "permuted labels", number).permutation(loaded.num_classes)
         portion = relabelled(kept, torch.from_numpy(drawn)[labels])
         title = f"labels {number + 1}"
         experiences.append(Experience(number, title, classes, portion.train, portion.validation, portion.test))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, kept_inputs
+from fednorm.continual.dealing import Limits, kept_inputs, seed_of_order
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, PermutedSplit, Stream
 from fednorm.data.benchmarks import Reader
@@ -26,6 +26,7 @@ def make(
     seed: int,
     *,
     num_experiences: int = 10,
+    order_seed: int | str = "run",
     train_per_experience: int = 0,
     test_per_experience: int = 0,
 ) -> Stream:
@@ -35,6 +36,7 @@ def make(
         reader: Reads the data.
         seed: The run's seed.
         num_experiences: T; how often pixels are permuted. More of them leave the earlier ones as they are.
+        order_seed: Of the permutations: ``run`` for the run's seed, or a number.
         train_per_experience: Most training images; 0 for all.
         test_per_experience: Most test images; 0 for all.
 
@@ -43,13 +45,14 @@ def make(
         DataError: The data is missing or corrupt, or several data sets.
     """
     whole("scenario", "num_experiences", num_experiences, at_least=1)
+    drawn_from = seed_of_order(seed, order_seed)
     limits = Limits(reader.config.validation, train_per_experience, test_per_experience)
     loaded, kept = kept_inputs("permuted_pixels", reader, seed, limits=limits)
     classes = tuple(range(loaded.num_classes))
     num_pixels = kept.train.images.shape[2] * kept.train.images.shape[3]
     experiences = []
     for number in range(num_experiences):
-        order = torch.from_numpy(stream(seed, "stream", "permuted pixels", number).permutation(num_pixels))
+        order = torch.from_numpy(stream(drawn_from, "stream", "permuted pixels", number).permutation(num_pixels))
         train, validation, test = (
             PermutedSplit(split.images, split.labels, split.index, order)
             for split in (kept.train, kept.validation, kept.test)

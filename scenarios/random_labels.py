@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, kept_inputs
+from fednorm.continual.dealing import Limits, kept_inputs, seed_of_order
 from fednorm.continual.spec import ScenarioSpec
 from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
@@ -26,13 +26,21 @@ from fednorm.options import whole
 from fednorm.rng import stream
 
 
-def make(reader: Reader, seed: int, *, num_experiences: int = 10, train_per_experience: int = 0) -> Stream:
+def make(
+    reader: Reader,
+    seed: int,
+    *,
+    num_experiences: int = 10,
+    order_seed: int | str = "run",
+    train_per_experience: int = 0,
+) -> Stream:
     """Build the stream.
 
     Args:
         reader: Reads the data.
         seed: The run's seed.
         num_experiences: T; how often labels are drawn. More of them leave the earlier ones as they are.
+        order_seed: Of the labels: ``run`` for the run's seed, or a number.
         train_per_experience: Most images; 0 for all.
 
     Raises:
@@ -40,6 +48,7 @@ def make(reader: Reader, seed: int, *, num_experiences: int = 10, train_per_expe
         DataError: The data is missing or corrupt, or several data sets.
     """
     whole("scenario", "num_experiences", num_experiences, at_least=1)
+    drawn_from = seed_of_order(seed, order_seed)
     if reader.config.validation:
         raise ConfigError(
             f"scenario random_labels has no validation images: random labels cannot be predicted, only memorised. Set "
@@ -49,7 +58,7 @@ def make(reader: Reader, seed: int, *, num_experiences: int = 10, train_per_expe
     classes = tuple(range(loaded.num_classes))
     experiences = []
     for number in range(num_experiences):
-        drawn = stream(seed, "stream", "random labels", number).integers(0, loaded.num_classes, len(kept.train))
+        drawn = stream(drawn_from, "stream", "random labels", number).integers(0, loaded.num_classes, len(kept.train))
         labels = torch.zeros_like(kept.train.labels)
         labels[kept.train.index] = torch.from_numpy(drawn)
         images = replace(kept.train, labels=labels)

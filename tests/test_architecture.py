@@ -17,7 +17,8 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
+    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
+    ("fednorm.limits", "fednorm.memory"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.options", "fednorm.config"),
     ("fednorm.probing", "fednorm.recognition"),
@@ -34,7 +35,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
-    ("fednorm.study.record", "fednorm.study.formats", "fednorm.study.integrity", "fednorm.study.files"),
+    (
+        "fednorm.study.record",
+        "fednorm.study.formats",
+        "fednorm.study.integrity",
+        "fednorm.study.files",
+        "fednorm.study.leftovers",
+    ),
     ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),

@@ -106,6 +106,10 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (EvaluateConfig, "batch_size", (0,), (1,)),
         (EvaluateConfig, "train_images", (-1,), (0, 1)),
         (EvaluateConfig, "probe_images", (-1, 1), (0, 2)),
+        (EvaluateConfig, "online", ("test",), ("train", "eval")),
+        (EvaluateConfig, "every_steps", (-1,), (0, 1)),
+        (EvaluateConfig, "every_images", (-1,), (0, 1)),
+        (EvaluateConfig, "average_last", (0,), (1,)),
     ],
 )
 def test_a_stream_s_ranges(table: type[Any], key: str, bad: tuple[Any, ...], good: tuple[Any, ...]) -> None:
@@ -251,6 +255,7 @@ CHANGED: dict[str, Any] = {
     )},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),
+        ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3),
     )},
 }  # fmt: skip
 

@@ -9,8 +9,10 @@ from typing import Any
 
 from fednorm.cli import Stopped, err, fail, out, print_json
 from fednorm.commands.report import show, tables
+from fednorm.commands.standing import say_stopped
 from fednorm.config import RunConfig, merge, override
 from fednorm.errors import ConfigError, FedNormError, RecordError
+from fednorm.limits import require_path
 from fednorm.report._common import Table
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
@@ -36,7 +38,8 @@ def run_compare(
 ) -> None:
     """Run a study and print its tables.
 
-    The exit code is 2 if a run failed, after all others have finished, and 130 if the user stopped it.
+    The exit code is 2 if a run failed, after all others have finished, and 128 + its number if a signal
+    stopped it: 130 after Ctrl-C.
 
     Args:
         study: The study's file, or the name of one that ships.
@@ -60,6 +63,7 @@ def run_compare(
         overrides = merge(overrides, override(setting))
     made = read_study(path, overrides, select_on_test=select_on_test)
     folder, at_a_time = runs or Path("runs") / path.stem, jobs or default_jobs()
+    require_path(folder, "--out")
     if dry_run:
         return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
     outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))
@@ -115,12 +119,12 @@ def _leave(outcome: StudyOutcome) -> None:
         for failure in outcome.failures:
             console.print(f"failed: {failure.hash} {failure.label}: {failure.reason}", markup=False, soft_wrap=True)
     if outcome.interrupted:
-        console.print(
+        say_stopped(
             f"Finished and whole: {outcome.finished} of the study's {outcome.planned} runs. The same command goes on "
             "with the others, from their checkpoints.",
-            soft_wrap=True,
+            outcome.exit_code,
         )
-        raise Stopped
+        raise Stopped(outcome.exit_code)
     if outcome.failures:
         fail(
             f"{len(outcome.failures)} of {outcome.planned} runs failed; the first, {outcome.failures[0].label}: "

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from fednorm.cli import err, out, print_json
 from fednorm.commands.options import collect_values
+from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import ONLINE, RunConfig, merge, require_online, resolve
 from fednorm.continual.simulate import plan, simulate
 from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.limits import require_path
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.study.record import RunRecord
@@ -33,6 +35,7 @@ def collect_continual(
 
 def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:
     """Show the plan, train (unless it is a dry run), show the result."""
+    require_path(runs, "--runs")
     if not dry_run and (finished := RunRecord(runs, config).result()):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
@@ -45,7 +48,7 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    with StreamProgress(err()) as progress:
+    with saying_what_stands(lambda: run_stands(config, runs)), StreamProgress(err()) as progress:
         result = simulate(config, runs=runs, observer=progress, bench=bench)
     return show_result(result, as_json=as_json)
 

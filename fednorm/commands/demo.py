@@ -7,9 +7,11 @@ from typing import Any
 
 from fednorm.cli import err, out, print_json
 from fednorm.commands.report import show, tables
+from fednorm.commands.standing import saying_what_stands
 from fednorm.config import resolve
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
+from fednorm.limits import require_path
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
 from fednorm.study.results import Loaded
@@ -70,9 +72,8 @@ def memorization_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
     }
 
 
-def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
-    """Run strategies and streams one after the other and print their tables."""
-    results = []
+def _run_all(results: list[dict[str, Any]], runs: Path, *, rounds: int, images: int, seed: int) -> None:
+    """Run strategies and streams one after the other; each result is added as soon as there is one."""
     with RoundProgress(err()) as progress:
         for strategy in STRATEGIES:
             config = resolve(demo_values(strategy, rounds=rounds, seed=seed))
@@ -82,6 +83,16 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
     with StreamProgress(err()) as progress_of_streams:
         for values in streams:
             results.append(simulate_stream(resolve(values), runs=runs, observer=progress_of_streams))
+
+
+def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
+    """Run strategies and streams one after the other and print their tables."""
+    require_path(runs, "--runs")
+    results: list[dict[str, Any]] = []
+    planned = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
+    again = "The same command goes on with the others, from their checkpoints."
+    with saying_what_stands(lambda: f"Finished and whole: {len(results)} of the demo's {planned} runs. {again}"):
+        _run_all(results, runs, rounds=rounds, images=images, seed=seed)
     if as_json:
         return print_json({"results": results})
     for table in tables(results):

@@ -10,12 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from fednorm.cli import err, out, print_json
+from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
 from fednorm.federated.estimate import estimate_seconds
 from fednorm.federated.server import Observer, read_back
 from fednorm.federated.simulate import plan, simulate
 from fednorm.federated.simulate_flower import simulate_flower
 from fednorm.federated.workbench import Workbench
+from fednorm.limits import require_path
 from fednorm.report.progress import RoundProgress
 from fednorm.report.table import accuracy_table, evaluation_table, plan_table
 from fednorm.study.record import RunRecord
@@ -26,6 +28,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
+    require_path(runs, "--runs")
     if not dry_run and (finished := read_back(RunRecord(runs, config), config)):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
@@ -46,7 +49,8 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    with RoundProgress(err()) as progress:
+    here = runtime == "in-process"
+    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
         result = _run(config, bench, runs, runtime, progress)
     return show_result(result, as_json=as_json)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fednorm.cards import (
+    DATA,
     LEARNERS,
     MODELS,
     NORMS,
@@ -23,10 +24,11 @@ from fednorm.cards import (
     spelled,
 )
 from fednorm.config.run import SECTIONS, Choice, ModelChoice, RunConfig
-from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, short, unknown_key
+from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown_key
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
 from fednorm.errors import ConfigError, canonical
+from fednorm.limits import INTEGER, require_float, require_plain, shown
 
 C = TypeVar("C", bound=Card)
 
@@ -63,6 +65,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
         UnknownNameError: A method is not registered.
         ConfigError: A key, an option or a value is wrong.
     """
+    require_plain(values, "The configuration")
     kind = values.get("kind", "federated")
     choose("kind", kind, KINDS)
     known = (*TOP, *SECTIONS[kind])
@@ -74,10 +77,22 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     for name in SECTIONS[kind]:
         table = values.get(name, {})
         sections[name] = VALUES[name].for_kind(kind, table) if name in VALUES else _choice(name, kind, table)
-    sections["data"] = sections["data"].replace(name=spelled(sections["data"].name))
+    # A benchmark's name becomes part of a folder's: one that nobody has ends here.
+    sections["data"] = sections["data"].replace(name=_benchmark(sections["data"].name))
     sections["train"] = _with_optimizer(sections["train"])
     config = RunConfig(**sections)
     return _identified(config, values.get("sources", {}))
+
+
+def _benchmark(name: str) -> str:
+    """Return a benchmark's name as it is compared.
+
+    Raises:
+        UnknownNameError: There is no such benchmark.
+    """
+    name = spelled(name)
+    DATA[name]
+    return name
 
 
 def _with_optimizer(train: TrainConfig) -> TrainConfig:
@@ -138,11 +153,11 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
         ConfigError: It is no table, there is no such option, or a value cannot be.
     """
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{section} is a table of keys; got {table!r}.")
+        raise ConfigError(f"{section} is a table of keys; got {shown(table)}.")
     given = {key: value for key, value in table.items() if key not in ("name", "options")}
     beside = table.get("options", {})
     if not isinstance(beside, Mapping):
-        raise ConfigError(f"{section}.options is a table of options; got {beside!r}.")
+        raise ConfigError(f"{section}.options is a table of options; got {shown(beside)}.")
     given = {**beside, **given}
     family = FAMILY[section]
     default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
@@ -183,12 +198,16 @@ def _typed(full: str, value: Any, option: Option) -> Any:
     """Return an option's value in the type that its annotation names."""
     if option.type is Any:
         return value
+    if isinstance(value, float):
+        require_float(full, value)
+    if isinstance(value, int) and not -INTEGER <= value < INTEGER:
+        raise ConfigError(f"{full} is a number of at most 64 bits; got {shown(value)}.")
     try:
         adapter = TypeAdapter(option.type, config=ConfigDict(strict=True, allow_inf_nan=False))
         return adapter.validate_python(value)
     except ValidationError:
         wanted = _WORDS.get(option.type, _choices(option.type) or str(option.type).removeprefix("typing."))
-        raise ConfigError(f"{full} must be {wanted}; got {short(value)}. Its default is {option.default!r}.") from None
+        raise ConfigError(f"{full} must be {wanted}; got {shown(value)}. Its default is {option.default!r}.") from None
 
 
 def _choices(annotation: Any) -> str:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=Card)
 
+MOST_THREADS = 1024
+"""PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
+
 
 @dataclass(frozen=True)
 class Choice(Generic[C]):
@@ -127,8 +130,8 @@ class RunConfig:
         for key in ("seed", "threads"):
             if type(getattr(self, key)) is not int:
                 raise ConfigError(f"{key} must be an integer; got {getattr(self, key)!r}.")
-        if self.threads < 1:
-            raise ConfigError(f"threads must be at least 1; got {self.threads}.")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"threads is between 1 and {MOST_THREADS}; got {self.threads}.")
 
     @classmethod
     def defaults(cls, kind: Kind) -> RunConfig:

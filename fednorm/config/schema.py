@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -20,6 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from fednorm.errors import ConfigError
+from fednorm.limits import INTEGER, require_float, shown
 
 Kind = Literal["federated", "continual"]
 KINDS: tuple[Kind, ...] = ("federated", "continual")
@@ -80,6 +80,8 @@ class Section(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_sentence(type(self), error.errors()[0])) from None
+        for name in type(self).model_fields:
+            _require_size(f"{self.path}.{name}", getattr(self, name))
 
     @classmethod
     def keys(cls, kind: Kind) -> tuple[str, ...]:
@@ -98,7 +100,7 @@ class Section(BaseModel):
             ConfigError: It is no table, a key is unknown to that kind, or a value cannot be.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{cls.path} is a table of keys; got {values!r}.")
+            raise ConfigError(f"{cls.path} is a table of keys; got {shown(values)}.")
         known = cls.keys(kind)
         for name in values:
             if name not in known:
@@ -119,6 +121,14 @@ class Section(BaseModel):
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
 
 
+def _require_size(full: str, value: Any) -> None:
+    """Refuse a number that no network computes with, and no index counts."""
+    if isinstance(value, float):
+        require_float(full, value)
+    elif isinstance(value, int) and not -INTEGER <= value < INTEGER:
+        raise ConfigError(f"{full} has at most 64 bits; got {shown(value)}.")
+
+
 def kinds_of(info: FieldInfo) -> list[str]:
     """Return the kinds of run that have a key."""
     return list(_extra(info).get("kinds", KINDS))
@@ -132,7 +142,7 @@ def unknown_key(full: str, word: str, known: Iterable[str], hint: str = "") -> C
     """Return the error for a key that nobody has."""
     known = tuple(known)
     return ConfigError(
-        f"There is no configuration key {full!r}.{hint}{nearest(word, known)} Known here: {', '.join(known)}."
+        f"There is no configuration key {shown(full)}.{hint}{nearest(word, known)} Known here: {', '.join(known)}."
     )
 
 
@@ -143,15 +153,17 @@ def _elsewhere(cls: type[Section], name: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return a question that offers the valid word nearest to a wrong one; empty where none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(word)[:80], list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def choose(full: str, value: Any, choices: Iterable[str]) -> None:
     """Raise a ConfigError unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
-    if value not in choices:
-        raise ConfigError(f"{full} must be one of {', '.join(choices)}; got {value!r}.{nearest(str(value), choices)}")
+    if not isinstance(value, str) or value not in choices:
+        raise ConfigError(
+            f"{full} must be one of {', '.join(choices)}; got {shown(value)}.{nearest(str(value), choices)}"
+        )
 
 
 # Sentences ------------------------------------------------------------------------------------------------------------
@@ -170,18 +182,8 @@ def _sentence(cls: type[Section], mistake: ErrorDetails) -> str:
         return str(unknown_key(f"{cls.path}.{name}", name, cls.model_fields))
     full, value = f"{cls.path}.{name}" if cls.path else name, mistake["input"]
     if (choices := _choices(info)) and isinstance(value, str):
-        return f"{full} must be one of {', '.join(choices)}; got {short(value)}.{nearest(value, choices)}"
-    return f"{full} must be {expected(info, value)}; got {short(value)}. It is: {info.description}"
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 80, 40, 80
-
-
-def short(value: Any) -> str:
-    """Return a value as an error shows it: as Python writes it, cut where it is long."""
-    text = _SHORT.repr(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
+        return f"{full} must be one of {', '.join(choices)}; got {shown(value)}.{nearest(value, choices)}"
+    return f"{full} must be {expected(info, value)}; got {shown(value)}. It is: {info.description}"
 
 
 def _choices(info: FieldInfo) -> tuple[str, ...]:

@@ -168,6 +168,26 @@ class EvaluateConfig(Section, name="evaluate"):
         ge=0,
         kinds=CONTINUAL,
     )
+    online: Literal["train", "eval"] = key(
+        "train",
+        "Whether online accuracy is that of the train step's own outputs, for which a batch norm takes the batch's "
+        "statistics and images are augmented, or of eval: one more forward pass before the step, in evaluation mode, "
+        "on the images as they are. Norms are comparable in the latter only.",
+        kinds=CONTINUAL,
+    )
+    every_steps: int = key(
+        0,
+        "Steps between two evaluations on the experiences seen so far (anytime evaluation); 0 for none.",
+        ge=0,
+        kinds=CONTINUAL,
+    )
+    every_images: int = key(0, "Most images of each experience in those; 0 for all.", ge=0, kinds=CONTINUAL)
+    average_last: int = key(
+        5,
+        "Evaluations, the last one included, that average_late_accuracy is the mean of.",
+        ge=1,
+        kinds=CONTINUAL,
+    )
     diagnostics: bool = key(
         True,
         "Whether evaluated rounds tell how clients' running statistics drift and how the weights stand; for it, "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +11,13 @@ from typing import Any
 
 from fednorm.cards import Scalar
 from fednorm.errors import ConfigError
+from fednorm.limits import MOST_DEPTH, require_path, require_plain, shown
+
+MOST_BYTES = 4 * 2**20
+"""Of a configuration's or a study's file."""
+
+_ENDLESS_KEY = re.compile(r"(?:[\w\"'-]+[ \t]*\.[ \t]*){64}")
+"""Tables in tables that a reader of TOML takes minutes for: its time grows with the square of them."""
 
 KeyPath = tuple[str, ...]
 """Where a value is: section and key."""
@@ -18,14 +27,37 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a TOML file into nested dictionaries.
 
     Raises:
-        ConfigError: The file is missing or is not TOML.
+        ConfigError: The file is missing, is not TOML, or holds what no configuration key takes, e.g. a date.
     """
+    require_path(path, "The configuration file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        _require_regular(path)
+        values = tomllib.loads(_readable(path, path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ConfigError(f"Cannot read the configuration file {path}: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} nests tables or lists deeper than any configuration key does.") from error
+    except ConfigError:
+        raise
+    except ValueError as error:  # not TOML, not UTF-8, an integer of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {str(error)[:300].rstrip('.')}.") from error
+    require_plain(values, str(path), lines=True)
+    return values
+
+
+def _readable(path: Path, text: str) -> str:
+    """Refuse a text over which the reader of TOML would sit for minutes."""
+    if _ENDLESS_KEY.search(text):
+        raise ConfigError(f"{path} has a key of more than 64 parts, deeper than any key.")
+    return text
+
+
+def _require_regular(path: Path) -> None:
+    """Refuse a file that would be waited for, or read for minutes; one that is missing is named by its reader."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"The configuration file {path} is a device or a pipe. Give a TOML file.")
+    if path.is_file() and path.stat().st_size > MOST_BYTES:
+        raise ConfigError(f"{path} has {path.stat().st_size:,} bytes; no configuration has more than {MOST_BYTES:,}.")
 
 
 def merge(base: Mapping[str, Any], *over: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,10 +77,12 @@ def scalar(text: str) -> Scalar:
         return lowered == "true"
     for kind in (int, float):
         try:
-            return kind(text)
+            number = kind(text)
         except ValueError:
             continue
-    return text
+        if kind is int or math.isfinite(number) or not any(digit.isdigit() for digit in text):
+            return number
+    return text  # also digits by the thousand: an error can quote them, and infinity it could not
 
 
 def override(assignment: str) -> dict[str, Any]:
@@ -59,8 +93,13 @@ def override(assignment: str) -> dict[str, Any]:
     """
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set takes section.key=value; got {assignment!r}.")
-    return nest({tuple(key.strip().split(".")): scalar(text)})
+        raise ConfigError(f"--set takes section.key=value; got {shown(assignment)}.")
+    parts = tuple(key.strip().split("."))
+    if len(parts) > MOST_DEPTH:
+        raise ConfigError(f"--set takes section.key=value; {shown(key)} is deeper than any key.")
+    nested = nest({parts: scalar(text)})
+    require_plain(nested, "--set")
+    return nested
 
 
 def flatten(table: Mapping[str, Any], path: KeyPath = ()) -> dict[KeyPath, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from statistics import median
 from typing import Any
 
@@ -139,6 +139,21 @@ def _images(config: RunConfig, stream: Stream, trained: Sequence[int]) -> int:
         else:
             total += sum(scored[: number + 1]) if scope == "seen" else scored[number]
         total += min(size, evaluate.train_images or size) + PROBE_PASSES * evaluate.probe_images
+    return total + _images_on_the_way(config, scope, scored, trained)
+
+
+def _images_on_the_way(config: RunConfig, scope: str, scored: Sequence[int], trained: Sequence[int]) -> int:
+    """Return how many images are scored while experiences are trained on, and before their steps."""
+    evaluate, train = config.evaluate, config.train
+    total = train.epochs * sum(trained) if evaluate.online == "eval" else 0
+    if not evaluate.every_steps:
+        return total
+    each = [min(size, evaluate.every_images or size) for size in scored]
+    ends = [0, *accumulate(train.epochs * -(-size // train.batch_size) for size in trained)]
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        points = (end - 1) // evaluate.every_steps - begin // evaluate.every_steps + bool(evaluate.every_images)
+        seen = each if len(trained) == 1 else each[: number + 1]
+        total += points * (each[number] if scope == "current" else sum(seen))
     return total
 
 

@@ -20,10 +20,12 @@ class Accuracy:
     Attributes:
         overall: With every class to choose from (class-incremental).
         among_own: With the experience's own classes to choose from, as if its task were known (task-incremental).
+        finite: Whether every output was a number; where not, the shares mean nothing.
     """
 
     overall: float
     among_own: float
+    finite: bool = True
 
 
 def split_of(experience: Experience, name: str) -> Split:
@@ -57,9 +59,11 @@ def accuracy(
     chosen = torch.arange(len(split)) if rows is None else rows
     own = torch.tensor(classes)
     hits = hits_among_own = 0
+    finite = True
     for part in torch.split(chosen, batch_size):
         images, labels = split.batch(part)
         logits = model(pixels(images))
+        finite = finite and bool(logits.amax(1).isfinite().all())  # classes may be masked
         hits += int((logits.argmax(1) == labels).sum())
         hits_among_own += int((own[logits[:, own].argmax(1)] == labels).sum())
-    return Accuracy(hits / len(chosen), hits_among_own / len(chosen))
+    return Accuracy(hits / len(chosen), hits_among_own / len(chosen), finite)

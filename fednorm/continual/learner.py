@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.cards import Card
+from fednorm.continual.anytime import modes_kept
 from fednorm.continual.buffer import Samples
 from fednorm.continual.foreign import Hooks, require_model, require_plugins
 from fednorm.continual.passes import Passes
@@ -35,6 +36,7 @@ from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
 from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience
+from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import stream_seed, torch_seeded, torch_stream
@@ -143,11 +145,14 @@ class Learner(Passes):
         device: ``cpu``.
         eval_every: As in Avalanche: after how many epochs (or iterations) ``eval_streams`` are evaluated; -1 for never.
         peval_mode: ``epoch`` or ``iteration``.
+        online: Whether those counts are of the ``train`` step's own logits, or of ``eval``: a forward pass in
+            evaluation mode before it, on the images without augmentation.
 
     Attributes:
         met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
             passes they are new no more.
         hits: How many of those the model got right just before it was trained on them, int64.
+        hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
         seen: New samples of the present experience in all passes so far.
         loss_sum: The sum over those of the loss before the update, float64.
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
@@ -182,6 +187,7 @@ class Learner(Passes):
         device: str | torch.device = "cpu",
         eval_every: int = -1,
         peval_mode: str = "epoch",
+        online: str = "train",
     ) -> None:
         if torch.device(device).type != "cpu":
             raise ConfigError(
@@ -204,7 +210,7 @@ class Learner(Passes):
         require_plugins(self.plugins, scheduled=schedule is not None)
         self.options = options or type(self).Options()
         self.num_classes, self.seed, self.augment = num_classes, seed, augment
-        self.schedule, self.begin = schedule, tuple(begin)
+        self.schedule, self.begin, self.online = schedule, tuple(begin), online
         self.effects = (*adjust, *after)
         self.step = TrainingStep(
             model, optimizer, adjust=(*adjust, self._backward_done), after=(*after, self._after_update)
@@ -218,6 +224,7 @@ class Learner(Passes):
         self._hooks = Hooks(self.plugins)
         self._told_how = False
         self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        self.hits_of_all = torch.zeros((), dtype=torch.int64)
         self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
@@ -344,6 +351,7 @@ class Learner(Passes):
             for effect in self.begin:
                 effect(self.experience_number)
         self.hits.zero_()
+        self.hits_of_all.zero_()
         self.loss_sum.zero_()
         self.seen = self.met = 0
         self.begin_experience()
@@ -378,6 +386,7 @@ class Learner(Passes):
 
     def _train_on(self, source: Experience, rows: Tensor, **kwargs: Any) -> None:
         step = self.progress.step
+        guesses = self._guess(source, rows) if self.online == "eval" else None
         torch.default_generator.manual_seed(stream_seed(self.seed, "model", step))
         self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
         images, labels = source.train.batch(rows)
@@ -392,11 +401,22 @@ class Learner(Passes):
             self._before_training_iteration(**kwargs)
         self._hooks.require_untouched(self)
         logits = self.observe(new).detach()
+        right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
+        self.hits_of_all += right
         if not self.progress.epoch:
-            self.hits += (logits.argmax(1) == labels).sum()
+            self.hits += right
             self.met += len(rows)
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
+
+    @torch.no_grad()
+    def _guess(self, source: Experience, rows: Tensor) -> Tensor:
+        """Return the logits of some rows in evaluation mode; nothing that trains is changed by it."""
+        with modes_kept(self.model):
+            self.model.eval()
+            images = source.train.batch(rows)[0]
+            logits: Tensor = self.model(pixels(images) if images.dtype == torch.uint8 else images)
+        return logits
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
@@ -409,7 +429,11 @@ class Learner(Passes):
             if hasattr(effect, "state_dict"):
                 found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
         found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        return found | {"count/hits": self.hits, "count/loss_sum": self.loss_sum}
+        return found | {
+            "count/hits": self.hits,
+            "count/hits_of_all": self.hits_of_all,
+            "count/loss_sum": self.loss_sum,
+        }
 
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
@@ -426,13 +450,13 @@ class Learner(Passes):
         """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
 
         Raises:
-            RecordError: They were taken in the middle of an experience by a version that did not count its first pass.
+            RecordError: They were taken in the middle of an experience by a version with one online accuracy only.
         """
         progress, seen = Progress(**state["progress"]), int(state["seen"])
-        if "met" not in state and progress.epoch:
+        if progress.epoch and ("met" not in state or "count/hits_of_all" not in tensors):
             raise RecordError(
-                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that counted "
-                "every pass into the online accuracy"
+                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that had one "
+                "online accuracy, of the first pass or of all"
             )
         self.model.load_state_dict(_below("model", tensors))
         moments: dict[int, Tensors] = {}
@@ -448,6 +472,7 @@ class Learner(Passes):
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors(_below("own", tensors))
         self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
+        self.hits_of_all = tensors.get("count/hits_of_all", self.hits).clone()
         self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
         # Earlier versions went by the number of experiences, which came in order.
         self.tasks_seen = [int(number) for number in state.get("tasks", range(progress.ended))]

@@ -14,6 +14,7 @@ Two conventions of forgetting are in use and differ by points; here each has its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,19 @@ from fednorm.errors import ConfigError, DataError
 
 Floats = npt.NDArray[np.float64]
 Matrix = npt.ArrayLike
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation while a stream is learned.
+
+    Attributes:
+        experience: The experience that is trained on, from 0.
+        accuracy: On each experience from 0 to that one, or of the whole stream; NaN where it was not measured.
+    """
+
+    experience: int
+    accuracy: tuple[float, ...]
 
 
 def average_accuracy(matrix: Matrix) -> float:
@@ -153,6 +167,7 @@ def online_accuracy(
 
     ``sum_t correct_t / sum_t seen_t`` over the batches t of an experience or a stream (Cai, Sener, Koltun, arXiv
     2108.09020): the samples weigh equally, also where the last batch is small. Samples from a buffer do not count.
+    Over the batches of every pass it is NaP's average over all steps of a task (Lyle et al., arXiv 2407.01800).
 
     Args:
         correct: Right predictions of each batch's new samples.
@@ -170,6 +185,59 @@ def online_accuracy(
     if not total.sum():
         raise DataError("Online accuracy needs one new sample or more; got none.")
     return float(right.sum() / total.sum())
+
+
+def average_minimum_accuracy(points: Sequence[Point]) -> float:
+    """Return how low the accuracy on an earlier experience falls while later ones are learned, averaged.
+
+    ``min-ACC_k = 1/(k-1) * sum_{i < k} min_n A(E_i, f_n)``, n over every evaluation after experience i has ended, for
+    the present experience k (from 1 here). Evaluations at experiences' ends alone miss the stability gap: the fall
+    just after a new experience begins, mostly made good before it ends (De Lange, van de Ven, Tuytelaars, Continual
+    evaluation for lifelong learning: identifying the stability gap, ICLR 2023, arXiv 2205.13452).
+
+    Args:
+        points: Evaluations in the order of training, those at experiences' ends among them.
+
+    Raises:
+        DataError: There is no experience before the last one, or one was not evaluated after its end.
+    """
+    last = _last(points)
+    later = [
+        [point.accuracy[number] for point in points if point.experience > number] for number in range(last.experience)
+    ]
+    if not later or not all(later):
+        raise DataError("The average minimum accuracy needs evaluations of experiences after the end of each.")
+    return _mean(np.array([np.min(values) for values in later]), "average minimum accuracy")
+
+
+def worst_case_accuracy(points: Sequence[Point]) -> float:
+    """Return the present experience's accuracy and the worst of the earlier ones', each experience weighing alike.
+
+    ``WC-ACC = 1/k * A(E_k, f_n) + (1 - 1/k) * min-ACC_k`` (De Lange et al., arXiv 2205.13452), with the last
+    evaluation n and :func:`average_minimum_accuracy`; the accuracy itself where there is one experience only.
+
+    Raises:
+        DataError: As there.
+    """
+    last = _last(points)
+    count = last.experience + 1
+    present = _mean(np.array(last.accuracy[last.experience : count]), "worst-case accuracy")
+    return present / count + (1 - 1 / count) * average_minimum_accuracy(points) if count > 1 else present
+
+
+def average_late_accuracy(points: Sequence[Point], *, last: int) -> float:
+    """Return the average accuracy of the last evaluations, averaged: one alone moves by points within some steps.
+
+    Args:
+        points: Evaluations in the order of training.
+        last: How many count, at most; only those since the last experience began do.
+
+    Raises:
+        DataError: There is none, or an entry that is needed is not finite.
+    """
+    present = _last(points).experience
+    late = [point.accuracy for point in points if point.experience == present][-last:]
+    return _mean(np.array(late, dtype=np.float64), "average late accuracy")
 
 
 def plasticity(by_experience: Sequence[float] | Floats, *, share: float = 0.1) -> float:
@@ -198,6 +266,12 @@ def _matrix(matrix: Matrix) -> Floats:
             f"so at least as many columns as rows, and one row or more; got shape {r.shape}."
         )
     return r
+
+
+def _last(points: Sequence[Point]) -> Point:
+    if not points:
+        raise DataError("Accuracies while a stream is learned need one evaluation or more; got none.")
+    return points[-1]
 
 
 def _finite(values: Floats, what: str) -> Floats:

@@ -11,15 +11,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fednorm.config import RunConfig
 from fednorm.continual import metrics
+from fednorm.continual.anytime import AnytimePoints, Scores, modes_kept, points_of
 from fednorm.continual.evaluation import Accuracy, accuracy, split_of
 from fednorm.continual.probe import diagnose, probe_images
 from fednorm.continual.stream import Experience
 from fednorm.continual.workbench import ContinualWorkbench
-from fednorm.errors import DataError
+from fednorm.errors import DataError, DivergedError
 from fednorm.rng import torch_stream
 from fednorm.study.record import RunRecord
 from fednorm.threads import torch_threads
@@ -34,6 +35,10 @@ OF_AN_ORDER = (
     "forward_transfer",
 )
 """Numbers that mean something only where experiences come one after another."""
+
+
+WORST = frozenset({"average_minimum_accuracy", "worst_case_accuracy"})
+"""Numbers of evaluations on the way that mean something only there, and are there only where those were made."""
 
 
 class StreamObserver(Protocol):
@@ -78,6 +83,7 @@ def simulate(
         The result, as in ``result.json``.
 
     Raises:
+        DivergedError: The loss is no number any more; what was finished before is in the record.
         FedNormError: The configuration cannot be run, or the record cannot be written.
     """
     record = RunRecord(runs, config) if runs else None
@@ -100,6 +106,7 @@ class _Run:
         self.untrained: list[float | None] | None = None
         self.spent = 0.0
         self.since = time.perf_counter()
+        self.anytime = AnytimePoints(bench.config.evaluate.every_steps, bench.steps)
         bench.learner.plugins.append(self)
 
     def go(self) -> Document:
@@ -134,6 +141,7 @@ class _Run:
         with record.restoring():
             self.bench.learner.load(tensors, state)
             self.untrained, self.spent = state["untrained"], state["spent"]
+            self.anytime.points = state.get("anytime", [])
         self.lines = record.lines()
         return True
 
@@ -143,12 +151,34 @@ class _Run:
         return digest
 
     def after_training_iteration(self, learner: Any, **_: Any) -> None:
-        """Take a checkpoint now and then; Avalanche calls this after every step."""
+        """Measure and take a checkpoint now and then; Avalanche calls this after every step."""
         step = learner.progress.step
+        self._require_finite(learner.loss.detach())
+        self.anytime.take(step, self._seen)
         if self.record and step % self.bench.config.train.checkpoint_every == 0:
             self._save()
         if self.observer:
             self.observer.step(step)
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Refuse to go on from a loss that is no number: all that is measured of it would be of no network.
+
+        Raises:
+            DivergedError: It is NaN or infinite.
+        """
+        if not math.isfinite(float(loss)):
+            raise self._diverged("the loss is not a number")
+
+    def _diverged(self, what: str) -> DivergedError:
+        learner, config = self.bench.learner, self.bench.config
+        assert learner.source is not None
+        stands = f" What was finished before is in {self.record.folder}." if self.record else ""
+        return DivergedError(
+            f"{config.learner.name} + {config.norm.name} diverged: {what} from experience "
+            f"{learner.source.number + 1}, step {learner.progress.step} on. Lower train.learning_rate (now "
+            f"{config.train.learning_rate:g}) or what else scales an update (the learner's and the norm's factors, "
+            f"train.l2_init), or clip gradients (train.agc).{stands}"
+        )
 
     def _save(self) -> None:
         assert self.record is not None
@@ -160,15 +190,18 @@ class _Run:
             "experiences": learner.progress.ended,
             "untrained": self.untrained,
             "spent": self.spent,
+            "anytime": self.anytime.points,
         }
         self.record.save_state(learner.tensors(), state)
 
     def _close(self, source: Experience) -> None:
         """Measure what an experience has left, and write it down.
 
-        ``online_accuracy`` is of the first pass, ``train_loss`` of all passes. ``learning_rate``, from which the
-        diagnostics' effective rates are, is the schedule's mean over the experience's steps.
+        ``online_accuracy`` is of the first pass, ``average_online_accuracy`` and ``train_loss`` of all passes.
+        ``learning_rate``, from which the diagnostics' effective rates are, is the schedule's mean over the experience's
+        steps.
         """
+        self._require_finite(self.bench.learner.loss.detach())
         line = finite(self._line(source))
         self.lines.append(line)
         if self.record:
@@ -192,7 +225,34 @@ class _Run:
     def _score(self, model: nn.Module, experience: Experience) -> Accuracy:
         evaluate = self.bench.config.evaluate
         split = split_of(experience, evaluate.split)
-        return accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
+        return self._finite(accuracy(model, split, experience.classes, batch_size=evaluate.batch_size))
+
+    def _finite(self, found: Accuracy) -> Accuracy:
+        """Return what was measured, unless the network's outputs are no numbers."""
+        if found.finite:
+            return found
+        if self.bench.learner.source is None:
+            raise DivergedError(
+                f"The outputs of the untrained network are not numbers ({self.bench.config.model.name} with norm "
+                f"{self.bench.config.norm.name}), so nothing can be learned. Choose another norm, its eps, or model."
+            )
+        raise self._diverged("the outputs in evaluation are not numbers")
+
+    def _seen(self) -> Scores:
+        """Return the accuracy on each experience up to the present one, while it is trained on."""
+        bench, evaluate = self.bench, self.bench.config.evaluate
+        assert bench.learner.source is not None
+        present, scores = bench.learner.source.number, list[float | None]()
+        with modes_kept(bench.model), bench.learner.for_evaluation() as model:
+            for experience in bench.stream.experiences[: present + 1]:
+                split, rows = split_of(experience, evaluate.split), None
+                if evaluate.every_images:
+                    generator = torch_stream(bench.config.seed, "anytime", experience.number)
+                    rows = torch.randperm(len(split), generator=generator)[: evaluate.every_images]
+                scored = self._is_scored(experience.number, present)
+                measure = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size, rows=rows)
+                scores.append(self._finite(measure).overall if scored else None)
+        return scores
 
     def _line(self, source: Experience) -> Document:
         bench, learner = self.bench, self.bench.learner
@@ -204,17 +264,23 @@ class _Run:
             ]
             train_accuracy = self._train_accuracy(model, source)
             diagnostics = self._diagnostics(model, source, rate)
+        overall: Scores = [None if score is None else score.overall for score in scores]
+        # Without a limit of their own the points are of the same images as the line.
+        own = self._seen if bench.config.evaluate.every_images else lambda: overall[: source.number + 1]
+        anytime = self.anytime.close(learner.progress.step, own)
         return {
             "experience": source.number,
             "title": source.title,
-            "accuracy": [score and score.overall for score in scores],
-            "task_accuracy": [score and score.among_own for score in scores] if bench.stream.classes_per_task else None,
+            "accuracy": overall,
+            "task_accuracy": [score and score.among_own for score in scores] if bench.stream.label_tells_task else None,
             "online_accuracy": int(learner.hits) / max(learner.met, 1),
+            "average_online_accuracy": int(learner.hits_of_all) / max(learner.seen, 1),
             "train_accuracy": train_accuracy,
             "train_loss": float(learner.loss_sum) / max(learner.seen, 1),
             "steps": learner.progress.step,
             "learning_rate": rate,
             "diagnostics": diagnostics,
+            **anytime,
             "seconds": round(self.spent + time.perf_counter() - self.since, 3),
         }
 
@@ -241,9 +307,11 @@ class _Run:
         bench, config = self.bench, self.bench.config
         rows = [line["accuracy"] for line in self.lines]
         matrix = rows * len(bench.stream) if bench.joint else rows
-        numbers = summary(matrix, self.untrained, self.lines)
+        numbers = summary(matrix, self.untrained, self.lines) | anytime_summary(
+            self.lines, config.evaluate.average_last
+        )
         if bench.joint:  # nothing came before anything else
-            numbers |= dict.fromkeys(OF_AN_ORDER)
+            numbers |= dict.fromkeys((*OF_AN_ORDER, *(numbers.keys() & WORST)))
         return {
             "kind": "continual",
             **bench.about,
@@ -280,12 +348,14 @@ def summary(
         accuracy after the last experience among each experience's own classes, ``train_accuracy`` the mean over the
         experiences, ``plasticity`` the mean over the last tenth of them, ``drift`` the mean over layers at the end.
         ``online_accuracy`` is the mean over the experiences of that on every new batch just before the model was
-        trained on it for the first time; later passes over an experience do not count.
+        trained on it for the first time; later passes over an experience do not count, but in
+        ``average_online_accuracy``, which is over all steps as in NaP's paper (None in records of older versions).
     """
     r = np.array([[math.nan if value is None else value for value in row] for row in matrix])
     trained = [line["train_accuracy"] for line in lines]
     drift = list(lines[-1]["diagnostics"].get("drift", {}).values())
     own = lines[-1]["task_accuracy"]
+    every_pass = [line["average_online_accuracy"] for line in lines if "average_online_accuracy" in line]
     measured: dict[str, Callable[[], float]] = {
         "average_accuracy": lambda: metrics.average_accuracy(r),
         "average_incremental_accuracy": lambda: metrics.average_incremental_accuracy(r),
@@ -297,10 +367,28 @@ def summary(
         **{name: _or_none(measure) for name, measure in measured.items()},
         "forward_transfer": _or_none(lambda: metrics.forward_transfer(r, np.array(untrained))) if untrained else None,
         "online_accuracy": mean(line["online_accuracy"] for line in lines),
+        "average_online_accuracy": mean(every_pass) if len(every_pass) == len(lines) else None,
         "task_incremental_accuracy": mean(own) if own and None not in own else None,
         "train_accuracy": mean(trained),
         "plasticity": metrics.plasticity(trained),
         "drift": mean(drift) if drift and None not in drift else None,
+    }
+
+
+def anytime_summary(lines: Sequence[Mapping[str, Any]], average_last: int) -> Document:
+    """Return the numbers of the evaluations on the way; nothing where there were none.
+
+    Args:
+        lines: The experiences' lines.
+        average_last: Evaluations that ``average_late_accuracy`` is the mean of.
+    """
+    points = points_of(lines)
+    if not points:
+        return {}
+    return {
+        "average_late_accuracy": _or_none(lambda: metrics.average_late_accuracy(points, last=average_last)),
+        "average_minimum_accuracy": _or_none(lambda: metrics.average_minimum_accuracy(points)),
+        "worst_case_accuracy": _or_none(lambda: metrics.worst_case_accuracy(points)),
     }
 
 

@@ -14,6 +14,9 @@ from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.errors import ConfigError, DataError
 
+MOST_EXPERIENCES = 10_000
+"""Of a stream."""
+
 _FEDERATED_ONLY = (
     "train_per_client",
     "test_per_domain",
@@ -51,6 +54,17 @@ class ScenarioSpec(Card):
             return None
         return cls(name=reference, summary=(method.__doc__ or "").strip().partition("\n")[0], make=method)
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse numbers that no stream has: every experience is made before training begins."""
+        for key, value in options.items():
+            if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+                raise ConfigError(f"scenario.{key} must be an integer of 0 or more; got {value}.")
+        if options.get("num_experiences", 0) > MOST_EXPERIENCES:
+            raise ConfigError(
+                f"scenario.num_experiences is at most {MOST_EXPERIENCES:,} (published streams have a few hundred): all "
+                f"are made before training begins; got {options['num_experiences']}."
+            )
+
     @property
     def maker(self) -> Callable[..., Stream]:
         """What builds the stream."""
@@ -84,6 +98,7 @@ class ScenarioSpec(Card):
             DataError: The data is missing, corrupt or unfit.
         """
         given = checked_options(self, "scenario", options or {})
+        self.check(given)
         name = self._benchmark(config)
         size = config.image_size or image_size
         if size < 1:
@@ -102,6 +117,7 @@ class ScenarioSpec(Card):
             return name
         if name != DataConfig().name:
             raise ConfigError(
-                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. Leave data.name out."
+                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. Leave data.name "
+                "out, or take a scenario of any data: split, permuted_labels, permuted_pixels, random_labels."
             )
         return self.data[0]

@@ -131,7 +131,9 @@ class Stream:
         image_size: Height and width of the images.
         experiences: In order, numbered from 0.
         class_order: The original class of each label: label k was class ``class_order[k]``.
-        classes_per_task: C where the task of a sample is ``label // C``, 0 where its label does not tell its task.
+        classes_per_task: C where the task of a sample is ``label // C``; 0 where tasks have different numbers of
+            classes, or a label does not tell its task.
+        first_labels: The first label of each task where the labels of a task come one after another; else empty.
         memorization: True where the test images *are* the training images, because the labels are random and
             nothing but memory can be tested.
         notes: Sentences that belong under a table of results.
@@ -148,6 +150,7 @@ class Stream:
     classes_per_task: int = 0
     memorization: bool = False
     notes: tuple[str, ...] = ()
+    first_labels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for experience in self.experiences:
@@ -178,18 +181,25 @@ class Stream:
         """Yield the experiences in order."""
         return iter(self.experiences)
 
+    @property
+    def label_tells_task(self) -> bool:
+        """Return whether no two tasks share a label, so that a sample's label tells its task."""
+        return bool(self.classes_per_task or self.first_labels)
+
     def task_of(self, labels: Tensor) -> Tensor:
-        """Return the task of each sample from its label, ``label // classes_per_task``.
+        """Return the task of each sample from its label: the last task whose first label is not above it.
 
         Raises:
             ConfigError: In this stream a label does not tell its task.
         """
-        if not self.classes_per_task:
+        if not self.label_tells_task:
             raise ConfigError(
                 f"In {self.title} a label does not tell its task: every experience has every class. Keep the task of "
                 "each sample with it (Experience.tasks)."
             )
-        return labels.div(self.classes_per_task, rounding_mode="floor")
+        if self.classes_per_task:
+            return labels.div(self.classes_per_task, rounding_mode="floor")
+        return torch.bucketize(labels, torch.tensor(self.first_labels), right=True) - 1
 
     def joint(self) -> JointExperience:
         """Return all experiences as one.

@@ -15,11 +15,12 @@ from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
-from fednorm.continual.learner import Effect, Learner
+from fednorm.continual.learner import Effect, Learner, LearnerOptions
 from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience, Stream
 from fednorm.errors import ConfigError
 from fednorm.models import make_model
+from fednorm.models.footprint import require_footprint
 from fednorm.norms import spec_of
 from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.optim.l2_init import L2Init
@@ -64,6 +65,7 @@ class ContinualWorkbench:
         ratio = options.batch_ratio(config.train.batch_size)
         norm = config.norm.card.made(config.norm.options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
+        self._require_memory()
         self.model = self._make_model(config.seed)
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
@@ -88,6 +90,40 @@ class ContinualWorkbench:
             begin=self._at_the_beginning(optimizer),
             adjust=adjust,
             after=after,
+            online=config.evaluate.online,
+        )
+        self._require_parts(norm, options)
+
+    def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
+        """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
+
+        Raises:
+            ConfigError: It would be batch normalization bit for bit, under its own name.
+        """
+        config, batch = self.config, self.config.train.batch_size
+
+        def fits(changed: LearnerOptions, size: int) -> bool:
+            ratio = changed.batch_ratio(size)
+            return norm.divides(size, size // ratio if ratio else 0)
+
+        if not hasattr(options, "memory_batch") or not hasattr(options, "passes") or fits(options, batch):
+            return
+        for size in range(batch, 2 * batch + 5):
+            given = {"memory_batch": 1, "passes": "joint"}
+            fitting = [
+                n for n in range(1, size + 1) if fits(dataclasses.replace(options, **given | {"memory_batch": n}), size)
+            ]
+            if fitting:
+                break
+        remedy = f"learner.memory_batch to one of {', '.join(map(str, fitting))}"
+        remedy = remedy if size == batch else f"train.batch_size to {size} and {remedy}"
+        raise ConfigError(
+            f"norm {config.norm.name} puts the memory's samples beside parts of the new ones: it takes one pass over "
+            "both, and a whole multiple of the memory's samples, two or more, that are new. Learner "
+            f"{config.learner.name} with passes {options.passes!r}, {batch} new samples "
+            f"(train.batch_size) and memory_batch {options.memory_batch} makes no such batch, so that each would be "
+            f"normalized as batch_norm does, under another name. Set {remedy}"
+            f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
         )
 
     @staticmethod
@@ -107,6 +143,19 @@ class ContinualWorkbench:
         """
         before, steps = sum(self.steps[:place]), self.steps[place]
         return mean(self.schedule.at(before + step, step, steps) for step in range(steps))
+
+    def _require_memory(self) -> None:
+        """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
+        train = self.config.train
+        require_footprint(
+            self.config,
+            self.norm,
+            num_classes=self.stream.num_classes,
+            image_size=self.stream.image_size,
+            copies=3 + (bool(train.momentum) if train.optimizer == "sgd" else 2),  # gradients, a checkpoint
+            train_images=sum(len(experience.train) for experience in self.stream),
+            test_images=max((len(experience.test) for experience in self.stream), default=0),
+        )
 
     def _make_model(self, seed: int) -> nn.Module:
         config = self.config

@@ -17,9 +17,9 @@ from PIL import Image
 
 from fednorm.data.classes import Rows, in_natural_order, some
 from fednorm.data.images import decode
-from fednorm.data.memory import require_memory
 from fednorm.data.shards import require_regular
 from fednorm.errors import DataError
+from fednorm.memory import require_memory
 
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -167,6 +167,7 @@ class ImageTable:
             24 * self.num_rows,
             f"Column {name!r} of {self.path}, {self.num_rows:,} rows,",
             "Is the file whole? Split a data set of that size.",
+            DataError,
         )
         with self._file() as file:
             column = file.read(columns=[name]).column(name)

@@ -33,10 +33,14 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, features
 from fednorm.data.cache import Pixels, cached
 from fednorm.data.source import Rows, Source, stack
 from fednorm.errors import DataError
+from fednorm.limits import shown
 from fednorm.rng import stream
 
 SIZE = 28
 """Height and width of the images as generated, in pixels."""
+
+MOST_SIZE = 512
+"""Largest height and width that they are resized to: there is nothing more to be seen in them."""
 
 GENERATION_SEED = 20240611
 """Seed of the one data set; independent of the seed of a run."""
@@ -147,8 +151,13 @@ def read_digits_mini(image_size: int = SIZE, cache_dir: Path | None = None) -> S
         The data set with its five domains.
 
     Raises:
-        DataError: A package's sample data is not installed.
+        DataError: A package's sample data is not installed, or the size is beyond :data:`MOST_SIZE`.
     """
+    if image_size > MOST_SIZE:
+        raise DataError(
+            f"digits_mini's images are made with {SIZE} pixels a side and resized to {MOST_SIZE} at most; got "
+            f"{shown(image_size)}. Lower data.image_size."
+        )
     everything = plans()
 
     def make() -> Pixels:

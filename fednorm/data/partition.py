@@ -137,6 +137,7 @@ def deal(domain: str, train_labels: Rows, num_test: int, config: DataConfig, see
         DataError: A client gets no training image, or no validation image where it should.
     """
     count = config.clients_per_domain
+    _refuse_too_many(domain, (len(train_labels), num_test), config)
     rng = stream(seed, "data", domain, "train", count)
     if config.partition == "iid":
         pools = iid(train_labels, count, rng)
@@ -160,6 +161,22 @@ def draw_test(domain: str, num_test: int, config: DataConfig, seed: int) -> Rows
     """Return a domain's test rows in random order, at most ``test_per_domain`` of them."""
     rows = stream(seed, "data", domain, "test").permutation(num_test).astype(np.int64)
     return rows[: config.test_per_domain] if config.test_per_domain else rows
+
+
+def _refuse_too_many(domain: str, totals: tuple[int, int], config: DataConfig) -> None:
+    """Raise where clients or shards are so many that some must be empty, before millions of them are dealt."""
+    count, shares = config.clients_per_domain, config.shards_per_client if config.partition == "shards" else 1
+    if count <= totals[0] and count * shares <= max(10 * totals[0], 1000):
+        return
+    remedies = [f"lower data.clients_per_domain (now {count})"]
+    if shares > 1:
+        remedies.append(f"lower data.shards_per_client (now {shares})")
+    what = "no training image" if count > totals[0] else f"shards of no image among its {shares}"
+    raise DataError(
+        f"Client {totals[0] if count > totals[0] else 0} of domain {domain} gets {what}: the domain has {totals[0]} "
+        f"training and {totals[1]} test images for {count} clients (partition {config.partition}). Remedy: "
+        f"{', or '.join(remedies)}."
+    )
 
 
 def _refuse_empty(share: Share, client: str, totals: tuple[int, int], config: DataConfig) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from fednorm.data.cache import Pixels
 from fednorm.data.classes import Rows, are_numbers, missing_numbers, renumbered, require_same_names, some
 from fednorm.data.domain import Domain, Split
-from fednorm.data.memory import require_memory
 from fednorm.errors import DataError
+from fednorm.memory import require_memory
 
 __all__ = ["Rows", "Source", "align_classes", "count_classes", "stack", "to_square"]
 
@@ -197,6 +197,7 @@ def stack(images: Iterable[Image.Image], count: int, size: int) -> Pixels:
         (3 * count + 7) * size * size,
         f"{count:,} images of {size} x {size} pixels",
         "Choose a smaller data.image_size, or fewer images.",
+        DataError,
     )
     out = np.empty((count, 3, size, size), dtype=np.uint8)
     num_images = 0

@@ -1,12 +1,13 @@
 """Run a Flower app with Flower's own simulation runtime (SuperLink, SuperExec, Ray), and tell how it went.
 
-``flwr run`` alone has four traps, each closed here (met on 1.41.0; 1.39.0 and 1.42.0 are alike):
+``flwr run`` alone has five traps, each closed here (met on 1.41.0; 1.39.0 and 1.42.0 are alike):
 
 * It talks to whatever answers on the local default port, also to a SuperLink that another checkout left
   behind with another environment. Here each run starts a SuperLink of its own on a free port, addressed
   explicitly by a configuration in its own ``FLWR_HOME``, and asserts that *that* process holds the port.
 * It leaves the SuperLink and its SuperExec running. Here all that was started is ended, by process id.
 * Its exit status is that of the submission: a run that failed exits 0. Here the run's status is asked for.
+* Its Ray listens on all interfaces, to whoever asks. Here all that was started listens on 127.0.0.1 alone.
 * It looks up its helpers on ``PATH``, downloads the app's dependencies, and sends telemetry. Here the helpers
   are those of this Python, and nothing is downloaded or sent.
 
@@ -21,7 +22,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -41,11 +41,11 @@ from typing import IO, Any
 import psutil
 
 from fednorm.errors import AggregationError, ConfigError
+from fednorm.federated.flower_app import ConfigValue, toml_lines, write_app
+from fednorm.signals import held, raising
 
-ConfigValue = str | int | float | bool
-"""What Flower lets a run configuration hold."""
+__all__ = ["ConfigValue", "FlowerRun", "run_with_flower", "write_app"]
 
-_HEADER = "# Written by fednorm for one run; overwritten by the next."
 _COMPLETED = "finished:completed"
 _START_SECONDS = 30.0
 _START_ATTEMPTS = 3
@@ -73,52 +73,6 @@ class FlowerRun:
     exit_code: int
     log_path: Path
     seconds: float
-
-
-def write_app(folder: Path, serverapp: str, clientapp: str, config: Mapping[str, ConfigValue]) -> Path:
-    """Write the smallest Flower app that runs two importable objects, and return its folder.
-
-    The app holds no code: Flower packs and unpacks one ``pyproject.toml``, and the objects are imported from
-    where this process imports them, an installed wheel or a checkout.
-
-    Flower checks the references without importing the module itself (its parent packages it does import):
-    the object must be bound by a plain assignment at the module's top level, ``app = ServerApp()``, not by an
-    annotated one, nor by an import.
-
-    Args:
-        folder: A folder of the app's own; made when missing, overwritten when an earlier call wrote it.
-        serverapp: The ``ServerApp``, as ``"package.module:name"``.
-        clientapp: The ``ClientApp``, likewise.
-        config: The run's configuration. ``run_with_flower`` can override these keys and no others.
-
-    Raises:
-        ConfigError: When a value is of a type that Flower cannot hold, or the folder holds anything else.
-    """
-    project = folder / "pyproject.toml"
-    strangers = sorted(entry.name for entry in folder.iterdir() if entry != project) if folder.is_dir() else []
-    if strangers or (project.is_file() and not project.read_text(encoding="utf-8").startswith(_HEADER)):
-        raise ConfigError(
-            f"A Flower app is written to a folder of its own, but {folder} already holds "
-            f"{', '.join(strangers[:3]) or 'another pyproject.toml'}. Name a new or an empty folder."
-        )
-    lines = [
-        _HEADER,
-        "[project]",
-        'name = "fednorm-run"',
-        'version = "0.0.0"',
-        'description = "One run of fednorm"',
-        'license = "MIT"',
-        "[tool.flwr.app]",
-        'publisher = "fednorm"',
-        "[tool.flwr.app.components]",
-        f"serverapp = {_toml(serverapp, 'serverapp')}",
-        f"clientapp = {_toml(clientapp, 'clientapp')}",
-        "[tool.flwr.app.config]",
-        *_toml_lines(config),
-    ]
-    folder.mkdir(parents=True, exist_ok=True)
-    project.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return folder
 
 
 def run_with_flower(
@@ -165,7 +119,7 @@ def run_with_flower(
     home.mkdir(parents=True, exist_ok=True)
     if run_config:
         overrides = home / "run-config.toml"
-        overrides.write_text("\n".join(_toml_lines(run_config)) + "\n", encoding="utf-8")
+        overrides.write_text("\n".join(toml_lines(run_config)) + "\n", encoding="utf-8")
         command += ["--run-config", str(overrides)]
 
     started = time.monotonic()
@@ -226,37 +180,22 @@ def _flat_keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 @contextmanager
 def _own_processes(home: Path) -> Iterator[tuple[_ProcessTree, dict[str, str]]]:
-    """Hand out a process tree and the environment for it; end the one and remove the other's temporary files."""
+    """Hand out a process tree and the environment for it; end the one and remove the other's temporary files.
+
+    Ctrl-C, ``SIGTERM``, ``SIGHUP`` and ``SIGQUIT`` end the block by an exception; none of them cuts the cleaning short.
+    """
     # Ray's sockets lie in this folder, and a socket's path may have 103 characters at most.
     short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 or os.name != "posix" else "/tmp"
-    ray_dir = tempfile.mkdtemp(prefix="fednorm-", dir=short)
-    tree = _ProcessTree()
-    try:
-        with _termination_raises():
-            try:
-                yield tree, _environment(home, ray_dir)
-            finally:
+    tree, ray_dir = _ProcessTree(), ""
+    with raising():
+        try:
+            with held():
+                ray_dir = tempfile.mkdtemp(prefix="fednorm-", dir=short)
+            yield tree, _environment(home, ray_dir)
+        finally:
+            with held():
                 tree.end()
-    finally:
-        shutil.rmtree(ray_dir, ignore_errors=True)
-
-
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """Turn a SIGTERM, which would end this process without clean-up, into :class:`SystemExit`."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-
-    def leave(signum: int, _frame: object) -> None:
-        raise SystemExit(128 + signum)
-
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                shutil.rmtree(ray_dir, ignore_errors=True)
 
 
 def _environment(home: Path, ray_dir: str) -> dict[str, str]:
@@ -271,6 +210,9 @@ def _environment(home: Path, ray_dir: str) -> dict[str, str]:
         FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.05",
         RAY_USAGE_STATS_ENABLED="0",
         RAY_ADDRESS="local",
+        # Else Ray listens on all of this machine's interfaces, and runs what it is sent there without asking who sends
+        # it. The name is Ray's, and does on Linux what it does on the systems that it is named after.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
         RAY_TMPDIR=ray_dir,
         NO_PROXY=no_proxy,
         no_proxy=no_proxy,
@@ -397,27 +339,6 @@ def _tail(path: Path) -> str:
         return "".join(f"    {line.rstrip()}\n" for line in deque(log, maxlen=_TAIL_LINES)).rstrip()
 
 
-def _toml_lines(table: Mapping[str, ConfigValue]) -> list[str]:
-    """Return a flat table's lines in TOML."""
-    return [f"{_toml(str(key), 'a key')} = {_toml(value, key)}" for key, value in table.items()]
-
-
-def _toml(value: ConfigValue, name: str) -> str:
-    """Return a value in TOML, whose basic strings are JSON's plus an escaped DEL."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, float):
-        return repr(float(value))
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
-        return str(int(value))
-    raise ConfigError(
-        f"Flower's run configuration holds text, booleans, 64-bit integers and floats; {name} is {value!r} "
-        f"({type(value).__name__}). Pass structured values as one JSON text."
-    )
-
-
 class _ProcessTree:
     """All processes that descend from those started here, also those that have moved to a session of their own.
 
@@ -434,16 +355,17 @@ class _ProcessTree:
         self, command: Sequence[str], environment: Mapping[str, str], *, stdout: int | IO[bytes]
     ) -> subprocess.Popen[bytes]:
         """Start a command in a session of its own, so that an interrupt from the terminal reaches only us."""
-        process = subprocess.Popen(
-            command,
-            env=dict(environment),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._roots.append(process)
-        self._known[process.pid] = psutil.Process(process.pid)
+        with held():  # a process is known from its first moment on
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._roots.append(process)
+            self._known[process.pid] = psutil.Process(process.pid)
         return process
 
     def listens(self, process: subprocess.Popen[bytes], port: int) -> bool:

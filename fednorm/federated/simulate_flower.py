@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import threading
@@ -15,6 +16,8 @@ from fednorm.errors import RecordError
 from fednorm.federated.flower_runtime import run_with_flower, write_app
 from fednorm.federated.server import Observer, check, read_back
 from fednorm.federated.workbench import Workbench
+from fednorm.signals import Terminated, raising
+from fednorm.study.leftovers import not_there, remove_traces
 from fednorm.study.record import RunRecord
 
 SERVERAPP = "fednorm.federated.server:app"
@@ -48,22 +51,60 @@ def simulate_flower(
         return finished
     bench = Workbench(config)
     check(bench)
-    with record.locked():  # not while another process writes to it
-        record.start_over()
-    run_config = {"config": json.dumps(config.to_dict()), "runs": str(record.folder.parent)}
+    with _launching(record):
+        if finished := record.result():  # it has finished since
+            return finished
+        with record.locked():  # not while another process writes to it
+            record.start_over()
+        return _launch(record, bench, observer, timeout)
+
+
+def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, timeout: float) -> dict[str, Any]:
+    run_config = {"config": json.dumps(record.config.to_dict()), "runs": str(record.folder.parent)}
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)
     if observer:
         observer.begin(bench, 1)
     num_nodes = len(bench.federation.clients)
-    del bench
-    with _told(record, observer):
-        run_with_flower(app, num_supernodes=num_nodes, run_config=run_config, home=flower / "home", timeout=timeout)
+    try:
+        with _told(record, observer):
+            run_with_flower(app, num_supernodes=num_nodes, run_config=run_config, home=flower / "home", timeout=timeout)
+    except (KeyboardInterrupt, Terminated):
+        shutil.rmtree(flower, ignore_errors=True)  # nothing has failed: there is no log to read
+        raise
     result = record.result()
     if result is None:
         raise RecordError(f"Flower reports the run as completed, but it left no result in {record.folder}.")
     shutil.rmtree(flower, ignore_errors=True)
     return result
+
+
+@contextmanager
+def _launching(record: RunRecord) -> Iterator[None]:
+    """Hold a run for this process from before Flower starts until all of it has ended.
+
+    The record's own lock is the ServerApp's, which is a process of Flower's: between the launcher's look at the record
+    and the ServerApp's first word there are seconds, in which a second launcher would have its way too.
+
+    Raises:
+        RecordError: Another process has launched this very run.
+    """
+    missing = not_there(record.folder)
+    with raising():
+        record.prepare()
+        with (record.folder / ".launch").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecordError(
+                    f"Another process is running this run on Flower's runtime now ({record.folder}). Wait for it, or "
+                    "end it; then call again."
+                ) from error
+            try:
+                yield
+            finally:
+                if not record.stands():
+                    remove_traces(record.folder, missing, record.lines_file)
 
 
 @contextmanager

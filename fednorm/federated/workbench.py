@@ -21,7 +21,9 @@ from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation
 from fednorm.errors import ConfigError, DataError
 from fednorm.federated.wire import pack, unpack
+from fednorm.memory import require_memory
 from fednorm.models import make_model
+from fednorm.models.footprint import require_footprint
 from fednorm.norms import spec_of
 from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.plan import NormPlan
@@ -59,6 +61,7 @@ class Workbench:
         input_size = config.model.card.input_size
         self.federation = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
         self.norm: Norm = config.norm.card.made(config.norm.options)
+        self._require_memory()
         self.model: nn.Module = make_model(
             config.model.name,
             self.norm,
@@ -89,9 +92,32 @@ class Workbench:
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         )
         self._check_batches()
+        self._require_memory_of_clients()
         self.agc = AdaptiveGradientClipping(self.model, config.train.agc) if config.train.agc else None
         # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
         self.after_update = self.norm.after_update(self.model)
+
+    def _require_memory(self) -> None:
+        """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
+        clients = self.federation.clients
+        require_footprint(
+            self.config,
+            self.norm,
+            num_classes=self.federation.num_classes,
+            image_size=self.federation.image_size,
+            copies=5 + bool(self.config.train.momentum),  # gradients, the initial, the server's, the average's
+            train_images=max((len(client.train) for client in clients), default=0),
+            test_images=max((len(client.test) for client in clients), default=0),
+        )
+
+    def _require_memory_of_clients(self) -> None:
+        """Refuse more clients than this machine can hold the local tensors of."""
+        count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
+        require_memory(
+            count * each,
+            f"The local tensors of {count:,} clients",
+            "Lower data.clients_per_domain or model.width, or take a strategy that keeps less on its clients.",
+        )
 
     def _check_batches(self) -> None:
         """Refuse what would leave a batch-coupled layer with a batch of one."""

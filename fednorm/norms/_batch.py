@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm.errors import ConfigError, DataError
+from fednorm.norms._precision import widened
 
 
 class BatchLayer(_BatchNorm):
@@ -50,8 +51,11 @@ class BatchLayer(_BatchNorm):
     @torch.no_grad()
     def update(self, mean: Tensor, var: Tensor, rate: float) -> None:
         """Move the running moments towards a batch's: running <- (1 - rate) * running + rate * batch."""
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.lerp_(var, rate)
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            if running.dtype == batch.dtype:
+                running.lerp_(batch, rate)
+            else:  # a model in half precision
+                running.copy_(widened(running).lerp(batch, rate))
 
 
 def per_channel(values: Tensor, like: Tensor) -> Tensor:

@@ -47,6 +47,7 @@ from fednorm.cards import Citation
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.norms._hearing import Hearing
+from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
 
@@ -372,16 +373,24 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         if not self._hearing.told:
             self._hearing.say("adab2n")
+        return self._train(x)
+
+    @in_full_precision
+    def _train(self, x: Tensor) -> Tensor:
         maps = x if x.ndim > 2 else x.unsqueeze(-1)
         if not (maps.is_contiguous() or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))):
             maps = maps.contiguous()
         now, config, fold = self._now, self.config, _fold(maps)
         batch = _BATCHES.of(now.tasks, now.seen, config.num_tasks, maps, fold)
         self.num_batches_tracked.add_(1)
-        running = [self.running_mean, self.running_var]
+        running = [widened(self.running_mean), widened(self.running_var)]
         step = _Step(batch, fold, running, self.eta, config.lambd, self.eps, config.corrected)
+        learned = [widened(each) for each in (self.weight, self.bias, self.task_weight)]
         y: Tensor
-        y, penalty = _TaskWeightedNorm.apply(maps, self.weight, self.bias, self.task_weight, step)
+        y, penalty = _TaskWeightedNorm.apply(maps, *learned, step)
+        if running[0] is not self.running_mean:  # a model in half precision
+            self.running_mean.copy_(running[0])
+            self.running_var.copy_(running[1])
         counted = config.lambd and now.seen > config.ada_t0 and penalty.requires_grad
         now.penalty = penalty if counted else None
         return y if x.ndim > 2 else y.squeeze(-1)

@@ -33,6 +33,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -89,17 +90,22 @@ class BatchRenormLayer(BatchLayer):
         if not self.training:
             # running_var has its eps inside.
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
+        return self._train(x)
+
+    @in_full_precision
+    def _train(self, x: Tensor) -> Tensor:
         mean, sd = self._moments(x)
         r, d = self._correction(mean, sd)
         # r and d are constants, so they go into the scale and shift of PyTorch's own batch norm.
-        shift = torch.addcmul(self.bias, self.weight, d)
-        y = functional.batch_norm(x, None, None, self.weight * r, shift, True, 0.0, self.eps)
+        weight = widened(self.weight)
+        shift = torch.addcmul(widened(self.bias), weight, d)
+        y = functional.batch_norm(x, None, None, weight * r, shift, True, 0.0, self.eps)
         self._track(mean, sd, len(x))
         return y
 
     def correction(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return r and d, shape (C,), that a training forward of ``x`` would have next; changes nothing."""
-        return self._correction(*self._moments(x))
+        return self._correction(*self._moments(widened(x)))
 
     @torch.no_grad()
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,7 +116,7 @@ class BatchRenormLayer(BatchLayer):
 
     @torch.no_grad()
     def _correction(self, mean: Tensor, sd: Tensor) -> tuple[Tensor, Tensor]:
-        running_sd = self.running_var.sqrt()
+        running_sd = widened(self.running_var).sqrt()
         r = (sd / running_sd).clamp_(1.0 / self.r_bound, self.r_bound)
         return r, ((mean - self.running_mean) / running_sd).clamp_(-self.d_bound, self.d_bound)
 
@@ -121,8 +127,8 @@ class BatchRenormLayer(BatchLayer):
         if self.d_bound < self.d_max:
             self.d_samples.add_(count)
         rate = self.count_batch()
-        self.running_mean.lerp_(mean, rate)
-        self.running_var.copy_(self.running_var.sqrt().lerp_(sd, rate).square_())
+        self.running_mean.copy_(widened(self.running_mean).lerp(mean, rate))
+        self.running_var.copy_(widened(self.running_var).sqrt().lerp_(sd, rate).square_())
 
     def extra_repr(self) -> str:
         """Return the arguments."""

@@ -105,7 +105,7 @@ class NaPRMSNorm(NaPLayer, RMSNormLayer):
             DataError: The input's shape is wrong.
         """
         y = super().forward(x)
-        return y if self.bias is None else y + per_channel(self.bias, y)
+        return y if self.bias is None else y + per_channel(self.bias.to(y.dtype), y)
 
 
 @dataclass(frozen=True, kw_only=True)

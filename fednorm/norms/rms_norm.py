@@ -31,6 +31,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.norms._batch import per_channel
+from fednorm.norms._precision import in_full_precision
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -51,6 +52,7 @@ class RMSNormLayer(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
 
+    @in_full_precision
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``.
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -49,6 +50,7 @@ class SwitchNormLayer(BatchLayer):
         self.mean_weight = nn.Parameter(torch.ones(parts))
         self.var_weight = nn.Parameter(torch.ones(parts))
 
+    @in_full_precision
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``; training updates the running moments.
 
@@ -68,13 +70,13 @@ class SwitchNormLayer(BatchLayer):
         # Features have no moments of their own: where a layer has the gates of a map all the same, two of them count.
         gates = (self.mean_weight, self.var_weight) if x.ndim > 2 else (self.mean_weight[-2:], self.var_weight[-2:])
         mean = _mixture(gates[0], own_mean, layer_mean, batch_mean)
-        factor = self.weight * (_mixture(gates[1], own_var, layer_var, batch_var) + self.eps).rsqrt()
-        return torch.addcmul(per_channel(self.bias, x), x - per_channel(mean, x), per_channel(factor, x))
+        factor = widened(self.weight) * (_mixture(gates[1], own_var, layer_var, batch_var) + self.eps).rsqrt()
+        return torch.addcmul(per_channel(widened(self.bias), x), x - per_channel(mean, x), per_channel(factor, x))
 
     def _batch_moments(self, own_mean: Tensor, own_var: Tensor) -> tuple[Tensor, Tensor]:
         """Return the batch's moments in training, the running ones in evaluation, shape (C,)."""
         if not self.training:
-            return self.running_mean, self.running_var
+            return widened(self.running_mean), widened(self.running_var)
         mean = own_mean.mean(0)
         var = (own_var + (own_mean - mean).square()).mean(0)
         self.update(mean, var, self.count_batch())
@@ -83,7 +85,7 @@ class SwitchNormLayer(BatchLayer):
 
 def _mixture(gates: Tensor, own: Tensor, layer: Tensor, batch: Tensor) -> Tensor:
     """Return the mixture by the softmax of three gates, or of two without the sample's own moments, shape (N, C)."""
-    *first, second, third = gates.softmax(0)
+    *first, second, third = widened(gates).softmax(0)
     mixed: Tensor = second * layer + third * batch
     return torch.addcmul(mixed, first[0], own) if first else mixed
 

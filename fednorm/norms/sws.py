@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
+from fednorm.norms._precision import widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -105,13 +106,13 @@ class SWSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return w_hat, shape (C_out, C_in / groups, k_h, k_w)."""
-        centred, length = centre(self.weight)
+        centred, length = centre(widened(self.weight))
         energy = length.square() * (self.fan_in / (self.fan_in - int(self.unbiased)))
         energy = energy.clamp_min(self.eps) if self.floor == "max" else energy + self.eps * self.fan_in
         scale = energy.rsqrt()
         if self.gain is not None:
-            scale = scale * self.gain.flatten(1)
-        return (centred * scale).view_as(self.weight)
+            scale = scale * widened(self.gain).flatten(1)
+        return (centred * scale).view_as(self.weight).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` of shape (N, C_in, H, W) with the standardized weight."""

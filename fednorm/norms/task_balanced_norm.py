@@ -163,6 +163,10 @@ class TaskBalancedNorm(Norm):
             num_channels, batch_ratio=self.batch_ratio, eps=self.eps, momentum=self.momentum, norm=self
         )
 
+    def divides(self, new: int, memory: int) -> bool:
+        """Return whether a batch has parts: the memory's samples divide the new ones, and are two or more."""
+        return memory > 1 and new >= memory and new % memory == 0
+
     def for_stream(self, *, num_tasks: int, batch_ratio: int) -> TaskBalancedNorm:
         """Return the method with the learner's ratio of new to memory samples."""
         del num_tasks

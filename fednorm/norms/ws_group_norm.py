@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
+from fednorm.norms._precision import widened
 from fednorm.norms.group_norm import GroupNorm
 from fednorm.norms.sws import centre, require_fan_in
 from fednorm.roles import Kind
@@ -61,13 +62,13 @@ class WSConv2d(nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return w_hat, shape (C_out, C_in / groups, k_h, k_w)."""
-        centred, length = centre(self.weight)
+        centred, length = centre(widened(self.weight))
         divisor = self.fan_in - int(self.unbiased)
         if self.eps_on == "variance":
             scale = (length.square() / divisor + self.eps).rsqrt()
         else:
             scale = (length / math.sqrt(divisor) + self.eps).reciprocal()
-        return (centred * scale).view_as(self.weight)
+        return (centred * scale).view_as(self.weight).to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` of shape (N, C_in, H, W) with the standardized weight."""

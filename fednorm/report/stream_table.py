@@ -21,6 +21,8 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "average incremental": ("average_incremental_accuracy", percent),
     "forgetting (max − last)": ("forgetting_max_minus_last", percent),
     "forgetting (first − last)": ("forgetting_first_minus_last", percent),
+    "late average": ("average_late_accuracy", percent),
+    "worst case": ("worst_case_accuracy", percent),
     "online accuracy": ("online_accuracy", percent),
     "train accuracy": ("train_accuracy", percent),
     "drift": ("drift", lambda values: interval(values, ".3g")),
@@ -29,6 +31,8 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
+    "late average": "late: average accuracy, mean over the last evaluations",
+    "worst case": "worst case: WC-ACC, the last experience's accuracy and of earlier ones the lowest since their end",
     "online accuracy": "online: every batch just before training on it for the first time",
     "train accuracy": "train: every experience's own training images after it",
     "drift": "drift: running statistics against those of all the data seen, in standard deviations, mean over layers",
@@ -99,9 +103,10 @@ def stream_table(results: Sequence[Result]) -> Table:
         for name, group in groups.items()
     )
     meanings = [MEANINGS[column] for column in shown if column in MEANINGS]
+    mode = f" Online accuracy is measured {_mode(results)}." if "online accuracy" in shown else ""
     notes = (
         f"{seeds(results, groups)}; {_scored(results[0])}; wall clock.",
-        *([f"{_capital('; '.join(meanings))}."] if meanings else []),
+        *([f"{_capital('; '.join(meanings))}.{mode}"] if meanings else []),
         *_settings(groups),
         *dict.fromkeys(note for result in results for note in result["data"]["notes"]),
     )
@@ -249,6 +254,13 @@ def _hidden_mean(by_layer: Mapping[str, float | None]) -> float | None:
     if not hidden or len(values) < len(hidden):
         return None
     return geometric_mean(values) if all(values) else 0.0
+
+
+def _mode(results: Sequence[Result]) -> str:
+    """Return what mode online accuracy was measured in; in training mode a batch norm takes the batch's statistics."""
+    modes = dict.fromkeys(result["config"]["evaluate"].get("online", "train") for result in results)
+    names = {"train": "training", "eval": "evaluation"}
+    return f"in {' and '.join(names.get(mode, mode) for mode in modes)} mode"
 
 
 def _scored(result: Result) -> str:

@@ -23,13 +23,13 @@ from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.data import load_federation
 from fednorm.data.benchmarks import Reader
 from fednorm.data.domain import Client, Domain, Federation, Split
-from fednorm.data.memory import require_memory
 from fednorm.data.partition import Share, deal, draw_test, merged_split
 from fednorm.data.sets.digits import DIGITS_FIVE
 from fednorm.data.source import Rows, Source
 from fednorm.errors import DataError
 from fednorm.federated import estimate as of_rounds
 from fednorm.federated.workbench import Workbench
+from fednorm.memory import require_memory
 from fednorm.rng import stream
 from fednorm.threads import torch_threads
 
@@ -102,7 +102,7 @@ def _windows(count: int, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     A hundred thousand of them take the memory of a few.
     """
     remedy = "Choose a smaller data.image_size."
-    require_memory(count + 3 * size * size, f"Images of {size} x {size} pixels, to estimate from,", remedy)
+    require_memory(count + 3 * size * size, f"Images of {size} x {size} pixels, to estimate from,", remedy, DataError)
     numbers = stream(0, "estimate", "images").integers(0, 256, count + 3 * size * size, dtype=np.uint8)
     strides = (1, size * size, size, 1)
     return np.lib.stride_tricks.as_strided(numbers, (count, 3, size, size), strides)

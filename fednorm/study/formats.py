@@ -60,7 +60,13 @@ _OF_A_SELECTION: Mapping[str, Type] = {"rule": str, "split": str, "configuration
 _WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "missing"})
 """Keys of what was measured that hold no numbers."""
 
-_CONTAINERS: Mapping[str, Type] = {"per_domain": dict, "diagnostics": dict, "accuracy": list, "task_accuracy": list}
+_CONTAINERS: Mapping[str, Type] = {
+    "per_domain": dict,
+    "diagnostics": dict,
+    "accuracy": list,
+    "task_accuracy": list,
+    "anytime": list,
+}
 """Keys of what was measured that hold many numbers."""
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fednorm.config import IMMATERIAL, KeyPath, RunConfig, flatten, merge, nest, resolve
 from fednorm.errors import ConfigError
+from fednorm.limits import shown
+
+MOST_RUNS = 10_000
+"""Of a study, and of a search: each is checked and named before the first is run."""
 
 SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 """How labels call settings that they name often."""
@@ -54,23 +59,52 @@ def axes(table: Mapping[str, Any], where: str = "grid") -> list[Axis]:
     for path, value in flatten(table).items():
         key = f"{where}.{'.'.join(path)}"
         if not isinstance(value, list) or not value:
-            raise ConfigError(f"{key} must be a list of one value or more; got {value!r}.")
-        for number, one in enumerate(value):
-            if _is_in(one, value[:number]):
-                raise ConfigError(f"{key} names {one!r} twice, and both would be one run. Take one of them out.")
+            raise ConfigError(f"{key} must be a list of one value or more; got {shown(value)}.")
+        if len(value) > MOST_RUNS:
+            raise ConfigError(f"{key} has {len(value):,} values, and a study has at most {MOST_RUNS:,} runs.")
+        if (one := _twice(value)) is not None:
+            raise ConfigError(f"{key} names {shown(one)} twice, and both would be one run. Take one of them out.")
         found.append(Axis(path, tuple(value)))
     return found
 
 
-def _is_in(value: Any, others: Iterable[Any]) -> bool:
-    """Return whether a value is among others; ``true`` is not 1, though Python finds them equal."""
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in others)
+def _twice(values: Sequence[Any]) -> Any:
+    """Return a value that is there twice, None if none is; ``true`` is not 1, though Python finds them equal."""
+    seen: set[Any] = set()
+    for value in values:
+        key = (isinstance(value, bool), repr(value) if isinstance(value, list | Mapping) else value)
+        if key in seen:
+            return value
+        seen.add(key)
+    return None
 
 
 def combinations(of: Sequence[Axis]) -> Iterator[dict[KeyPath, Any]]:
     """Yield every combination of the axes' values, the last axis first; one empty combination where there is none."""
     for values in itertools.product(*(axis.values for axis in of)):
         yield {axis.path: value for axis, value in zip(of, values, strict=True)}
+
+
+def require_few(of: Iterable[Sequence[Axis]], times: int, where: str, what: str) -> None:
+    """Refuse more runs than can be made, by their number alone: none of them is made for it.
+
+    Args:
+        of: Spaces, lists of values each, whose combinations are runs.
+        times: How many runs each combination is.
+        where: What the study is called in an error.
+        what: What the runs are: of ``[grid]``, of the search.
+
+    Raises:
+        ConfigError: They are more than :data:`MOST_RUNS`.
+    """
+    sizes = [[len(axis.values) for axis in space] for space in of]
+    count = times * sum(map(math.prod, sizes))
+    if count > MOST_RUNS:
+        told = " + ".join(" x ".join(map(str, space)) or "1" for space in sizes[:3]) + (" + ..." if sizes[3:] else "")
+        raise ConfigError(
+            f"{where} asks for {shown(count)} runs by {what} ({told} combinations, {times} times), and a study has at "
+            f"most {MOST_RUNS:,}. Shorten its lists, or cut it into several studies."
+        )
 
 
 def expand(
@@ -92,6 +126,7 @@ def expand(
         UnknownNameError: A name is not registered.
     """
     lists = without(axes(grid), overrides)
+    require_few([lists], len(points), "The grid", "its lists")
     planned = [
         Planned(checked(base, point, nest(values), overrides), origin(number, points, values))
         for number, point in enumerate(points)

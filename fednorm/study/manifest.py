@@ -17,7 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,13 @@ from fednorm.study.cases import Choice, Study
 from fednorm.study.files import is_there, replacing
 from fednorm.study.formats import FORMAT, Unfit, manifest
 from fednorm.study.integrity import read_document, reason, sealed
+from fednorm.study.leftovers import not_there, remove_empty
 from fednorm.study.results import MANIFEST
 
 Document = dict[str, Any]
+
+LOCK = ".study.lock"
+"""The file that a process holds while it writes the manifest."""
 
 
 def update(
@@ -64,11 +68,33 @@ def update(
 
 
 @contextmanager
+def taken_back_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the manifest that a block has written if no run was made: a study that is refused leaves nothing.
+
+    Configurations that diverged count as made; the manifest alone tells of them.
+
+    Args:
+        folder: The folder of records.
+    """
+    missing, path = not_there(folder), folder / MANIFEST
+    was_there = path.exists()
+    try:
+        yield
+    finally:
+        with suppress(OSError, RecordError):
+            selection = ((read(folder) or {}).get("selection") or {}) if not was_there else {}
+            if not was_there and not selection.get("diverged") and not any(one.is_dir() for one in folder.iterdir()):
+                path.unlink(missing_ok=True)
+                (folder / LOCK).unlink(missing_ok=True)
+        remove_empty(missing)
+
+
+@contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Hold the folder's manifest: the same study may be running in two terminals, with other seeds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".study.lock").open("w") as lock:
+        with (folder / LOCK).open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
     except RecordError:

@@ -27,7 +27,7 @@ import fcntl
 import json
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,6 +54,7 @@ from fednorm.study.integrity import (
     sealed,
     tensors_metadata,
 )
+from fednorm.study.leftovers import anything_stands, beside_a_result, not_there, nothing_left, remove_empty
 
 Tensors = dict[str, Tensor]
 
@@ -143,13 +144,28 @@ class RunRecord:
         Raises:
             RecordError: The folder cannot be made or written, or another process is running this very run.
         """
-        self.prepare()
-        with self._writing("lock the record"):
-            handle = (self.folder / ".lock").open("w")
+        missing = not_there(self.folder)
+        try:
+            self.prepare()
+            with self._writing("lock the record"):
+                handle = (self.folder / ".lock").open("w")
+        except RecordError:
+            remove_empty(missing)
+            raise
         with handle:
             with self._writing("lock the record"):
                 self._lock(handle)
-            yield
+            with nothing_left(self.folder, missing, self._lines, self.stands):
+                yield
+
+    @property
+    def lines_file(self) -> str:
+        """Return the name of the file that grows while the run goes."""
+        return self._lines
+
+    def stands(self) -> bool:
+        """Return whether anything of the run is worth keeping: a result, a checkpoint or a line."""
+        return anything_stands(self._journal, self.folder / RESULT, self._checkpoint)
 
     def _lock(self, handle: TextIO) -> None:
         try:
@@ -414,13 +430,11 @@ class RunRecord:
         except UNREADABLE as error:
             if getattr(error, "errno", None):  # the folder, not the file: a name too long, no permission
                 raise RecordError(f"Cannot read {path}: {reason(error)}. Choose another folder with --runs.") from error
-            raise RecordError(
-                f"{path} is not a result of this run: {reason(error)}. Remove it, and the run is made again."
-            ) from error
+            remedy = "Remove it, and the run is made again."
+            raise RecordError(f"{path} is not a result of this run: {reason(error)}. {remedy}") from error
         for name, digest in parts.items():
             self._require_part(name, digest)
-        with suppress(OSError):  # it may be a read-only copy
-            self._checkpoint.unlink(missing_ok=True)
+        beside_a_result(self.folder, self._checkpoint)
         return {**result, "run": str(self.folder)}
 
     def _require_part(self, name: str, digest: str) -> None:

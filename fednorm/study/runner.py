@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import threading
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
@@ -18,6 +15,7 @@ from typing import Any, Protocol
 
 from fednorm.config import RunConfig
 from fednorm.errors import AggregationError, ConfigError, DivergedError, RecordError
+from fednorm.signals import Terminated, exit_code, raising
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import labels
@@ -37,6 +35,9 @@ __all__ = [
 
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """Where Linux says how much of the cores a container may use: microseconds, and in how many; ``max`` for all."""
+
+MOST_JOBS, MOST_JOBS_A_CORE = 64, 4
+"""Most runs at a time, whatever the machine and for each of its cores; the larger counts."""
 
 log = logging.getLogger("fednorm")
 
@@ -70,12 +71,14 @@ class Outcome:
     Attributes:
         results: Results of those that finished, in the order of the configurations.
         failures: Those that failed, as they did.
-        interrupted: Whether the user stopped it: runs that are in neither list can be gone on with.
+        interrupted: Whether the user or a signal stopped it: runs that are in neither list can be gone on with.
+        exit_code: What a command that was stopped leaves with: 130 after Ctrl-C, 143 after ``SIGTERM``; 0 else.
     """
 
     results: list[dict[str, Any]]
     failures: list[Failure]
     interrupted: bool
+    exit_code: int = 0
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,12 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
         ConfigError: The folder holds another study, or ``jobs`` is less than 1.
         RecordError: The manifest cannot be written.
     """
+    _require_jobs(jobs)
+    with manifest.taken_back_if_empty(runs):
+        return _execute(study, runs, jobs, watcher)
+
+
+def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> StudyOutcome:
     document = manifest.update(runs, study, (), study.configs)
     searched, failures, configs = Outcome([], [], interrupted=False), list[Failure](), list(study.configs)
     if study.searches:
@@ -162,13 +171,14 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
         failures = _of_consequence(study, {choice.method for choice in choices}, failed)
         configs = study.resolved(choices)
         document = manifest.update(runs, study, choices, configs, diverged)
-    outcome = Outcome([], [], interrupted=True)
+    outcome = Outcome([], [], interrupted=True, exit_code=searched.exit_code)
     if not searched.interrupted:
         outcome = run_study(configs, runs=runs, jobs=jobs, watcher=watcher)
     return StudyOutcome(
         outcome.results,
         [*failures, *outcome.failures],
         outcome.interrupted,
+        outcome.exit_code,
         manifest=document,
         selection_results=searched.results,
         planned=len(study.search_configs) + len(study.cases),
@@ -204,8 +214,8 @@ def run_study(
 ) -> Outcome:
     """Run configurations, several at a time; finished ones are read back, cut ones go on.
 
-    With ``jobs`` of 1 they run in this process, else in processes of their own. A KeyboardInterrupt, SIGTERM or SIGHUP
-    ends the runs that are going, which can be gone on with, and the outcome says so; no process is left behind.
+    With ``jobs`` of 1 they run in this process, else in processes of their own. A KeyboardInterrupt, SIGTERM, SIGHUP or
+    SIGQUIT ends the runs that are going, which can be gone on with, and the outcome says so; no process is left behind.
 
     Args:
         configs: The runs, with different hashes.
@@ -218,23 +228,34 @@ def run_study(
         ConfigError: ``jobs`` is less than 1.
         FedNormError: No process could be started.
     """
-    if jobs < 1:
-        raise ConfigError(f"jobs, the number of runs at a time, must be at least 1 (--jobs); got {jobs}.")
+    _require_jobs(jobs)
     queue = _Queue(configs, runs, watcher or _Nobody())
-    interrupted = False
-    with _stoppable():
+    code = 0
+    with raising():
         try:
             missing = queue.open(title, jobs)
             if jobs == 1:
                 _run_here(queue, missing)
             else:
                 _run_apart(queue, missing, jobs)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, Terminated) as stop:
+            code = exit_code(stop)
         finally:
             queue.watcher.end()
     results = [queue.results[config.hash] for config in configs if config.hash in queue.results]
-    return Outcome(results, queue.failures, interrupted)
+    return Outcome(results, queue.failures, interrupted=code > 0, exit_code=code)
+
+
+def _require_jobs(jobs: int) -> None:
+    """Refuse a number of processes that no machine of this size holds: each has PyTorch in its memory."""
+    most = max(MOST_JOBS_A_CORE * default_jobs(), MOST_JOBS)
+    if jobs < 1:
+        raise ConfigError(f"jobs, the number of runs at a time, must be at least 1 (--jobs); got {jobs}.")
+    if jobs > most:
+        raise ConfigError(
+            f"jobs, the number of runs at a time (--jobs), is at most {most} on this machine, which has "
+            f"{default_jobs()} cores to share among them; got {jobs}."
+        )
 
 
 class _Queue:
@@ -335,29 +356,10 @@ def _end(workers: Sequence[Worker], *, at_once: bool) -> None:
             worker.ask_to_end(at_once=at_once)
         for worker in workers:
             worker.see_it_end()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         for worker in workers:
             worker.kill()
         raise
-
-
-@contextmanager
-def _stoppable() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block as Ctrl-C does, so that no process is left behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heard}  # nohup has it ignored, and so it stays
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class _Nobody:

@@ -7,6 +7,7 @@ from typing import Any
 
 from fednorm.config import flatten, nearest, nest
 from fednorm.errors import ConfigError, canonical
+from fednorm.limits import shown
 from fednorm.study.grid import checked
 
 Table = Mapping[str, Any]
@@ -46,14 +47,14 @@ def require_sections(document: Table, where: str) -> None:
         )
     for key in ("study", "base", "grid", "search", "select"):
         if not isinstance(document.get(key, {}), Mapping):
-            raise ConfigError(f"{where}: [{key}] is a table of keys; got {key} = {document[key]!r}.")
+            raise ConfigError(f"{where}: [{key}] is a table of keys; got {key} = {shown(document[key])}.")
         if key in ("grid", "search") and key in document and not flatten(document[key]):
             raise ConfigError(f"{where}: [{key}] is empty. Give it a list, e.g. seed = [1, 2, 3], or leave it out.")
     for key, what in (("points", "one a method"), ("paper", "one a number")):
         tables = document.get(key, [{}])
         full = isinstance(tables, list) and tables and all(isinstance(table, Mapping) for table in tables)
         if not full:
-            raise ConfigError(f"{where}: [[{key}]] are tables of keys, {what}; got {tables!r}.")
+            raise ConfigError(f"{where}: [[{key}]] are tables of keys, {what}; got {shown(tables)}.")
 
 
 def about_study(table: Table, base: Table, where: str) -> dict[str, Any]:
@@ -69,10 +70,12 @@ def about_study(table: Table, base: Table, where: str) -> dict[str, Any]:
     """
     for key, value in table.items():
         if key not in ABOUT:
-            raise ConfigError(f"{where}: [study] has no key {key!r}.{nearest(key, ABOUT)} Known: {', '.join(ABOUT)}.")
+            raise ConfigError(
+                f"{where}: [study] has no key {shown(key)}.{nearest(key, ABOUT)} Known: {', '.join(ABOUT)}."
+            )
         if not isinstance(value, Mapping if key == "baseline" else str):
             raise ConfigError(
-                f"{where}: study.{key} is a {'table of keys' if key == 'baseline' else 'text'}; got {value!r}."
+                f"{where}: study.{key} is a {'table of keys' if key == 'baseline' else 'text'}; got {shown(value)}."
             )
     if "baseline" not in table:
         return dict(table)
@@ -104,11 +107,11 @@ def paper_number(entry: Table, number: int, base: Table, where: str) -> dict[str
     place = f"{where}: number {number} of [[paper]]"
     for key in entry:
         if key not in PAPER:
-            raise ConfigError(f"{place} has no key {key!r}.{nearest(key, PAPER)} Known: {', '.join(PAPER)}.")
+            raise ConfigError(f"{place} has no key {shown(key)}.{nearest(key, PAPER)} Known: {', '.join(PAPER)}.")
     for key, (type_, what) in PAPER.items():
         if key == "std" and key not in entry:
             continue
         value = entry.get(key)
         if not isinstance(value, type_) or isinstance(value, bool):
-            raise ConfigError(f"{place} needs {key}, {what}; got {'nothing' if value is None else repr(value)}.")
+            raise ConfigError(f"{place} needs {key}, {what}; got {'nothing' if value is None else shown(value)}.")
     return {**entry, "match": _part(entry["match"], base)}

@@ -56,8 +56,20 @@ from typing import Any
 
 from fednorm.config import KeyPath, RunConfig, flatten, merge, nest, read_config
 from fednorm.errors import ConfigError
+from fednorm.limits import require_plain, shown
 from fednorm.study.cases import Candidate, Case, Choice, Study
-from fednorm.study.grid import Axis, Planned, axes, checked, combinations, labels, origin, require_different, without
+from fednorm.study.grid import (
+    Axis,
+    Planned,
+    axes,
+    checked,
+    combinations,
+    labels,
+    origin,
+    require_different,
+    require_few,
+    without,
+)
 from fednorm.study.sections import Table, about_study, paper_number, require_sections
 from fednorm.study.select import kind_of
 
@@ -96,7 +108,9 @@ def make_study(
         select_on_test: As for :func:`read_study`.
         where: What the file is called in an error.
     """
+    require_plain(document, where, lines=True)
     over = dict(overrides or {})
+    require_plain(over, "The keys laid over every run")
     plan = _Plan(document, over.pop("select", {}), over, where)
     cases = plan.cases()
     searches = plan.searches(on_test=select_on_test) if plan.searching else ()
@@ -138,7 +152,7 @@ class _Plan:
         if not self.searching and (document.get("select") or select):
             raise ConfigError(f"{where} has [select], which says how hyper-parameters are chosen, and no [search].")
         if not isinstance(select, Mapping):
-            raise ConfigError(f"select is a table: set its keys, e.g. select.seed=2; got select = {select!r}.")
+            raise ConfigError(f"select is a table: set its keys, e.g. select.seed=2; got select = {shown(select)}.")
         self.select = merge(document.get("select", {}), select)
         self.grid = without(axes(document.get("grid", {})), overrides)
         self.document = document
@@ -147,6 +161,7 @@ class _Plan:
     def cases(self) -> list[Case]:
         """Return the runs of the grid, and take down which method each belongs to."""
         fixed = {("seed",), *flatten(self.select)}
+        require_few([self.grid], len(self.points), self.where, "[grid]")
         cases = []
         for number, point in enumerate(self.points):
             for values in combinations(self.grid):
@@ -163,6 +178,8 @@ class _Plan:
         seeds = axes({"seed": written if isinstance(written, list) else [written]}, "select")[0].values
         planned: list[Planned] = []
         searches = []
+        spaces = [[without(space, self.overrides) for space in self.spaces[number]] for number, _ in self.methods]
+        require_few([space for of_method in spaces for space in of_method], len(seeds), self.where, "its search")
         for (number, _), (_, own) in self.methods.items():
             candidates = []
             for keys in self._candidates(number):
@@ -244,7 +261,7 @@ def _spaces(shared: Table, own: Any, where: str) -> list[list[Axis]]:
         return [axes(merge(shared, own), "search")]
     if isinstance(own, list) and own and all(isinstance(table, Mapping) and table for table in own):
         return [axes(table, "search") for table in own]
-    raise ConfigError(f"{where}: a point's search is a table of lists, or several of them; got {own!r}.")
+    raise ConfigError(f"{where}: a point's search is a table of lists, or several of them; got {shown(own)}.")
 
 
 def _require_baseline(study: Study, where: str) -> None:

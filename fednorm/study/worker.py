@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -198,8 +199,7 @@ class Worker:
         if code >= 0 and not self.ready:
             raise FedNormError(
                 f"A process for the study's runs ended before it could begin (exit code {code}); what it said stands "
-                "above. A script that starts processes must do so under \"if __name__ == '__main__':\"; or let the "
-                "runs be made one at a time in this process (jobs=1, --jobs 1)."
+                f"above. {_remedy()}"
             )
         return Ended(None, how_it_died(code), "Killed")
 
@@ -219,6 +219,18 @@ class Worker:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+
+
+def _remedy() -> str:
+    """Return what helps when no process can be started: a script is told how, the command line has no part in it."""
+    main = sys.modules["__main__"]
+    spec, path = getattr(main, "__spec__", None), getattr(main, "__file__", None) or ""
+    if (spec is not None and spec.name.startswith("fednorm.")) or Path(path).stem == "fednorm":
+        return "Let the runs be made one at a time, in this process: --jobs 1."
+    return (
+        "A script that starts processes must do so under \"if __name__ == '__main__':\"; or let the runs be made one "
+        "at a time in this process (jobs=1, --jobs 1)."
+    )
 
 
 def how_it_died(code: int) -> str:
@@ -252,7 +264,7 @@ def _for_children() -> Iterator[None]:
     resource_tracker.ensure_running()  # started later, it would take the signals' block off
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
     try:
         yield
     finally:

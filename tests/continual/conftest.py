@@ -67,6 +67,8 @@ class Toy:
         own = {"name": learner, **LEARNER.get(learner, {})}
         if scenario == "split_cifar100" and "memory_size" in own:
             own["memory_size"] = 100  # room for every class
+        if norm == "task_balanced_norm" and learner == "derpp":
+            own["memory_batch"] = 2  # two draws of them, as many as there are new samples
         return {
             "kind": "continual",
             "scenario": {"name": scenario, **options},

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn import functional
 from fednorm.cards import LEARNERS
 from fednorm.continual.simulate import finite, plan, simulate, summary
 from fednorm.data.domain import Split
+from fednorm.errors import ConfigError, DivergedError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.rng import stream_seed, torch_stream
@@ -58,10 +61,10 @@ class Plain:
         images = split.images[split.index].float() / 127.5 - 1
         return images.contiguous(memory_format=torch.channels_last), split.labels[split.index]
 
-    def train(self, split: Split, number: int) -> tuple[float, float]:
-        """Return the accuracy on every batch before it is first learned, and the mean loss of all passes."""
+    def train(self, split: Split, number: int) -> tuple[float, float, float]:
+        """Return the accuracy on every batch before it is first learned, that of all passes, and the mean loss."""
         images, labels = self.rows(split)
-        hits, loss_sum, seen = 0, 0.0, 0
+        hits, every_hit, loss_sum, seen = 0, 0, 0.0, 0
         self.model.train()
         for epoch in range(6):
             generator = torch_stream(7, "experience", number, "epoch", epoch, "order")
@@ -73,11 +76,12 @@ class Plain:
                 self.optimizer.zero_grad()
                 loss.backward()
                 self.optimizer.step()
-                hits += int((logits.argmax(1) == labels[batch]).sum()) if epoch == 0 else 0
+                right = int((logits.argmax(1) == labels[batch]).sum())
+                hits, every_hit = hits + (right if epoch == 0 else 0), every_hit + right
                 loss_sum += loss.item() * len(batch)
                 seen += len(batch)
         assert seen == 6 * 17
-        return hits / 17, loss_sum / seen
+        return hits / 17, every_hit / seen, loss_sum / seen
 
     @torch.no_grad()
     def score(self, images: Tensor, labels: Tensor, classes: list[int]) -> float:
@@ -99,8 +103,9 @@ def test_every_accuracy_is_that_of_plain_pytorch(document: dict[str, Any], toy: 
     tests = [plain.rows(experience.test) for experience in stream]
     assert document["untrained_accuracy"] == [plain.score(*test, everything) for test in tests]
     for experience, line in zip(stream, document["experiences"], strict=True):
-        online, loss = plain.train(experience.train, experience.number)
+        online, every_pass, loss = plain.train(experience.train, experience.number)
         assert line["online_accuracy"] == pytest.approx(online, abs=1e-12)
+        assert line["average_online_accuracy"] == pytest.approx(every_pass, abs=1e-12)
         assert line["train_loss"] == pytest.approx(loss, rel=1e-4)
         assert line["accuracy"] == [plain.score(*test, everything) for test in tests]
         assert line["task_accuracy"] == [
@@ -125,6 +130,7 @@ def test_the_final_numbers_are_their_formulas(document: dict[str, Any]) -> None:
         "backward_transfer": mean(last[j] - r[j][j] for j in range(count - 1)),
         "forward_transfer": mean(r[j - 1][j] - document["untrained_accuracy"][j] for j in range(1, count)),
         "online_accuracy": mean(line["online_accuracy"] for line in lines),
+        "average_online_accuracy": mean(line["average_online_accuracy"] for line in lines),
         "task_incremental_accuracy": mean(lines[-1]["task_accuracy"]),
         "train_accuracy": mean(line["train_accuracy"] for line in lines),
         "plasticity": lines[-1]["train_accuracy"],  # a tenth of five experiences is the last one
@@ -209,6 +215,8 @@ EVALUATION = {
     "batch_size": ({"batch_size": 1}, {}),
     "train_images": ({"train_images": 1}, {}),
     "probe_images": ({"probe_images": 0}, {}),
+    "online": ({"online": "eval"}, {}),
+    "every_steps": ({"every_steps": 1, "every_images": 2, "average_last": 2}, {}),
 }
 
 
@@ -258,6 +266,57 @@ def test_every_key_of_training_reaches_the_training(toy: Any) -> None:
     assert alike == []
     keys = set(toy.config().to_dict()["train"]) - {"checkpoint_every"}
     assert keys == set(TRAINING)
+
+
+# What would do nothing ------------------------------------------------------------------------------------------------
+
+NO_PARTS = [
+    ("derpp", {}, 10),
+    ("er", {"passes": "separate"}, 10),
+    ("er_ace", {"memory_batch": 4}, 10),
+    ("er", {"memory_batch": 1}, 10),
+    ("er_ace", {"memory_batch": 20}, 10),
+    ("derpp", {"passes": "separate", "memory_batch": 4}, 7),
+]
+
+
+@pytest.mark.parametrize(("learner", "options", "batch"), NO_PARTS)
+def test_task_balanced_norm_is_refused_where_it_would_be_batch_norm(
+    learner: str, options: dict[str, Any], batch: int, toy: Any
+) -> None:
+    """And what the refusal says to set, each of it, makes parts: the remedy is a remedy."""
+    many = {"scenario": {"num_experiences": 5, "train_per_experience": 2 * batch + 8}}
+    names = ("split_digits", learner, "task_balanced_norm")
+    config = toy.config(*names, learner={"memory_batch": 0, **options}, train={"batch_size": batch}, **many)
+    with pytest.raises(ConfigError, match="normalized as batch_norm does, under another name") as told:
+        toy.bench(config)
+    remedy = str(told.value).rpartition("Set ")[2]
+    size = int(found[1]) if (found := re.search(r"train.batch_size to (\d+)", remedy)) else batch
+    listed = re.search(r"learner.memory_batch to one of ([\d, ]+)", remedy)
+    assert listed
+    sizes = [int(each) for each in listed[1].strip(", ").split(", ")]
+    assert ("learner.passes to joint" in remedy) == (options.get("passes") == "separate")
+    for memory_batch in sizes:
+        mended = {"memory_batch": memory_batch, "passes": "joint"}
+        bench = toy.bench(toy.config(*names, learner=mended, train={"batch_size": size}, **many))
+        parts: list[int] = []
+
+        def note(layer: Any, args: tuple[Tensor], into: list[int] = parts) -> None:
+            into.append(layer.division(len(args[0]))[1])
+
+        bench.model.norm1.register_forward_pre_hook(note)
+        for experience in bench.training:
+            bench.learner.train(experience)
+        assert max(parts) > 1, (learner, memory_batch)
+
+
+@pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "agc", "l2_init", "redo_tau"])
+def test_what_single_precision_does_not_hold_is_refused(key: str, toy: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"train.{key} must be at most 3.4e\+38, which is what float32 holds"):
+        toy.config(train={key: 1e300})
+    for section, name, option in (("norm", "adab2n", "lambd"), ("learner", "ewc", "strength")):
+        with pytest.raises(ConfigError, match=f"{option} must be at most 3.4e"):
+            toy.bench(toy.config(**{section: {"name": name, option: 1e300}}))
 
 
 @pytest.mark.parametrize(("norm", "project"), [("batch_norm", True), ("batch_norm", False), ("nap", False)])
@@ -310,7 +369,7 @@ def test_the_norm_is_fitted_to_the_stream_and_the_learner(toy: Any) -> None:
     assert found["norm"]["num_tasks"] == len(bench.model.norm1.task_weight) == 25
     short, _ = toy.run(toy.config("split_digits", "naive", "adab2n"))
     assert short["norm"]["num_tasks"] == 20  # two would do; more leave a name to compare runs by
-    for memory_batch, ratio in ((0, 1), (2, 2), (3, 3)):  # 4 and 3: no such integer, so its own stays
+    for memory_batch, ratio in ((0, 1), (2, 2)):
         bench = toy.bench(
             toy.config("split_digits", "er", "task_balanced_norm", learner={"memory_batch": memory_batch})
         )
@@ -365,13 +424,62 @@ def test_the_plan_is_the_document_before_training(toy: Any) -> None:
 
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "nap", "none"])
-def test_a_run_that_diverges_says_so(learner: str, norm: str, toy: Any) -> None:
-    document, _ = toy.run(toy.config("split_digits", learner, norm, train={"learning_rate": 1e30}))
-    json.dumps(document, allow_nan=False)
-    last = document["experiences"][-1]
-    assert last["train_loss"] is None
-    assert last["diagnostics"]["entropy_rank"] is None
-    assert 0 <= document["final"]["average_accuracy"] <= 1
+def test_a_run_that_diverges_says_so_and_has_no_result(learner: str, norm: str, toy: Any, tmp_path: Path) -> None:
+    config = toy.config("split_digits", learner, norm, train={"learning_rate": 1e30})
+    with pytest.raises(
+        DivergedError, match=r"diverged: the (loss|outputs).* from experience [12], step \d+ on"
+    ) as told:
+        simulate(config, runs=tmp_path, bench=toy.bench(config))
+    (folder,) = tmp_path.iterdir()
+    assert str(folder) in str(told.value)
+    assert "train.learning_rate (now 1e+30)" in str(told.value)
+    assert not (folder / "result.json").exists()
+    lines = folder / "experiences.jsonl"
+    for line in lines.read_text().splitlines() if lines.exists() else []:
+        assert json.loads(line)["train_loss"] is not None
+
+
+class Break:
+    """An Avalanche plugin that spoils a weight after some step, as an update that overflows would."""
+
+    def __init__(self, step: int, value: float) -> None:
+        self.step, self.value = step, value
+
+    def after_training_iteration(self, learner: Any, **_: Any) -> None:
+        if learner.progress.step == self.step:
+            with torch.no_grad():
+                next(learner.model.parameters())[0, 0, 0, 0] = self.value
+
+
+@pytest.mark.parametrize(
+    ("at", "what", "experience", "step"),
+    [(1, "loss", 1, 2), (2, "loss", 1, 3), (3, "outputs", 1, 3), (4, "loss", 2, 5), (6, "outputs", 2, 6)],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_step_from_which_the_numbers_are_none_is_named(
+    at: int, what: str, experience: int, step: int, value: float, toy: Any, tmp_path: Path
+) -> None:
+    config = toy.config("split_digits", "er", "none")
+    bench = toy.bench(config)
+    bench.learner.plugins.append(Break(at, value))
+    words = rf"er \+ none diverged: the {what}.* from experience {experience}, step {step} on"
+    with pytest.raises(DivergedError, match=words):
+        simulate(config, runs=tmp_path, bench=bench)
+    (folder,) = tmp_path.iterdir()
+    finished = (folder / "experiences.jsonl").read_text().splitlines() if experience > 1 else []
+    assert len(finished) == experience - 1
+    assert not (folder / "result.json").exists()
+    # What was finished is gone on from: the same configuration without the accident ends as if there had been none.
+    again = simulate(config, runs=tmp_path, bench=toy.bench(config))
+    assert toy.timeless(again) == toy.timeless(toy.run(config)[0])
+
+
+def test_a_network_whose_outputs_are_no_numbers_is_refused_before_training(toy: Any) -> None:
+    bench = toy.bench(toy.config("split_digits", "er", "none"))
+    with torch.no_grad():
+        next(bench.model.parameters()).fill_(math.nan)
+    with pytest.raises(DivergedError, match="outputs of the untrained network are not numbers"):
+        simulate(bench.config, runs=None, bench=bench)
 
 
 def test_process_wide_settings_are_as_they_were(toy: Any) -> None:
@@ -409,6 +517,7 @@ def test_what_was_not_measured_is_none_in_the_summary() -> None:
         "backward_transfer": None,
         "forward_transfer": None,
         "online_accuracy": 0.25,
+        "average_online_accuracy": None,
         "task_incremental_accuracy": None,
         "train_accuracy": 0.75,
         "plasticity": 1.0,

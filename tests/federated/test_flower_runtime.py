@@ -110,6 +110,7 @@ class Witness:
         self.lines: list[str] = []
         self.processes: dict[int, tuple[psutil.Process, str]] = {}
         self.ports: set[int] = set()
+        self.addresses: set[str] = set()
         self.ray_folders: set[str] = set()
         self.on_line = on_line
 
@@ -129,7 +130,9 @@ class Witness:
                 connections = process.net_connections(kind="tcp")
             except psutil.Error:
                 continue
-            self.ports |= {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
+            listening = [c.laddr for c in connections if c.status == psutil.CONN_LISTEN]
+            self.ports |= {address.port for address in listening}
+            self.addresses |= {address.ip for address in listening}
 
     def assert_nothing_left(self, home: Path, *expected: str) -> None:
         commands = [command for _, command in self.processes.values()]
@@ -184,6 +187,8 @@ def test_a_run_completes_in_a_hostile_environment_and_leaves_nothing(
     assert f"Successfully started run {run.run_id}" in witness.lines
     assert not any("\x1b" in line for line in witness.lines)
     assert hostile == [], "the run spoke to the SuperLink of another checkout"
+    assert witness.addresses, "nobody was seen to listen"
+    assert witness.addresses <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, "somebody listens to the whole network"
     witness.assert_nothing_left(
         tmp_path / "home", "flower-superlink", "flower-superexec", "flwr-simulation", "raylet", "gcs_server"
     )
@@ -228,7 +233,10 @@ def test_a_run_that_outlasts_its_time_says_so(toy: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.flower
-def test_a_terminated_launcher_ends_all_it_started(toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGQUIT))]
+)
+def test_a_terminated_launcher_ends_all_it_started(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
     script = textwrap.dedent(
         f"""
         import sys
@@ -244,8 +252,9 @@ def test_a_terminated_launcher_ends_all_it_started(toy: Path, tmp_path: Path) ->
         for line in launcher.stdout:
             witness(line.strip())
             if line.startswith("server "):
-                launcher.send_signal(signal.SIGTERM)
-        assert launcher.wait(30) == 128 + signal.SIGTERM
+                launcher.send_signal(number)
+                launcher.send_signal(number)  # a closed terminal tells a process twice
+        assert launcher.wait(30) == 128 + number
     witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flwr-simulation")
 
 
@@ -262,6 +271,24 @@ def test_a_port_taken_meanwhile_is_not_mistaken_for_our_superlink(
             address = tomllib.loads((tmp_path / "flwr" / "config.toml").read_text())["superlink"]["own"]["address"]
             assert address != f"127.0.0.1:{stranger.getsockname()[1]}"
             assert next(offers, None) is None
+
+
+@pytest.mark.flower
+@pytest.mark.slow
+def test_of_two_launchers_of_one_run_one_wins(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fednorm.cli", "federated", "--runtime", "flower", "--rounds", "1"]
+    command += ["--set", "model.width=4", "--train-per-client", "16", "--set", "data.test_per_domain=10"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for _ in range(2)
+    ]
+    errors = {process.communicate(timeout=180)[1].decode(): process.returncode for process in both}
+    assert sorted(errors.values()) == [0, 2], errors
+    assert next("Another process is running this run" in error for error, code in errors.items() if code == 2)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "result.json").is_file()
+    assert not (folder / "flower").exists()
 
 
 FAMILY = """

@@ -21,7 +21,7 @@ from fednorm.errors import ConfigError, DataError, UnknownNameError
 
 Make = Callable[..., Stream]
 NAMES = SCENARIOS.names
-CLASS_INCREMENTAL = ("split_cifar10", "split_cifar100", "split_digits")
+CLASS_INCREMENTAL = ("split", "split_cifar10", "split_cifar100", "split_digits")
 KEPT_INPUTS = ("random_labels", "permuted_labels", "permuted_pixels")
 
 every_scenario = pytest.mark.parametrize("name", NAMES)
@@ -160,7 +160,7 @@ def test_the_number_of_experiences_is_one_or_more(name: str, make: Make) -> None
 @pytest.mark.parametrize("name", CLASS_INCREMENTAL)
 def test_classes_are_cut_into_tasks_that_labels_tell(name: str, make: Make) -> None:
     stream = make(name)
-    default = {"split_cifar10": (5, 2), "split_cifar100": (10, 10), "split_digits": (5, 2)}[name]
+    default = (10, 10) if name == "split_cifar100" else (5, 2)
     assert (len(stream), stream.classes_per_task) == default
     for experience in stream:
         for split in (experience.train, experience.test):
@@ -195,13 +195,26 @@ def test_cifar100_in_twenty(make: Make) -> None:
     assert [len(experience.train) for experience in stream] == [15] * 20
 
 
-@pytest.mark.parametrize(
-    ("count", "why"),
-    [(11, "every experience needs a class of its own"), (3, "3 does not divide 10, and no class is dropped")],
-)
-def test_classes_that_cannot_be_cut_are_refused(count: int, why: str, make: Make) -> None:
-    with pytest.raises(ConfigError, match=f"{why}. Set scenario.num_experiences to one of 1, 2, 5, 10"):
-        make("split_digits", num_experiences=count)
+def test_classes_that_cannot_be_cut_are_refused(make: Make) -> None:
+    why = "every experience needs a class of its own. Set scenario.num_experiences to 10 or less"
+    with pytest.raises(ConfigError, match=why):
+        make("split_digits", num_experiences=11)
+
+
+def test_any_data_can_be_split(toy_folder: Path, make: Make) -> None:
+    own = {"name": "folders", "dir": str(toy_folder), "domains": ("cifar100",)}
+    stream = make("split", data=own, classes_per_experience="50,30,20")
+    assert [len(experience.classes) for experience in stream] == [50, 30, 20]
+    assert [len(experience.train) for experience in stream] == [150, 90, 60]
+    assert stream.class_order == make("split_cifar100").class_order
+    assert make("split", num_experiences=5).digest() == make("split_digits").digest()
+    same_data = {"name": "cifar10", "dir": str(toy_folder)}
+    assert make("split", data=same_data).digest() == make("split_cifar10").digest()
+    own["domains"] = ("cifar10", "cifar100")
+    with pytest.raises(DataError, match=r"is several data sets; this scenario is made of one\. Name one with data"):
+        make("split", data=own)
+    with pytest.raises(ConfigError, match="take a scenario of any data: split,"):
+        make("split_digits", data=own)
 
 
 # The others -----------------------------------------------------------------------------------------------------------

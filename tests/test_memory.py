@@ -10,27 +10,28 @@ from PIL import Image
 
 from fednorm.config import DataConfig
 from fednorm.data import load_federation
-from fednorm.data.memory import free_memory, require_memory
 from fednorm.data.source import stack
-from fednorm.errors import DataError
+from fednorm.errors import ConfigError, DataError
+from fednorm.memory import free_memory, require_memory
 
 
 def test_what_does_not_fit_is_said_with_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fednorm.data.memory.free_memory", lambda: 3 << 29)
+    monkeypatch.setattr("fednorm.memory.free_memory", lambda: 3 << 29)
     require_memory(3 << 29, "This", "Fewer.")
-    with pytest.raises(DataError, match=r"^This would take 1\.5 GiB of memory; 1\.5 GiB are free here\. Fewer\.$"):
+    with pytest.raises(ConfigError, match=r"^This would take 1\.5 GiB of memory; 1\.5 GiB are free here\. Fewer\.$"):
         require_memory((3 << 29) + 1, "This", "Fewer.")
-    with pytest.raises(DataError, match=r"^This would take 21\.3 PiB of memory"):
+    with pytest.raises(ConfigError, match=r"^This would take 21\.3 PiB of memory"):
         require_memory(24 * 10**15, "This", "Fewer.")
-    with pytest.raises(DataError, match=r"^This would take more than 100,000,000 EiB of memory"):
+    with pytest.raises(ConfigError, match=r"^This would take more than 100,000,000 EiB of memory"):
         require_memory(10**5000, "This", "Fewer.")
 
 
 def test_free_memory_is_the_smallest_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert 0 < free_memory() <= psutil.virtual_memory().total
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr("fednorm.data.memory._GROUP_LIMITS", (str(limit),))
-    for content, expected in (("12345\n", 12345), ("max\n", None)):
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    used.write_text("345\n")
+    monkeypatch.setattr("fednorm.memory._GROUPS", ((str(limit), str(used)),))
+    for content, expected in (("12345\n", 12000), ("max\n", None)):
         limit.write_text(content)
         assert free_memory() == expected or (expected is None and free_memory() > 12345)
 

@@ -6,19 +6,27 @@ from pathlib import Path
 
 import psutil
 
-from fednorm.errors import DataError
+from fednorm.errors import ConfigError, FedNormError
 
-_GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+"""Where Linux says what a container may take, and what it has taken."""
+
+_SMALL = 2**28
+"""Bytes for which the machine is not even looked at."""
 
 
 def free_memory() -> int:
     """Return the bytes that this process can still get: of the machine, its container and its own limit."""
     limits = [int(psutil.virtual_memory().available)]
-    for name in _GROUP_LIMITS:
+    for limit, used in _GROUPS:
         try:
-            limits.append(int(Path(name).read_text(encoding="ascii")))
+            left = int(Path(limit).read_text(encoding="ascii")) - int(Path(used).read_text(encoding="ascii"))
         except (OSError, ValueError):
             continue  # no container, or "max"
+        limits.append(max(left, 0))
     if hasattr(psutil, "RLIMIT_AS"):  # Linux
         process = psutil.Process()
         own = int(process.rlimit(psutil.RLIMIT_AS)[0])
@@ -27,20 +35,23 @@ def free_memory() -> int:
     return min(limits)
 
 
-def require_memory(needed: int, what: str, remedy: str) -> None:
+def require_memory(needed: int, what: str, remedy: str, error: type[FedNormError] = ConfigError) -> None:
     """Refuse what does not fit into memory.
 
     Args:
         needed: The bytes it takes.
         what: What it is, with the numbers that make it so large.
         remedy: What to change.
+        error: The error that is raised.
 
     Raises:
-        DataError: Fewer bytes are free.
+        FedNormError: Fewer bytes are free.
     """
+    if needed < _SMALL:
+        return
     free = free_memory()
     if needed > free:
-        raise DataError(f"{what} would take {_size(needed)} of memory; {_size(free)} are free here. {remedy}")
+        raise error(f"{what} would take {_size(needed)} of memory; {_size(free)} are free here. {remedy}")
 
 
 def _size(count: int) -> str:

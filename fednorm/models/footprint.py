@@ -1,0 +1,128 @@
+"""How much memory a model and a step of its training will take, from shapes alone, before any of it is allocated.
+
+The model is built and run once on PyTorch's ``meta`` device, whose tensors have shapes and no values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fednorm.cards import MODELS
+from fednorm.errors import ConfigError, FedNormError
+from fednorm.limits import shown
+from fednorm.memory import require_memory
+from fednorm.spec import Norm
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes, in bytes.
+
+    Attributes:
+        state: Its parameters and buffers.
+        kept: What a forward pass keeps of one image for the backward pass: the output of every layer.
+        largest: The largest output of a layer, of one image.
+        parameters: How many parameters it has.
+    """
+
+    state: int
+    kept: int
+    largest: int
+    parameters: int
+
+
+def footprint(name: str, norm: Norm, *, num_classes: int, image_size: int, width: int) -> Footprint:
+    """Return what a model takes; arguments are those of :func:`~fednorm.models.make_model`, checked by it.
+
+    Where a layer cannot run without values, its outputs and those after it are left out: a lower bound.
+
+    Raises:
+        ConfigError: A layer has more entries than can be numbered.
+    """
+    spec = MODELS[name]
+    size = image_size or spec.input_size
+    try:
+        with torch.device("meta"):
+            model = spec.make(norm, num_classes=num_classes, image_size=size, width=width or spec.width)
+            state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+            outputs = _outputs(model, size)
+    except FedNormError:
+        raise
+    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # 2**63 entries and more
+        raise ConfigError(
+            f"model {spec.name} of width {shown(width or spec.width)} for images of {shown(size)} pixels a side is "
+            f"beyond what can be numbered ({shown(str(error).splitlines()[0])}). Lower model.width or data.image_size."
+        ) from error
+    return Footprint(
+        state, sum(outputs), max(outputs, default=0), sum(parameter.numel() for parameter in model.parameters())
+    )
+
+
+def _outputs(model: nn.Module, size: int) -> list[int]:
+    """Return the bytes of every layer's output for one image, as far as they can be known."""
+    outputs: list[int] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            outputs.append(output.numel() * output.element_size() // 2)
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(note) for module in leaves]
+    try:
+        model(torch.empty(2, 3, size, size, device="meta"))
+    except Exception:
+        return outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def require_footprint(
+    config: Any,
+    norm: Norm,
+    *,
+    num_classes: int,
+    image_size: int,
+    copies: float,
+    train_images: int,
+    test_images: int,
+) -> None:
+    """Refuse a run whose model, or a batch of it, does not fit this machine.
+
+    Args:
+        config: The run's configuration, of either kind.
+        norm: Its norm.
+        num_classes: Number of logits.
+        image_size: Height and width of the images, in pixels.
+        copies: How often the model's tensors are there: with gradients, the optimizer's tensors, clients' own.
+        train_images: Most images that a batch of training can have.
+        test_images: Most images that a batch of an evaluation can have.
+
+    Raises:
+        ConfigError: It would take more memory than is free; it says how much.
+    """
+    width = config.model.width
+    takes = footprint(config.model.name, norm, num_classes=num_classes, image_size=image_size, width=width)
+    model = f"model {config.model.name}" + (f" of width {width:,}" if width else "")
+    require_memory(
+        int(copies * takes.state),
+        f"{model} for images of {image_size} x {image_size} pixels, with {takes.parameters:,} parameters, and what "
+        "goes with it in training",
+        "Lower model.width or data.image_size.",
+    )
+    train, test = min(config.train.batch_size, train_images), min(config.evaluate.batch_size, test_images)
+    image = 4 * 3 * image_size**2
+    for key, images, each in (
+        ("train.batch_size", train, takes.kept + image),
+        ("evaluate.batch_size", test, takes.largest + image),
+    ):
+        require_memory(
+            copies * takes.state + images * each,
+            f"{model} on {images:,} images of {image_size} x {image_size} pixels at a time",
+            f"Lower {key}, data.image_size or model.width.",
+        )

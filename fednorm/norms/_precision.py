@@ -1,0 +1,42 @@
+"""Statistics in single precision, whatever the precision of what is normalized: autocast, and models in half."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+LOW = frozenset({torch.bfloat16, torch.float16})
+"""Types in which a sum of squares loses its digits or overflows."""
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return values of half precision as float32, and any others as they are."""
+    return values.float() if values.dtype in LOW else values
+
+
+def in_full_precision(forward: Callable[[Layer, Tensor], Tensor]) -> Callable[[Layer, Tensor], Tensor]:
+    """Make a layer's forward pass compute in float32 where its input is of half precision or autocast is on.
+
+    Autocast picks a type for each operation by its name, which a method's own formula cannot rely on: it is off within.
+    As in PyTorch's batch normalization, the output has the type of the input. In single and double precision without
+    autocast nothing is changed. The method itself takes :func:`widened` parameters and buffers, for models in half.
+
+    Args:
+        forward: Takes the layer and its input.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(layer: Layer, x: Tensor) -> Tensor:
+        device = x.device.type
+        if x.dtype not in LOW and not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+            return forward(layer, x)
+        with torch.autocast(device, enabled=False):
+            return forward(layer, widened(x)).to(x.dtype)
+
+    return wrapped
