@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
     ("fednorm.registry",),
-    ("fednorm.step", "fednorm.recalibration"),
+    ("fednorm.training.step", "fednorm.recalibration"),
     (
         "fednorm.study.record",
         "fednorm.study.formats",

@@ -22,7 +22,7 @@ from fednorm.norms import make_norm, spec_of
 from fednorm.optim.hidden import hidden_layers, in_order
 from fednorm.optim.projection import WeightProjection
 from fednorm.roles import Kind
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 
 SIZES: dict[str, dict[str, Any]] = {
     "mlp": {"width": 16, "image_size": 8},

@@ -15,7 +15,7 @@ from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
 from fednorm.optim.projection import WeightProjection
 from fednorm.spec import HookedLayer, Norm
-from fednorm.step import announce
+from fednorm.training.step import announce
 
 with avalanche_imports():
     from avalanche.core import SupervisedPlugin

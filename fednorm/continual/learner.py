@@ -34,13 +34,13 @@ from fednorm.continual.foreign import Hooks, require_model, require_plugins
 from fednorm.continual.passes import Passes
 from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
-from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import stream_seed, torch_seeded, torch_stream
-from fednorm.step import TrainingStep, batch_coupled
+from fednorm.training.schedule import Schedule
+from fednorm.training.step import TrainingStep, batch_coupled
 
 with avalanche_imports():
     from avalanche.training.plugins import EvaluationPlugin

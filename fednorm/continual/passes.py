@@ -13,7 +13,7 @@ from fednorm.continual.quietly import avalanche_imports
 from fednorm.data.augment import crop_and_flip
 from fednorm.data.domain import pixels
 from fednorm.errors import DataError
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 
 with avalanche_imports():
     from avalanche.training.templates import SupervisedTemplate

@@ -16,7 +16,6 @@ from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Effect, Learner, LearnerOptions
-from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience, Stream
 from fednorm.errors import ConfigError
 from fednorm.models import make_model
@@ -29,7 +28,8 @@ from fednorm.optim.redo import ReDo
 from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
-from fednorm.step import batch_coupled
+from fednorm.training.schedule import Schedule
+from fednorm.training.step import batch_coupled
 
 
 class ContinualWorkbench:

@@ -32,7 +32,7 @@ from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.recalibration import in_batches, reestimate
 from fednorm.rng import torch_seeded, torch_stream
-from fednorm.step import ProximalTerm, TrainingStep
+from fednorm.training.step import ProximalTerm, TrainingStep
 
 
 def make_client_app(bench_of: BenchSource) -> ClientApp:

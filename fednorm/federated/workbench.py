@@ -29,7 +29,7 @@ from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.plan import NormPlan
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
-from fednorm.step import batch_coupled
+from fednorm.training.step import batch_coupled
 
 if TYPE_CHECKING:
     from fednorm.federated.strategy import NormStrategy

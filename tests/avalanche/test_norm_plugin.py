@@ -26,7 +26,7 @@ from fednorm.norms import make_norm
 from fednorm.norms.adab2n import AdaB2NLayer
 from fednorm.optim.projection import WeightProjection
 from fednorm.rng import torch_seeded
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 from scenarios.learners.naive import Naive
 
 pytestmark = [

@@ -18,9 +18,9 @@ from fednorm.avalanche.table import tiny_stream
 from fednorm.continual.avalanche_benchmark import to_avalanche
 from fednorm.continual.buffer import Samples
 from fednorm.continual.foreign import REFUSED
-from fednorm.continual.schedule import Schedule
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError
+from fednorm.training.schedule import Schedule
 from scenarios.learners.er import ER
 from scenarios.learners.naive import Naive
 

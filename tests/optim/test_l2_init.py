@@ -13,7 +13,7 @@ from fednorm.errors import ConfigError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.optim.l2_init import L2Init
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 
 
 def parameters(seed: int = 0) -> list[nn.Parameter]:

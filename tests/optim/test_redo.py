@@ -16,7 +16,7 @@ from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.optim.redo import ReDo, chain
 from fednorm.rng import torch_seeded
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
 

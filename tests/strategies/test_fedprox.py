@@ -11,7 +11,7 @@ from torch import nn
 
 from fednorm.errors import ConfigError
 from fednorm.federated.wire import pack
-from fednorm.step import ProximalTerm, TrainingStep
+from fednorm.training.step import ProximalTerm, TrainingStep
 
 
 @pytest.mark.parametrize("mu", [0.01, 2.5])

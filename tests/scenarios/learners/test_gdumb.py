@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from fednorm.continual.buffer import BalancedBuffer
-from fednorm.continual.schedule import Schedule
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.rng import torch_stream
+from fednorm.training.schedule import Schedule
 from scenarios.learners.gdumb import GDumbOptions
 
 

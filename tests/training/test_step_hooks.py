@@ -13,7 +13,7 @@ from torch.nn import functional
 from fednorm.errors import DataError
 from fednorm.norms import make_norm
 from fednorm.spec import HookedLayer
-from fednorm.step import TrainingStep
+from fednorm.training.step import TrainingStep
 
 
 class Listening(HookedLayer, nn.Module):

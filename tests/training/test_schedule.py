@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
 
-from fednorm.continual.schedule import Schedule
 from fednorm.continual.simulate import simulate
+from fednorm.training.schedule import Schedule
 
 RATES = st.floats(1e-6, 1.0)
 SHARES = st.floats(0.0, 1.0)

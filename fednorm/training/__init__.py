@@ -1,0 +1,1 @@
+"""Training, of a client in a round and of a learner on an experience alike."""
