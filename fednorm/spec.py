@@ -37,7 +37,8 @@ class TensorSpec:
 class HookedLayer:
     """A layer that takes part in the training step beyond its forward pass; a mixin beside ``nn.Module``.
 
-    :class:`~fednorm.training.step.TrainingStep` finds such layers and calls these methods; each does nothing unless overridden.
+    :class:`~fednorm.training.step.TrainingStep` finds such layers and calls these methods; each does nothing unless
+    overridden.
     """
 
     def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:

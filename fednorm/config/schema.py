@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -194,7 +195,9 @@ def expected(info: FieldInfo, value: Any = None) -> str:
     """Return what a key takes, in words: its type where the value is of another, else its range."""
     if info.annotation is not None and get_origin(info.annotation) is tuple:
         return "a list of names"
-    wanted = str if _choices(info) else info.annotation
+    wanted: Any = str if _choices(info) else info.annotation
+    if get_origin(wanted) is UnionType:  # int | float
+        wanted = float
     numeric = isinstance(value, int | float) and not isinstance(value, bool) and wanted in (int, float)
     words = _EXPECTED.get(wanted, "a number") if isinstance(wanted, type) else "a number"
     if not numeric or (wanted is int and isinstance(value, float)) or not _is_finite(value):

@@ -42,44 +42,57 @@ class DataConfig(Section, name="data"):
 class TrainConfig(Section, name="train"):
     """How a client trains in a round, and a learner on an experience."""
 
-    optimizer: str = key("sgd", "The optimizer (`fednorm list optimizers`).", kinds=CONTINUAL)
+    optimizer: str = key("sgd", "The optimizer (`fednorm list optimizers`).")
     learning_rate: float = key(0.01, "Of the optimizer, per step, before the schedule.", gt=0, continual=0.03)
     batch_size: int = key(32, "New images a step; the last batch of an epoch may be smaller.", ge=1)
-    local_epochs: int = key(1, "E, passes over a client's images a round.", ge=1, kinds=FEDERATED)
+    local_epochs: int | float = key(
+        1,
+        "E, passes over a client's images a round; 0.5 is a half of them, another half every round.",
+        gt=0,
+        kinds=FEDERATED,
+    )
+    local_steps: int = key(
+        0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=FEDERATED
+    )
     epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
-    momentum: float = key(0.0, "Of SGD; a client's buffer starts anew every round.", ge=0, lt=1)
+    momentum: float = key(0.0, "Of SGD.", ge=0, lt=1)
     weight_decay: float = key(
         0.0, "L2 regularization: added to the gradient, or decoupled from it where the optimizer does so (adamw).", ge=0
     )
+    label_smoothing: float = key(0.0, "Share of the label that is spread over all classes.", ge=0, lt=1)
     agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
+    clip_norm: float = key(
+        0.0, "Longest gradient of all parameters together, after agc; 0 for any length. FLGo-Bench has 10.", ge=0
+    )
     augment: Literal["none", "crop", "crop_flip"] = key(
         "none",
         "For each image of a batch, those from memory too: none, crop (random, padding 4) or crop_flip (and mirrored "
         "with probability one half).",
-        kinds=CONTINUAL,
     )
-    schedule: Literal["constant", "linear", "cosine"] = key(
-        "constant", "Of the learning rate, down to final_rate.", kinds=CONTINUAL
+    schedule: Literal["constant", "linear", "cosine", "step", "exponential"] = key(
+        "constant",
+        "Of the learning rate: linear and cosine fall to final_rate, step and exponential by the factor decay. It runs "
+        "over the steps of a stream, and over the rounds of a federation.",
     )
     schedule_over: Literal["stream", "experience"] = key(
         "stream", "What the schedule runs over: the whole stream, or each experience anew.", kinds=CONTINUAL
     )
-    warmup_steps: int = key(0, "Steps in which the rate first rises linearly.", ge=0, kinds=CONTINUAL)
-    final_rate: float = key(
-        0.0, "The learning rate at the end of the schedule, as a share of the first.", ge=0, le=1, kinds=CONTINUAL
-    )
+    warmup_steps: int = key(0, "Steps (rounds, in a federation) in which the rate first rises linearly.", ge=0)
+    final_rate: float = key(0.0, "The learning rate at the end of the schedule, as a share of the first.", ge=0, le=1)
+    decay: float = key(1.0, "Factor of the schedules step and exponential.", gt=0, le=1)
+    decay_every: int = key(1, "Steps (rounds, in a federation) between two falls of the schedule step.", ge=1)
     reset_optimizer: bool = key(
-        False, "Whether moments and momentum start anew with every experience.", kinds=CONTINUAL
+        True,
+        "Whether moments and momentum start anew with every round of a client, and every experience of a learner; if "
+        "not, each client keeps its own between its rounds.",
+        continual=False,
     )
     project: bool = key(
         False,
         "Whether every weight that a normalization follows is projected to its initial norm after each update (NaP's "
         "projection with any norm; norm nap brings its own).",
-        kinds=CONTINUAL,
     )
-    l2_init: float = key(
-        0.0, "Factor of the squared distance to the initial parameters in the loss; 0 for none.", ge=0, kinds=CONTINUAL
-    )
+    l2_init: float = key(0.0, "Factor of the squared distance to the initial parameters in the loss; 0 for none.", ge=0)
     shrink: float = key(
         1.0,
         "Factor of the parameters when an experience begins (shrink and perturb); 1 for none.",
@@ -90,12 +103,9 @@ class TrainConfig(Section, name="train"):
     perturb: float = key(
         0.0, "Factor of the freshly initialised parameters that are then added; 0 for none.", ge=0, kinds=CONTINUAL
     )
-    redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0, kinds=CONTINUAL)
+    redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0)
     redo_tau: float = key(
-        0.025,
-        "A unit is dormant where its mean activation is at most this share of its layer's.",
-        ge=0,
-        kinds=CONTINUAL,
+        0.025, "A unit is dormant where its mean activation is at most this share of its layer's.", ge=0
     )
     checkpoint_every: int = key(
         500, "Steps between two checkpoints; the end of an experience always has one.", ge=1, kinds=CONTINUAL

@@ -10,7 +10,7 @@ from torch import Tensor
 from fednorm.continual.buffer import Buffer, Samples
 from fednorm.continual.foreign import Hooks
 from fednorm.continual.quietly import avalanche_imports
-from fednorm.data.augment import crop_and_flip
+from fednorm.data.augment import prepared
 from fednorm.data.domain import pixels
 from fednorm.errors import DataError
 from fednorm.training.step import TrainingStep
@@ -46,11 +46,7 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
 
     def prepared(self, images: Tensor) -> Tensor:
         """Return pixels augmented, as floats; what came ready for the network as it came."""
-        if images.dtype != torch.uint8:
-            return images
-        if self.augment != "none":
-            images = crop_and_flip(images, self._augmenting, flip=self.augment == "crop_flip")
-        return pixels(images)
+        return prepared(images, self.augment, self._augmenting)
 
     def pass_forward(self, *groups: Samples) -> tuple[Tensor, ...]:
         """Return the logits of each group of samples, from one training forward pass over all of them.

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import cached_property
 from statistics import mean
 from typing import Any
 
-import torch
-from torch import nn
-
-from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
-from fednorm.continual.learner import Effect, Learner, LearnerOptions
+from fednorm.continual.learner import Learner, LearnerOptions
 from fednorm.continual.stream import Experience, Stream
 from fednorm.errors import ConfigError
-from fednorm.models import make_model
 from fednorm.models.footprint import require_footprint
-from fednorm.norms import spec_of
-from fednorm.optim.agc import AdaptiveGradientClipping
-from fednorm.optim.l2_init import L2Init
-from fednorm.optim.projection import WeightProjection
-from fednorm.optim.redo import ReDo
-from fednorm.optim.shrink_and_perturb import shrink_and_perturb
-from fednorm.rng import stream_seed
 from fednorm.spec import Norm
-from fednorm.training.schedule import Schedule
-from fednorm.training.step import batch_coupled
+from fednorm.training.trainee import Trainee
 
 
 class ContinualWorkbench:
@@ -39,6 +25,7 @@ class ContinualWorkbench:
         config: The run's configuration.
         stream: The stream.
         norm: The normalization method, fitted to the stream and the learner.
+        trainee: What trains: the network, its optimizer, the effects around an update.
         model: The network.
         learner: The learner.
         joint: Whether the learner is given all experiences at once.
@@ -66,19 +53,20 @@ class ContinualWorkbench:
         norm = config.norm.card.made(config.norm.options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
         self._require_memory()
-        self.model = self._make_model(config.seed)
+        self.trainee = Trainee(
+            config, self.norm, num_classes=self.stream.num_classes, image_size=self.stream.image_size
+        )
+        self.model = self.trainee.model
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
         self.training: list[Any] = list(make(self.stream).train_stream)
         self._check(sources := [self.source(experience) for experience in self.training])
         train = config.train
         self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in sources]
-        self.schedule = self._schedule()
-        optimizer = self._make_optimizer()
-        adjust, after = self._effects(optimizer)
+        self.schedule = self.trainee.schedule(sum(self.steps))
         self.learner: Learner = spec.make(
             model=self.model,
-            optimizer=optimizer,
+            optimizer=self.trainee.optimizer,
             num_classes=self.stream.num_classes,
             options=options,
             train_mb_size=train.batch_size,
@@ -87,10 +75,11 @@ class ContinualWorkbench:
             seed=config.seed,
             augment=train.augment,
             schedule=self.schedule,
-            begin=self._at_the_beginning(optimizer),
-            adjust=adjust,
-            after=after,
+            begin=[self.trainee.begin_anew],
+            adjust=self.trainee.adjust,
+            after=self.trainee.after,
             online=config.evaluate.online,
+            criterion=self.trainee.loss if train.label_smoothing else None,
         )
         self._require_parts(norm, options)
 
@@ -157,83 +146,12 @@ class ContinualWorkbench:
             test_images=max((len(experience.test) for experience in self.stream), default=0),
         )
 
-    def _make_model(self, seed: int) -> nn.Module:
-        config = self.config
-        model = make_model(
-            config.model.name,
-            self.norm,
-            num_classes=self.stream.num_classes,
-            image_size=self.stream.image_size,
-            width=config.model.width,
-            activation=config.model.activation,
-            options=config.model.options,
-            seed=seed,
-        )
-        return model.to(memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
-
-    def _make_optimizer(self) -> torch.optim.Optimizer:
-        train = self.config.train
-        return OPTIMIZERS[train.optimizer].make(
-            self.model.parameters(), lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-
-    def _schedule(self) -> Schedule:
-        train = self.config.train
-        return Schedule(
-            rate=train.learning_rate,
-            kind=train.schedule,
-            over=train.schedule_over,
-            warmup=train.warmup_steps,
-            final=train.final_rate,
-            total=sum(self.steps),
-        )
-
-    def _effects(self, optimizer: torch.optim.Optimizer) -> tuple[list[Effect], list[Effect]]:
-        """Return what happens between backward and update, and after it, in that order."""
-        train, adjust, after = self.config.train, list[Effect](), list[Effect]()
-        if train.l2_init:
-            adjust.append(L2Init(self.model.parameters(), train.l2_init))
-        if train.agc:
-            adjust.append(AdaptiveGradientClipping(self.model, train.agc))
-        if train.redo_every:
-            after.append(ReDo(self.model, optimizer, every=train.redo_every, tau=train.redo_tau, seed=self.config.seed))
-        projection = self.norm.after_update(self.model)
-        if projection is not None:
-            after.append(projection)
-        elif train.project:
-            after.append(WeightProjection(self.model))
-        return adjust, after
-
-    def _at_the_beginning(self, optimizer: torch.optim.Optimizer) -> list[Callable[[int], None]]:
-        """Return what happens when an experience but the first begins."""
-        train, effects = self.config.train, list[Callable[[int], None]]()
-        if train.shrink != 1 or train.perturb:
-
-            def perturb(number: int) -> None:
-                fresh = self._make_model(stream_seed(self.config.seed, "perturb", number))
-                shrink_and_perturb(self.model, fresh, shrink=train.shrink, perturb=train.perturb)
-
-            effects.append(perturb)
-        if train.reset_optimizer:
-            effects.append(lambda _: optimizer.state.clear())
-        return effects
-
     def _check(self, sources: list[Experience]) -> None:
         """Refuse what could only fail after training."""
         config = self.config
         for experience in self.stream:
             split_of(experience, config.evaluate.split)
-        if not batch_coupled(self.model, spec_of):
-            return
-        why = f"norm {config.norm.name!r} estimates a variance from each batch"
-        remedy = "or a norm that works on single images: group_norm, layer_norm, rms_norm, nap, none"
-        if config.train.batch_size == 1:
-            raise ConfigError(f"{why}, and train.batch_size is 1. Use a batch size of at least 2, {remedy}.")
-        for source in sources:
-            if len(source.train) == 1:
-                raise ConfigError(
-                    f"{why}, and experience {source.number} has one training image. Use more images, {remedy}."
-                )
+        self.trainee.require_batches((f"Experience {source.number}", len(source.train)) for source in sources)
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from fednorm.data.domain import pixels
 from fednorm.errors import DataError
 
 
@@ -52,3 +53,18 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, padding: int = 
     padded = pad(images, [padding] * 4).flatten(2)
     index = where.view(n, 1, height * width).expand(n, channels, -1)
     return padded.gather(2, index).view(n, channels, height, width)
+
+
+def prepared(images: Tensor, augment: str, generator: torch.Generator) -> Tensor:
+    """Return pixels augmented, as floats for the network; what came ready for it as it came.
+
+    Args:
+        images: uint8, shape (n, C, H, W); floats are returned as they are.
+        augment: ``none``, ``crop`` or ``crop_flip``.
+        generator: Drawn from by the augmentation alone.
+    """
+    if images.dtype != torch.uint8:
+        return images
+    if augment != "none":
+        images = crop_and_flip(images, generator, flip=augment == "crop_flip")
+    return pixels(images)

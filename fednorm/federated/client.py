@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
+from fednorm.data.augment import prepared
 from fednorm.data.domain import Client, Split, pixels
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
@@ -45,6 +46,7 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         client = bench.client(context)
         config = message.content.config_records["config"]
         bench.receive(message.content.array_records["arrays"], context.state)
+        bench.begin_turn(context.state)
         metrics = fit(bench, client, server_round=_int(config, "server-round"), mu=_float(config, "proximal-mu"))
         bench.keep_local(context.state)
         reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
@@ -102,8 +104,8 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
 def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round.
 
-    A new SGD every round: no momentum survives it. The last batch is dropped where it has one image and the model's
-    layers estimate variances from the batch.
+    The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
+    A batch of one image is left out where the model's layers estimate variances from the batch.
 
     Args:
         bench: Its model holds the client's tensors, and is changed.
@@ -114,43 +116,49 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
-    settings, seed = bench.config.train, bench.config.seed
-    parameters = list(bench.model.parameters())
-    optimizer = torch.optim.SGD(
-        parameters,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        foreach=True,
-    )
+    trainee, seed = bench.trainee, bench.config.seed
+    trainee.set_rate(bench.schedule.at(server_round - 1, 0, 1))
     adjust = [ProximalTerm(bench.shared_parameters, mu)] if mu else []
     step = TrainingStep(
-        bench.model,
-        optimizer,
-        adjust=[*adjust, *([bench.agc] if bench.agc else [])],
-        after=[bench.after_update] if bench.after_update else [],
+        trainee.model,
+        trainee.optimizer,
+        adjust=[*adjust, *trainee.adjust],
+        after=trainee.after,
+        loss=trainee.loss,
     )
     names = ("client", client.partition_id, "round", server_round)
+    augmenting = torch_stream(seed, *names, "augment")
     losses, hits, seen = [], [], 0
-    bench.model.train()
+    trainee.model.train()
     with torch_seeded(seed, *names, "model"):
-        generator = torch_stream(seed, *names, "batches")
-        for _ in range(settings.local_epochs):
-            order = torch.randperm(len(client.train), generator=generator)
-            for rows in torch.split(order, settings.batch_size):
-                if len(rows) == 1 and bench.batch_coupled:
-                    continue
-                images, labels = client.train.batch(rows)
-                loss, logits = step(pixels(images), labels)
-                losses.append(loss * len(rows))
-                hits.append((logits.argmax(1) == labels).sum())
-                seen += len(rows)
-    optimizer.zero_grad(set_to_none=True)
+        for rows in _rows(bench, client, torch_stream(seed, *names, "batches")):
+            images, labels = client.train.batch(rows)
+            loss, logits = step(prepared(images, trainee.config.train.augment, augmenting), labels)
+            losses.append(loss * len(rows))
+            hits.append((logits.argmax(1) == labels).sum())
+            seen += len(rows)
+    trainee.optimizer.zero_grad(set_to_none=True)
     return {
         "num-examples": len(client.train),
         "loss": torch.stack(losses).sum().item() / seen,
         "accuracy": torch.stack(hits).sum().item() / seen,
     }
+
+
+def _rows(bench: Workbench, client: Client, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the rows of a round's batches: ``local_steps`` of them, or ``local_epochs`` passes over the images.
+
+    A part of a pass is made of whole batches, one at least.
+    """
+    train, count = bench.config.train, len(client.train)
+    batches = -(-count // train.batch_size)
+    wanted = train.local_steps or max(1, round(train.local_epochs * batches))
+    while wanted > 0:
+        rows_of_pass = torch.split(torch.randperm(count, generator=generator), train.batch_size)
+        for rows in rows_of_pass[:wanted]:
+            if len(rows) > 1 or not bench.trainee.batch_coupled:
+                yield rows
+        wanted -= len(rows_of_pass)
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

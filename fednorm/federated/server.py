@@ -22,7 +22,7 @@ from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluati
 from fednorm.federated.replies import Expected
 from fednorm.federated.strategy import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federated.wire import pack, unpack
-from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.federated.workbench import LOCAL_RECORD, TRAINEE_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.study.formats import finite
 from fednorm.study.record import Checkpoint, RunRecord
 
@@ -172,7 +172,7 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
-        record.finish(document, unpack(result.arrays), _local_tensors(grid))
+        record.finish(document, unpack(result.arrays), _kept(grid, LOCAL_RECORD))
     return document
 
 
@@ -321,27 +321,35 @@ def _of_client(report: ClientReport) -> Document:
     return own | {key: value for key, value in report.metrics.items() if key not in own}
 
 
-def _local_tensors(grid: Grid) -> dict[int, dict[str, Tensor]]:
-    """Return each client's local tensors, where the clients live in this process."""
+def _kept(grid: Grid, record: str) -> dict[int, dict[str, Tensor]]:
+    """Return what each client keeps in a record of its state, where the clients live in this process."""
     contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
     return {
-        int(context.node_config["partition-id"]): unpack(context.state.array_records[LOCAL_RECORD])
+        int(context.node_config["partition-id"]): unpack(context.state.array_records[record])
         for context in contexts
-        if LOCAL_RECORD in context.state.array_records
+        if record in context.state.array_records
     }
 
 
 def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
-    return Checkpoint(server_round, unpack(arrays), bench.strategy.state_dict(), _local_tensors(grid), data)
+    return Checkpoint(
+        server_round,
+        unpack(arrays),
+        bench.strategy.state_dict(),
+        clients=_kept(grid, LOCAL_RECORD),
+        remembered=_kept(grid, TRAINEE_RECORD),
+        data=data,
+    )
 
 
 def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecord:
     bench.strategy.load_state_dict(checkpoint.strategy)
     contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
     for context in contexts:
-        local = checkpoint.clients.get(int(context.node_config["partition-id"]))
-        if local:
-            context.state[LOCAL_RECORD] = pack(local)
+        number = int(context.node_config["partition-id"])
+        for record, tensors in ((LOCAL_RECORD, checkpoint.clients), (TRAINEE_RECORD, checkpoint.remembered)):
+            if number in tensors:
+                context.state[record] = pack(tensors[number])
     return pack(checkpoint.server)
 
 

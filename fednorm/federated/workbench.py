@@ -19,23 +19,22 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation
-from fednorm.errors import ConfigError, DataError
 from fednorm.federated.wire import pack, unpack
 from fednorm.memory import require_memory
-from fednorm.models import make_model
 from fednorm.models.footprint import require_footprint
-from fednorm.norms import spec_of
-from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.plan import NormPlan
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
-from fednorm.training.step import batch_coupled
+from fednorm.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from fednorm.federated.strategy import NormStrategy
 
 LOCAL_RECORD = "fednorm.local"
 """The record of a client's ``Context.state`` that holds its local tensors."""
+
+TRAINEE_RECORD = "fednorm.trainee"
+"""The record of a client's ``Context.state`` that holds what its optimizer and effects remember between rounds."""
 
 
 class Workbench:
@@ -48,7 +47,8 @@ class Workbench:
         model: The one model; whose tensors it holds changes with every turn.
         strategy: The run's strategy.
         plan: The strategy's norm plan.
-        batch_coupled: Whether a batch of one cannot be trained on.
+        trainee: What trains: the model, its optimizer, the effects around an update.
+        schedule: Of the learning rate, over the rounds.
     """
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
@@ -62,16 +62,11 @@ class Workbench:
         self.federation = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
         self.norm: Norm = config.norm.card.made(config.norm.options)
         self._require_memory()
-        self.model: nn.Module = make_model(
-            config.model.name,
-            self.norm,
-            num_classes=self.federation.num_classes,
-            image_size=self.federation.image_size,
-            width=config.model.width,
-            activation=config.model.activation,
-            options=config.model.options,
-            seed=config.seed,
-        ).to(memory_format=torch.channels_last)  # oneDNN's convolutions are a tenth to a third faster in this layout
+        self.trainee = Trainee(
+            config, self.norm, num_classes=self.federation.num_classes, image_size=self.federation.image_size
+        )
+        self.model: nn.Module = self.trainee.model
+        self.schedule = self.trainee.schedule(config.rounds.num_rounds)
         limit = config.rounds.max_update_norm
         self.strategy: NormStrategy = config.strategy.card.made(
             self.model,
@@ -83,7 +78,6 @@ class Workbench:
             min_nodes=len(self.federation.clients),
         )
         self.plan: NormPlan = self.strategy.plan
-        self.batch_coupled = batch_coupled(self.model, spec_of)
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
         self._learned = tuple(
@@ -91,11 +85,11 @@ class Workbench:
             for key, parameter in self.model.named_parameters()
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         )
-        self._check_batches()
+        clients = self.federation.training_clients
+        self.trainee.require_batches(
+            (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
+        )
         self._require_memory_of_clients()
-        self.agc = AdaptiveGradientClipping(self.model, config.train.agc) if config.train.agc else None
-        # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
-        self.after_update = self.norm.after_update(self.model)
 
     def _require_memory(self) -> None:
         """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
@@ -118,24 +112,6 @@ class Workbench:
             f"The local tensors of {count:,} clients",
             "Lower data.clients_per_domain or model.width, or take a strategy that keeps less on its clients.",
         )
-
-    def _check_batches(self) -> None:
-        """Refuse what would leave a batch-coupled layer with a batch of one."""
-        if not self.batch_coupled:
-            return
-        norm = self.config.norm.name
-        if self.config.train.batch_size == 1:
-            raise ConfigError(
-                f"norm {norm!r} estimates a variance from each batch, and train.batch_size is 1. Use a batch size of "
-                "at least 2, or a norm that works on single images: group_norm, layer_norm, sws, none."
-            )
-        for client in self.federation.training_clients:
-            if len(client.train) == 1:
-                raise DataError(
-                    f"Client {client.partition_id} (domain {client.domain!r}) has one training image, and norm "
-                    f"{norm!r} needs at least two in a batch. Use fewer clients (data.clients_per_domain), a larger "
-                    "data.alpha, or a norm that works on single images: group_norm, layer_norm, sws, none."
-                )
 
     def client(self, context: Context) -> Client:
         """Return the client that a node's context stands for."""
@@ -181,6 +157,10 @@ class Workbench:
         """Return copies of some of the model's tensors."""
         return {key: self._state[key].clone() for key in keys}
 
+    def begin_turn(self, state: RecordDict) -> None:
+        """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
+        self.trainee.begin_turn(unpack(state.array_records[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
+
     def keep_local(self, state: RecordDict) -> None:
         """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.
 
@@ -193,6 +173,8 @@ class Workbench:
             return
         if kept:
             state[LOCAL_RECORD] = pack(kept)
+        if remembered := self.trainee.end_turn():
+            state[TRAINEE_RECORD] = pack(remembered)
 
 
 def received(

@@ -127,6 +127,11 @@ class WeightProjection:
         if self._shifts:
             torch._foreach_mul_(self._shifts, self.decay)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the number of calls decides what a call does."""
+        return self.every > 1
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return ``updates`` and, as ``radius.PATH``, each layer's radius: int64 and float64, of no dimension."""
         radii = {f"radius.{path}": torch.tensor(rho, dtype=torch.float64) for path, rho in self.radii.items()}

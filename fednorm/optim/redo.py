@@ -150,6 +150,11 @@ class ReDo:
             self.recycled = {link.path: int(units.sum()) for link, units in zip(self.links, dormant, strict=True)}
         self._watch()
 
+    @property
+    def counts(self) -> bool:
+        """Whether the number of calls decides what a call does."""
+        return True
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the number of calls so far."""
         return {"updates": torch.tensor(self.updates)}

@@ -77,6 +77,7 @@ class Checkpoint:
         server: The server's tensors after it.
         strategy: The strategy's own tensors.
         clients: Each client's local tensors, by partition id.
+        remembered: What each client's optimizer and effects remember, by partition id.
         data: The digest of the data it was trained on; None in a checkpoint that does not say.
     """
 
@@ -84,6 +85,7 @@ class Checkpoint:
     server: Tensors
     strategy: Tensors = field(default_factory=dict)
     clients: dict[int, Tensors] = field(default_factory=dict)
+    remembered: dict[int, Tensors] = field(default_factory=dict)
     data: str | None = None
 
 
@@ -246,6 +248,8 @@ class RunRecord:
         tensors |= {f"strategy/{key}": tensor for key, tensor in checkpoint.strategy.items()}
         for partition_id, local in checkpoint.clients.items():
             tensors |= {f"client/{partition_id}/{key}": tensor for key, tensor in local.items()}
+        for partition_id, own in checkpoint.remembered.items():
+            tensors |= {f"remembered/{partition_id}/{key}": tensor for key, tensor in own.items()}
         about = {} if checkpoint.data is None else {"data": checkpoint.data}
         self._save_checkpoint(tensors, {"round": str(checkpoint.server_round), **about}, checkpoint.server_round)
 
@@ -262,9 +266,10 @@ class RunRecord:
             checkpoint = Checkpoint(int(about["round"]), {}, data=about.get("data"))
             for key, tensor in tensors.items():
                 place, name = key.split("/", 1)
-                if place == "client":
+                if place in ("client", "remembered"):
+                    of_clients = checkpoint.clients if place == "client" else checkpoint.remembered
                     partition_id, name = name.split("/", 1)
-                    checkpoint.clients.setdefault(int(partition_id), {})[name] = tensor
+                    of_clients.setdefault(int(partition_id), {})[name] = tensor
                 else:
                     (checkpoint.server if place == "server" else checkpoint.strategy)[name] = tensor
         self._require_lines(checkpoint.server_round, "round", about["journal"])

@@ -24,6 +24,7 @@ class TrainingStep:
         optimizer: Updates the parameters.
         adjust: Called between backward and update.
         after: Called after the update.
+        loss: Of logits and labels, a scalar; the mean cross-entropy by default.
         hooked: The model's layers that take part in the step, in module order.
     """
 
@@ -34,8 +35,10 @@ class TrainingStep:
         *,
         adjust: Sequence[Callable[[], None]] = (),
         after: Sequence[Callable[[], None]] = (),
+        loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
     ) -> None:
         self.model = model
+        self.loss = loss
         self.optimizer = optimizer
         self.adjust = tuple(adjust)
         self.after = tuple(after)
@@ -45,7 +48,7 @@ class TrainingStep:
     def __call__(
         self, images: Tensor, labels: Tensor, *, tasks: Tensor | None = None, num_tasks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Train on one batch with the cross-entropy.
+        """Train on one batch with the loss.
 
         Args:
             images: Floats, shape (B, C, H, W).
@@ -55,14 +58,14 @@ class TrainingStep:
             num_tasks: How many tasks have been seen, the present one included.
 
         Returns:
-            The batch's mean cross-entropy before the update, penalties not included, and its logits, shape (B, K);
+            The batch's loss before the update, penalties not included, and its logits, shape (B, K);
             both detached.
 
         Raises:
             DataError: A layer needs the tasks, and they do not fit the batch.
         """
         logits = self.forward(images, tasks=tasks, num_tasks=num_tasks)
-        loss = functional.cross_entropy(logits, labels)
+        loss = self.loss(logits, labels)
         self.update(loss)
         return loss.detach(), logits.detach()
 
