@@ -378,4 +378,4 @@ def test_a_run_that_diverges_is_an_error(call: Call) -> None:
         assert outcome.code == 2
         assert outcome.out == ""
         assert "diverged: the loss is not a number from experience 1, step 2 on" in " ".join(outcome.err.split())
-    assert "must be at most 3.4e+38" in call("continual", *SMALL, "--learning-rate", "1e300").err
+    assert "in which networks compute, at most 3.4e+38" in call("continual", *SMALL, "--learning-rate", "1e300").err
