@@ -17,17 +17,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
+    from fednorm.declarations import declare_tensors
 
-__all__ = ["__version__", "compare", "continual", "convert", "federated", "load"]
+__all__ = ["__version__", "compare", "continual", "convert", "declare_tensors", "federated", "load"]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.conversion"} | dict.fromkeys(
-        ("compare", "continual", "federated", "load"), "fednorm.api"
-    )
+    homes = {
+        "convert": "fednorm.conversion",
+        "declare_tensors": "fednorm.declarations",
+    } | dict.fromkeys(("compare", "continual", "federated", "load"), "fednorm.api")
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(import_module(homes[name]), name)

@@ -177,35 +177,32 @@ def test_descendants_and_options_of_batch_norm() -> None:
 
 
 class Recurrent(nn.Module):
-    """A stateful layer that no norm speaks for."""
+    """A stateful layer that no norm speaks for, in a model that cannot be run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("trace", torch.zeros(3, 7))
 
 
-class ScaleNorm(nn.Module):
-    """A normalization layer by its name, which no norm speaks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.ones(4))
-
-
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (Recurrent(), ("1.deep", "Recurrent", "buffer", "'trace'", "(3, 7)", "fednorm.convert")),
-        (ScaleNorm(), ("1.deep", "ScaleNorm", "parameter", "'g'", "(4,)", "SPEC")),
+        (Recurrent(), ("1.deep", "Recurrent", "buffer", "'trace'", "(3, 7)", "fednorm.declare_tensors(Recurrent")),
         (WithMemory(), ("1.deep", "WithMemory", "'memory'", "(5, 2)", "'batch_norm'", "running_mean")),
     ],
-    ids=["unknown layer", "unknown norm", "undeclared tensor"],
+    ids=["unknown layer", "undeclared tensor"],
 )
 def test_what_cannot_be_placed_is_refused_by_path_class_and_tensor(layer: nn.Module, words: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"deep": layer}))
     with pytest.raises(RoleError) as refused:
         FedAvg(model)
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_lazy_layers_are_refused_by_path() -> None:
+    with pytest.raises(RoleError, match=r"'1' \(LazyLinear\).*one forward pass") as refused:
+        FedAvg(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)))
+    assert "shape" in str(refused.value)
 
 
 def test_a_custom_state_dict_is_refused() -> None:

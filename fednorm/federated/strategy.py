@@ -24,6 +24,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
+from fednorm.constants import constant_prints, differing
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federated.aggregation import Average, reject_metrics, reject_reason
 from fednorm.federated.wire import nbytes, pack, unpack
@@ -97,7 +98,7 @@ class NormStrategy(Strategy):
         w <- sum_k p_k w_k,   p_k = n_k / sum_j n_j  ("examples")  or  1 / K  ("equal")
 
     Args:
-        model: The network, for its plan: which tensors are shared, local, pooled, reset.
+        model: The network, for its plan: which tensors are shared, local, pooled, reset, constant.
         fraction: Share of the clients sampled each round, in (0, 1]; at least one is.
         weighting: ``examples`` or ``equal``.
         seed: Of the stream that samples clients.
@@ -134,6 +135,8 @@ class NormStrategy(Strategy):
         self._keeps_statistics = False
         self.check(model)
         self.plan: NormPlan = norm_plan(model, self.role_rule())
+        self._constants = constant_prints(model, self.plan)
+        self._unlike: dict[int, str] = {}
         self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
 
     # What a strategy may override -------------------------------------------------------------------------------
@@ -191,7 +194,7 @@ class NormStrategy(Strategy):
         del server_round
         average = Average(self.plan)
         for node, reply in self._in_order(replies):
-            reason = reject_reason(reply, self.plan)
+            reason = self._unlike.get(node.partition_id) or reject_reason(reply, self.plan)
             if reason:
                 self.report.rejected.append((node.partition_id, reason))
                 continue
@@ -218,7 +221,7 @@ class NormStrategy(Strategy):
         """Collect every client's metrics, and return their average weighted by test images."""
         del server_round
         for node, reply in self._in_order(replies):
-            if reason := reject_metrics(reply):
+            if reason := self._unlike.get(node.partition_id) or reject_metrics(reply):
                 self.report.rejected.append((node.partition_id, f"evaluation failed: {reason}"))
             else:
                 self.report.evaluate.append(ClientReport(node.partition_id, node.domain, _metrics(reply)))
@@ -311,6 +314,19 @@ class NormStrategy(Strategy):
         replies = {reply.metadata.src_node_id: reply for reply in grid.send_and_receive(ask, timeout=600)}
         nodes = [_node(node_id, rank, replies.get(node_id)) for rank, node_id in enumerate(ids)]
         self.nodes = tuple(sorted(nodes, key=lambda node: node.partition_id))
+        self._compare_constants(replies)
+
+    def _compare_constants(self, replies: Mapping[int, Message]) -> None:
+        """Reject, from now on, every client whose model has another constant than the server's; a silent one counts."""
+        for node in self.nodes:
+            reply = replies.get(node.node_id)
+            if reply is None or reply.has_error() or "constants" not in reply.content.metric_records:
+                continue
+            if key := differing(self._constants, reply.content.metric_records["constants"]):
+                self._unlike[node.partition_id] = (
+                    f"the constant {key} of its model is not the server's. Constants are never sent: build both models "
+                    "alike, seed and versions included, or declare the tensor a 'weight' (fednorm.declare_tensors)"
+                )
 
     def _address(self, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
         self._awaited = [node.partition_id for node in nodes]
