@@ -17,9 +17,19 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
-    from fednorm.declarations import declare_tensors
+    from fednorm.declaration import declare
+    from fednorm.tensor_kinds import declare_tensors
 
-__all__ = ["__version__", "compare", "continual", "convert", "declare_tensors", "federated", "load"]
+__all__ = [
+    "__version__",
+    "compare",
+    "continual",
+    "convert",
+    "declare",
+    "declare_tensors",
+    "federated",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +38,8 @@ def __getattr__(name: str) -> Any:
 
     homes = {
         "convert": "fednorm.conversion",
-        "declare_tensors": "fednorm.declarations",
+        "declare": "fednorm.declaration",
+        "declare_tensors": "fednorm.tensor_kinds",
     } | dict.fromkeys(("compare", "continual", "federated", "load"), "fednorm.api")
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")

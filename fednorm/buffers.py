@@ -247,11 +247,11 @@ def _same(before: Tensor | None, after: Tensor | None) -> bool:
     return bool(torch.equal(torch.nan_to_num(before), torch.nan_to_num(after)))
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Takes down which of some tensors' storages are written while it is entered."""
 
     def __init__(self, tensors: Mapping[Place, Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.places: set[Place] = set()
         self._by_storage: dict[int, set[Place]] = {}
         for place, tensor in tensors.items():

@@ -2,7 +2,7 @@
 
 Kinds come from the layer's *type* (or its nearest ancestor), never from its name: on a ResNet-18 with torchvision's
 names, a test for ``bn`` in the key misses 15 of the 100 BatchNorm entries (``downsample.1``). What counts is, in this
-order, what the user declared (:func:`~fednorm.declarations.declare_tensors`), the card of the norm that speaks for
+order, what the user declared (:func:`~fednorm.tensor_kinds.declare_tensors`), the card of the norm that speaks for
 the type, and what a look shows: a buffer that two steps of training do not write is a constant
 (:mod:`fednorm.buffers`), a parameter is a weight unless its layer normalizes (:mod:`fednorm.structure`). A strategy's
 :class:`~fednorm.roles.RoleRule` turns kinds into roles. What the plan cannot place, it refuses.
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fednorm.buffers import Observation, observe
-from fednorm.declarations import declared_tensors
 from fednorm.errors import RoleError
 from fednorm.norms import spec_of
+from fednorm.recognition import declaration_of
 from fednorm.roles import Kind, Role, RoleRule
 from fednorm.structure import normalizes, per_channel
+from fednorm.tensor_kinds import declared_tensors
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ class _Placing:
                 f"{_where(path, module)} owns the parameter {name!r} of shape {tuple(tensor.shape)} and seems to "
                 f"normalize, but no norm speaks for that type, and {self.rule.why or 'this rule'} treats such layers "
                 f"apart. {_remedy(module, {key: 'shift' if 'bias' in key else 'scale' for key in own})} Where it does "
-                "not normalize, each is a 'weight'."
+                "not normalize, each is a 'weight'. For fednorm.convert, fednorm.declare says what layer it is like."
             )
         return Kind.WEIGHT
 
@@ -267,7 +268,7 @@ class _Placing:
     def _asks(self, module: nn.Module) -> bool:
         """Return whether a layer without a card normalizes, where the rule treats such layers apart."""
         apart = {self.rule[kind] for kind in (Kind.SCALE, Kind.SHIFT)} != {self.rule[Kind.WEIGHT]}
-        if not apart or not per_channel(module):
+        if not apart or not per_channel(module) or declaration_of(module) is not None:
             return False
         if id(module) not in self._normalizing:
             self._normalizing[id(module)] = normalizes(module)

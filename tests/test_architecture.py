@@ -18,9 +18,9 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm._package"),
-    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config", "fednorm.declarations"),
-    ("fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
-    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.diagnostics"),
+    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config", "fednorm.tensor_kinds"),
+    ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
+    ("fednorm.data", "fednorm.norms", "fednorm.declaration", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
@@ -197,7 +197,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    names = {"__version__", "compare", "continual", "convert", "declare_tensors", "federated", "load"}
+    names = {"__version__", "compare", "continual", "convert", "declare", "declare_tensors", "federated", "load"}
     assert set(fednorm.__all__) >= names
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018

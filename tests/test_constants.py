@@ -21,12 +21,12 @@ from torch.nn import functional as F
 import fednorm
 from fednorm.buffers import observe
 from fednorm.constants import constant_prints, differing
-from fednorm.declarations import declared_tensors, forget_tensors
 from fednorm.errors import ConfigError, RoleError, UnknownNameError
 from fednorm.federated.grid import InProcessGrid
 from fednorm.inputs import Example
 from fednorm.plan import norm_plan
 from fednorm.roles import Kind, Role, RoleRule
+from fednorm.tensor_kinds import declared_tensors, forget_tensors
 from strategies.fedavg import FedAvg
 from strategies.fedbn import FedBN
 from strategies.silobn import SiloBN
@@ -251,7 +251,7 @@ def test_buffers_outside_the_state_dict_are_no_entries_unless_training_keeps_wri
 
 
 class Scaled(nn.Module):
-    """Divides by the root mean square over channels; no card speaks for it, and its name says nothing."""
+    """Divides by the mean size over channels; no card speaks for it, and its name says nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -259,7 +259,7 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.g.view(-1, *(1,) * (x.ndim - 2)) + 1
-        return x / x.square().mean(1, keepdim=True).add(1e-6).sqrt() * scale
+        return x / (x.abs().mean(1, keepdim=True) + 1e-6) * scale
 
 
 class Child(Scaled):
@@ -278,7 +278,7 @@ def test_a_declaration_is_the_last_word_and_holds_for_descendants() -> None:
 def test_mistakes_in_declarations() -> None:
     with pytest.raises(UnknownNameError, match=r"'konstant'.*'constant'"):
         fednorm.declare_tensors(Scaled, g="konstant")
-    with pytest.raises(ConfigError, match=r"takes a class.*an instance of Scaled"):
+    with pytest.raises(ConfigError, match=r"takes a class.*got Scaled"):
         fednorm.declare_tensors(Scaled(), g="scale")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="Say what a tensor of Scaled is"):
         fednorm.declare_tensors(Scaled)

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.recognition import Recognition, recognize
 from fednorm.spec import Norm, NormSpec
 
 NORMS: tuple[str, ...] = (
@@ -67,6 +68,15 @@ def specs_by_layer() -> Mapping[type[nn.Module], NormSpec]:
 
 
 def spec_of(module: nn.Module) -> NormSpec | None:
-    """Return the card of the method that speaks for a module's class or its nearest ancestor, or None."""
-    table = specs_by_layer()
-    return next((table[base] for base in type(module).__mro__ if base in table), None)
+    """Return the card of the method that speaks for a module, or None.
+
+    A descendant of a known layer counts where it computes what its ancestor does, up to an activation inside; so does
+    a foreign class that computes a known formula, and a class that was declared: see :mod:`fednorm.recognition`.
+    """
+    recognition = recognition_of(module)
+    return None if recognition is None else recognition.spec
+
+
+def recognition_of(module: nn.Module) -> Recognition | None:
+    """Return what is known of a normalization layer, or of a method's convolution; None for any other module."""
+    return recognize(module, specs_by_layer())

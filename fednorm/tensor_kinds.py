@@ -34,8 +34,7 @@ def declare_tensors(layer: type[nn.Module], **kinds: str | Kind) -> None:
         UnknownNameError: There is no such kind.
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-        got = f"an instance of {type(layer).__name__}" if isinstance(layer, nn.Module) else repr(layer)
-        raise ConfigError(f"declare_tensors takes a class of modules, such as nn.BatchNorm2d; got {got}.")
+        raise ConfigError(f"declare_tensors takes a class of modules, such as type(layer); got {layer!r:.100}.")
     if not kinds:
         raise ConfigError(
             f"Say what a tensor of {layer.__name__} is, e.g. declare_tensors({layer.__name__}, table='constant')."
