@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
     from fednorm.declaration import declare
+    from fednorm.inspection import check
     from fednorm.tensor_kinds import declare_tensors
 
 __all__ = [
     "__version__",
+    "check",
     "compare",
     "continual",
     "convert",
@@ -37,6 +39,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     homes = {
+        "check": "fednorm.inspection",
         "convert": "fednorm.conversion",
         "declare": "fednorm.declaration",
         "declare_tensors": "fednorm.tensor_kinds",

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.study.record", "fednorm.study.formats"),
     ("fednorm.federated", "fednorm.continual"),
     ("strategies", "scenarios"),
-    ("fednorm.study", "fednorm.api"),
+    ("fednorm.study", "fednorm.api", "fednorm.strangers", "fednorm.inspection", "fednorm.survey"),
     ("fednorm.report",),
     ("fednorm.verify", "fednorm.bench"),
     ("fednorm.cli",),
@@ -133,7 +133,8 @@ def test_only_the_registry_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.registry"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue"
+        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue",
+        "fednorm.strangers",
     }  # fmt: skip
 
 
@@ -197,7 +198,17 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    names = {"__version__", "compare", "continual", "convert", "declare", "declare_tensors", "federated", "load"}
+    names = {
+        "__version__",
+        "check",
+        "compare",
+        "continual",
+        "convert",
+        "declare",
+        "declare_tensors",
+        "federated",
+        "load",
+    }
     assert set(fednorm.__all__) >= names
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
