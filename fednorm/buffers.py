@@ -204,9 +204,10 @@ def train_once(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _watch(model: nn.Module, example: Example) -> Observation:
-    """Train for two steps and compare."""
+    """Train for two steps and compare; for one where there are neither values nor buffers outside the state dict."""
     steps = []
-    for step in range(2):
+    meta = _device(model).type == "meta"
+    for step in range(1 if meta and not any(module._non_persistent_buffers_set for module in model.modules()) else 2):
         before = _buffers(model)
         values = {place: _value(tensor) for place, tensor in before.items()}
         writes = _Writes(before)
@@ -217,8 +218,7 @@ def _watch(model: nn.Module, example: Example) -> Observation:
         changed = {p for p, tensor in after.items() if p not in before or not _same(values[p], _value(tensor))}
         replaced = {p for p, tensor in after.items() if p not in before or tensor is not before[p]}
         steps.append((changed, writes.places, replaced))
-    changed, wrote, _ = steps[1]
-    meta = _device(model).type == "meta"
+    changed, wrote, _ = steps[-1]
     return Observation(
         example,
         written=frozenset().union(*(part for step in steps for part in step)),

@@ -1,8 +1,10 @@
 """``convert``: any torchvision, timm or own model with its normalization replaced.
 
-Layers are found by type, never by name. The given model is left as it is; the result is a copy of it in which
+Layers are found by what they are (:mod:`fednorm.recognition`), never by name. The given model is left as it is; the
+result is a copy of it in which
 
-* every normalization layer is what the method puts there (an identity for ``none`` and ``sws``);
+* every normalization layer is what the method puts there (an identity for ``none`` and ``sws``); one that is the
+  method's already stays, with its own options where none are given;
 * every ``nn.Conv2d`` is the method's convolution, where the method has one, with the old weight and geometry;
 * every activation *module* carries the method's constant, where the method has one;
 * what the method does to a network built with it is done (:meth:`~fednorm.spec.Norm.prepare`: ``nap`` removes biases).
@@ -10,31 +12,35 @@ Layers are found by type, never by name. The given model is left as it is; the r
 A network without normalization layers is refused, but for a method that wants a layer before every nonlinearity
 (``nap``): there, each activation module that follows a hidden linear layer or convolution gets one before it.
 
-What is kept: weights and biases of convolutions and linear layers, devices, types, training mode, ``requires_grad``,
-modules that occur in several places. What is not: scale, shift and running statistics of the old normalization layers,
-unless old and new are the same method; they were learned for a function that is no longer there.
+The function is kept up to the normalization itself, and so is what surrounds it (:mod:`fednorm.surroundings`): weights
+and biases of convolutions and linear layers, activations and dropout inside the old layers, ``requires_grad``, shared
+tensors and modules, hooks, devices, types, training mode. What cannot be kept is refused with the module's path. Not
+kept are scale, shift and running statistics of the old normalization layers, unless old and new are the same method;
+they were learned for a function that is no longer there.
 """
 
 from __future__ import annotations
 
-import copy
-from collections import Counter, OrderedDict
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from fednorm.errors import ConfigError
-from fednorm.norms import make_norm, spec_of
-from fednorm.norms.layer_norm import ChannelLayerNorm
+from fednorm.insertion import hidden_weights, insert, is_activation
+from fednorm.layout import Example, Site, require_layout, run_example, sites
+from fednorm.norms import make_norm, specs_by_layer
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
-from fednorm.optim.hidden import ACTIVATIONS, Place, WeightLayer, in_order, out_channels
+from fednorm.recognition import anchor_of, declaration_of, own_forward, own_vectors, recognize
 from fednorm.rng import torch_seeded
+from fednorm.same_method import SameMethod
 from fednorm.spec import Norm
+from fednorm.surroundings import Surroundings, copy_of, named, own_tensors, reparameterized, require_convertible
 
 _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -46,22 +52,29 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.LeakyReLU: "leaky_relu",
 }
 _CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.SELU, nn.CELU, nn.Softplus)
-_SPATIAL_DIMS: tuple[tuple[type[nn.Module], int], ...] = (
-    (nn.BatchNorm2d, 2),
-    (nn.BatchNorm3d, 3),
-    (nn.InstanceNorm1d, 1),
-    (nn.InstanceNorm2d, 2),
-    (nn.InstanceNorm3d, 3),
+_OTHER_CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
 )
-_POSITIONS_AFTER: tuple[tuple[type[nn.Module], int], ...] = (
-    (nn.Linear, 0),
-    (nn.Conv1d, 1),
-    (nn.Conv2d, 2),
-    (nn.Conv3d, 3),
-    (nn.ConvTranspose1d, 1),
-    (nn.ConvTranspose2d, 2),
-    (nn.ConvTranspose3d, 3),
-)
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Left:
+    """A module that a conversion looked at and left as it is.
+
+    Attributes:
+        path: Where it stands.
+        type: The name of its class.
+        reason: Why it was left.
+    """
+
+    path: str
+    type: str
+    reason: str
 
 
 @dataclass
@@ -70,10 +83,12 @@ class ConversionReport:
 
     Attributes:
         norm: The method that was put in.
-        layers: Paths of the normalization layers that were replaced.
+        layers: Paths of the normalization layers that are the method's now: replaced, or the method's already.
         inserted: Paths of the activations before which a layer was put, in a network that had none.
-        convolutions: Paths of the convolutions that were rebuilt.
+        convolutions: Paths of the convolutions that are the method's now.
         activations: Paths of the activations that were multiplied by their constant.
+        left: What was looked at and left: layers that normalize by an unknown formula, convolutions and activations
+            that the method has nothing for, classes that were declared to be no normalization layer.
         notes: What a reader of the results should know, one sentence each.
     """
 
@@ -82,48 +97,62 @@ class ConversionReport:
     inserted: list[str] = field(default_factory=list)
     convolutions: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 class ChannelsLast(nn.Module):
-    """Applies a layer for (N, C, L) to an input whose channels are last: (N, C) or (N, ..., C).
+    """Applies a layer for (N, C) and (N, C, L) to an input whose channels are last: (N, C) or (N, ..., C).
 
     Args:
         layer: The layer.
+        batch_axis: 1 for inputs (L, N, C), as transformers without ``batch_first`` have them.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, batch_axis: int = 0) -> None:
         super().__init__()
         self.layer = layer
+        self.batch_axis = batch_axis
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a tensor of the shape of ``x``."""
         if x.ndim == 2:
-            flat: Tensor = self.layer(x.unsqueeze(-1))
-            return flat.squeeze(-1)
-        flat = self.layer(x.flatten(1, -2).transpose(1, 2))
-        return flat.transpose(1, 2).reshape(x.shape)
+            features: Tensor = self.layer(x)
+            return features
+        moved = x.movedim(self.batch_axis, 0)
+        flat: Tensor = self.layer(moved.flatten(1, -2).transpose(1, 2))
+        return flat.transpose(1, 2).reshape(moved.shape).movedim(0, self.batch_axis)
+
+    def extra_repr(self) -> str:
+        """Return the batch's axis where it is not the first."""
+        return f"batch_axis={self.batch_axis}" if self.batch_axis else ""
 
 
-def convert(model: nn.Module, norm: str | Norm, **options: Any) -> nn.Module:
+def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any) -> nn.Module:
     """Return a copy of a model with its normalization replaced by another method.
 
     Args:
         model: The model; it is not changed.
         norm: Name of the method, or a configured :class:`~fednorm.spec.Norm`.
-        **options: The method's options, where ``norm`` is a name.
+        example_inputs: An input (a tensor, a list of arguments or a dictionary of keyword arguments), for models
+            whose layers do not show which inputs they get: it is run through the model, and through the result.
+        **options: The method's options, where ``norm`` is a name. A layer that is of the method already keeps its own
+            for those that are not given (of a configured norm: those that are at their defaults).
 
     Returns:
         The converted copy.
 
     Raises:
         UnknownNameError: There is no such method.
-        ConfigError: An option is wrong, a layer cannot be converted, or nothing would change.
+        ConfigError: An option is wrong, a layer cannot be converted or what surrounds it cannot be kept, or nothing
+            would change.
     """
-    return convert_with_report(model, norm, **options)[0]
+    return convert_with_report(model, norm, example_inputs=example_inputs, **options)[0]
 
 
-def convert_with_report(model: nn.Module, norm: str | Norm, **options: Any) -> tuple[nn.Module, ConversionReport]:
+def convert_with_report(
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any
+) -> tuple[nn.Module, ConversionReport]:
     """Do what :func:`convert` does, and say what was done.
 
     Returns:
@@ -131,44 +160,44 @@ def convert_with_report(model: nn.Module, norm: str | Norm, **options: Any) -> t
 
     Raises:
         UnknownNameError: There is no such method.
-        ConfigError: An option is wrong, a layer cannot be converted, or nothing would change.
+        ConfigError: An option is wrong, a layer cannot be converted or what surrounds it cannot be kept, or nothing
+            would change.
     """
     if isinstance(norm, str):
         norm = make_norm(norm, options)
+        given = set(options)
     elif options:
         raise ConfigError(f"Options ({', '.join(options)}) go with a method's name; {norm!r} has its own already.")
-    _require_initialized(model)
-    conversion = _Conversion(norm)
+    else:
+        given = {f.name for f in dataclasses.fields(norm) if getattr(norm, f.name) != f.default}
+    require_convertible(model)
+    before = copy_of(model)
+    conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
     with torch_seeded(0, "convert"):
-        converted = conversion.complete(conversion.convert(copy.deepcopy(model)))
+        converted = conversion.complete(conversion.convert(before))
     conversion.finish(model)
+    if example_inputs is not None:
+        run_example(converted, example_inputs, f"The model, converted to {type(norm).__name__},")
     return converted, conversion.report
-
-
-def _require_initialized(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if any(is_lazy(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
-            raise ConfigError(
-                f"Layer {path or 'the model itself'!r} ({type(module).__name__}) does not know its shape yet. "
-                "Run one forward pass through a model with lazy layers before converting it."
-            )
 
 
 class _Conversion:
     """One walk over one model, in module order."""
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, given: set[str], model: nn.Module, known: dict[int, Site]) -> None:
         self.norm = norm
         self.report = ConversionReport(norm)
         self.rebuilds_convolutions = type(norm).conv_layer is not Norm.conv_layer or not norm.shifts
         self.normalizes = type(norm).layer is not Norm.layer
+        self.same = SameMethod(norm, given)
+        self.sites = known
+        self.around = Surroundings(model)
         self.done: dict[int, nn.Module] = {}
         self.kept: list[nn.Module] = []
-        self.positions = 2
-        self.unscaled: set[str] = set()
+        self.gains: dict[int, nn.Parameter] = {}
 
-    def convert(self, module: nn.Module, path: str = "") -> nn.Module:
+    def convert(self, module: nn.Module, path: str = "", ancestors: tuple[nn.Module, ...] = ()) -> nn.Module:
         """Return what stands for a module; its descendants are converted in place."""
         if id(module) in self.done:
             return self.done[id(module)]
@@ -177,23 +206,28 @@ class _Conversion:
             vars(module)["inplace"] = False
         replace = self._replacement(module)
         if replace is None:
-            for name, child in module._modules.items():
-                if child is not None:
-                    module._modules[name] = self.convert(child, f"{path}.{name}" if path else name)
-            new = module
+            self._look_at(module, path)
+            new = self._inside(module, path, ancestors)
         else:
-            new = replace(module, path)
-            new.train(module.training)
+            new = replace(module, path, ancestors)
         self.kept.append(module)  # an id is only unique while its object lives
         self.done[id(module)] = new
         return new
 
+    def _inside(self, module: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> nn.Module:
+        """Convert a module's children in place, and return the module."""
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = self.convert(child, _join(path, name), (*ancestors, module))
+        return module
+
     def complete(self, model: nn.Module) -> nn.Module:
         """Insert layers into a converted network that had none, where the method wants that; then prepare it."""
+        self.around.finish(model)
         if self.norm.inserts and not self.report.layers:
-            self._insert(model)
+            self.report.inserted = insert(model, self.norm, ChannelsLast)
         elif self.norm.inserts:
-            bare = [place.after.path for place in _hidden_weights(model) if place.after and _is_activation(place.after)]
+            bare = [place.after.path for place in hidden_weights(model) if place.after and is_activation(place.after)]
             if bare:
                 self.report.notes.append(
                     f"Only the network's own layers were replaced; none stands before: {', '.join(bare)}."
@@ -206,49 +240,25 @@ class _Conversion:
             self.report.notes.append(f"Removed, as {type(self.norm).__name__} has it: {', '.join(removed)}.")
         return prepared
 
-    def _insert(self, model: nn.Module) -> None:
-        """Put a layer before the activation of every weight layer but the last, the output layer.
-
-        Raises:
-            ConfigError: There is no such layer, or where its activation stands cannot be seen.
-        """
-        hidden, method = _hidden_weights(model), type(self.norm).__name__
-        if not hidden:
-            raise ConfigError(
-                f"{type(model).__name__} has nothing that {method} could normalize: no normalization layer, and no "
-                "linear layer or convolution before its last one, which is the output layer. Give a network with a "
-                "hidden layer."
-            )
-        uses = Counter(id(place.module) for place in in_order(model))
-        for place in hidden:
-            after = place.after
-            if after is None or not _is_activation(after) or uses[id(after.module)] > 1:
-                raise ConfigError(_no_own_activation(place, method))
-            pair = nn.Sequential(OrderedDict(norm=self._layer_after(place), activation=after.module))
-            parent, _, name = after.path.rpartition(".")
-            model.get_submodule(parent)._modules[name] = pair.train(after.module.training)
-            self.report.inserted.append(after.path)
-
-    def _layer_after(self, place: Place) -> nn.Module:
-        weight_layer = place.module
-        assert isinstance(weight_layer, WeightLayer)
-        channels = out_channels(weight_layer)
-        if isinstance(weight_layer, nn.Linear):
-            # It may be applied to (N, ..., C).
-            layer: nn.Module = ChannelsLast(self.norm.layer(channels, 1))
-        else:
-            dims = next(dims for kind, dims in _POSITIONS_AFTER if isinstance(weight_layer, kind))
-            layer = self.norm.layer(channels, dims)
-        return layer.to(device=weight_layer.weight.device, dtype=weight_layer.weight.dtype)
-
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
         report, name = self.report, type(before).__name__
+        unknown = [left for left in report.left if left.reason == _UNKNOWN]
         if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
             raise ConfigError(
                 f"{name} has no normalization layer that {type(self.norm).__name__} could replace, so converting it "
-                "would change nothing. Give a model with one of nn.BatchNorm*, nn.GroupNorm, nn.LayerNorm or "
-                "nn.InstanceNorm* (functional calls cannot be seen), or build it with the norm in the first place."
+                "would change nothing. "
+                + (
+                    f"Of unknown formula: {_listed(unknown)}. {_DECLARE.format(kind=unknown[0].type)}"
+                    if unknown
+                    else "Give a model with one of nn.BatchNorm*, nn.GroupNorm, nn.LayerNorm or "
+                    "nn.InstanceNorm* (functional calls cannot be seen), or build it with the norm in the first place."
+                )
+            )
+        if unknown:
+            report.notes.append(
+                f"Left as they are, for their formula is unknown: {_listed(unknown)}. "
+                + _DECLARE.format(kind=unknown[0].type)
             )
         if self.norm.residual_alpha is not None:
             report.notes.append(
@@ -257,17 +267,15 @@ class _Conversion:
             )
         if self._scales_activations() and not report.activations:
             report.notes.append("No activation module was found to scale; functional activations cannot be seen.")
-        if self.unscaled:
-            report.notes.append(f"Left without a constant, for want of one: {', '.join(sorted(self.unscaled))}.")
-        if self.rebuilds_convolutions:
-            other = [type(m).__name__ for m in before.modules() if isinstance(m, _OTHER_CONVOLUTIONS)]
-            if other:
-                report.notes.append(f"Only nn.Conv2d is converted; left as they are: {', '.join(sorted(set(other)))}.")
+        bare = sorted({left.type for left in report.left if left.reason == _NO_CONSTANT})
+        if bare:
+            report.notes.append(f"Left without a constant, for want of one: {', '.join(bare)}.")
+        other = sorted({left.type for left in report.left if left.reason == _NOT_2D})
+        if other:
+            report.notes.append(f"Only nn.Conv2d is converted; left as they are: {', '.join(other)}.")
 
-    def _replacement(self, module: nn.Module) -> Callable[[nn.Module, str], nn.Module] | None:
-        spec = spec_of(module)
-        self.positions = next((dims for kind, dims in _POSITIONS_AFTER if isinstance(module, kind)), self.positions)
-        if spec is not None and spec.normalizes:
+    def _replacement(self, module: nn.Module) -> _Replace | None:
+        if id(module) in self.sites:
             return self._layer
         if isinstance(module, nn.Conv2d) and (self.rebuilds_convolutions or isinstance(module, SWSConv2d | WSConv2d)):
             return self._conv
@@ -277,153 +285,256 @@ class _Conversion:
             return self._activation
         return None
 
-    def _layer(self, old: nn.Module, path: str) -> nn.Module:
-        """Build the layer that replaces a normalization layer, together with what the old one had fused into it."""
-        num_channels, spatial_dims, channels_last = _shape_of(old, path, self.positions)
-        try:
-            new = self.norm.layer(num_channels, 1 if channels_last else spatial_dims)
-        except ConfigError as error:
-            raise ConfigError(f"Layer {path or 'the model itself'!r} ({type(old).__name__}): {error}") from error
-        like = next(old.parameters(recurse=False), next(old.buffers(recurse=False), None))
-        if like is not None:
-            new.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None)
-        _carry_over(old, new)
-        if channels_last and not isinstance(new, nn.Identity):
-            new = ChannelsLast(new)
-        self.report.layers.append(path)
-        fused = [
-            self.convert(child, f"{path}.{name}" if path else name)
-            for name, child in old.named_children()
-            if not isinstance(child, nn.Identity)
-        ]
-        return nn.Sequential(new, *fused) if fused else new
+    def _look_at(self, module: nn.Module, path: str) -> None:
+        """Report a module that is left although it may be a normalization layer, or is a convolution.
 
-    def _conv(self, old: nn.Module, path: str) -> nn.Module:
+        Raises:
+            ConfigError: It descends from a normalization layer, and computes something else.
+        """
+        declaration = declaration_of(module)
+        kind = type(module)
+        if declaration is not None:
+            self._leave(module, path, _DECLARED_NONE)
+            return
+        table = specs_by_layer()
+        anchor = anchor_of(kind, table)
+        if anchor is not None and anchor is not kind and recognize(module, table) is None:
+            raise ConfigError(
+                f"Layer {named(path, module)} descends from {anchor.__name__}, but its forward pass is its own and "
+                f"computes something else, so what takes its place is unknown. {_DECLARE.format(kind=kind.__name__)}"
+            )
+        if ".parametrizations." in f".{path}.":
+            return
+        if self.rebuilds_convolutions and isinstance(module, _OTHER_CONVOLUTIONS):
+            self._leave(module, path, _NOT_2D)
+        elif _may_normalize(module):
+            self._leave(module, path, _UNKNOWN)
+
+    def _leave(self, module: nn.Module, path: str, reason: str) -> None:
+        self.report.left.append(Left(path, type(module).__name__, reason))
+
+    def _layer(self, old: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> nn.Module:
+        """Return what replaces a normalization layer, together with what the old one had fused into it."""
+        site = self.sites[id(old)]
+        known = site.recognition
+        self.report.layers.append(path)
+        if self.same.applies(known) and self.same.settle(old, known):
+            return self._inside(old, path, ancestors)
+        self._require_accounted(old, path, site)
+        core, last = self._core(old, path, site)
+        new: nn.Module = core
+        if last and not isinstance(core, nn.Identity):
+            if site.batch_axis is None:
+                self._require_no_batch_axis(old, path, site)
+            new = ChannelsLast(core, site.batch_axis or 0)
+        after = [child for child in old._modules.values() if child is not None] if known.fused else []
+        names = [name for name, child in old._modules.items() if child is not None] if known.fused else []
+        if known.activation is not None:
+            after.append(known.activation(old).train(old.training))
+            names.append("activation")
+        inner = (*ancestors, old)
+        fused = [
+            self.convert(child, _join(path, name), inner)
+            for name, child in zip(names, after, strict=True)
+            if not isinstance(child, nn.Identity) and id(child) not in self.sites
+        ]
+        outer = nn.Sequential(new, *fused) if fused else new
+        self.around.adopt(old, core, outer, path, ancestors)
+        return outer
+
+    def _core(self, old: nn.Module, path: str, site: Site) -> tuple[nn.Module, bool]:
+        """Build the new layer; return it and whether the channels of its input are last."""
+        if not self.normalizes:
+            return self.norm.layer(site.recognition.channels or 1, 1), False
+        channels, last = require_layout(site, old, path)
+        dims = sorted({min(d, 1) for d in site.dims}) if last else site.dims
+        like = self.around.like(old, ())
+        try:
+            with torch.device(torch.device("cpu") if like is None else like.device):
+                if self.same.applies(site.recognition):
+                    return self.same.build(old, site.recognition, channels, dims), last
+                return self.norm.layer_for(channels, dims), last
+        except ConfigError as error:
+            hint = ""
+            if len(dims) > 1 and 0 in dims:
+                hint = " If it never gets features (N, C), show that: convert(..., example_inputs=images)."
+            raise ConfigError(f"Layer {named(path, old)}: {error}{hint}") from error
+
+    def _require_accounted(self, old: nn.Module, path: str, site: Site) -> None:
+        """Refuse a layer that owns more than its method speaks for.
+
+        Raises:
+            ConfigError: It has other tensors, or children that its forward pass may use.
+        """
+        known = site.recognition
+        spoken = set(own_tensors(old)) if known.spec is None or known.declared else set(known.spec.tensors)
+        more = [*(set(own_tensors(old)) - spoken), *([] if known.fused else [n for n, _ in old.named_children()])]
+        if is_parametrized(old):
+            more = []  # refused with its own words
+        if more:
+            raise ConfigError(
+                f"Layer {named(path, old)} has more than a normalization layer of its type: {', '.join(sorted(more))}, "
+                "which would be lost. Move it out of the layer, or say what the class is: fednorm.declare("
+                f"{type(old).__name__}, like=..., tensors={{...}})."
+            )
+
+    def _require_no_batch_axis(self, old: nn.Module, path: str, site: Site) -> None:
+        """Require a method for which it does not matter which axis is the batch.
+
+        Raises:
+            ConfigError: It does matter.
+        """
+        channels, _ = require_layout(site, old, path)
+        x = torch.randn(3, channels, 4, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        with torch.device("cpu"), torch.no_grad():
+            layers = [self.norm.layer_for(channels, (0, 1)) for _ in range(2)]
+            try:
+                one, other = layers[0](x), layers[1](x.transpose(0, 2)).transpose(0, 2)
+            except Exception:  # it may want to be told about tasks first
+                one, other = x, -x
+        if not torch.allclose(one, other, atol=1e-4):
+            raise ConfigError(
+                f"Layer {named(path, old)} stands beside a module with batch_first=False, so whether its input is "
+                f"(N, L, C) or (L, N, C) cannot be seen, and to {type(self.norm).__name__} it matters. Show it: "
+                "convert(..., example_inputs=batch); or build the model with batch_first=True."
+            )
+
+    def _conv(self, old: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> nn.Module:
         """Build the method's convolution with the old one's weight and geometry."""
         assert isinstance(old, nn.Conv2d)
+        norm = self.same.conv_norm(old)
+        self.report.convolutions.append(path)
+        if norm is None:
+            return old
         try:
-            new = self.norm.conv(
-                old.in_channels,
-                old.out_channels,
-                (old.kernel_size[0], old.kernel_size[1]),
-                stride=(old.stride[0], old.stride[1]),
-                padding=old.padding if isinstance(old.padding, str) else (old.padding[0], old.padding[1]),
-                dilation=(old.dilation[0], old.dilation[1]),
-                groups=old.groups,
-                bias=old.bias is not None,
-                padding_mode=old.padding_mode,
-            )
+            with torch.device(old.weight.device):
+                new = norm.conv(
+                    old.in_channels,
+                    old.out_channels,
+                    (old.kernel_size[0], old.kernel_size[1]),
+                    stride=(old.stride[0], old.stride[1]),
+                    padding=old.padding if isinstance(old.padding, str) else (old.padding[0], old.padding[1]),
+                    dilation=(old.dilation[0], old.dilation[1]),
+                    groups=old.groups,
+                    bias=old.bias is not None,
+                    padding_mode=old.padding_mode,
+                )
         except ConfigError as error:
             raise ConfigError(f"Convolution {path or 'the model itself'!r}: {error}") from error
-        self.report.convolutions.append(path)
         if type(new) is nn.Conv2d and not isinstance(old, SWSConv2d | WSConv2d):
             if old.bias is None and new.bias is not None:
-                old.bias = nn.Parameter(old.weight.new_zeros(old.out_channels), old.weight.requires_grad)
-            return old
+                old.bias = _zero_bias(old)
+            return self._inside(old, path, ancestors)
         _require_plain(old, path)
-        new.to(device=old.weight.device, dtype=old.weight.dtype)
-        new.weight.requires_grad_(old.weight.requires_grad)
-        with torch.no_grad():
-            new.weight.copy_(old.weight)
-            if new.bias is not None:
-                # A bias the old layer did not have starts at 0, so that the function changes by the norm alone.
-                new.bias.zero_() if old.bias is None else new.bias.copy_(old.bias)
-        if new.bias is not None and old.bias is not None:
-            new.bias.requires_grad_(old.bias.requires_grad)
+        if old.bias is None and new.bias is not None:
+            # A bias the old layer did not have starts at 0, so that the function changes by the norm alone.
+            old.bias = _zero_bias(old)
+        # The parameters themselves, so that whatever shares them goes on sharing them.
+        new.weight, new.bias = old.weight, old.bias
+        self._gain(old, new)
+        for name, value in vars(old).items():
+            if name not in vars(new):
+                vars(new)[name] = value
+        new.training = old.training
+        self.around.replace(old, new, path)
         return new
 
-    def _unwrapped(self, old: nn.Module, path: str) -> nn.Module:
+    def _gain(self, old: nn.Conv2d, new: nn.Conv2d) -> None:
+        """Give a convolution's new gain its type, its old value and its ties: those of its weight."""
+        if not isinstance(new, SWSConv2d) or new.gain is None:
+            return
+        gain = new.gain.to(old.weight.dtype).detach()
+        if isinstance(old, SWSConv2d) and old.gain is not None:
+            gain = old.gain.detach()
+        made = nn.Parameter(gain, old.weight.requires_grad)
+        new.gain = self.gains.setdefault(id(old.weight), made)
+
+    def _unwrapped(self, old: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> nn.Module:
         """Take an earlier conversion's constant off, then treat what is left as any other activation."""
         assert isinstance(old, ScaledActivation)
-        return self.convert(old.activation, path)
+        new = self.convert(old.activation, path, ancestors)
+        self.around.replace(old, new, path)
+        return new
 
-    def _activation(self, old: nn.Module, path: str) -> nn.Module:
+    def _activation(self, old: nn.Module, path: str, ancestors: tuple[nn.Module, ...]) -> nn.Module:
         """Multiply an activation by the method's constant, and keep its settings."""
+        del ancestors
         if not self._scales_activations():
             return old
         name = _ACTIVATION_NAMES.get(type(old))
-        if name is None:
-            self.unscaled.add(type(old).__name__)
-            return old
-        scaled = self.norm.activation(name)
+        scaled = None if name is None else self.norm.activation(name)
         if not isinstance(scaled, ScaledActivation):
+            if name is None:
+                self._leave(old, path, _NO_CONSTANT)
             return old
         self.report.activations.append(path)
-        return ScaledActivation(old, scaled.gamma)
+        new = ScaledActivation(old, scaled.gamma)
+        new.training = old.training
+        return new
 
     def _scales_activations(self) -> bool:
         return isinstance(self.norm.activation("relu"), ScaledActivation)
 
 
-_OTHER_CONVOLUTIONS = (
-    nn.Conv1d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
+_Replace = Callable[[nn.Module, str, tuple[nn.Module, ...]], nn.Module]
+
+_UNKNOWN = "it may normalize, by a formula that fednorm does not know"
+_DECLARED_NONE = "its class was declared to be no normalization layer"
+_NO_CONSTANT = "the method has no constant for this activation"
+_NOT_2D = "the method has a convolution in place of nn.Conv2d only"
+_DECLARE = (
+    "Say what it is like, fednorm.declare({kind}, like=nn.LayerNorm), or that it is to be left, "
+    "fednorm.declare({kind}, like=None)."
 )
 
 
-def _hidden_weights(model: nn.Module) -> list[Place]:
-    """Return the places of the linear layers and convolutions but the last, which is the output layer."""
-    return [place for place in in_order(model) if isinstance(place.module, WeightLayer)][:-1]
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
-def _is_activation(place: Place) -> bool:
-    return isinstance(place.module, ACTIVATIONS)
+def _listed(modules: list[Left]) -> str:
+    shown = ", ".join(f"{left.path or 'the model itself'} ({left.type})" for left in modules[:_SHOWN])
+    return shown if len(modules) <= _SHOWN else f"{shown} and {len(modules) - _SHOWN} more"
 
 
-def _no_own_activation(place: Place, method: str) -> str:
-    after = place.after
-    found = f"{after.path!r} ({type(after.module).__name__}) comes after it" if after else "nothing comes after it"
-    if after and _is_activation(after):
-        found += ", and stands in other places too"
-    return (
-        f"{method} puts a layer between {place.path!r} ({type(place.module).__name__}) and its activation, which must "
-        f"be a module of its own, registered right after it: {found}. One activation module for several layers, and "
-        "functional calls such as F.relu, hide where a nonlinearity is: give every layer its own, e.g. nn.ReLU(). "
-        "Where a layer is meant to have none, put the norm in by hand: make_norm(...).layer(channels, spatial_dims)."
-    )
+def _may_normalize(module: nn.Module) -> bool:
+    """Return whether a module that is not recognised is called a norm and built like one: it holds vectors at most."""
+    if isinstance(module, nn.LocalResponseNorm | nn.CrossMapLRN2d):
+        return True
+    vectors = dict(own_vectors(module))
+    plain = all(name in vectors or not tensor.ndim for name, tensor in own_tensors(module).items())
+    inside = [tensor for child in module.children() for tensor in own_tensors(child).values()]
+    return "norm" in type(module).__name__.lower() and plain and not inside and not _holds_modules(module)
 
 
-def _shape_of(layer: nn.Module, path: str, positions: int) -> tuple[int, int, bool]:
-    """Return C, the number of axes after it, and whether the channels are the last axis instead of the second."""
-    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
-        shape = layer.normalized_shape
-        if len(shape) > 1:
-            return shape[0], len(shape) - 1, False
-        # torchvision and timm both name the channels-first descendants of nn.LayerNorm with a trailing 2d.
-        channels_first = isinstance(layer, ChannelLayerNorm) or type(layer).__name__.endswith("2d")
-        return (shape[0], 2, False) if channels_first else (shape[0], positions, True)
-    num_channels = getattr(layer, "num_channels", None) or getattr(layer, "num_features", None)
-    if not isinstance(num_channels, int):
-        raise ConfigError(
-            f"Layer {path or 'the model itself'!r} ({type(layer).__name__}) has neither num_channels nor num_features, "
-            "so what replaces it cannot be sized. Replace that layer by hand."
-        )
-    dims = next((dims for kind, dims in _SPATIAL_DIMS if isinstance(layer, kind)), positions)
-    if isinstance(layer, nn.BatchNorm1d):
-        dims = min(dims, 1)
-    return num_channels, dims, False
+def _holds_modules(module: nn.Module) -> bool:
+    """Return whether a module only holds others, e.g. a block called ConvNormAct."""
+    return not own_tensors(module) and any(True for _ in module.children())
 
 
-def _carry_over(old: nn.Module, new: nn.Module) -> None:
-    """Copy the tensors of the old layer where the new one is of the same method and shape."""
-    if spec_of(old) is not spec_of(new) or spec_of(new) is None:
-        return
-    own = new.state_dict()
-    fitting = {key: value for key, value in old.state_dict().items() if key in own and value.shape == own[key].shape}
-    new.load_state_dict(fitting, strict=False)
+def _zero_bias(conv: nn.Conv2d) -> nn.Parameter:
+    trains = any(parameter.requires_grad for parameter in conv.parameters())
+    return nn.Parameter(conv.weight.detach().new_zeros(conv.out_channels), trains)
 
 
 def _require_plain(conv: nn.Conv2d, path: str) -> None:
-    """Refuse a convolution whose forward pass is not nn.Conv2d's: rebuilding it would lose what it does."""
-    if isinstance(conv, SWSConv2d | WSConv2d):
-        return
-    kind = type(conv)
-    if kind.forward is not nn.Conv2d.forward or kind._conv_forward is not nn.Conv2d._conv_forward:
+    """Refuse a convolution of which a standardized one would lose something.
+
+    Raises:
+        ConfigError: Its forward pass is not nn.Conv2d's, or its weight is computed from others.
+    """
+    if not isinstance(conv, SWSConv2d | WSConv2d) and own_forward(conv, nn.Conv2d):
         raise ConfigError(
-            f"Convolution {path or 'the model itself'!r} is a {kind.__name__}, whose own forward pass a standardized "
-            "convolution would lose. Build the model with plain nn.Conv2d layers, or convert it to a norm that leaves "
-            "convolutions alone, such as group_norm."
+            f"Convolution {path or 'the model itself'!r} is a {type(conv).__name__}, whose own forward pass a "
+            "standardized convolution would lose. Build the model with plain nn.Conv2d layers, or convert it to a norm "
+            "that leaves convolutions alone, such as group_norm."
+        )
+    computed = reparameterized(conv)
+    if computed:
+        raise ConfigError(
+            f"Convolution {path or 'the model itself'!r} has a parametrization, pruning or weight normalization of its "
+            f"own on {computed}, which a standardized weight would undo or lose. Take it off before converting "
+            "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove, "
+            "torch.nn.utils.remove_spectral_norm), or convert to a norm that leaves convolutions alone, such as "
+            "group_norm."
         )

@@ -74,7 +74,7 @@ class NormVerdict:
         layers: Paths of the layers it replaces.
         inserted: Paths of the activations before which it puts one.
         convolutions: How many convolutions it rebuilds.
-        left: Paths of the normalization layers that it leaves.
+        left: What it looked at and leaves: path, class and reason.
         notes: What it says beside.
         refusal: Its sentence; empty where it converts.
         step: One step of the converted model.
@@ -154,7 +154,7 @@ def check(
     module = _light(load_model(model) if isinstance(model, str) else model)
     with remembered():
         seen = observe(module) if steps else Observation(reason="not run")
-        # Two steps have been observed; on the meta device a third shows nothing more.
+        # A step has been observed; on the meta device another shows nothing more.
         own = Step(failure=seen.reason) if _meta(module) or not steps else _step(module, seen)
         return ModelReport(
             model=name,
@@ -224,11 +224,15 @@ def _larger(example: Example) -> tuple[Example, ...]:
 
 
 def _train(model: nn.Module, example: Example) -> float:
+    loss = train_once(model, _random_batch(model, example))
+    return 0.0 if loss.device.type == "meta" else loss.item()
+
+
+def _random_batch(model: nn.Module, example: Example) -> torch.Tensor:
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device if tensors else torch.device("cpu")
     dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.get_default_dtype())
-    loss = train_once(model, example.batch(2, torch_stream(0, "check"), device=device, dtype=dtype))
-    return 0.0 if loss.device.type == "meta" else loss.item()
+    return example.batch(2, torch_stream(0, "check"), device=device, dtype=dtype)
 
 
 def _strategy(name: str, model: nn.Module, seen: Observation, *, steps: bool) -> StrategyVerdict:
@@ -249,18 +253,23 @@ def _make(name: str, model: nn.Module) -> NormStrategy:
 
 def _norm(name: str, model: nn.Module, seen: Observation, *, steps: bool) -> NormVerdict:
     done, refusal = _attempt(lambda: convert_with_report(model, name))
+    remark: tuple[str, ...] = ()
+    if done is None and seen.example is not None:
+        # What a layer's input looks like may have to be seen.
+        images = _random_batch(model, seen.example)
+        done, _ = _attempt(lambda: convert_with_report(model, name, example_inputs=images))
+        remark = (f"Converted with example_inputs of shape {tuple(images.shape)}; without: {refusal}",)
     if done is None:
         return NormVerdict(name, (), (), 0, (), (), refusal, Step(failure="refused"))
     converted, report = done
     step = _step(converted, seen) if steps else Step(failure="not run")
-    left = tuple(str(path) for path in getattr(report, "left", ()))
     return NormVerdict(
         name,
         tuple(report.layers),
         tuple(report.inserted),
         len(report.convolutions),
-        left,
-        tuple(report.notes),
+        tuple(f"{left.path} ({left.type}): {left.reason}" for left in report.left),
+        (*remark, *report.notes),
         "",
         step,
     )

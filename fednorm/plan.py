@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from fednorm.buffers import Observation, observe
 from fednorm.errors import RoleError
-from fednorm.norms import spec_of
+from fednorm.norms import recognition_of, spec_of
 from fednorm.recognition import declaration_of
 from fednorm.roles import Kind, Role, RoleRule
 from fednorm.structure import normalizes, per_channel
@@ -293,7 +293,8 @@ def _refuse_no_op(model: nn.Module, plan: NormPlan, rule: RoleRule) -> None:
     if not rule.roles or present & set(rule.roles):
         return
     wanted = ", ".join(kind.value for kind in rule.roles)
-    layers = any((spec := spec_of(module)) is not None and spec.normalizes for module in model.modules())
+    known = [recognition for module in model.modules() if (recognition := recognition_of(module)) is not None]
+    layers = any(recognition.spec is None or recognition.spec.normalizes for recognition in known)
     convert = ": fednorm.convert(model, 'batch_norm')" if layers else ", built with norm 'batch_norm'"
     raise RoleError(
         f"{rule.why or 'This rule'} acts on tensors of kind {wanted}, and this {type(model).__name__} has none: "

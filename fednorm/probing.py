@@ -53,6 +53,7 @@ class Match:
         tensors: What each of its tensors is.
         fused: Whether its children are applied after the normalization.
         activation: Makes what its forward pass applies after all that; None for nothing.
+        offset: What it adds to its scale.
     """
 
     like: type[nn.Module] | None
@@ -62,6 +63,7 @@ class Match:
     tensors: Mapping[str, Kind]
     fused: bool
     activation: Callable[[nn.Module], nn.Module] | None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,7 @@ def _match(layer: nn.Module, reading: _Reading, channels: int, anchor: type[nn.M
         tensors=reading.kinds(layer),
         fused=after.fused,
         activation=after.activation,
+        offset=reading.offset,
     )
 
 

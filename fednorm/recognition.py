@@ -58,6 +58,8 @@ class Recognition:
         dims: The numbers of axes beside N and C that its input may have.
         fused: Whether its children (dropout, activation) are applied after it, in their order.
         activation: Makes the activation that its forward pass applies without a child for it; None where none is.
+        offset: What its forward pass adds to its scale: 1 where a scale of 0 is the identity, as in Gemma's.
+        declared: Whether the user said all this.
     """
 
     spec: NormSpec | None
@@ -66,6 +68,8 @@ class Recognition:
     dims: tuple[int, ...]
     fused: bool = False
     activation: MakeActivation | None = None
+    offset: float = 0.0
+    declared: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,12 @@ def channels_of(module: nn.Module) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
+def eps_name(layer: nn.Module) -> str | None:
+    """Return the name of the attribute in which a layer keeps its eps, e.g. ``variance_epsilon``; None without one."""
+    numbers = (name for name, value in vars(layer).items() if value is None or isinstance(value, float))
+    return next((name for name in numbers if "eps" in name.lower()), None)
+
+
 def own_vectors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield a module's own tensors that have at most one axis longer than 1, without scalars."""
     for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
@@ -209,6 +219,7 @@ def _as_declared(module: nn.Module, said: Declaration, like: type[nn.Module], ta
         dims=_dims_of(anchor),
         fused=any(True for _ in module.children()),
         activation=said.activation,
+        declared=True,
     )
 
 
@@ -223,4 +234,5 @@ def _from_match(match: Match, table: Table) -> Recognition:
         dims=match.dims,
         fused=match.fused,
         activation=match.activation,
+        offset=match.offset,
     )

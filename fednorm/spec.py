@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +85,20 @@ class Norm:
         """
         del num_channels, spatial_dims
         return nn.Identity()
+
+    def layer_for(self, num_channels: int, spatial_dims: Collection[int]) -> nn.Module:
+        """Return a layer for inputs whose number of axes after C is one of several, where that cannot be known.
+
+        Unless overridden, the layer for the largest number: most methods have one layer for all.
+
+        Args:
+            num_channels: C.
+            spatial_dims: The numbers in question, at least one; each is one that :meth:`layer` takes.
+
+        Raises:
+            ConfigError: The method cannot be built for one of them.
+        """
+        return [self.layer(num_channels, dims) for dims in sorted(spatial_dims)][-1]
 
     def conv(
         self,

@@ -35,8 +35,14 @@ def load_model(name: str, *, device: str = "cpu") -> nn.Module:
         return _ours(name, device)
     makers: dict[str, Callable[[str], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
     make = makers.get(source)
-    with quietly(), contextlib.redirect_stdout(sys.stderr), torch.device(device):
-        return make(rest) if make else _imported(name)
+    with quietly(), contextlib.redirect_stdout(sys.stderr):
+        if make is None:
+            return _imported(name).to(device)
+        try:
+            with torch.device(device):
+                return make(rest)
+        except ConfigError:  # some compute with values while they are built
+            return make(rest).to(device)
 
 
 def _ours(name: str, device: str) -> nn.Module:

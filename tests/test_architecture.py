@@ -21,6 +21,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config", "fednorm.tensor_kinds"),
     ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
     ("fednorm.data", "fednorm.norms", "fednorm.declaration", "fednorm.optim", "fednorm.diagnostics"),
+    ("fednorm.surroundings",),
+    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),

@@ -17,6 +17,7 @@ Differs from the paper: running moments are an exponential average instead of a 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from torch import nn
@@ -24,6 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm import options
 from fednorm.errors import ConfigError
+from fednorm.norms._batch import BatchLayer
 from fednorm.roles import Kind
 from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
 
@@ -63,6 +65,13 @@ class BatchNorm(Norm):
         if spatial_dims not in _BY_SPATIAL_DIMS:
             raise ConfigError(f"batch_norm is defined for 0 to 3 spatial axes; got {spatial_dims}.")
         return _BY_SPATIAL_DIMS[spatial_dims](num_channels, eps=self.eps, momentum=self.momentum)
+
+    def layer_for(self, num_channels: int, spatial_dims: Collection[int]) -> nn.Module:
+        """Return PyTorch's layer where one takes all those inputs, else one that takes any."""
+        kinds = {type(self.layer(num_channels, dims)) for dims in spatial_dims}
+        if len(kinds) == 1:
+            return self.layer(num_channels, max(spatial_dims))
+        return BatchLayer(num_channels, eps=self.eps, momentum=self.momentum)
 
 
 SPEC = NormSpec(

@@ -87,7 +87,7 @@ class ContinualNorm(Norm):
             ConfigError: ``num_groups`` does not divide ``num_channels``, or ``spatial_dims`` is not 0, 1, 2 or 3.
         """
         check_spatial_dims("continual_norm", spatial_dims)
-        groups = checked_groups(num_channels, self.num_groups)
+        groups = checked_groups(num_channels, self.num_groups, spatial_dims)
         return ContinualNormLayer(num_channels, num_groups=groups, eps=self.eps, momentum=self.momentum)
 
 

@@ -18,25 +18,52 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fednorm import options
-from fednorm.errors import ConfigError
+from fednorm.errors import ConfigError, DataError
+from fednorm.norms._features import require_features
 from fednorm.roles import Kind
 from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
 
 
-def checked_groups(num_channels: int, num_groups: int) -> int:
-    """Return ``num_groups`` where it divides ``num_channels``.
+class OneChannelGroups(nn.GroupNorm):
+    """Group normalization with a group for each channel: what is in a group are the positions of one channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized input, of the shape of ``x``.
+
+        Raises:
+            DataError: There is one position: every group is one number, and what is left of it is 0.
+        """
+        if x.numel() == x.shape[0] * self.num_channels:
+            raise DataError(
+                f"Group normalization with {self.num_groups} groups of {self.num_channels} channels meets an input of "
+                f"shape {tuple(x.shape)}, one number a group: its mean is itself, and nothing is left of it. Take "
+                "fewer groups, or larger images."
+            )
+        return super().forward(x)
+
+
+def checked_groups(num_channels: int, num_groups: int, spatial_dims: int) -> int:
+    """Return ``num_groups`` where it divides ``num_channels``, and a group of features has more than one of them.
 
     Raises:
-        ConfigError: It does not; the message lists the numbers that do.
+        ConfigError: It does not, or has not; the message lists the numbers that do.
     """
     if num_channels % num_groups:
         valid = ", ".join(str(n) for n in range(1, num_channels + 1) if num_channels % n == 0)
         raise ConfigError(
             f"group normalization splits the channels evenly, but a layer has {num_channels} channels and num_groups "
             f"is {num_groups}. Set num_groups to one of {valid} (1 is layer_norm)."
+        )
+    if spatial_dims == 0 and num_groups == num_channels:
+        if num_channels == 1:
+            require_features("group_norm", num_channels, spatial_dims)
+        valid = ", ".join(str(n) for n in range(1, num_channels // 2 + 1) if num_channels % n == 0)
+        raise ConfigError(
+            f"group normalization of features (N, C) with one feature a group leaves nothing of them: a layer has "
+            f"{num_channels} features and num_groups is {num_groups}. Set num_groups to one of {valid}."
         )
     return num_groups
 
@@ -64,10 +91,10 @@ class GroupNorm(Norm):
         """Return a group normalization over C channels; it takes any number of spatial axes.
 
         Raises:
-            ConfigError: ``num_groups`` does not divide ``num_channels``.
+            ConfigError: ``num_groups`` does not divide ``num_channels``, or features (N, C) have one a group.
         """
-        del spatial_dims
-        return nn.GroupNorm(checked_groups(num_channels, self.num_groups), num_channels, eps=self.eps)
+        groups = checked_groups(num_channels, self.num_groups, spatial_dims)
+        return (OneChannelGroups if groups == num_channels else nn.GroupNorm)(groups, num_channels, eps=self.eps)
 
 
 SPEC = NormSpec(

@@ -17,18 +17,31 @@ Features (N, C) have no positions, each value would normalize to 0: there the me
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from fednorm import options
 from fednorm.errors import ConfigError
+from fednorm.norms._features import require_features
 from fednorm.norms.layer_norm import SampleLayerNorm
 from fednorm.roles import Kind
 from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
 
 _BY_SPATIAL_DIMS: dict[int, type[_InstanceNorm]] = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+class AnyInstanceNorm(_InstanceNorm):
+    """Instance normalization of (N, C, ...) with any number of positions; layer normalization of features (N, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized input, of the shape of ``x``."""
+        if x.ndim == 2:
+            return functional.group_norm(x, 1, self.weight, self.bias, self.eps)
+        return functional.instance_norm(x, None, None, self.weight, self.bias, True, eps=self.eps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +70,18 @@ class InstanceNorm(Norm):
             ConfigError: ``spatial_dims`` is not 0, 1, 2 or 3.
         """
         if spatial_dims == 0:
+            require_features("instance_norm", num_channels, spatial_dims)
             return SampleLayerNorm(num_channels, eps=self.eps)
         if spatial_dims not in _BY_SPATIAL_DIMS:
             raise ConfigError(f"instance_norm is defined for 0 to 3 spatial axes; got {spatial_dims}.")
         return _BY_SPATIAL_DIMS[spatial_dims](num_channels, eps=self.eps, affine=self.affine)
+
+    def layer_for(self, num_channels: int, spatial_dims: Collection[int]) -> nn.Module:
+        """Return a layer that sees by its input whether there are positions."""
+        layers = [self.layer(num_channels, dims) for dims in spatial_dims]
+        if len(layers) == 1:
+            return layers[0]
+        return AnyInstanceNorm(num_channels, eps=self.eps, affine=self.affine)
 
 
 SPEC = NormSpec(

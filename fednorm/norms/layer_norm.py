@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.norms._features import require_features, require_numbers
 from fednorm.roles import Kind
 from fednorm.spec import Citation, Norm, NormSpec, TensorSpec
 
@@ -41,6 +42,16 @@ class SampleLayerNorm(nn.GroupNorm):
 
     def __init__(self, num_channels: int, eps: float = 1e-5) -> None:
         super().__init__(1, num_channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalized input, of the shape of ``x``.
+
+        Raises:
+            DataError: A sample is a single number.
+        """
+        if self.num_channels == 1:
+            require_numbers("layer_norm", x)
+        return super().forward(x)
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -82,8 +93,12 @@ class LayerNorm(Norm):
         options.number("layer_norm", "eps", self.eps, above=0)
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
-        """Return a layer normalization over C channels; it takes any number of spatial axes."""
-        del spatial_dims
+        """Return a layer normalization over C channels; it takes any number of spatial axes.
+
+        Raises:
+            ConfigError: It would normalize single numbers.
+        """
+        require_features("layer_norm", num_channels, spatial_dims, over=self.over)
         return (SampleLayerNorm if self.over == "sample" else ChannelLayerNorm)(num_channels, eps=self.eps)
 
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.norms._batch import per_channel
+from fednorm.norms._features import require_features
 from fednorm.norms.layer_norm import ChannelLayerNorm, SampleLayerNorm
 from fednorm.norms.rms_norm import RMSNormLayer
 from fednorm.optim.hidden import hidden_layers
@@ -139,10 +140,14 @@ class NaP(Norm):
         check_options("nap", self.affine, self.decay, self.every)
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
-        """Return a NaP layer over C channels; it takes any number of spatial axes."""
-        del spatial_dims
+        """Return a NaP layer over C channels; it takes any number of spatial axes.
+
+        Raises:
+            ConfigError: It would normalize single numbers.
+        """
         if self.statistics == "rms_norm":
             return NaPRMSNorm(num_channels, over=self.over, eps=self.eps, offset=self.offset)
+        require_features("nap", num_channels, spatial_dims, over=self.over)
         kind = NaPSampleLayerNorm if self.over == "sample" else NaPChannelLayerNorm
         return kind(num_channels, eps=self.eps, offset=self.offset)
 

@@ -55,7 +55,7 @@ class SwitchNormLayer(BatchLayer):
             DataError: The input's shape is wrong.
         """
         self._check_input_dim(x)
-        if len(self.mean_weight) == 3:
+        if x.ndim > 2 and len(self.mean_weight) == 3:
             axes = tuple(range(2, x.ndim))
             own_mean = x.mean(axes)
             own_var = (x - per_channel(own_mean, x)).square().mean(axes)
@@ -64,8 +64,10 @@ class SwitchNormLayer(BatchLayer):
         layer_mean = own_mean.mean(1, keepdim=True)
         layer_var = (own_var + (own_mean - layer_mean).square()).mean(1, keepdim=True)
         batch_mean, batch_var = self._batch_moments(own_mean, own_var)
-        mean = _mixture(self.mean_weight, own_mean, layer_mean, batch_mean)
-        factor = self.weight * (_mixture(self.var_weight, own_var, layer_var, batch_var) + self.eps).rsqrt()
+        # Features have no moments of their own: where a layer has the gates of a map all the same, two of them count.
+        gates = (self.mean_weight, self.var_weight) if x.ndim > 2 else (self.mean_weight[-2:], self.var_weight[-2:])
+        mean = _mixture(gates[0], own_mean, layer_mean, batch_mean)
+        factor = self.weight * (_mixture(gates[1], own_var, layer_var, batch_var) + self.eps).rsqrt()
         return torch.addcmul(per_channel(self.bias, x), x - per_channel(mean, x), per_channel(factor, x))
 
     def _batch_moments(self, own_mean: Tensor, own_var: Tensor) -> tuple[Tensor, Tensor]:
