@@ -17,7 +17,7 @@ from fednorm.errors import ConfigError, FedNormError
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.trial import one_round
 from fednorm.inputs import Example
-from fednorm.norms import NORMS, spec_of
+from fednorm.norms import NORMS, norm_spec, spec_of
 from fednorm.registry import strategy_names, strategy_spec
 from fednorm.rng import torch_stream
 from fednorm.strangers import load_model
@@ -151,6 +151,8 @@ def check(
     chosen, wanted = list(strategies or strategy_names()), list(norms or NORMS)
     for strategy in chosen:
         strategy_spec(strategy)
+    for norm in wanted:
+        norm_spec(norm)
     module = _light(load_model(model) if isinstance(model, str) else model)
     with remembered():
         seen = observe(module) if steps else Observation(reason="not run")

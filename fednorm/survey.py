@@ -114,11 +114,16 @@ def markdown_page(rows: Iterable[Row]) -> str:
 def markdown_row(row: Row) -> str:
     """Return one line of the table."""
     if "error" in row:
-        return f"| {row['model']} | | {row['error']} |{' |' * (len(COLUMNS) + 1)}"
-    layers = ", ".join(f"{count} {kind}" for kind, count in row["layers"].items()) or "none"
+        return f"| {_cell(row['model'])} | | {_cell(row['error'])} |{' |' * (len(COLUMNS) + 1)}"
+    layers = ", ".join(f"{count} {_cell(kind)}" for kind, count in row["layers"].items()) or "none"
     cells = ["–" if row[key] is None else str(row[key]) for key in COLUMNS]
-    step = ", ".join(f"fails: {name}" for name in row.get("failures", {})) or "works"
-    return f"| {row['model']} | {row['parameters']:,} | {layers} | {' | '.join(cells)} | {step} |"
+    step = "not run" if "failures" not in row else ", ".join(f"fails: {name}" for name in row["failures"]) or "works"
+    return f"| {_cell(row['model'])} | {row['parameters']:,} | {layers} | {' | '.join(cells)} | {step} |"
+
+
+def _cell(text: str) -> str:
+    """Return text that stays in its cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _reasons(rows: Iterable[Row]) -> list[str]:

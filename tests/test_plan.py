@@ -332,3 +332,56 @@ def test_what_a_record_keeps_of_the_entries() -> None:
     assert by_key["0.weight"] == {"key": "0.weight", **weight}
     assert (by_key["1.running_var"]["kind"], by_key["1.running_var"]["role"]) == ("var", "local")
     assert plan.bytes_by_role() == {"shared": 48 + 16, "local": 4 * 16 + 8, "pooled": 0, "reset": 0}
+
+
+# Every remedy that a refusal names, done ------------------------------------------------------------------------------
+
+
+def test_the_remedies_of_a_rule_that_would_do_nothing_help() -> None:
+    with pytest.raises(RoleError, match=r"fednorm\.convert\(model, 'batch_norm'\); or strategy 'fedavg'") as refused:
+        SiloBN(small("group_norm"))
+    assert "built with" not in str(refused.value)
+    assert SiloBN(convert(small("group_norm"), "batch_norm")).plan.count(Role.LOCAL) == 3
+    with pytest.raises(RoleError, match="built with norm 'batch_norm'; or strategy 'fedavg'"):
+        FedBN(small("none"))
+    assert FedBN(small("batch_norm")).plan.count(Role.LOCAL) == 5
+    for norm in ("group_norm", "none"):
+        FedAvg(small(norm))
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "none"])
+def test_the_remedies_of_fedwon_help(norm: str) -> None:
+    with pytest.raises(RoleError, match=r"norm 'sws'.*strategy 'fedavg'"):
+        FedWon(small(norm))
+    FedWon(convert(small(norm), "sws"))
+    FedAvg(small(norm))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda: torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d), marks=pytest.mark.slow
+        ),
+        pytest.param(lambda: timm.layers.freeze_batch_norm_2d(timm.create_model("resnet18")), marks=pytest.mark.slow),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), torchvision.ops.FrozenBatchNorm2d(4), nn.Flatten()),
+    ],
+    ids=["torchvision", "timm", "sequence"],
+)
+def test_frozen_batch_norms_are_constants_and_the_way_to_fedbn_ends(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    plan = FedAvg(model).plan
+    frozen = [path for path, module in model.named_modules() if "Frozen" in type(module).__name__]
+    assert plan.count(Role.CONSTANT) == 4 * len(frozen) > 0
+    with pytest.raises(RoleError, match=r"fednorm\.convert\(model, 'batch_norm'\)"):
+        FedBN(model)
+    assert FedBN(convert(model, "batch_norm")).plan.count(Role.LOCAL) == 5 * len(frozen)
+    assert FedBN(convert(model, "group_norm")).plan.count(Role.LOCAL) == 2 * len(frozen)
+
+
+def test_the_remedy_of_lazy_layers_helps() -> None:
+    model = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    with pytest.raises(RoleError, match="one forward pass"):
+        FedBN(model)
+    model(torch.zeros(2, 3))
+    assert FedBN(model).plan.count(Role.LOCAL) == 5
