@@ -33,6 +33,9 @@ from fednorm.inputs import Example, examples
 from fednorm.rng import torch_seeded, torch_stream
 from fednorm.spec import HookedLayer
 
+SMALL = 2
+"""Inputs that are tried with a real forward pass before anything else."""
+
 TRIES = 8
 """Inputs to try where shapes alone cannot tell what a model takes, each with a real forward pass."""
 
@@ -141,22 +144,26 @@ def trainable_copy(model: nn.Module) -> nn.Module:
 def find_example(trial: nn.Module) -> tuple[Example | None, str]:
     """Find an input that a model takes; the copy given may be changed.
 
-    Shapes are tried on the meta device, which computes nothing; where the model needs values, on its own device.
+    The first candidates are small and are tried at once. Then shapes are tried on the meta device, which computes
+    nothing; where the model needs values, some more on its own device.
 
     Returns:
         The input and the empty string, or None and why there is none.
     """
-    candidates = list(examples(trial))
+    device, candidates, reason = _device(trial), list(examples(trial)), "nothing says what inputs it takes"
+    tried = len(candidates) if device.type == "meta" else SMALL
+    for example in candidates[:tried]:
+        reason = _takes(trial, example, device)
+        if not reason:
+            return example, ""
     with contextlib.suppress(Exception):
         shapes = copy.deepcopy(trial).to("meta")
-        for example in candidates:
-            if _takes(shapes, example, torch.device("meta")) == "":
-                if _device(trial).type == "meta" or _takes(trial, example, _device(trial)) == "":
-                    return example, ""
-                break
-    reason = "nothing says what inputs it takes"
-    for example in candidates[:TRIES]:
-        reason = _takes(trial, example, _device(trial))
+        fitting = (example for example in candidates[tried:] if not _takes(shapes, example, torch.device("meta")))
+        example = next(fitting)
+        if not _takes(trial, example, device):
+            return example, ""
+    for example in candidates[tried:TRIES]:
+        reason = _takes(trial, example, device)
         if not reason:
             return example, ""
     return None, f"no input was found that it takes; the last try, of shape (2, {_shape(example)}), gave {reason}"

@@ -72,7 +72,8 @@ def check_row(name: str, *, steps: bool = True) -> Row:
         "constant": max((v.plan.get("constant", 0) for v in report.strategies if v.plan is not None), default=0),
         **_plans(report),
         **{v.name: None if v.refusal else len(v.layers) for v in report.norms},
-        "refusals": {v.name: v.refusal for v in (*report.strategies, *report.norms) if v.refusal},
+        "refusals": {v.name: v.refusal for v in report.strategies if v.refusal}
+        | {v.name: v.refusal for v in report.norms if v.refusal},
     }
     if steps:
         own = {} if report.step.ok else {"the model itself": report.step.failure}
