@@ -23,13 +23,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion_report import (
+    COMPUTED,
+    DECLARE,
+    DECLARED_NONE,
+    NO_CONSTANT,
+    NOT_2D,
+    UNKNOWN,
+    ConversionReport,
+    Left,
+)
 from fednorm.errors import ConfigError
 from fednorm.insertion import hidden_weights, insert, is_activation
 from fednorm.layout import Example, Site, require_layout, run_example, sites
@@ -41,6 +50,8 @@ from fednorm.rng import torch_seeded
 from fednorm.same_method import SameMethod
 from fednorm.spec import Norm
 from fednorm.surroundings import Surroundings, copy_of, named, own_tensors, reparameterized, require_convertible
+
+__all__ = ["ChannelsLast", "ConversionReport", "Left", "convert", "convert_with_report"]
 
 _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -59,46 +70,6 @@ _OTHER_CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-_SHOWN = 8
-
-
-@dataclass(frozen=True)
-class Left:
-    """A module that a conversion looked at and left as it is.
-
-    Attributes:
-        path: Where it stands.
-        type: The name of its class.
-        reason: Why it was left.
-    """
-
-    path: str
-    type: str
-    reason: str
-
-
-@dataclass
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        norm: The method that was put in.
-        layers: Paths of the normalization layers that are the method's now: replaced, or the method's already.
-        inserted: Paths of the activations before which a layer was put, in a network that had none.
-        convolutions: Paths of the convolutions that are the method's now.
-        activations: Paths of the activations that were multiplied by their constant.
-        left: What was looked at and left: layers that normalize by an unknown formula, convolutions and activations
-            that the method has nothing for, classes that were declared to be no normalization layer.
-        notes: What a reader of the results should know, one sentence each.
-    """
-
-    norm: Norm
-    layers: list[str] = field(default_factory=list)
-    inserted: list[str] = field(default_factory=list)
-    convolutions: list[str] = field(default_factory=list)
-    activations: list[str] = field(default_factory=list)
-    left: list[Left] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class ChannelsLast(nn.Module):
@@ -242,37 +213,18 @@ class _Conversion:
 
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
-        report, name = self.report, type(before).__name__
-        unknown = [left for left in report.left if left.reason == _UNKNOWN]
+        report, unknown = self.report, self.report.unknown()
         if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
             raise ConfigError(
-                f"{name} has no normalization layer that {type(self.norm).__name__} could replace, so converting it "
-                "would change nothing. "
+                f"{type(before).__name__} has no normalization layer that {type(self.norm).__name__} could replace, so "
+                "converting it would change nothing. "
                 + (
-                    f"Of unknown formula: {_listed(unknown)}. {_DECLARE.format(kind=unknown[0].type)}"
-                    if unknown
-                    else "Give a model with one of nn.BatchNorm*, nn.GroupNorm, nn.LayerNorm or "
-                    "nn.InstanceNorm* (functional calls cannot be seen), or build it with the norm in the first place."
+                    unknown
+                    or "Give a model with one of nn.BatchNorm*, nn.GroupNorm, nn.LayerNorm or nn.InstanceNorm* "
+                    "(functional calls cannot be seen), or build it with the norm in the first place."
                 )
             )
-        if unknown:
-            report.notes.append(
-                f"Left as they are, for their formula is unknown: {_listed(unknown)}. "
-                + _DECLARE.format(kind=unknown[0].type)
-            )
-        if self.norm.residual_alpha is not None:
-            report.notes.append(
-                "Residual scaling (alpha, beta, skip gains) is not applied: where a foreign model adds its branches is "
-                "not visible. fednorm's own residual models have it."
-            )
-        if self._scales_activations() and not report.activations:
-            report.notes.append("No activation module was found to scale; functional activations cannot be seen.")
-        bare = sorted({left.type for left in report.left if left.reason == _NO_CONSTANT})
-        if bare:
-            report.notes.append(f"Left without a constant, for want of one: {', '.join(bare)}.")
-        other = sorted({left.type for left in report.left if left.reason == _NOT_2D})
-        if other:
-            report.notes.append(f"Only nn.Conv2d is converted; left as they are: {', '.join(other)}.")
+        report.write_notes(scales=self._scales_activations())
 
     def _replacement(self, module: nn.Module) -> _Replace | None:
         if id(module) in self.sites:
@@ -294,21 +246,23 @@ class _Conversion:
         declaration = declaration_of(module)
         kind = type(module)
         if declaration is not None:
-            self._leave(module, path, _DECLARED_NONE)
+            self._leave(module, path, DECLARED_NONE)
             return
         table = specs_by_layer()
         anchor = anchor_of(kind, table)
         if anchor is not None and anchor is not kind and recognize(module, table) is None:
             raise ConfigError(
                 f"Layer {named(path, module)} descends from {anchor.__name__}, but its forward pass is its own and "
-                f"computes something else, so what takes its place is unknown. {_DECLARE.format(kind=kind.__name__)}"
+                f"computes something else, so what takes its place is unknown. {DECLARE.format(kind=kind.__name__)}"
             )
         if ".parametrizations." in f".{path}.":
             return
+        if reparameterized(module):
+            self._leave(module, path, COMPUTED)
         if self.rebuilds_convolutions and isinstance(module, _OTHER_CONVOLUTIONS):
-            self._leave(module, path, _NOT_2D)
+            self._leave(module, path, NOT_2D)
         elif _may_normalize(module):
-            self._leave(module, path, _UNKNOWN)
+            self._leave(module, path, UNKNOWN)
 
     def _leave(self, module: nn.Module, path: str, reason: str) -> None:
         self.report.left.append(Left(path, type(module).__name__, reason))
@@ -422,6 +376,7 @@ class _Conversion:
         except ConfigError as error:
             raise ConfigError(f"Convolution {path or 'the model itself'!r}: {error}") from error
         if type(new) is nn.Conv2d and not isinstance(old, SWSConv2d | WSConv2d):
+            self._look_at(old, path)
             if old.bias is None and new.bias is not None:
                 old.bias = _zero_bias(old)
             return self._inside(old, path, ancestors)
@@ -465,7 +420,7 @@ class _Conversion:
         scaled = None if name is None else self.norm.activation(name)
         if not isinstance(scaled, ScaledActivation):
             if name is None:
-                self._leave(old, path, _NO_CONSTANT)
+                self._leave(old, path, NO_CONSTANT)
             return old
         self.report.activations.append(path)
         new = ScaledActivation(old, scaled.gamma)
@@ -478,23 +433,9 @@ class _Conversion:
 
 _Replace = Callable[[nn.Module, str, tuple[nn.Module, ...]], nn.Module]
 
-_UNKNOWN = "it may normalize, by a formula that fednorm does not know"
-_DECLARED_NONE = "its class was declared to be no normalization layer"
-_NO_CONSTANT = "the method has no constant for this activation"
-_NOT_2D = "the method has a convolution in place of nn.Conv2d only"
-_DECLARE = (
-    "Say what it is like, fednorm.declare({kind}, like=nn.LayerNorm), or that it is to be left, "
-    "fednorm.declare({kind}, like=None)."
-)
-
 
 def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _listed(modules: list[Left]) -> str:
-    shown = ", ".join(f"{left.path or 'the model itself'} ({left.type})" for left in modules[:_SHOWN])
-    return shown if len(modules) <= _SHOWN else f"{shown} and {len(modules) - _SHOWN} more"
 
 
 def _may_normalize(module: nn.Module) -> bool:

@@ -53,7 +53,8 @@ def declare(
             ``gelu``, ``silu``, ``elu``, ``tanh``, ``leaky_relu``), a class that is made without arguments, or a
             function that is given the layer and makes it.
         tensors: For each tensor that the class owns, what it is: a :class:`~fednorm.roles.Kind` or its value
-            (``scale``, ``shift``, ``mean``, ``var``, ``count``, ...). Needed where its names are not those of ``like``.
+            (``scale``, ``shift``, ``mean``, ``var``, ``count``, ...). Needed where its names are not those of ``like``;
+            gamma and scale, beta and shift are understood.
 
     Returns:
         The class.

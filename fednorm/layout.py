@@ -8,7 +8,7 @@ a model registers its layers is any.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from fednorm.surroundings import named
 
 Example = Tensor | Sequence[Any] | Mapping[str, Any]
 """One forward pass's input: a tensor, positional arguments, or keyword arguments."""
+
+Shape = tuple[int, ...]
 
 _TORCH_BLOCKS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder)
 _SAME_SHAPE = (nn.Identity, dropout._DropoutNd)
@@ -81,19 +83,51 @@ class _Shapes:
         self.batch_axes: dict[int, int] = {}
         if example is None:
             return
-        seen = _run(model, known, example)
+        seen, output = _run(model, known, example)
         self.dims = {key: tuple(sorted({len(shape) - 2 for shape in shapes})) for key, shapes in seen.items()}
-        try:
-            twice = _run(model, known, _map(example, lambda x: torch.cat([x, x])))
-        except ConfigError:
-            return
-        for key, shapes in seen.items():
-            axes = [
-                {axis for axis, (a, b) in enumerate(zip(one, two, strict=False)) if a != b}
-                for one, two in zip(shapes, twice.get(key, []), strict=False)
-            ]
-            if axes and all(len(found) == 1 and found == axes[0] for found in axes):
-                self.batch_axes[key] = axes[0].pop()
+        for axis in (0, 1):
+            twice = _doubled(model, known, example, axis, output)
+            if twice is not None:
+                self._compare(seen, twice)
+                return
+
+    def _compare(self, once: Mapping[int, list[Shape]], twice: Mapping[int, list[Shape]]) -> None:
+        for key, shapes in once.items():
+            axes = [_longer(one, two) for one, two in zip(shapes, twice.get(key, []), strict=False)]
+            if axes and axes[0] is not None and axes == axes[:1] * len(axes):
+                self.batch_axes[key] = axes[0]
+
+
+def _longer(one: Shape, two: Shape) -> int | None:
+    """Return the one axis in which two shapes differ; None where there is none, or several."""
+    axes = [axis for axis, (a, b) in enumerate(zip(one, two, strict=False)) if a != b]
+    return axes[0] if len(axes) == 1 and len(one) == len(two) else None
+
+
+def _doubled(
+    model: nn.Module, known: Mapping[int, Any], example: Example, axis: int, output: Any
+) -> dict[int, list[Shape]] | None:
+    """Return the shapes that layers see where an example is doubled along an axis; None unless that is the batch's.
+
+    It is where the first half of the output does not depend on the second half of the input.
+    """
+    try:
+        seen, same = _run(model, known, _map(example, axis, lambda x: torch.cat([x, x], axis)))
+        _, other = _run(model, known, _map(example, axis, lambda x: torch.cat([x, _another(x)], axis)))
+    except ConfigError:
+        return None
+    if not all(isinstance(value, Tensor) for value in (output, same, other)):
+        return None
+    longer = _longer(tuple(output.shape), tuple(same.shape))
+    if longer is None or same.shape[longer] != 2 * output.shape[longer]:
+        return None
+    one, two = (value.narrow(longer, 0, output.shape[longer]) for value in (same, other))
+    return seen if torch.allclose(one, two, rtol=1e-4, atol=1e-5) else None
+
+
+def _another(x: Tensor) -> Tensor:
+    """Return another tensor of the same shape; whole numbers, which may be positions in a table, keep their range."""
+    return 2 * x.flip(-1) + 1 if x.is_floating_point() else x.flip(-1)
 
 
 def run_example(model: nn.Module, example: Example, what: str) -> Any:
@@ -116,29 +150,33 @@ def run_example(model: nn.Module, example: Example, what: str) -> Any:
             module.training = mode
 
 
-def _run(model: nn.Module, known: Mapping[int, Any], example: Example) -> dict[int, list[tuple[int, ...]]]:
-    seen: defaultdict[int, list[tuple[int, ...]]] = defaultdict(list)
+def _run(model: nn.Module, known: Mapping[int, Any], example: Example) -> tuple[dict[int, list[Shape]], Any]:
+    """Return the shapes of the inputs that layers get from an example, call by call, and the output."""
+    seen: defaultdict[int, list[Shape]] = defaultdict(list)
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen[id(module)] += [tuple(x.shape) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)][:1]
 
-    handles = [module.register_forward_pre_hook(watch, with_kwargs=True) for module in model.modules()
-               if id(module) in known]  # fmt: skip
+    layers = [module for module in model.modules() if id(module) in known]
+    handles = [layer.register_forward_pre_hook(watch, with_kwargs=True) for layer in layers]
     try:
-        run_example(model, example, "The model, before any conversion,")
+        output = run_example(model, example, "The model, before any conversion,")
     finally:
         for handle in handles:
             handle.remove()
-    return seen
+    return seen, output
 
 
-def _map(example: Example, function: Any) -> Example:
+def _map(example: Example, axis: int, function: Callable[[Tensor], Tensor]) -> Example:
+    """Apply a function to every tensor of an example that has an axis."""
+
     def one(value: Any) -> Any:
-        return function(value) if isinstance(value, Tensor) and value.ndim else value
+        return function(value) if isinstance(value, Tensor) and value.ndim > axis else value
 
     if isinstance(example, Mapping):
         return {key: one(value) for key, value in example.items()}
-    return one(example) if isinstance(example, Tensor) else [one(value) for value in example]  # type: ignore[no-any-return]
+    mapped: Example = one(example) if isinstance(example, Tensor) else [one(value) for value in example]
+    return mapped
 
 
 def _dims_in_sequences(model: nn.Module, known: Mapping[int, Any]) -> dict[int, tuple[int, ...]]:

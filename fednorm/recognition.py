@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from fednorm.probing import Match, probe
+from fednorm.roles import Kind
 from fednorm.spec import NormSpec, TensorSpec
 
 Table = Mapping[type[nn.Module], NormSpec]
@@ -33,6 +34,7 @@ Table = Mapping[type[nn.Module], NormSpec]
 MakeActivation = Callable[[nn.Module], nn.Module]
 
 ALL_DIMS = (0, 1, 2, 3)
+_USUAL = {"gamma": Kind.SCALE, "scale": Kind.SCALE, "beta": Kind.SHIFT, "shift": Kind.SHIFT}
 _OURS = ("torch.nn.modules.", "fednorm.")
 _ONLY_CHECKS = frozenset({"_check_input_dim"})
 _ALWAYS_USED = frozenset({"__call__", "_call_impl", "__getattr__", "__getattribute__"})
@@ -213,7 +215,7 @@ def _as_declared(module: nn.Module, said: Declaration, like: type[nn.Module], ta
     spec = spec_in(anchor, table)
     first = said.channels_first
     return Recognition(
-        spec=spec if said.tensors is None else dataclasses.replace(spec, tensors=said.tensors),
+        spec=dataclasses.replace(spec, tensors=said.tensors or _tensors_of(module, spec)),
         channels=channels_of(module),
         channels_last=channels_last_of(anchor) if first is None else not first,
         dims=_dims_of(anchor),
@@ -221,6 +223,16 @@ def _as_declared(module: nn.Module, said: Declaration, like: type[nn.Module], ta
         activation=said.activation,
         declared=True,
     )
+
+
+def _tensors_of(module: nn.Module, spec: NormSpec) -> Mapping[str, TensorSpec]:
+    """Return what the tensors of a declared class are where that was not said: those of its like, or a usual name's."""
+    known = dict(spec.tensors)
+    for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        kind = _USUAL.get(name) if tensor.ndim else Kind.COUNT
+        if name not in known and kind is not None:
+            known[name] = TensorSpec(kind)
+    return known
 
 
 def _from_match(match: Match, table: Table) -> Recognition:

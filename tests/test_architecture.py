@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
     ("fednorm.data", "fednorm.norms", "fednorm.declaration", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.surroundings",),
-    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method"),
+    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
     ("fednorm.models", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),

@@ -216,7 +216,7 @@ class ScaleNorm(nn.Module):
 
 def patched() -> nn.Module:
     layer = nn.LayerNorm(8)
-    layer.forward = lambda x: x.sin()  # type: ignore[method-assign]
+    layer.forward = lambda x: x.sin()  # type: ignore[method-assign, assignment]
     return layer
 
 
@@ -264,6 +264,20 @@ def test_a_declaration_is_the_last_word() -> None:
     spec = spec_of(Handwritten(8))
     assert spec is not None
     assert {name: tensor.kind.value for name, tensor in spec.tensors.items()} == {"gamma": "scale", "beta": "shift"}
+
+
+def test_usual_names_of_a_declared_class_are_understood_and_others_are_not() -> None:
+    class Centred(nn.Module):
+        def __init__(self, *names: str) -> None:
+            super().__init__()
+            for name in names:
+                self.register_parameter(name, nn.Parameter(torch.ones(8)))
+
+    fednorm.declare(Centred, like=nn.LayerNorm)
+    spec = spec_of(Centred("gamma", "beta", "mystery"))
+    assert spec is not None
+    kinds = {name: tensor.kind.value for name, tensor in spec.tensors.items()}
+    assert kinds == {"weight": "scale", "bias": "shift", "gamma": "scale", "beta": "shift"}
 
 
 def test_descendants_of_a_declared_class_count_unless_they_compute_otherwise() -> None:
