@@ -48,10 +48,12 @@ def examples(model: nn.Module) -> Iterator[Example]:
 
 
 def _all(model: nn.Module) -> Iterator[Example]:
-    named = _named_sizes(model)
+    named = list(dict.fromkeys(size for value in _named(model) if (size := _plane(value)) is not None))
     sides = [(side, side) for side in SIDES]
     # A small image costs less; a model that names a size often takes no other.
     planes = [*sides[:2], *named, *sides[2:]]
+    # Where the model names channels too, they count: its first convolution may come after a transform.
+    yield from _named_images(model)
     firsts = list(dict.fromkeys(first for module in model.modules() if (first := _takes(module)) is not None))[:4]
     for kind, channels in firsts:
         if kind == "image":
@@ -101,14 +103,20 @@ def _takes(module: nn.Module) -> tuple[str, int] | None:
     return None
 
 
-def _named_sizes(model: nn.Module) -> list[tuple[int, int]]:
-    """Return the heights and widths that a model or one of its children names."""
-    found: list[Any] = []
+def _named(model: nn.Module) -> Iterator[Any]:
+    """Yield what a model or one of its children says of its input's size, in whatever form."""
     for module in (model, *model.children()):
         for config in (getattr(module, name, None) for name in ("default_cfg", "pretrained_cfg", "config")):
-            found += [_get(config, "input_size"), _get(config, "image_size")]
-        found += [getattr(module, name, None) for name in ("input_size", "image_size", "img_size")]
-    return list(dict.fromkeys(size for value in found if (size := _plane(value)) is not None))
+            yield from (_get(config, "input_size"), _get(config, "image_size"))
+        yield from (getattr(module, name, None) for name in ("input_size", "image_size", "img_size"))
+
+
+def _named_images(model: nn.Module) -> Iterator[Example]:
+    """Yield images with the channels that the model names, small first, where its first convolution takes others."""
+    first = next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    for value in _named(model):
+        if isinstance(value, tuple | list) and len(value) == 3 and (plane := _plane(value)) and value[0] != first:
+            yield from (Example((int(value[0]), *size)) for size in ((SIDES[1], SIDES[1]), plane))
 
 
 def _get(config: Any, key: str) -> Any:

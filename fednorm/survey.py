@@ -62,7 +62,8 @@ def check_row(name: str, *, steps: bool = True) -> Row:
         None where it is refused. ``refusals``: what each refusal says. ``failures``: what each step that failed says.
     """
     try:
-        report = check(load_model(name, device="meta"), strategies=STRATEGIES, norms=NORMS, steps=steps)
+        model = load_model(name, device="meta")
+        report = check(model, strategies=STRATEGIES, norms=NORMS, steps=steps)
     except FedNormError as error:
         return {"model": name, "error": str(error)}
     row = {
@@ -72,13 +73,20 @@ def check_row(name: str, *, steps: bool = True) -> Row:
         "constant": max((v.plan.get("constant", 0) for v in report.strategies if v.plan is not None), default=0),
         **_plans(report),
         **{v.name: None if v.refusal else len(v.layers) for v in report.norms},
-        "refusals": {v.name: v.refusal for v in report.strategies if v.refusal}
-        | {v.name: v.refusal for v in report.norms if v.refusal},
+        "refusals": {
+            verdict: sentence.replace(type(model).__name__, "model")  # one sentence of many models
+            for verdict, sentence in _sentences(report)
+        },
     }
     if steps:
-        own = {} if report.step.ok else {"the model itself": report.step.failure}
-        row["failures"] = own | {v.name: v.step.failure for v in report.norms if not v.refusal and not v.step.ok}
+        failures = {v.name: v.step.failure for v in report.norms if not v.refusal and not v.step.ok}
+        row["failures"] = failures if report.step.ok else {"the model itself": report.step.failure}
     return row
+
+
+def _sentences(report: ModelReport) -> Iterator[tuple[str, str]]:
+    yield from ((verdict.name, verdict.refusal) for verdict in report.strategies if verdict.refusal)
+    yield from ((verdict.name, verdict.refusal) for verdict in report.norms if verdict.refusal)
 
 
 def _plans(report: ModelReport) -> dict[str, int | None]:
