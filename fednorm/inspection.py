@@ -256,9 +256,9 @@ def _make(name: str, model: nn.Module) -> NormStrategy:
 def _norm(name: str, model: nn.Module, seen: Observation, *, steps: bool) -> NormVerdict:
     done, refusal = _attempt(lambda: convert_with_report(model, name))
     remark: tuple[str, ...] = ()
-    if done is None and seen.example is not None:
+    if done is None and (example := observe(model).example) is not None:
         # What a layer's input looks like may have to be seen.
-        images = _random_batch(model, seen.example)
+        images = _random_batch(model, example)
         done, _ = _attempt(lambda: convert_with_report(model, name, example_inputs=images))
         remark = (f"Converted with example_inputs of shape {tuple(images.shape)}; without: {refusal}",)
     if done is None:

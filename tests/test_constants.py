@@ -192,6 +192,14 @@ def test_an_input_is_guessed_from_the_layers(model: Callable[[], nn.Module], sha
     assert (seen.reason, seen.example and seen.example.shape) == ("", shape)
 
 
+def test_an_input_has_the_size_and_the_channels_that_the_model_names() -> None:
+    model = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 2, 3), nn.Flatten(), nn.Linear(2 * 23 * 23, 2))
+    model.default_cfg = {"input_size": (3, 100, 100)}
+    assert observe(model).example == Example((3, 100, 100))
+    model.default_cfg = {}
+    assert observe(model).reason.startswith("no input was found that it takes; the last try, of shape (2, 48, ")
+
+
 def test_values_are_used_where_shapes_do_not_do() -> None:
     class Branching(Stateful):
         def forward(self, x: Tensor) -> Tensor:
