@@ -19,12 +19,12 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
     ("fednorm.limits", "fednorm.memory"),
-    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config"),
-    ("fednorm.probing", "fednorm.recognition"),
+    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.continual_config", "fednorm.tensor_kinds"),
+    ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
     ("fednorm.data", "fednorm.norms", "fednorm.declaration", "fednorm.optim", "fednorm.diagnostics"),
     ("fednorm.surroundings",),
     ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
-    ("fednorm.models", "fednorm.conversion", "fednorm.plan"),
+    ("fednorm.models", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
     ("fednorm.registry",),
     ("fednorm.step", "fednorm.recalibration"),
     (
@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
     ("strategies", "scenarios"),
-    ("fednorm.study", "fednorm.api"),
+    ("fednorm.study", "fednorm.api", "fednorm.strangers", "fednorm.inspection", "fednorm.survey"),
     ("fednorm.report",),
     ("fednorm.verify", "fednorm.bench"),
     ("fednorm.cli",),
@@ -142,7 +142,8 @@ def test_only_the_registry_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.registry"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue"
+        "fednorm", "fednorm.registry", "fednorm.models", "fednorm.norms", "fednorm.commands.catalogue",
+        "fednorm.strangers",
     }  # fmt: skip
 
 
@@ -210,7 +211,18 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "declare", "federated", "load"}
+    names = {
+        "__version__",
+        "check",
+        "compare",
+        "continual",
+        "convert",
+        "declare",
+        "declare_tensors",
+        "federated",
+        "load",
+    }
+    assert set(fednorm.__all__) >= names
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 
