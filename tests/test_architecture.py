@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fednorm.study.integrity",
         "fednorm.study.files",
         "fednorm.study.leftovers",
+        "fednorm.study.versions",
     ),
     ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
     ("strategies", "scenarios"),
