@@ -18,17 +18,32 @@ if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
     from fednorm.declaration import declare
+    from fednorm.inspection import check
+    from fednorm.tensor_kinds import declare_tensors
 
-__all__ = ["__version__", "compare", "continual", "convert", "declare", "federated", "load"]
+__all__ = [
+    "__version__",
+    "check",
+    "compare",
+    "continual",
+    "convert",
+    "declare",
+    "declare_tensors",
+    "federated",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.conversion", "declare": "fednorm.declaration"} | dict.fromkeys(
-        ("compare", "continual", "federated", "load"), "fednorm.api"
-    )
+    homes = {
+        "check": "fednorm.inspection",
+        "convert": "fednorm.conversion",
+        "declare": "fednorm.declaration",
+        "declare_tensors": "fednorm.tensor_kinds",
+    } | dict.fromkeys(("compare", "continual", "federated", "load"), "fednorm.api")
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(import_module(homes[name]), name)

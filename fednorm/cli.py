@@ -328,6 +328,21 @@ def explain(
     run_explain(name, as_json=as_json)
 
 
+@app.command()
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="torchvision:NAME, timm:NAME, a name of ours, or PACKAGE.MODULE:NAME.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Check torchvision's classifiers and many of timm's.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --all: print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what every strategy and every conversion would make of a model, and try a training step of each."""
+    from fednorm.commands.check import run_check
+
+    run_check(model, every=every, markdown=markdown, as_json=as_json)
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
 verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 app.add_typer(bench_app, name="bench")

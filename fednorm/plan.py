@@ -1,22 +1,30 @@
 """The norm plan: for every entry of a model's state dict, what it is and what the federation does with it.
 
 Kinds come from the layer's *type* (or its nearest ancestor), never from its name: on a ResNet-18 with torchvision's
-names, a test for ``bn`` in the key misses 15 of the 100 BatchNorm entries (``downsample.1``). A strategy's
+names, a test for ``bn`` in the key misses 15 of the 100 BatchNorm entries (``downsample.1``). What counts is, in this
+order, what the user declared (:func:`~fednorm.tensor_kinds.declare_tensors`), the card of the norm that speaks for
+the type, and what a look shows: a buffer that two steps of training do not write is a constant
+(:mod:`fednorm.buffers`), a parameter is a weight unless its layer normalizes (:mod:`fednorm.structure`). A strategy's
 :class:`~fednorm.roles.RoleRule` turns kinds into roles. What the plan cannot place, it refuses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from fednorm.buffers import Observation, observe
 from fednorm.errors import RoleError
-from fednorm.norms import spec_of
+from fednorm.norms import recognition_of, spec_of
+from fednorm.recognition import declaration_of
 from fednorm.roles import Kind, Role, RoleRule
+from fednorm.structure import normalizes, per_channel
+from fednorm.tensor_kinds import declared_tensors
 
 
 @dataclass(frozen=True)
@@ -93,13 +101,20 @@ class NormPlan:
                 yield means[entry.layer], entry.key
 
     def summary(self, num_clients: int) -> dict[str, int]:
-        """Return the numbers of entries by role, and the bytes that a round with ``num_clients`` clients sends."""
-        counts = {role.value: self.count(role) for role in Role}
+        """Return the numbers of entries by role, and the bytes that a round with ``num_clients`` clients sends.
+
+        Constants are counted where there are any.
+        """
+        counts = {role.value: self.count(role) for role in self._roles}
         return {**counts, "bytes_per_round": 2 * num_clients * self.bytes_sent}
 
     def bytes_by_role(self) -> dict[str, int]:
-        """Return the bytes of one client's copy of the entries, by role."""
-        return {role.value: sum(entry.nbytes for entry in self.entries if entry.role is role) for role in Role}
+        """Return the bytes of one client's copy of the entries, by role; constants where there are any."""
+        return {role.value: sum(entry.nbytes for entry in self.entries if entry.role is role) for role in self._roles}
+
+    @property
+    def _roles(self) -> tuple[Role, ...]:
+        return tuple(role for role in Role if role is not Role.CONSTANT or self.count(role))
 
     def tensors(self) -> list[dict[str, Any]]:
         """Return what a record keeps of each entry: key, layer, norm, kind, role, shape, and bytes of one copy."""
@@ -120,6 +135,8 @@ class NormPlan:
 def norm_plan(model: nn.Module, rule: RoleRule) -> NormPlan:
     """Place every entry of a model's state dict.
 
+    A model with buffers that no card and no declaration speaks for is copied, and the copy trained for two steps.
+
     Args:
         model: The model.
         rule: The strategy's map from kinds to roles.
@@ -128,10 +145,11 @@ def norm_plan(model: nn.Module, rule: RoleRule) -> NormPlan:
         The plan; it covers the state dict exactly.
 
     Raises:
-        RoleError: A layer owns a tensor whose kind nobody declared, or the rule would do nothing on this model.
+        RoleError: A layer owns a tensor whose kind nobody knows, or the rule would do nothing on this model.
     """
+    _require_shapes(model)
     state = model.state_dict(keep_vars=True)
-    entries = {entry.key: entry for entry in _entries(model, rule) if entry.key in state}
+    entries = {entry.key: entry for entry in _Placing(model, rule).entries() if entry.key in state}
     missing = [key for key in state if key not in entries]
     if missing:
         raise RoleError(
@@ -143,57 +161,131 @@ def norm_plan(model: nn.Module, rule: RoleRule) -> NormPlan:
     return plan
 
 
-def _entries(model: nn.Module, rule: RoleRule) -> Iterator[Entry]:
-    for path, module in model.named_modules(remove_duplicate=False):
-        kind_of, norm = _kinds(path, module)
-        own = [
-            *module.named_parameters(recurse=False, remove_duplicate=False),
-            *module.named_buffers(recurse=False, remove_duplicate=False),
-        ]
-        for name, tensor in own:
-            if name in module._non_persistent_buffers_set:
-                continue
-            kind = kind_of(name, tensor)
-            yield Entry(
-                key=f"{path}.{name}" if path else name,
-                layer=path,
-                layer_type=type(module).__name__,
-                norm=norm,
-                kind=kind,
-                role=rule[kind],
-                shape=tuple(tensor.shape),
-                nbytes=tensor.numel() * tensor.element_size(),
-                dtype=str(tensor.dtype).removeprefix("torch."),
+def _require_shapes(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]):
+            raise RoleError(
+                f"{_where(path, module)} does not know its shape yet. Run one forward pass through a model with lazy "
+                "layers before giving it to a strategy."
             )
 
 
-def _kinds(path: str, module: nn.Module) -> tuple[Callable[[str, Tensor], Kind], str]:
-    """Return how to tell the kind of a module's own tensors, and the name of the method that speaks for it."""
-    where = f"module {path or '(the model itself)'!r} ({type(module).__name__})"
-    spec = spec_of(module)
-    if spec is not None:
+def _where(path: str, module: nn.Module) -> str:
+    return f"module {path or '(the model itself)'!r} ({type(module).__name__})"
 
-        def declared(name: str, tensor: Tensor) -> Kind:
-            if name not in spec.tensors:
-                raise RoleError(
-                    f"{where} owns {name!r} of shape {tuple(tensor.shape)}, which norm {spec.name!r} does not declare; "
-                    f"it declares {', '.join(spec.tensors)}. Add the tensor with its Kind to that norm's SPEC."
+
+class _Placing:
+    """One walk over one model; what costs a look at the model is looked at when it is first needed."""
+
+    def __init__(self, model: nn.Module, rule: RoleRule) -> None:
+        self.model = model
+        self.rule = rule
+        self._normalizing: dict[int, bool | None] = {}
+
+    @cached_property
+    def observation(self) -> Observation:
+        """What training a copy showed."""
+        return observe(self.model)
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield the entry of every tensor that a state dict may hold."""
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            spec = spec_of(module)
+            own = [
+                *module.named_parameters(recurse=False, remove_duplicate=False),
+                *module.named_buffers(recurse=False, remove_duplicate=False),
+            ]
+            for name, tensor in own:
+                kind = self._kind(path, module, name, tensor)
+                if name in module._non_persistent_buffers_set:
+                    continue
+                yield Entry(
+                    key=f"{path}.{name}" if path else name,
+                    layer=path,
+                    layer_type=type(module).__name__,
+                    norm=spec.name if spec else "",
+                    kind=kind,
+                    role=self.rule[kind],
+                    shape=tuple(tensor.shape),
+                    nbytes=tensor.numel() * tensor.element_size(),
+                    dtype=str(tensor.dtype).removeprefix("torch."),
                 )
+
+    def _kind(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> Kind:
+        declared = declared_tensors(type(module))
+        if name in declared:
+            return declared[name]
+        spec = spec_of(module)
+        if spec is not None and name in spec.tensors:
             return spec.tensors[name].kind
+        if not isinstance(tensor, nn.Parameter):
+            return self._buffer(path, module, name, tensor)
+        if spec is not None:
+            raise RoleError(
+                f"{_where(path, module)} owns the parameter {name!r} of shape {tuple(tensor.shape)}, which norm "
+                f"{spec.name!r} does not declare; it declares {', '.join(spec.tensors)}. "
+                f"{_remedy(module, {name: 'scale'})}"
+            )
+        if self._asks(module):
+            own = dict(module.named_parameters(recurse=False))
+            raise RoleError(
+                f"{_where(path, module)} owns the parameter {name!r} of shape {tuple(tensor.shape)} and seems to "
+                f"normalize, but no norm speaks for that type, and {self.rule.why or 'this rule'} treats such layers "
+                f"apart. {_remedy(module, {key: 'shift' if 'bias' in key else 'scale' for key in own})} Where it does "
+                "not normalize, each is a 'weight'. For fednorm.convert, fednorm.declare says what layer it is like."
+            )
+        return Kind.WEIGHT
 
-        return declared, spec.name
-
-    def plain(name: str, tensor: Tensor) -> Kind:
-        learned = isinstance(tensor, nn.Parameter)
-        if learned and "norm" not in type(module).__name__.lower():
-            return Kind.WEIGHT
+    def _buffer(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> Kind:
+        """Return that a buffer is a constant, or refuse it."""
+        seen, place = self.observation, (path, name)
+        about = f"{_where(path, module)} owns the buffer {name!r} of shape {tuple(tensor.shape)}"
+        if name in module._non_persistent_buffers_set:
+            if place in seen.rewritten:
+                raise RoleError(
+                    f"{about}, which training changes step by step and the state dict leaves out: one client's values "
+                    "would be the next one's. Register it with persistent=True. If nothing depends on what is left "
+                    f"there: {_call(module, {name: 'constant'})}."
+                )
+            return Kind.CONSTANT
+        if not seen.reason and place not in seen.written:
+            return Kind.CONSTANT
+        spec = spec_of(module)
+        why = f"whether training writes it is not known, for {seen.reason}" if seen.reason else "which training writes"
+        silent = "no norm speaks for that type"
+        if spec:
+            silent = f"norm {spec.name!r} does not declare it; it declares {', '.join(spec.tensors)}"
+        known = {*declared_tensors(type(module)), *(spec.tensors if spec else ())}
+        kinds = {
+            other: "constant" if seen.reason else "weight" if buffer.is_floating_point() else "count"
+            for other, buffer in module.named_buffers(recurse=False)
+            if other not in known and (seen.reason or (path, other) in seen.written)
+        }
         raise RoleError(
-            f"{where} owns {'the parameter' if learned else 'the buffer'} {name!r} of shape {tuple(tensor.shape)} "
-            "and no norm speaks for that type, so whether it may be averaged is unknown. Declare the type in a norm's "
-            "SPEC (layers and tensors), or replace the layer: fednorm.convert(model, 'group_norm')."
+            f"{about}: {why}, and {silent}. So whether it may be averaged is unknown. {_remedy(module, kinds)}"
         )
 
-    return plain, ""
+    def _asks(self, module: nn.Module) -> bool:
+        """Return whether a layer without a card normalizes, where the rule treats such layers apart."""
+        apart = {self.rule[kind] for kind in (Kind.SCALE, Kind.SHIFT)} != {self.rule[Kind.WEIGHT]}
+        if not apart or not per_channel(module) or declaration_of(module) is not None:
+            return False
+        if id(module) not in self._normalizing:
+            self._normalizing[id(module)] = normalizes(module)
+        return self._normalizing[id(module)] is True
+
+
+def _call(module: nn.Module, kinds: Mapping[str, str]) -> str:
+    return f"fednorm.declare_tensors({type(module).__name__}, {', '.join(f'{k}={v!r}' for k, v in kinds.items())})"
+
+
+def _remedy(module: nn.Module, kinds: Mapping[str, str]) -> str:
+    """Return a call that lets the plan place a module's tensors, and what else may be said there."""
+    return (
+        f"Say what it is, once, after the class is defined: {_call(module, kinds)}. Kinds: 'weight' is averaged; "
+        "'scale', 'shift' are learned by a normalization layer; 'mean', 'var', 'count' are running statistics; "
+        "'constant' never changes."
+    )
 
 
 def _refuse_no_op(model: nn.Module, plan: NormPlan, rule: RoleRule) -> None:
@@ -201,8 +293,11 @@ def _refuse_no_op(model: nn.Module, plan: NormPlan, rule: RoleRule) -> None:
     if not rule.roles or present & set(rule.roles):
         return
     wanted = ", ".join(kind.value for kind in rule.roles)
+    known = [recognition for module in model.modules() if (recognition := recognition_of(module)) is not None]
+    layers = any(recognition.spec is None or recognition.spec.normalizes for recognition in known)
+    convert = ": fednorm.convert(model, 'batch_norm')" if layers else ", built with norm 'batch_norm'"
     raise RoleError(
         f"{rule.why or 'This rule'} acts on tensors of kind {wanted}, and this {type(model).__name__} has none: "
-        "it would silently be FedAvg. Use a network whose normalization layers have them "
-        "(for example norm 'batch_norm'), or strategy 'fedavg'."
+        f"it would silently be FedAvg. Use a network whose normalization layers have them{convert}; "
+        "or strategy 'fedavg'."
     )

@@ -40,12 +40,14 @@ class Kind(StrEnum):
     """A running statistic of gradients."""
     WINDOW = "window"
     """Recent statistics, kept one by one."""
+    CONSTANT = "constant"
+    """A buffer that training never writes: an index table, a filter, the mean that images are normalized with."""
 
 
 LEARNED = frozenset({Kind.WEIGHT, Kind.GAIN, Kind.SCALE, Kind.SHIFT, Kind.GATE})
 """Kinds that gradients train; a server optimizer may touch these and no others."""
 
-NORMALIZATION = frozenset(Kind) - {Kind.WEIGHT, Kind.GAIN}
+NORMALIZATION = frozenset(Kind) - {Kind.WEIGHT, Kind.GAIN, Kind.CONSTANT}
 """Kinds that live in a normalization layer."""
 
 STATISTICS = NORMALIZATION - LEARNED
@@ -63,6 +65,8 @@ class Role(StrEnum):
     """Sent as a moment, combined by the law of total variance instead of averaged, sent back."""
     RESET = "reset"
     """Neither sent nor kept: starts from its initial value every round."""
+    CONSTANT = "constant"
+    """Neither sent nor kept, for it never changes: the same in every copy of the model, which is checked."""
 
 
 class Carry(StrEnum):
@@ -76,7 +80,7 @@ class Carry(StrEnum):
 
 @dataclass(frozen=True)
 class RoleRule:
-    """A strategy's map from kinds to roles. Kinds it does not name are shared.
+    """A strategy's map from kinds to roles. Kinds it does not name are shared; a constant is one in every strategy.
 
     Attributes:
         roles: The role of each kind that is not simply shared.
@@ -88,7 +92,7 @@ class RoleRule:
 
     def __getitem__(self, kind: Kind) -> Role:
         """Return the role of a kind."""
-        return self.roles.get(kind, Role.SHARED)
+        return Role.CONSTANT if kind is Kind.CONSTANT else self.roles.get(kind, Role.SHARED)
 
     def overridden(self, roles: Mapping[Kind, Role]) -> Self:
         """Return this rule with some kinds' roles replaced."""

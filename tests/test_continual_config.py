@@ -73,7 +73,10 @@ def test_the_kind_says_which_configuration_it_is() -> None:
         ("train.shrink=true", r"train\.shrink must be a finite number; got True"),
         ("train.l2_init=inf", r"train\.l2_init must be a finite number; got inf"),
         ("train.schedule=3", r"train\.schedule must be a string; got 3"),
-        ("train.schedule=cosin", r"one of constant, linear, cosine; got 'cosin'\. Did you mean 'cosine'"),
+        (
+            "train.schedule=cosin",
+            r"one of constant, linear, cosine, step, exponential; got 'cosin'\. Did you mean 'cosine'",
+        ),
     ],
 )
 def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, message: str) -> None:
@@ -85,7 +88,11 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
     ("table", "key", "bad", "good"),
     [
         (TrainConfig, "augment", ("flip",), ("none", "crop", "crop_flip")),
-        (TrainConfig, "schedule", ("step",), ("constant", "linear", "cosine")),
+        (TrainConfig, "schedule", ("poly",), ("constant", "linear", "cosine", "step", "exponential")),
+        (TrainConfig, "decay", (0.0, 1.1), (1e-9, 1.0)),
+        (TrainConfig, "decay_every", (0,), (1,)),
+        (TrainConfig, "clip_norm", (-1e-9,), (0.0,)),
+        (TrainConfig, "label_smoothing", (-0.1, 1.0), (0.0, 0.9)),
         (TrainConfig, "schedule_over", ("epoch",), ("stream", "experience")),
         (TrainConfig, "learning_rate", (0.0, -1.0), (1e-9,)),
         (TrainConfig, "batch_size", (0, -1), (1,)),
@@ -229,7 +236,8 @@ def test_what_no_number_depends_on_names_no_run(section: str, key: str) -> None:
         assert getattr(getattr(changed, section), key) == other[section, key]
         assert changed.hash == stream().hash
     else:  # a federated run's
-        assert resolve({section: {key: 7}}).hash == resolve({}).hash
+        value = 0.5 if key == "min_answered" else 7
+        assert resolve({section: {key: value}}).hash == resolve({}).hash
 
 
 def test_a_new_key_with_a_default_renames_no_run() -> None:
@@ -251,7 +259,7 @@ CHANGED: dict[str, Any] = {
         ("optimizer", "adam"), ("learning_rate", 0.1), ("batch_size", 10), ("epochs", 1), ("momentum", 0.9),
         ("weight_decay", 0.1), ("agc", 0.1), ("augment", "crop"), ("schedule", "linear"), ("warmup_steps", 1),
         ("schedule_over", "experience"), ("final_rate", 0.1), ("reset_optimizer", True), ("project", True),
-        ("l2_init", 0.1), ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
+        ("decay", 0.9), ("decay_every", 2), ("clip_norm", 1.0), ("label_smoothing", 0.1), ("l2_init", 0.1), ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
     )},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),

@@ -177,35 +177,32 @@ def test_descendants_and_options_of_batch_norm() -> None:
 
 
 class Recurrent(nn.Module):
-    """A stateful layer that no norm speaks for."""
+    """A stateful layer that no norm speaks for, in a model that cannot be run."""
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("trace", torch.zeros(3, 7))
 
 
-class ScaleNorm(nn.Module):
-    """A normalization layer by its name, which no norm speaks for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.g = nn.Parameter(torch.ones(4))
-
-
 @pytest.mark.parametrize(
     ("layer", "words"),
     [
-        (Recurrent(), ("1.deep", "Recurrent", "buffer", "'trace'", "(3, 7)", "fednorm.convert")),
-        (ScaleNorm(), ("1.deep", "ScaleNorm", "parameter", "'g'", "(4,)", "SPEC")),
+        (Recurrent(), ("1.deep", "Recurrent", "buffer", "'trace'", "(3, 7)", "fednorm.declare_tensors(Recurrent")),
         (WithMemory(), ("1.deep", "WithMemory", "'memory'", "(5, 2)", "'batch_norm'", "running_mean")),
     ],
-    ids=["unknown layer", "unknown norm", "undeclared tensor"],
+    ids=["unknown layer", "undeclared tensor"],
 )
 def test_what_cannot_be_placed_is_refused_by_path_class_and_tensor(layer: nn.Module, words: tuple[str, ...]) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ModuleDict({"deep": layer}))
     with pytest.raises(RoleError) as refused:
         FedAvg(model)
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_lazy_layers_are_refused_by_path() -> None:
+    with pytest.raises(RoleError, match=r"'1' \(LazyLinear\).*one forward pass") as refused:
+        FedAvg(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)))
+    assert "shape" in str(refused.value)
 
 
 def test_a_custom_state_dict_is_refused() -> None:
@@ -335,3 +332,56 @@ def test_what_a_record_keeps_of_the_entries() -> None:
     assert by_key["0.weight"] == {"key": "0.weight", **weight}
     assert (by_key["1.running_var"]["kind"], by_key["1.running_var"]["role"]) == ("var", "local")
     assert plan.bytes_by_role() == {"shared": 48 + 16, "local": 4 * 16 + 8, "pooled": 0, "reset": 0}
+
+
+# Every remedy that a refusal names, done ------------------------------------------------------------------------------
+
+
+def test_the_remedies_of_a_rule_that_would_do_nothing_help() -> None:
+    with pytest.raises(RoleError, match=r"fednorm\.convert\(model, 'batch_norm'\); or strategy 'fedavg'") as refused:
+        SiloBN(small("group_norm"))
+    assert "built with" not in str(refused.value)
+    assert SiloBN(convert(small("group_norm"), "batch_norm")).plan.count(Role.LOCAL) == 3
+    with pytest.raises(RoleError, match="built with norm 'batch_norm'; or strategy 'fedavg'"):
+        FedBN(small("none"))
+    assert FedBN(small("batch_norm")).plan.count(Role.LOCAL) == 5
+    for norm in ("group_norm", "none"):
+        FedAvg(small(norm))
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "none"])
+def test_the_remedies_of_fedwon_help(norm: str) -> None:
+    with pytest.raises(RoleError, match=r"norm 'sws'.*strategy 'fedavg'"):
+        FedWon(small(norm))
+    FedWon(convert(small(norm), "sws"))
+    FedAvg(small(norm))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(
+            lambda: torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d), marks=pytest.mark.slow
+        ),
+        pytest.param(lambda: timm.layers.freeze_batch_norm_2d(timm.create_model("resnet18")), marks=pytest.mark.slow),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), torchvision.ops.FrozenBatchNorm2d(4), nn.Flatten()),
+    ],
+    ids=["torchvision", "timm", "sequence"],
+)
+def test_frozen_batch_norms_are_constants_and_the_way_to_fedbn_ends(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    plan = FedAvg(model).plan
+    frozen = [path for path, module in model.named_modules() if "Frozen" in type(module).__name__]
+    assert plan.count(Role.CONSTANT) == 4 * len(frozen) > 0
+    with pytest.raises(RoleError, match=r"fednorm\.convert\(model, 'batch_norm'\)"):
+        FedBN(model)
+    assert FedBN(convert(model, "batch_norm")).plan.count(Role.LOCAL) == 5 * len(frozen)
+    assert FedBN(convert(model, "group_norm")).plan.count(Role.LOCAL) == 2 * len(frozen)
+
+
+def test_the_remedy_of_lazy_layers_helps() -> None:
+    model = nn.Sequential(nn.LazyLinear(2), nn.LazyBatchNorm1d())
+    with pytest.raises(RoleError, match="one forward pass"):
+        FedBN(model)
+    model(torch.zeros(2, 3))
+    assert FedBN(model).plan.count(Role.LOCAL) == 5

@@ -220,10 +220,10 @@ def test_a_package_that_was_imported_is_called_with_the_same_arguments() -> None
     ("arguments", "error"),
     [
         ({"learner": "er_acce"}, UnknownNameError),
-        ({"scenario": "split"}, UnknownNameError),
+        ({"scenario": "spilt"}, UnknownNameError),
         ({"norm": "adab2m"}, UnknownNameError),
         ({"config": {"rounds": {"num_rounds": 2}}}, ConfigError),
-        ({"config": {"scenario": {"num_experiences": 3}}}, ConfigError),
+        ({"config": {"scenario": {"num_experiences": 11}}}, ConfigError),
         ({"online": True, "config": {"train": {"epochs": 3}}}, ConfigError),
         ({"scenario": "random_labels", "learner": "joint"}, ConfigError),
         ({"scenario": "split_cifar10"}, FedNormError),

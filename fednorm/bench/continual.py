@@ -30,7 +30,7 @@ from fednorm.config import choose
 from fednorm.errors import ConfigError
 from fednorm.report.table import Table
 from fednorm.rng import torch_seeded
-from fednorm.study.record import versions
+from fednorm.study.versions import versions
 from fednorm.threads import torch_threads
 
 THREADS = 1

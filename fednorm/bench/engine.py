@@ -28,7 +28,7 @@ from fednorm.errors import ConfigError
 from fednorm.federated.flower_runtime import run_with_flower, write_app
 from fednorm.federated.simulate import simulate
 from fednorm.report.table import Table
-from fednorm.study.record import versions
+from fednorm.study.versions import versions
 from fednorm.threads import torch_threads
 
 THREADS = 1

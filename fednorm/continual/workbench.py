@@ -13,7 +13,7 @@ from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Learner, LearnerOptions
 from fednorm.continual.stream import Experience, Stream
 from fednorm.errors import ConfigError
-from fednorm.models.footprint import require_footprint
+from fednorm.footprint import require_footprint
 from fednorm.spec import Norm
 from fednorm.training.trainee import Trainee
 

@@ -7,7 +7,7 @@ Messages:
 * ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
   ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
   unlabelled test images).
-* ``query.describe``: partition id, domain, numbers of images.
+* ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any.
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
+from fednorm.constants import constant_prints
 from fednorm.data.augment import prepared
 from fednorm.data.domain import Client, Split, pixels
 from fednorm.federated.wire import pack
@@ -67,18 +68,9 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        client = bench_of(context).client(context)
-        about = ConfigRecord(
-            {
-                "partition-id": client.partition_id,
-                "domain": client.domain,
-                "held-out": client.held_out,
-                "train": len(client.train),
-                "validation": len(client.validation),
-                "test": len(client.test),
-            }
-        )
-        return Message(RecordDict({"client": about}), reply_to=message)
+        bench = bench_of(context)
+        about = {"client": _about(bench.client(context)), **_constants(bench)}
+        return Message(RecordDict(about), reply_to=message)
 
     @app.query("local")
     def local(message: Message, context: Context) -> Message:
@@ -99,6 +91,26 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         return Message(reply, reply_to=message)
 
     return app
+
+
+def _about(client: Client) -> ConfigRecord:
+    """Return what a client says of itself."""
+    return ConfigRecord(
+        {
+            "partition-id": client.partition_id,
+            "domain": client.domain,
+            "held-out": client.held_out,
+            "train": len(client.train),
+            "validation": len(client.validation),
+            "test": len(client.test),
+        }
+    )
+
+
+def _constants(bench: Workbench) -> dict[str, MetricRecord]:
+    """Return the prints of a model's constants, for the server to compare; no record where there are none."""
+    prints = constant_prints(bench.model, bench.plan)
+    return {"constants": MetricRecord(dict(prints))} if prints else {}
 
 
 def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0) -> dict[str, float]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fednorm.constants import differing
 from fednorm.errors import IncompleteError
 from fednorm.federated.flower_private import quiet_flower_log
 from fednorm.federated.grid import InProcessGrid
@@ -47,12 +48,15 @@ class Node:
     described: bool = False
 
 
-def discover(grid: Grid, expected: Mapping[int, Expected]) -> tuple[tuple[Node, ...], Refusals]:
+def discover(
+    grid: Grid, expected: Mapping[int, Expected], constants: Mapping[str, list[float]] | None = None
+) -> tuple[tuple[Node, ...], Refusals]:
     """Ask every node of a grid which client it is.
 
     Args:
         grid: The way to the nodes.
         expected: What the run knows of its clients, by partition id; empty where it knows nothing.
+        constants: Prints of the constants of the server's model, by key.
 
     Returns:
         The nodes in the order of partition ids, and those that could not be taken on, with the reasons.
@@ -79,7 +83,9 @@ def discover(grid: Grid, expected: Mapping[int, Expected]) -> tuple[tuple[Node, 
         log.info(text, len(ids))
         nodes = [_foreign(node, expected) for node in unnamed]
     else:
-        nodes = _described(ids, described, failed, expected, refused)
+        unlike = {node_id: differing(constants or {}, about.constants or {}) for node_id, about in described.items()
+                  if about.constants is not None}  # fmt: skip
+        nodes = _described(ids, described, failed, expected, refused, unlike)
     refused += [(node.partition_id, _too_many(node, expected)) for node in nodes if not _fits(node, expected)]
     taken = sorted((node for node in nodes if _fits(node, expected)), key=lambda node: node.partition_id)
     if ids and not taken:
@@ -108,6 +114,7 @@ def _described(
     failed: Mapping[int, UnfitReply],
     expected: Mapping[int, Expected],
     refused: Refusals,
+    unlike: Mapping[int, str],
 ) -> list[Node]:
     """Return the nodes that said who they are; the others are refused, as nobody knows whose data they have."""
     claims = Counter(about.partition_id for about in described.values())
@@ -119,6 +126,8 @@ def _described(
         elif claims[about.partition_id] > 1:
             number = about.partition_id
             refused.append((number, UnfitReply(f"{claims[number]} nodes say that they are client {number}")))
+        elif key := unlike.get(node_id):
+            refused.append((about.partition_id, _other_constant(key)))
         elif unfit := _contradiction(about, expected):
             refused.append((about.partition_id, unfit))
         else:
@@ -134,6 +143,13 @@ def _contradiction(about: About, expected: Mapping[int, Expected]) -> UnfitReply
         (about.domain, about.held_out), (known.domain, known.held_out)
     ))  # fmt: skip
     return UnfitReply(f"it says that its domain is {said}; this run's client {about.partition_id} has {is_}")
+
+
+def _other_constant(key: str) -> UnfitReply:
+    return UnfitReply(
+        f"the constant {key} of its model is not the server's. Constants are never sent: build both models alike, seed "
+        "and versions included, or declare the tensor a 'weight' (fednorm.declare_tensors)"
+    )
 
 
 def _fits(node: Node, expected: Mapping[int, Expected]) -> bool:

@@ -91,11 +91,12 @@ class Update:
 
 @dataclass(frozen=True)
 class About:
-    """What a client says of itself."""
+    """What a client says of itself; ``constants`` are prints of its model's, None where it gives none."""
 
     partition_id: int
     domain: str
     held_out: bool
+    constants: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,8 @@ def read_about(reply: Message) -> About | None:
         raise UnfitReply(f"it describes itself without a domain, a name; got {domain!r}")
     if not isinstance(held_out, bool):
         raise UnfitReply(f"it describes itself without held-out, true or false; got {held_out!r}")
-    return About(partition_id, domain, held_out)
+    constants = content.metric_records.get("constants")
+    return About(partition_id, domain, held_out, None if constants is None else dict(constants))
 
 
 @reader

@@ -25,6 +25,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
+from fednorm.constants import constant_prints
 from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError
 from fednorm.federated.aggregation import Average, all_finite, weighted_mean
 from fednorm.federated.nodes import Node, discover
@@ -114,7 +115,7 @@ class NormStrategy(Strategy):
         w <- sum_k p_k w_k,   p_k = n_k / sum_j n_j  ("examples")  or  1 / K  ("equal")
 
     Args:
-        model: The network, for its plan: which tensors are shared, local, pooled, reset.
+        model: The network, for its plan: which tensors are shared, local, pooled, reset, constant.
         fraction: Share of the clients sampled each round, in (0, 1]; at least one is.
         weighting: ``examples`` or ``equal``.
         seed: Of the stream that samples clients.
@@ -165,6 +166,7 @@ class NormStrategy(Strategy):
         self._keeps_statistics = False
         self.check(model)
         self.plan: NormPlan = norm_plan(model, self.role_rule())
+        self._constants = constant_prints(model, self.plan)
         self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
 
     # What a strategy may override -------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ class NormStrategy(Strategy):
         """
         if not self.nodes:
             self._wait_for_nodes(grid)
-            self.nodes, self._refused = discover(grid, self.expected)
+            self.nodes, self._refused = discover(grid, self.expected, self._constants)
 
     def _wait_for_nodes(self, grid: Grid) -> None:
         waited_until = time.monotonic() + NODE_SECONDS

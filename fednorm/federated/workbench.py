@@ -20,8 +20,8 @@ from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation
 from fednorm.federated.wire import pack, unpack
+from fednorm.footprint import require_footprint
 from fednorm.memory import require_memory
-from fednorm.models.footprint import require_footprint
 from fednorm.plan import NormPlan
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm

@@ -351,6 +351,8 @@ def _quantity(key: str, first: Result) -> Document:
 def _plan(plan: Mapping[str, Any]) -> Document:
     """Return what travels: entries by role, and of newer records the bytes and every tensor."""
     counts = {role: plan[role] for role in ("shared", "local", "pooled", "reset") if role in plan}
+    if plan.get("constant"):
+        counts["constant"] = plan["constant"]
     columns = ("key", "layer", "norm", "kind", "role", "shape", "bytes")
     return {
         "counts": counts,

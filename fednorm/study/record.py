@@ -25,11 +25,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -55,6 +53,7 @@ from fednorm.study.integrity import (
     tensors_metadata,
 )
 from fednorm.study.leftovers import anything_stands, beside_a_result, not_there, nothing_left, remove_empty
+from fednorm.study.versions import versions
 
 Tensors = dict[str, Tensor]
 
@@ -87,27 +86,6 @@ class Checkpoint:
     clients: dict[int, Tensors] = field(default_factory=dict)
     remembered: dict[int, Tensors] = field(default_factory=dict)
     data: str | None = None
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a run's numbers may depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in (
-        "fednorm",
-        "torch",
-        "torchvision",
-        "numpy",
-        "flwr",
-        "avalanche-lib",
-        "scikit-learn",
-        "matplotlib",
-        "pillow",
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 class RunRecord:

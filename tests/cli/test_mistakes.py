@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from fednorm.cards import Family
+from fednorm.errors import ConfigError
 from fednorm.federated import client
 
 Call = Callable[..., Any]
@@ -178,13 +180,13 @@ def test_ctrl_c_says_how_to_go_on_and_loses_nothing(call: Call, monkeypatch: pyt
     assert "going on from round 1" in again.err
 
 
-def test_a_package_of_the_same_name_is_not_taken_for_ours(
-    call: Call, monkeypatch: pytest.MonkeyPatch, refused: Refused, small: Small
-) -> None:
+def test_a_package_of_the_same_name_is_not_taken_for_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     stranger = type(sys)("strategies")
     stranger.__file__ = "/somewhere/strategies/__init__.py"
     monkeypatch.setitem(sys.modules, "strategies", stranger)
-    refused(call("federated", *small), "/somewhere/strategies", "not fednorm's")
+    first = Family("strategy", "strategies", "strategies", "fednorm.federated.spec:StrategySpec")
+    with pytest.raises(ConfigError, match=r"/somewhere/strategies/__init__\.py is not fednorm's"):
+        _ = first.names
 
 
 def test_paths_are_printed_whole(call: Call, tmp_path: Path, small: Small) -> None:

@@ -367,9 +367,10 @@ def test_training_with_mu_is_gradient_descent_on_the_penalised_loss(strategy: st
             parameter.data -= rate * gradient
     site.train(1, 1, **{"proximal-mu": mu})
     ours, plain = site.bench.model.state_dict(), make_site(strategy).train(1, 1)
+    # The term is added to the loss here and to the gradient there: kinds of CPU round the two apart.
     for key, tensor in model.state_dict().items():
-        torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-6)
-    assert not torch.allclose(ours["fc3.weight"], plain["fc3.weight"], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(ours["fc3.weight"], plain["fc3.weight"], rtol=1e-4, atol=1e-5)
 
 
 def test_mu_of_zero_trains_as_fedavg_to_the_last_bit(make_site: Any) -> None:

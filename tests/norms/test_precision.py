@@ -20,7 +20,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "adab2n": [{}, {"corrected": True}],
     "task_balanced_norm": [{"batch_ratio": 1}],
 }
-CASES = [(name, options) for name in NORMS for options in OPTIONS.get(name, [{}])]
+CASES = [(name, options) for name in NORMS.names for options in OPTIONS.get(name, [{}])]
 every_norm = pytest.mark.parametrize(
     ("name", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value))
 )

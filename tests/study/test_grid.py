@@ -105,7 +105,7 @@ def test_two_runs_with_one_hash_are_named(
         ({}, {"seed": [1, 2, 1]}, r"^grid\.seed names 1 twice"),
         ({"seed": [1, 2]}, {}, r"seed must be an integer; got \[1, 2\]"),
         ({}, {"train": {"learnin_rate": [1.0]}}, r"no configuration key 'train\.learnin_rate'.*'learning_rate'"),
-        ({}, {"norm": {"num_group": [1]}}, r"no configuration key 'norm\.num_group': norm batch_norm has no such"),
+        ({}, {"norm": {"num_group": [1]}}, r"no configuration key 'norm\.num_group': norm batch_norm has no option"),
         ({"norm": {"name": "group_norm", "num_group": 2}}, {}, r"'norm\.num_group'.*Did you mean 'num_groups'\?"),
         ({"norm": {"name": "group_norm", "num_groups": 0}}, {}, r"num_groups must be"),
         ({"strategy": {"name": "fedprox", "nu": 1.0}}, {}, r"'strategy\.nu'.*Did you mean 'mu'\?"),

@@ -28,7 +28,8 @@ from fednorm.federated.workbench import Workbench
 from fednorm.study import record as record_module
 from fednorm.study.formats import FORMAT
 from fednorm.study.integrity import unsealed
-from fednorm.study.record import Checkpoint, RunRecord, versions
+from fednorm.study.record import Checkpoint, RunRecord
+from fednorm.study.versions import versions
 
 Make = Callable[..., RunConfig]
 

@@ -1,0 +1,238 @@
+"""``fednorm.check``: every verdict in a report, names of models, strangers' code that raises, the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import fednorm
+from fednorm.cards import NORMS, STRATEGIES
+from fednorm.cli import app
+from fednorm.errors import ConfigError, FedNormError, UnknownNameError
+from fednorm.inspection import NO_VALUES, check
+from fednorm.strangers import load_model
+from fednorm.survey import check_row, markdown_page, markdown_row, surveyed
+
+MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
+
+STRANGERS = """
+import torch
+from torch import nn
+
+def make():
+    print("a model's own words")
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), *head)
+
+ready = make()
+number = 3
+
+def raises():
+    raise KeyError("weights")
+
+def exits():
+    raise SystemExit(3)
+
+def none():
+    return None
+
+class Stubborn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        raise ZeroDivisionError("never works")
+"""
+
+
+@pytest.fixture
+def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "strangers_nets.py").write_text(STRANGERS)
+    (tmp_path / "strangers_broken.py").write_text("import no_such_module_at_all")
+    monkeypatch.chdir(tmp_path)
+    yield "strangers_nets"
+    sys.modules.pop("strangers_nets", None)
+
+
+class Normalize(nn.Module):
+    """Has two constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+        self.register_buffer("std", torch.full((1, 3, 1, 1), 0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        Normalize(),
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 2),
+    )
+
+
+def test_a_report_has_a_verdict_of_every_strategy_and_every_norm() -> None:
+    model = small()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    report = fednorm.check(model)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert (report.model, report.parameters, report.input_shape) == ("Sequential", 112 + 8 + 34, (3, 32, 32))
+    assert report.layers == {"BatchNorm2d": (1, "batch_norm")}
+    assert report.step.ok
+    assert tuple(verdict.name for verdict in report.strategies) == STRATEGIES.names
+    verdicts = {verdict.name: verdict for verdict in report.strategies}
+    counts = {"shared": 9, "local": 0, "pooled": 0, "reset": 0, "constant": 2}
+    # (112 + 34 + 4 * 4) floats and a counter, there and back
+    assert verdicts["fedavg"].plan == {**counts, "bytes_per_round": 2 * (162 * 4 + 8)}
+    assert verdicts["fedbn"].plan == {**counts, "shared": 4, "local": 5, "bytes_per_round": 2 * 146 * 4}
+    assert verdicts["fedwon"].plan is None
+    assert "is a BatchNorm2d" in verdicts["fedwon"].refusal or "plain Conv2d" in verdicts["fedwon"].refusal
+    assert {name for name, verdict in verdicts.items() if not verdict.step.ok} == {"fedwon"}
+    assert tuple(verdict.name for verdict in report.norms) == NORMS
+    for verdict in report.norms:
+        assert (verdict.refusal, verdict.layers, verdict.step.failure) == ("", ("2",), "")
+        assert verdict.step.loss is not None
+        assert verdict.step.loss >= 0
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_model_without_values_is_checked_without_steps_of_strategies() -> None:
+    report = check(small().to("meta"), norms=["group_norm"], strategies=["fedbn"])
+    [fedbn], [group] = report.strategies, report.norms
+    assert fedbn.plan is not None
+    assert (fedbn.plan["local"], fedbn.step.failure) == (5, NO_VALUES)
+    assert (group.layers, group.step.ok, group.step.loss) == (("2",), True, None)
+
+
+def test_a_converted_model_may_need_more_pixels_than_the_model() -> None:
+    shrinking = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 32, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
+    report = check(shrinking, norms=["instance_norm"], strategies=["fedavg"])
+    assert report.input_shape == (3, 32, 32)
+    assert report.norms[0].step.ok
+
+
+def test_names_of_models(strangers: str) -> None:
+    assert type(load_model("mlp")).__name__ == "MLP"
+    assert type(load_model("torchvision:resnet18")).__name__ == "ResNet"
+    assert len(list(load_model(f"{strangers}:make"))) == len(list(load_model(f"{strangers}:ready"))) == 6
+    meta = load_model("timm:resnet26d", device="meta")
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "words"),
+    [
+        ("resnet81", UnknownNameError, "resnet18"),
+        ("torchvision:resnet81", UnknownNameError, "resnet18"),
+        ("timm:resnet26x", UnknownNameError, "resnet26"),
+        ("timm:hf-hub:someone/model", UnknownNameError, "no model of timm"),
+        ("strangers_nets:mak", UnknownNameError, "'make'"),
+        ("strangers_nets:number", ConfigError, "is a int; it must be a model or a function"),
+        ("strangers_nets:raises", ConfigError, "could not be made without arguments: KeyError: 'weights'"),
+        ("strangers_nets:exits", ConfigError, "SystemExit: 3"),
+        ("strangers_nets:none", ConfigError, "made a NoneType"),
+        ("strangers_broken:make", ConfigError, "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
+        ("no_such_package:make", ConfigError, "cannot be imported"),
+        ("..:x", ConfigError, "cannot be imported"),
+        (":", FedNormError, "cannot be imported"),
+        ("", UnknownNameError, "torchvision:NAME"),
+    ],
+)
+@pytest.mark.usefixtures("strangers")
+def test_mistakes_in_names_are_sentences(name: str, error: type[FedNormError], words: str) -> None:
+    with pytest.raises(error) as refused:
+        load_model(name)
+    assert words in str(refused.value)
+
+
+def test_names_of_strategies_and_norms_are_checked_first() -> None:
+    with pytest.raises(UnknownNameError, match=r"'fedbm'.*'fedbn'"):
+        check(small(), strategies=["fedbm"])
+    with pytest.raises(UnknownNameError, match=r"'grup_norm'.*'group_norm'"):
+        check(small(), norms=["grup_norm"])
+    with pytest.raises(ConfigError, match="got int"):
+        check(3)  # type: ignore[arg-type]
+
+
+def test_a_model_that_never_works_has_a_report_that_says_so(strangers: str) -> None:
+    report = check(f"{strangers}:Stubborn", norms=["group_norm"])
+    assert not report.step.ok
+    assert "ZeroDivisionError: never works" in report.step.failure
+    assert report.strategies[0].plan is not None
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["check", *arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_the_command_prints_tables_or_one_document(strangers: str) -> None:
+    code, out, _ = run(f"{strangers}:make")
+    assert code == 0
+    assert "a model's own words" not in out
+    for words in ("fedbn", "5 local", "group_norm", "1 layers replaced", "FedWon"):
+        assert words in out
+    code, out, _ = run(f"{strangers}:make", "--json")
+    document = json.loads(out)
+    assert code == 0
+    assert {row["name"] for row in document["strategies"]} == set(STRATEGIES.names)
+    assert document["input_shape"] == [3, 32, 32]
+
+
+@pytest.mark.parametrize("arguments", [(), ("mlp", "--all"), ("mlp", "--markdown"), ("mlq",)])
+def test_mistakes_on_the_command_line(arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["check", *arguments])
+    assert isinstance(result.exception, FedNormError)
+
+
+# The survey -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_row_of_the_survey_and_its_page() -> None:
+    row = check_row("torchvision:resnet18")
+    assert {key: row[key] for key in ("fedavg", "constant", "fedbn", "silobn", "group_norm")} == {
+        "fedavg": 122, "constant": 0, "fedbn": 100, "silobn": 60, "group_norm": 20,
+    }  # fmt: skip
+    assert markdown_row(row) == (
+        "| torchvision:resnet18 | 11,689,512 | 20 BatchNorm2d | 122 | 0 | 100 | 60 | 20 | 20 | 20 | works |"
+    )
+    refused = row | {"model": "other", "silobn": None, "refusals": {"silobn": "No."}, "failures": {"sws": "It breaks."}}
+    page = markdown_page([row, refused])
+    assert "| other | 11,689,512 | 20 BatchNorm2d | 122 | 0 | 100 | – | 20 | 20 | 20 | fails: sws |" in page
+    assert "* **silobn**: No. (other)" in page
+    assert "* **sws**: It breaks. (other)" in page
+    assert markdown_row({"model": "a | b", "error": "x\ny"}).startswith("| a \\| b | | x y |")
+
+
+@pytest.mark.slow
+def test_the_page_of_models_is_what_the_survey_says() -> None:
+    lines = MODELS_PAGE.read_text(encoding="utf-8").splitlines()
+    table = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in lines if line.startswith("| t")}
+    assert set(table) == set(surveyed())
+    for i, name in enumerate(surveyed()):
+        # A step of every ninth only: backward passes take most of the time.
+        row = check_row(name, steps=i % 9 == 0)
+        now = markdown_row(row).split(" | ")
+        assert now[:-1] == table[name][:-1], name
+        assert "failures" not in row or now[-1] == table[name][-1], name
