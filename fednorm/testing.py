@@ -1,0 +1,257 @@
+"""The contracts of the families, for anybody's class: what every norm, strategy, learner, scenario and so on must keep.
+
+    from fednorm.testing import check_norm
+    check_norm("mypackage.mynorm")          # the import path of a module with a SPEC
+    check_norm(MyNorm)                      # or the class itself
+
+Each raises :class:`AssertionError` with a sentence on the first thing that is broken, or the error of fednorm that a user
+would see. Each ends with a small real run on the embedded digits, made twice: the same numbers must come out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fednorm.cards import DATA, LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
+from fednorm.config import DataConfig, merge, resolve
+from fednorm.data.benchmarks import Reader
+from fednorm.models import make_model
+from fednorm.norms import spec_of
+from fednorm.plan import norm_plan
+from fednorm.rng import torch_seeded
+from fednorm.roles import RoleRule
+
+FEDERATED: Mapping[str, Any] = {
+    "data": {"train_per_client": 24, "test_per_domain": 12},
+    "model": {"width": 4},
+    "train": {"batch_size": 8, "learning_rate": 0.05},
+    "rounds": {"num_rounds": 2},
+}
+"""A federation that takes a second."""
+
+CONTINUAL: Mapping[str, Any] = {
+    "kind": "continual",
+    "scenario": {"num_experiences": 2, "train_per_experience": 24, "test_per_experience": 12},
+    "model": {"width": 4},
+    "train": {"batch_size": 8, "epochs": 1},
+    "evaluate": {"probe_images": 0, "train_images": 8},
+}
+"""A stream that takes a second."""
+
+
+def check_norm(norm: Any) -> None:
+    """Check a normalization method.
+
+    Its layers keep an input's shape and type, have finite gradients, do not look at other samples unless the card says
+    so, and own no tensor that the card does not declare; a federation and a stream train with it, twice to the same bits.
+
+    Args:
+        norm: Its name, import path, class or card.
+
+    Raises:
+        AssertionError: Something is broken; the sentence says what.
+        FedNormError: fednorm refuses it.
+    """
+    reference = NORMS.add(norm)
+    card = NORMS[reference]
+    made = card.made()
+    with torch_seeded(0, "testing"):
+        for shape in ((6, 8), (6, 8, 5), (6, 8, 5, 5)):
+            _check_layer(card.name, made.layer(8, len(shape) - 2), torch.randn(shape), coupled=card.batch_coupled)
+    model = make_model("digits_cnn", made, num_classes=10, width=4)
+    plan = norm_plan(model, RoleRule())
+    assert len(plan.entries) == len(model.state_dict()), "every entry of the state dict has a kind"
+    _check_card(card)
+    _check_runs({"norm": {"name": reference}}, {"norm": {"name": reference}})
+
+
+def _check_layer(name: str, layer: nn.Module, inputs: Tensor, *, coupled: bool) -> None:
+    spec = spec_of(layer)
+    for key in layer.state_dict():
+        assert spec is None or "." in key or key in spec.tensors, f"norm {name} does not declare {key!r} in its tensors"
+    inputs = inputs.clone().requires_grad_()
+    outputs: Tensor = layer.train()(inputs)
+    assert outputs.shape == inputs.shape, f"norm {name}: {tuple(inputs.shape)} became {tuple(outputs.shape)}"
+    assert outputs.dtype == inputs.dtype, f"norm {name}: {inputs.dtype} became {outputs.dtype}"
+    (outputs * torch.randn_like(outputs)).sum().backward()  # type: ignore[no-untyped-call]
+    assert inputs.grad is not None and inputs.grad.isfinite().all(), f"norm {name}: a gradient is not finite"
+    layer.eval()
+    with torch.no_grad():
+        once, again, alone = layer(inputs), layer(inputs), layer(inputs[:2])
+    assert torch.equal(once, again), f"norm {name}: evaluation changes with its repetition"
+    close = torch.allclose(once[:2], alone, rtol=1e-4, atol=1e-5)
+    assert close, f"norm {name}: in evaluation a sample's output depends on the others in its batch"
+    if not coupled:
+        layer.train()
+        same = torch.allclose(layer(inputs)[:2], layer(inputs[:2]), rtol=1e-4, atol=1e-5)
+        assert same, f"norm {name}: a sample's output depends on its batch; set batch_coupled=True in its card"
+
+
+def check_model(model: Any) -> None:
+    """Check an architecture: it maps images to as many logits as asked for, and trains in both worlds."""
+    reference = MODELS.add(model)
+    card = MODELS[reference]
+    for num_classes in (3, 10):
+        network = make_model(reference, NORMS["group_norm"].made(), num_classes=num_classes)
+        logits = network(torch.zeros(2, 3, card.input_size, card.input_size))
+        assert tuple(logits.shape) == (2, num_classes), f"model {card.name}: logits of shape {tuple(logits.shape)}"
+    first, again = (make_model(reference, NORMS["batch_norm"].made(), num_classes=10, seed=3) for _ in range(2))
+    pairs = zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs), f"model {card.name}: one seed gives two sets of weights"
+    _check_card(card)
+    own = {"model": {"name": reference, "width": 0}}
+    few = {"scenario": {"train_per_experience": 8}, **own}
+    _check_runs({"data": {"train_per_client": 8}, "rounds": {"num_rounds": 1}, **own}, few)
+
+
+def check_strategy(strategy: Any) -> None:
+    """Check a federated strategy: its plan covers the model, and a run that was cut short goes on to the same bits."""
+    reference = STRATEGIES.add(strategy)
+    card = STRATEGIES[reference]
+    _check_card(card)
+    _check_runs({"strategy": {"name": reference}}, None)
+    values = merge(FEDERATED, {"strategy": {"name": reference}})
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _run(values, Path(folder) / "whole")
+        _run(values, Path(folder) / "cut", stop_after=1)
+        resumed = _run(values, Path(folder) / "cut")
+        assert whole == resumed, f"strategy {card.name}: a run that was cut short ends with other numbers"
+
+
+def check_learner(learner: Any) -> None:
+    """Check a learner: it trains on streams, and a run that was cut short goes on to the same bits."""
+    reference = LEARNERS.add(learner)
+    card = LEARNERS[reference]
+    _check_card(card)
+    values = merge(CONTINUAL, {"learner": {"name": reference}})
+    with tempfile.TemporaryDirectory() as folder:
+        whole = _run(values, Path(folder) / "whole")
+        assert whole == _run(values, Path(folder) / "again"), f"learner {card.name}: one seed gives two results"
+        _run(values, Path(folder) / "cut", stop_after=1)
+        resumed = _run(values, Path(folder) / "cut")
+        assert whole == resumed, f"learner {card.name}: a run that was cut short ends with other numbers"
+
+
+def check_scenario(scenario: Any) -> None:
+    """Check a scenario: its experiences have images and labels, shared by nobody, and are the same for one seed."""
+    reference = SCENARIOS.add(scenario)
+    card = SCENARIOS[reference]
+    _check_card(card)
+    first, again, other = (card.stream(DataConfig(), image_size=8, seed=seed) for seed in (1, 1, 2))
+    assert first.digest() == again.digest(), f"scenario {card.name}: one seed gives two streams"
+    del other
+    assert len(first) >= 1, f"scenario {card.name} has no experience"
+    for place, experience in enumerate(first):
+        assert experience.number == place, f"scenario {card.name}: experience {place} is numbered {experience.number}"
+        for name, split in (("training", experience.train), ("test", experience.test)):
+            assert len(split), f"scenario {card.name}: experience {place} has no {name} images"
+            images, labels = split.batch(torch.arange(min(4, len(split))))
+            assert images.dtype == torch.uint8 and images.shape[1] == 3, f"scenario {card.name}: images are uint8 RGB"
+            below = first.num_classes
+            assert 0 <= int(labels.min()) <= int(labels.max()) < below, (
+                f"scenario {card.name}: labels are 0 to {below - 1}"
+            )
+    _check_runs(None, {"scenario": {"name": reference}}, without_scenario=True)
+
+
+def check_data(data: Any) -> None:
+    """Check a benchmark: every domain has training and test images and labels below the number of classes."""
+    reference = DATA.add(data)
+    card = DATA[reference]
+    _check_card(card)
+    loaded = card.load(Reader(DataConfig(name=reference), 8))
+    names = [domain.name for domain in loaded.domains]
+    assert names and len(names) == len(set(names)), (
+        f"benchmark {card.name}: domains have names of their own; got {names}"
+    )
+    for domain, split in itertools.product(loaded.domains, ("train", "test")):
+        part = getattr(domain, split)
+        assert len(part), f"benchmark {card.name}: domain {domain.name} has no {split} images"
+        images, labels = part.batch(torch.arange(min(4, len(part))))
+        assert images.dtype == torch.uint8 and images.ndim == 4, f"benchmark {card.name}: images are uint8 (N, 3, H, W)"
+        assert 0 <= int(labels.min()) <= int(labels.max()) < loaded.num_classes, f"benchmark {card.name}: labels"
+    _check_runs({"data": {"name": reference}}, None)
+
+
+CHECKS = {
+    "norm": check_norm,
+    "model": check_model,
+    "strategy": check_strategy,
+    "learner": check_learner,
+    "scenario": check_scenario,
+    "data": check_data,
+}
+"""The families' contracts by the noun that ``fednorm new`` takes."""
+
+
+def _check_card(card: Any) -> None:
+    assert card.summary.strip(), f"{card.name}: the card has a summary, one sentence"
+    for option in card.declared.values():
+        assert option.default is not None or option.type is not Any, f"{card.name}: option {option.name} has no type"
+    json.dumps(card.options)
+
+
+def _check_runs(
+    federated: Mapping[str, Any] | None, continual: Mapping[str, Any] | None, *, without_scenario: bool = False
+) -> None:
+    """Run small runs twice, and ask for the same numbers."""
+    stream = {key: value for key, value in CONTINUAL.items() if not (without_scenario and key == "scenario")}
+    bases = ((FEDERATED, federated), (stream, continual))
+    for base, values in bases:
+        if values is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            once, again = (_run(merge(base, values), Path(folder) / name) for name in ("once", "again"))
+        assert once == again, f"one configuration and seed gave two results: {values}"
+
+
+class _Stop:
+    """Stops a run after so many rounds or experiences, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def begin(self, *_: Any) -> None:
+        """Begin."""
+
+    def step(self, _: int) -> None:
+        """Go on."""
+
+    def round(self, _: Any) -> None:
+        """Stop after the last round that is wanted."""
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+    experience = round
+
+
+def _run(values: Mapping[str, Any], runs: Path, stop_after: int = 0) -> tuple[str, dict[str, Any]] | None:
+    """Run a configuration and return what identifies its final tensors and its final numbers."""
+    import hashlib
+
+    from safetensors.torch import load_file
+
+    config = resolve(values)
+    observer: Any = _Stop(stop_after) if stop_after else None
+    if config.kind == "federated":
+        from fednorm.federated.simulate import simulate
+    else:
+        from fednorm.continual.simulate import simulate  # type: ignore[assignment]
+    try:
+        result = simulate(config, runs=runs, observer=observer)
+    except KeyboardInterrupt:
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(Path(result["run"]).glob("*.safetensors")):
+        for key, tensor in sorted(load_file(file).items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} {tensor.flatten().tolist()}".encode())
+    return digest.hexdigest(), result["final"]
