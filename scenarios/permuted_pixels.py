@@ -51,7 +51,7 @@ def make(
     for number in range(num_experiences):
         order = torch.from_numpy(stream(seed, "stream", "permuted pixels", number).permutation(num_pixels))
         train, validation, test = (
-            PermutedSplit(split.images, split.labels, split.index, order)
+            PermutedSplit(split.images, split.labels, split.index, order, content=split.content)
             for split in (kept.train, kept.validation, kept.test)
         )
         experiences.append(Experience(number, f"pixels {number + 1}", classes, train, validation, test))

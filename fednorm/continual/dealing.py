@@ -53,7 +53,7 @@ def load(reader: Reader) -> Loaded:
     Raises:
         DataError: It is missing, corrupt, or has a label outside its classes.
     """
-    return DATA[reader.config.name].load(reader)
+    return DATA[reader.config.name].read(reader)
 
 
 def as_one(loaded: Loaded) -> Domain:
