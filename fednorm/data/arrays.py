@@ -261,9 +261,10 @@ def read_labels(given: Any, where: str) -> tuple[Rows, tuple[str, ...]]:
     if array.dtype == bool:
         array = array.astype(np.int64)
     if len(array) and array.dtype.kind not in "iu":
-        example = repr(array[0].item() if hasattr(array[0], "item") else array[0])
+        row = next((row for row, label in enumerate(array) if not isinstance(label, int | np.integer)), 0)
+        example = repr(array[row].item() if hasattr(array[row], "item") else array[row])
         raise DataError(
-            f"{where}: labels are {array.dtype} (the first is {example[:60]}); expected whole numbers 0 to K - 1, or "
+            f"{where}, row {row}: the label is {example[:60]} ({array.dtype}); expected whole numbers 0 to K - 1, or "
             "the classes' names as texts. Convert them: labels.astype('int64')."
         )
     outside = np.flatnonzero((array < 0) | (array > np.iinfo(np.int64).max))

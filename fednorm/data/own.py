@@ -220,7 +220,7 @@ def _parts(domain: str, split: str, given: Any, classes: Sequence[Any]) -> list[
         raise DataError(f"{where} were given without labels. Give both: (images, labels).")
     raise DataError(
         f"{where}: a {type(given).__name__} is no data. Expected (images, labels) or a map-style dataset, with len() "
-        "and [row]. An iterable dataset or a loader becomes one with list(...)."
+        "and [row]: list(...) of an iterable dataset, a loader's .dataset."
     )
 
 
