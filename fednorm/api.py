@@ -80,7 +80,7 @@ def federated(
 
 def continual(
     *,
-    scenario: str = "split_digits",
+    scenario: str | None = None,
     learner: str = "er_ace",
     norm: str | None = None,
     model: str | None = None,
@@ -95,12 +95,13 @@ def continual(
     """Train a learner on a stream in this process.
 
     Args:
-        scenario: The scenario's name.
+        scenario: The scenario's name; by default ``split_digits``, or ``split_classes`` of data of your own.
         learner: The learner's name.
         norm: The norm's name; batch normalization if None.
         model: The model's name; the scenario's own if None.
         data: The benchmark, or data of your own in any of the forms that :func:`federated` takes, where the scenario
-            leaves a choice: ``continual(scenario="domain_digits", data={"a": (images, labels), "b": ...})``.
+            leaves a choice: ``continual(data={"a": (images, labels), "b": ...})`` learns its classes one after
+            another, and with ``scenario="domain_digits"`` its domains.
         data_dir: The folder of the real data, where the benchmark needs one.
         online: One pass over each experience, 10 images a step; ``config`` may change the latter.
         seed: Of every random stream.
@@ -120,7 +121,7 @@ def continual(
     named: dict[str, Any] = {
         "kind": "continual",
         "seed": seed,
-        "scenario": {"name": scenario},
+        **({"scenario": {"name": scenario}} if scenario is not None else {}),
         "learner": {"name": learner},
         "data": {key: value for key, value in where.items() if value is not None},
         **({"train": ONLINE} if online else {}),

@@ -17,6 +17,7 @@ SCENARIOS: tuple[str, ...] = (
     "permuted_labels",
     "permuted_pixels",
     "random_labels",
+    "split_classes",
     "split_cifar10",
     "split_cifar100",
     "split_digits",

@@ -125,7 +125,20 @@ def test_a_scenario_that_is_named_for_its_data_names_others() -> None:
     with pytest.raises(
         ConfigError, match=r"split_digits is made of digits_mini.*take a scenario of any data: domain_d"
     ):
-        fednorm.continual(data=domains())
+        fednorm.continual(scenario="split_digits", data=domains())
+
+
+def test_classes_of_own_data_come_one_after_another() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (48, 8, 8), dtype=np.uint8)
+    for count, titles in ((6, ["classes 0, 1", "classes 2, 3", "classes 4, 5"]), (2, ["classes 0", "classes 1"])):
+        result = fednorm.continual(
+            data={"a": (images, np.arange(48) % count), "b": (images, np.arange(48) % count)},
+            learner="naive",
+            config={**STREAM, "scenario": {"class_order": "sorted"}},
+        )
+        assert result["scenario"]["name"] == "split_classes"
+        assert [line["title"] for line in result["experiences"]] == titles
+        assert sum(line["train"] for line in result["data"]["experiences"]) == 2 * (48 - 10)
 
 
 class _Stop(Exception):

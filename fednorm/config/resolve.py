@@ -71,7 +71,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
-    values = with_references(values)
+    values = _for_own_data(kind, with_references(values))
     values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     for name in SECTIONS[kind]:
@@ -109,6 +109,18 @@ def with_references(table: Mapping[str, Any], *, lists: bool = False) -> dict[st
 
 def _referenced(data: Any) -> Any:
     return data if data is None or isinstance(data, str | int | float) else DATA.add(data)
+
+
+def _for_own_data(kind: Kind, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with a scenario that takes any data, where a stream of somebody's own data names none.
+
+    The default scenario is made of embedded data.
+    """
+    name = _name_in(values, "data")
+    own = is_path(name) or canonical(name) in DATA.installed
+    if kind != "continual" or not own or _name_in(values, "scenario"):
+        return values
+    return merge(values, {"scenario": {"name": "split_classes"}})
 
 
 def _with_optimizer(train: TrainConfig) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -118,7 +119,14 @@ def draw_class_order(seed: int, num_classes: int, class_order: str) -> tuple[int
 
 
 def class_incremental(
-    scenario: str, reader: Reader, seed: int, *, num_experiences: int, class_order: str, train: int, test: int
+    scenario: str,
+    reader: Reader,
+    seed: int,
+    *,
+    num_experiences: int | Callable[[int], int],
+    class_order: str,
+    train: int,
+    test: int,
 ) -> Stream:
     """Build a class-incremental stream: each experience has classes that no other has.
 
@@ -130,7 +138,7 @@ def class_incremental(
         scenario: The scenario's name, for errors.
         reader: Reads the data.
         seed: The run's seed.
-        num_experiences: T.
+        num_experiences: T, or what returns it for a number of classes.
         class_order: ``shuffled`` or ``sorted``.
         train: Most training images an experience; 0 for all.
         test: Most test images an experience; 0 for all.
@@ -139,8 +147,11 @@ def class_incremental(
         ConfigError: More experiences than classes, or a number that does not divide them.
         DataError: The data is missing, corrupt or lacks images of an experience's classes.
     """
-    whole("scenario", "num_experiences", num_experiences, at_least=1)
+    if not callable(num_experiences):
+        whole("scenario", "num_experiences", num_experiences, at_least=1)
     loaded = load(reader)
+    if callable(num_experiences):
+        num_experiences = num_experiences(loaded.num_classes)
     size = _classes_per_experience(scenario, loaded, num_experiences)
     order = draw_class_order(seed, loaded.num_classes, class_order)
     domain = _renumbered(scenario, as_one(loaded), order)

@@ -162,7 +162,7 @@ class Benchmark(Card):
             DataError: Data of this process is unfit.
         """
         is_data = own.is_data(method)
-        if not is_data and not callable(method):
+        if not is_data and (not callable(method) or _takes_reader(method) is None):
             return None
         summary = (getattr(method, "__doc__", None) or "").strip().partition("\n")[0] if not is_data else ""
         if not reference.startswith((IN_PROCESS, "__main__:")):
@@ -170,7 +170,7 @@ class Benchmark(Card):
             origin = str(module or reference.partition(":")[0])
             return cls(name=reference, summary=summary, load=_Own(method, reference).load, origin=origin)
         name = f"{IN_PROCESS}{reference.partition(':')[2]}"
-        if not is_data and _takes_reader(method, reference):
+        if not is_data and _takes_reader(method):
             name = f"{name}-{_token(method)}"
             return cls(name=name, summary=summary, load=_Own(method, name).load)
         given = method if is_data else _called(method, (), reference)
@@ -221,7 +221,7 @@ class _Own:
         given, parts = self.given, self.parts
         if not parts:
             if not own.is_data(given):
-                given = _called(given, (reader,) if _takes_reader(given, self.name) else (), self.name)
+                given = _called(given, (reader,) if _takes_reader(given) else (), self.name)
             if isinstance(given, Loaded):
                 return given
             parts = own.gather(given)
@@ -237,11 +237,10 @@ class _Own:
         return Loaded(f"{title} ({', '.join(wanted)})", num_classes, source.split_domains(wanted), notes)
 
 
-def _takes_reader(maker: Callable[..., Any], name: str) -> bool:
-    """Return whether a callable is given the reader: its one required argument, or one of that name.
+def _takes_reader(maker: Callable[..., Any]) -> bool | None:
+    """Return whether a callable is given the reader: its one required argument, or its first, of that name.
 
-    Raises:
-        DataError: It needs more than that.
+    None where it needs more than that.
     """
     try:
         parameters = inspect.signature(maker).parameters.values()
@@ -250,10 +249,7 @@ def _takes_reader(maker: Callable[..., Any], name: str) -> bool:
     places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed):
-        names = ", ".join(p.name for p in needed)
-        raise DataError(
-            f"{name} needs the arguments {names}; data comes from a callable with none, or with a reader alone."
-        )
+        return None
     return bool(needed) or bool(places and places[0].name == "reader")
 
 

@@ -494,7 +494,7 @@ def two_arguments(first: Any, second: Any) -> Any:
         (Items([lambda: (X[0], 0), lambda: (X[1], -1)]), "row 1: label -1"),
         (raising, "raised ValueError: no such thing"),
         (lambda: 3, "returned a int; expected a mapping"),
-        (two_arguments, "needs the arguments first, second"),
+        (two_arguments, "is a function, which is no benchmark. Data is a mapping"),
         (3.5, "is a float, which is no benchmark. Data is a mapping"),
     ],
 )  # fmt: skip
