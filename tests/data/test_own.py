@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from fednorm.cards import DATA
+from fednorm.cards import DATA, SCENARIOS
 from fednorm.config import DataConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.arrays import read_image, read_images, read_labels
@@ -430,6 +430,30 @@ def test_one_other_pixel_is_other_data(place: tuple[int, int, int]) -> None:
         load_federation(DataConfig(name=DATA.add(data)), image_size=S, seed=1).digest() for data in (first, same, other)
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("scenario", [spec.name for spec in SCENARIOS if len(spec.data) != 1])
+def test_one_other_pixel_is_another_stream(scenario: str) -> None:
+    x = images(20)
+    changed = x.copy()
+    changed[7, 0, 0] ^= 1
+    digests = []
+    for pixels in (x, x.copy(), changed):
+        config = DataConfig(name=DATA.add({"a": (pixels, labels(20)), "b": (x, labels(20))}))
+        digests.append(SCENARIOS[scenario].stream(config, image_size=S, seed=1).digest())
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_split_seed_orders_a_stream_apart_from_the_run_seed() -> None:
+    name = DATA.add({"a": (images(40), labels(40, 4))})
+
+    def dealt(seed: int, split_seed: int) -> list[Any]:
+        config = DataConfig(name=name, validation=0.2, split_seed=split_seed)
+        stream = SCENARIOS["split_classes"].stream(config, image_size=S, seed=seed)
+        return [stream.class_order, *(experience.train.index.tolist() for experience in stream)]
+
+    assert dealt(1, 0) != dealt(2, 0)
+    assert dealt(1, 5) == dealt(2, 5)
 
 
 def test_other_labels_names_or_domains_are_other_data() -> None:
