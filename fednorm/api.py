@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fednorm.config import ONLINE, merge, require_online, resolve
+from fednorm.cards import DATA
+from fednorm.config import ONLINE, merge, require_online, resolve, with_references
 from fednorm.errors import StudyError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def federated(
     *,
     strategy: str = "fedavg",
-    data: str = "digits_mini",
+    data: Any = "digits_mini",
     norm: str | None = None,
     model: str | None = None,
     rounds: int = 10,
@@ -32,9 +33,21 @@ def federated(
 ) -> dict[str, Any]:
     """Run a federation in this process.
 
+        fednorm.federated(data={"a": (images, labels), "b": (images, labels)})       # arrays or tensors, by domain
+        fednorm.federated(data={"a": {"train": (x, y), "test": (x, y)}, "b": ...})   # with test images of their own
+        fednorm.federated(data={"mnist": MNIST("data"), "usps": USPS("data")})       # torch Datasets
+        fednorm.federated(data=datasets.load_dataset("flwrlabs/pacs"))               # a Hugging Face Dataset(Dict)
+        fednorm.federated(data="mypackage.mydata:domains")                           # a callable that returns such data
+
     Args:
         strategy: The strategy's name.
-        data: The benchmark's name.
+        data: The benchmark's name (``fednorm list data``), an import path, or data of your own.
+
+            Images are ``uint8``, or floating point in [0, 1]; of shape (N, H, W), (N, H, W, 3) or (N, 3, H, W). A
+            dataset is map-style, its items ``(image, label)``. Images are resized to the model's input size, or to
+            ``data.image_size``. A domain without test images is split 80/20, stratified, by ``data.split_seed``; the
+            result's ``data.notes`` say so. What has no import path is known to this process alone: its runs can be
+            recorded and gone on with, where the same data is given again, but no study can be made of it.
         norm: The norm's name; the strategy's own if None.
         model: The model's name; the default if None.
         rounds: Rounds of communication.
@@ -54,7 +67,7 @@ def federated(
     named: dict[str, Any] = {
         "seed": seed,
         "strategy": {"name": strategy},
-        "data": {"name": data, **({"dir": str(data_dir)} if data_dir is not None else {})},
+        "data": {"name": DATA.add(data), **({"dir": str(data_dir)} if data_dir is not None else {})},
         "rounds": {"num_rounds": rounds},
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
@@ -67,11 +80,11 @@ def federated(
 
 def continual(
     *,
-    scenario: str = "split_digits",
+    scenario: str | None = None,
     learner: str = "er_ace",
     norm: str | None = None,
     model: str | None = None,
-    data: str | None = None,
+    data: Any = None,
     data_dir: str | Path | None = None,
     online: bool = False,
     seed: int = 1,
@@ -82,11 +95,13 @@ def continual(
     """Train a learner on a stream in this process.
 
     Args:
-        scenario: The scenario's name.
+        scenario: The scenario's name; by default ``split_digits``, or ``split`` of data of your own.
         learner: The learner's name.
         norm: The norm's name; batch normalization if None.
         model: The model's name; the scenario's own if None.
-        data: The benchmark, where the scenario leaves a choice.
+        data: The benchmark, or data of your own in any of the forms that :func:`federated` takes, where the scenario
+            leaves a choice: ``continual(data={"a": (images, labels), "b": ...})`` learns its classes one after
+            another, and with ``scenario="domain_digits"`` its domains.
         data_dir: The folder of the real data, where the benchmark needs one.
         online: One pass over each experience, 10 images a step; ``config`` may change the latter.
         seed: Of every random stream.
@@ -102,11 +117,11 @@ def continual(
         FedNormError: The configuration cannot be run (as ``online`` with more than one epoch), or the record cannot be
             written.
     """
-    where = {"name": data, "dir": None if data_dir is None else str(data_dir)}
+    where = {"name": None if data is None else DATA.add(data), "dir": None if data_dir is None else str(data_dir)}
     named: dict[str, Any] = {
         "kind": "continual",
         "seed": seed,
-        "scenario": {"name": scenario},
+        **({"scenario": {"name": scenario}} if scenario is not None else {}),
         "learner": {"name": learner},
         "data": {key: value for key, value in where.items() if value is not None},
         **({"train": ONLINE} if online else {}),
@@ -137,7 +152,8 @@ def compare(
 
     Args:
         study: A TOML file, the name of a study that ships (``fednorm recipes``), or a study's tables as nested
-            dictionaries: ``{"base": {...}, "points": [...], "grid": {"seed": [1, 2, 3]}}``.
+            dictionaries: ``{"base": {...}, "points": [...], "grid": {"seed": [1, 2, 3]}}``. Data of your own is its
+            ``data.name``: an import path, or a module's function itself.
         data_dir: The folder of the real data, where the study needs one.
         config: Configuration keys laid over every run, as nested dictionaries.
         jobs: Runs at a time.
@@ -158,8 +174,9 @@ def compare(
     from fednorm.study.study import make_study, read_study
 
     overrides = merge({"data": {"dir": str(data_dir)}} if data_dir is not None else {}, config or {})
+    overrides = with_references(overrides)
     if isinstance(study, Mapping):
-        made = make_study(study, overrides=overrides, select_on_test=select_on_test)
+        made = make_study(with_references(study), overrides=overrides, select_on_test=select_on_test)
     else:
         made = read_study(find_study(str(study)), overrides, select_on_test=select_on_test)
     folder = Path(runs) if runs is not None else Path("runs") / made.name

@@ -208,10 +208,18 @@ class Family(Generic[C]):
         if isinstance(method, str):
             return method
         reference = _import_path(method)
-        _CARDS.setdefault(self.plural, {})[reference] = self._adopted(method, reference)
+        card = self._adopted(method, reference)
+        if in_process(card.name):  # a card may tell what has no import path apart by its content
+            reference = card.name
+        _CARDS.setdefault(self.plural, {})[reference] = card
         return reference
 
     def _find(self, reference: str) -> C:
+        if in_process(reference):
+            raise ConfigError(
+                f"{reference} is a Python object that was given as {self.noun} in another process, and is not here. "
+                "Give it again from Python, or by an import path: package.module:attribute."
+            )
         if is_path(reference):
             return self._imported(reference)
         if reference in self.built_in:
@@ -270,6 +278,15 @@ FAMILIES: Mapping[str, Family[Any]] = {
 # Import paths ---------------------------------------------------------------------------------------------------------
 
 
+IN_PROCESS = "object:"
+"""How references begin that no other process knows."""
+
+
+def in_process(reference: str) -> bool:
+    """Return whether a reference stands for an object of this process alone."""
+    return reference.startswith(IN_PROCESS)
+
+
 def is_path(reference: str) -> bool:
     """Return whether a reference is an import path rather than a name."""
     return ":" in reference or "." in reference
@@ -325,7 +342,7 @@ def _import_path(method: Any) -> str:
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return f"{module}:{name}" if found is method else f"object:{name}"
+    return f"{module}:{name}" if found is method else f"{IN_PROCESS}{name}"
 
 
 def source_digest(reference: str, card: Card) -> str:

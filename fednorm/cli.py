@@ -92,7 +92,7 @@ def demo(
 @app.command()
 def federated(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Benchmark: fednorm list data.")] = None,
+    data: Annotated[str | None, typer.Option(help="Benchmark (fednorm list data), or package.module:yours.")] = None,
     data_dir: DataDirOption = None,
     domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
     held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
@@ -154,7 +154,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
 def continual(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
     scenario: Annotated[str | None, typer.Option(help="Scenario: fednorm list scenarios.")] = None,
-    data: Annotated[str | None, typer.Option(help="Benchmark, where the scenario leaves a choice.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data, where the scenario leaves a choice.")] = None,
     data_dir: DataDirOption = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
@@ -295,7 +295,9 @@ def list_names(
 
 @app.command()
 def data(
-    name: Annotated[str, typer.Argument(metavar="DATA", help="Benchmark: fednorm list data.")] = "digits_mini",
+    name: Annotated[
+        str, typer.Argument(metavar="DATA", help="Benchmark (fednorm list data), or package.module:yours.")
+    ] = "digits_mini",
     data_dir: DataDirOption = None,
     domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
     image_size: Annotated[int, typer.Option(help="Height and width to decode to, in pixels.")] = 28,

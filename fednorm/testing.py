@@ -4,8 +4,8 @@
     check_norm("mypackage.mynorm")          # the import path of a module with a SPEC
     check_norm(MyNorm)                      # or the class itself
 
-Each raises :class:`AssertionError` with a sentence on the first thing that is broken, or the error of fednorm that a user
-would see. Each ends with a small real run on the embedded digits, made twice: the same numbers must come out.
+Each raises :class:`AssertionError` with a sentence on the first thing that is broken, or the error of fednorm that a
+user would see. Each ends with a small real run on the embedded digits, made twice: the same numbers must come out.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def check_norm(norm: Any) -> None:
     """Check a normalization method.
 
     Its layers keep an input's shape and type, have finite gradients, do not look at other samples unless the card says
-    so, and own no tensor that the card does not declare; a federation and a stream train with it, twice to the same bits.
+    so, and own no tensor that the card does not declare; a federation and a stream train with it, twice to the same
+    bits.
 
     Args:
         norm: Its name, import path, class or card.
@@ -82,7 +83,8 @@ def _check_layer(name: str, layer: nn.Module, inputs: Tensor, *, coupled: bool) 
     assert outputs.shape == inputs.shape, f"norm {name}: {tuple(inputs.shape)} became {tuple(outputs.shape)}"
     assert outputs.dtype == inputs.dtype, f"norm {name}: {inputs.dtype} became {outputs.dtype}"
     (outputs * torch.randn_like(outputs)).sum().backward()  # type: ignore[no-untyped-call]
-    assert inputs.grad is not None and inputs.grad.isfinite().all(), f"norm {name}: a gradient is not finite"
+    assert inputs.grad is not None, f"norm {name}: the output does not depend on the input"
+    assert inputs.grad.isfinite().all(), f"norm {name}: a gradient is not finite"
     layer.eval()
     with torch.no_grad():
         once, again, alone = layer(inputs), layer(inputs), layer(inputs[:2])
@@ -154,7 +156,7 @@ def check_scenario(scenario: Any) -> None:
         for name, split in (("training", experience.train), ("test", experience.test)):
             assert len(split), f"scenario {card.name}: experience {place} has no {name} images"
             images, labels = split.batch(torch.arange(min(4, len(split))))
-            assert images.dtype == torch.uint8 and images.shape[1] == 3, f"scenario {card.name}: images are uint8 RGB"
+            assert (images.dtype, images.shape[1]) == (torch.uint8, 3), f"scenario {card.name}: images are uint8 RGB"
             below = first.num_classes
             assert 0 <= int(labels.min()) <= int(labels.max()) < below, (
                 f"scenario {card.name}: labels are 0 to {below - 1}"
@@ -169,14 +171,12 @@ def check_data(data: Any) -> None:
     _check_card(card)
     loaded = card.load(Reader(DataConfig(name=reference), 8))
     names = [domain.name for domain in loaded.domains]
-    assert names and len(names) == len(set(names)), (
-        f"benchmark {card.name}: domains have names of their own; got {names}"
-    )
+    assert len(names) == len(set(names)) > 0, f"benchmark {card.name}: domains have names of their own; got {names}"
     for domain, split in itertools.product(loaded.domains, ("train", "test")):
         part = getattr(domain, split)
         assert len(part), f"benchmark {card.name}: domain {domain.name} has no {split} images"
         images, labels = part.batch(torch.arange(min(4, len(part))))
-        assert images.dtype == torch.uint8 and images.ndim == 4, f"benchmark {card.name}: images are uint8 (N, 3, H, W)"
+        assert (images.dtype, images.ndim) == (torch.uint8, 4), f"benchmark {card.name}: images are uint8 (N, 3, H, W)"
         assert 0 <= int(labels.min()) <= int(labels.max()) < loaded.num_classes, f"benchmark {card.name}: labels"
     _check_runs({"data": {"name": reference}}, None)
 

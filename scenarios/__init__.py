@@ -10,16 +10,4 @@ benchmark = to_avalanche(stream)
 from __future__ import annotations
 
 FEDNORM_API = 1
-"""Tells ``fednorm.registry`` that this is fednorm's package and not a stranger's of the same name."""
-
-SCENARIOS: tuple[str, ...] = (
-    "domain_digits",
-    "permuted_labels",
-    "permuted_pixels",
-    "random_labels",
-    "split",
-    "split_cifar10",
-    "split_cifar100",
-    "split_digits",
-)
-"""The names of the scenarios; each is a module of this package with a ``SPEC``."""
+"""Tells ``fednorm.cards`` that this is fednorm's package and not a stranger's of the same name."""

@@ -2,8 +2,8 @@
 
 The domain-incremental setting of van de Ven, Tolias. Three scenarios for continual learning. 2019.
 https://arxiv.org/abs/1904.07734: the classes stay, the inputs' distribution changes, and the task is not told. The
-domains are those of ``digits_mini`` (embedded) or ``digits`` (real data), or of the other benchmarks with several
-domains.
+domains are those of ``digits_mini`` (embedded) or ``digits`` (real data), of the other benchmarks with several domains,
+or of data of your own.
 
 A domain's images are all in one experience, and none of them in another; ``mnistm`` is made from ``mnist``'s digits,
 though, which the stream's notes say where it matters.
@@ -86,6 +86,6 @@ SPEC = ScenarioSpec(
         arxiv="1904.07734",
     ),
     make=make,
-    data=("digits_mini", "digits", "office_caltech10", "pacs", "folders"),
+    data=("digits_mini", "digits", "office_caltech10", "pacs", "folders", "image_folders"),
     defaults={"model": {"name": "digits_cnn", "width": 16}},
 )

@@ -54,7 +54,7 @@ def make(
     for number in range(num_experiences):
         order = torch.from_numpy(stream(drawn_from, "stream", "permuted pixels", number).permutation(num_pixels))
         train, validation, test = (
-            PermutedSplit(split.images, split.labels, split.index, order)
+            PermutedSplit(split.images, split.labels, split.index, order, content=split.content)
             for split in (kept.train, kept.validation, kept.test)
         )
         experiences.append(Experience(number, f"pixels {number + 1}", classes, train, validation, test))

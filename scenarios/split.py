@@ -25,7 +25,7 @@ def make(
     reader: Reader,
     seed: int,
     *,
-    num_experiences: int = 5,
+    num_experiences: int = 0,
     classes_per_experience: Classes = "",
     class_order: str = "shuffled",
     order_seed: int | str = "run",
@@ -37,7 +37,8 @@ def make(
     Args:
         reader: Reads the data.
         seed: The run's seed.
-        num_experiences: T; where it does not divide the number of classes, the first experiences have one more.
+        num_experiences: T; 0 for five, or fewer where some had one class only. Where it does not divide
+            the number of classes, the first experiences have one more.
         classes_per_experience: In place of T: a number of classes, or one for each experience, as ``"4,3,3"``.
         class_order: ``shuffled`` by the seed, or ``sorted``.
         order_seed: Of the class order: ``run`` for the run's seed, or a number.
@@ -58,7 +59,7 @@ def make(
         order_seed=order_seed,
         train=train_per_experience,
         test=test_per_experience,
-        usual=5,
+        usual=0,
     )
 
 

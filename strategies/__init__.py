@@ -8,16 +8,4 @@ strategy.start(grid, strategy.initial_arrays(model), num_rounds=10)
 from __future__ import annotations
 
 FEDNORM_API = 1
-"""Tells ``fednorm.registry`` that this is fednorm's package and not a stranger's of the same name."""
-
-STRATEGIES: tuple[str, ...] = (
-    "fedadam",
-    "fedavg",
-    "fedavgm",
-    "fedbn",
-    "fedprox",
-    "fedwon",
-    "fedyogi",
-    "silobn",
-)
-"""The names of the strategies; each is a module of this package with a ``SPEC``."""
+"""Tells ``fednorm.cards`` that this is fednorm's package and not a stranger's of the same name."""

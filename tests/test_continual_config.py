@@ -259,7 +259,8 @@ CHANGED: dict[str, Any] = {
         ("optimizer", "adam"), ("learning_rate", 0.1), ("batch_size", 10), ("epochs", 1), ("momentum", 0.9),
         ("weight_decay", 0.1), ("agc", 0.1), ("augment", "crop"), ("schedule", "linear"), ("warmup_steps", 1),
         ("schedule_over", "experience"), ("final_rate", 0.1), ("reset_optimizer", True), ("project", True),
-        ("decay", 0.9), ("decay_every", 2), ("clip_norm", 1.0), ("label_smoothing", 0.1), ("l2_init", 0.1), ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
+        ("decay", 0.9), ("decay_every", 2), ("clip_norm", 1.0), ("label_smoothing", 0.1), ("l2_init", 0.1),
+        ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
     )},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fednorm.cards import Scalar
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import VALUES as SECTION_VALUES
-from fednorm.config.resolve import checked_options, resolve
+from fednorm.config.resolve import checked_options, resolve, with_references
 from fednorm.config.run import IMMATERIAL, Choice, ModelChoice, RunConfig, digest
 from fednorm.config.schema import Kind, choose, nearest
 from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
@@ -38,4 +38,5 @@ __all__ = [
     "require_online",
     "resolve",
     "scalar",
+    "with_references",
 ]

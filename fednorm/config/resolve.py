@@ -19,6 +19,7 @@ from fednorm.cards import (
     Family,
     Option,
     Scalar,
+    in_process,
     is_path,
     source_digest,
     spelled,
@@ -72,6 +73,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
+    values = _for_own_data(kind, with_references(values))
     values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     for name in SECTIONS[kind]:
@@ -93,6 +95,46 @@ def _benchmark(name: str) -> str:
     name = spelled(name)
     DATA[name]
     return name
+
+
+def with_references(table: Mapping[str, Any], *, lists: bool = False) -> dict[str, Any]:
+    """Return nested keys with a reference in place of data that was given as an object (``data.name``).
+
+    Args:
+        table: The keys; tables of a study within them too.
+        lists: Whether a list of data is several values to choose from, as in a study's grid.
+
+    Raises:
+        FedNormError: An object is no data.
+    """
+    named = dict(table)
+    for key, value in table.items():
+        if key == "data" and isinstance(value, Mapping) and "name" in value:
+            name = value["name"]
+            several = lists and isinstance(name, list)
+            named[key] = {**value, "name": [_referenced(n) for n in name] if several else _referenced(name)}
+        elif isinstance(value, Mapping):
+            named[key] = with_references(value, lists=lists or key in ("grid", "search"))
+        elif key in ("points", "search") and isinstance(value, list):
+            inner = key == "search"
+            named[key] = [with_references(v, lists=inner) if isinstance(v, Mapping) else v for v in value]
+    return named
+
+
+def _referenced(data: Any) -> Any:
+    return data if data is None or isinstance(data, str | int | float) else DATA.add(data)
+
+
+def _for_own_data(kind: Kind, values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with a scenario that takes any data, where a stream of somebody's own data names none.
+
+    The default scenario is made of embedded data.
+    """
+    name = _name_in(values, "data")
+    own = is_path(name) or canonical(name) in DATA.installed
+    if kind != "continual" or not own or _name_in(values, "scenario"):
+        return values
+    return merge(values, {"scenario": {"name": "split"}})
 
 
 def _with_optimizer(train: TrainConfig) -> TrainConfig:
@@ -233,16 +275,18 @@ def _identified(config: RunConfig, expected: Any) -> RunConfig:
     Raises:
         ConfigError: A source has changed since.
     """
-    choices = {name: getattr(config, name) for name in SECTIONS[config.kind] if name in FAMILY}
+    names = config.references
+    families = {**FAMILY, "data": DATA}
     sources = {
-        name: source_digest(choice.name, choice.card) or "unidentified"
-        for name, choice in choices.items()
-        if is_path(choice.name)
+        section: source_digest(name, families[section][name]) or "unidentified"
+        for section, name in names.items()
+        # Data that was given as an object is identified by its name, which ends with a digest of it.
+        if is_path(name) and not (section == "data" and in_process(name))
     }
     for name, value in (expected if isinstance(expected, Mapping) else {}).items():
         if sources.get(name, value) != value:
             raise ConfigError(
-                f"The source of {name} {choices[name].name!r} is not what it was when this configuration was made "
+                f"The source of {name} {names[name]!r} is not what it was when this configuration was made "
                 f"({value} then, {sources[name]} now). Run it under a new seed or name, or put the source back."
             )
     if not sources:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, Family, Scalar
+from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, Family, Scalar, in_process
 from fednorm.config.schema import KINDS, Kind, choose
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.errors import ConfigError
@@ -156,6 +156,27 @@ class RunConfig:
         defaults = RunConfig.defaults(self.kind).to_dict()
         # A federated run is one that says nothing of its kind.
         return digest(self.to_dict(), {**defaults, "kind": "federated"}, IMMATERIAL)
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Return the name or import path of every method and of the data, by section."""
+        return {name: getattr(self, name).name for name in SECTIONS[self.kind] if hasattr(getattr(self, name), "name")}
+
+    def require_importable(self, why: str) -> None:
+        """Refuse objects that this process alone knows.
+
+        Args:
+            why: What cannot have them, and why; a clause.
+
+        Raises:
+            ConfigError: A method or the data was given as an object that has no import path.
+        """
+        for section, name in self.references.items():
+            if in_process(name):
+                raise ConfigError(
+                    f"{section} {name} is an object of this Python process, and {why}. Put a function that returns it "
+                    f"into a module, and give its import path instead: {section} package.module:function."
+                )
 
     @property
     def title(self) -> str:

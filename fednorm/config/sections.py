@@ -16,7 +16,7 @@ EVALUATIONS = ("own", "cross", "averaged", "pooled", "reestimated", "unseen")
 class DataConfig(Section, name="data"):
     """Which data, and who holds what of it."""
 
-    name: str = key("digits_mini", "A benchmark (`fednorm list data`), or `folders` for any Parquet folders.")
+    name: str = key("digits_mini", "A benchmark (`fednorm list data`), or the import path of your own data.")
     dir: str = key("", "The folder that holds the real data; not needed for digits_mini.")
     domains: Names = key((), "The domains to use, in this order; empty for all that the benchmark finds.")
     image_size: int = key(0, "Height and width to resize to, in pixels; 0 for the model's own input size.", ge=0)
@@ -35,6 +35,12 @@ class DataConfig(Section, name="data"):
     merge: bool = key(
         False,
         "Whether each domain's train and test images are merged and split again 80/20, stratified, as FedBN does.",
+    )
+    split_seed: int = key(
+        0,
+        "Of everything that deals images (partitions, validation, caps; a stream's order), apart from the run's seed; "
+        "0 for the run's seed.",
+        ge=0,
     )
     download: bool = key(False, "Whether torchvision may download what is missing.")
 

@@ -59,7 +59,7 @@ def load(reader: Reader) -> Loaded:
     Raises:
         DataError: It is missing, corrupt, or has a label outside its classes.
     """
-    return DATA[reader.config.name].load(reader)
+    return DATA[reader.config.name].read(reader)
 
 
 def as_one(loaded: Loaded) -> Domain:
@@ -213,9 +213,11 @@ def class_incremental(
         ConfigError: More experiences than classes, or numbers of classes that do not sum up to all of them.
         DataError: The data is missing, corrupt or lacks images of an experience's classes.
     """
-    whole("scenario", "num_experiences", num_experiences, at_least=1)
+    whole("scenario", "num_experiences", num_experiences, at_least=1 if usual else 0)
     order_seed = seed_of_order(seed, order_seed, drawn=class_order != "sorted")
     loaded = load(reader)
+    usual = usual or usual_number(loaded.num_classes)
+    num_experiences = num_experiences or usual
     sizes = class_counts(scenario, loaded.title, loaded.num_classes, num_experiences, classes_per_experience)
     if num_experiences not in (usual, len(sizes)):
         raise ConfigError(
@@ -242,6 +244,14 @@ def class_incremental(
         first_labels=starts[:-1],
         notes=loaded.notes,
     )
+
+
+def usual_number(num_classes: int) -> int:
+    """Return how many experiences a data set is usually cut into: five, fewer where some had one class only.
+
+    Fewer than four classes have an experience each.
+    """
+    return min(5, num_classes // 2) if num_classes > 3 else num_classes
 
 
 def class_counts(

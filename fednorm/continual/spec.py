@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from fednorm.cards import DATA, Card
+from fednorm.cards import DATA, SCENARIOS, Card, spelled
 from fednorm.config import DataConfig, Scalar, checked_options
 from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
@@ -84,7 +84,8 @@ class ScenarioSpec(Card):
         Args:
             config: Which data, and the share ``validation`` held back from each experience's training images.
             image_size: The model's input size in pixels, used where ``config.image_size`` is 0.
-            seed: Of the streams ``(seed, "stream", ...)`` that order classes and deal images.
+            seed: Of the streams ``(seed, "stream", ...)`` that order classes and deal images, where
+                ``config.split_seed`` is 0.
             options: The scenario's options that are not at their default.
             cache_dir: Where decoded arrays are kept.
 
@@ -103,7 +104,7 @@ class ScenarioSpec(Card):
         size = config.image_size or image_size
         if size < 1:
             raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-        return self.make(Reader(config.replace(name=name), size, cache_dir), seed, **given)
+        return self.make(Reader(config.replace(name=name), size, cache_dir), config.split_seed or seed, **given)
 
     def _benchmark(self, config: DataConfig) -> str:
         for key in _FEDERATED_ONLY:
@@ -112,12 +113,14 @@ class ScenarioSpec(Card):
                     f"data.{key} says what clients hold, and a stream has no clients. Leave it at its default; the "
                     f"options of scenario {self.name} are {', '.join(self.options)}."
                 )
-        name = DATA[config.name].name
-        if not self.data or name in self.data:
+        name, card = spelled(config.name), DATA[config.name]
+        # Where a scenario leaves a choice, it takes what anybody brings; one that is named for its data does not.
+        if not self.data or name in self.data or (len(self.data) > 1 and not card.ships):
             return name
         if name != DataConfig().name:
+            free = ", ".join(spec.name for spec in SCENARIOS if len(spec.data) != 1)
+            hint = "Leave data.name out" + ("." if card.ships else f", or take a scenario of any data: {free}.")
             raise ConfigError(
-                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. Leave data.name "
-                "out, or take a scenario of any data: split, permuted_labels, permuted_pixels, random_labels."
+                f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. {hint}"
             )
         return self.data[0]

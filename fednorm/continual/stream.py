@@ -228,7 +228,8 @@ class Stream:
     def digest(self) -> str:
         """Return what identifies the stream: SHA-256 of its rows, labels and pixel orders, 16 hexadecimal digits.
 
-        The pixels themselves are not read; the data's own files identify them.
+        The pixels themselves are not read; the data's own files identify them, and data without files brings a digest
+        of its pixels along (:attr:`~fednorm.data.domain.Split.content`).
         """
         digest = hashlib.sha256()
         for experience in self.experiences:
@@ -239,4 +240,5 @@ class Stream:
                     tensors.append(split.pixel_order)
                 for tensor in tensors:
                     digest.update(tensor.numpy().astype("<i8").tobytes())
+                digest.update(split.content.encode())
         return digest.hexdigest()[:16]

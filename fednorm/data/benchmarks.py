@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import uuid
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
-from fednorm.cards import Card
+import torch
+
+from fednorm.cards import IN_PROCESS, Card, in_process
 from fednorm.config import DataConfig
-from fednorm.data.domain import Domain
+from fednorm.data import own
+from fednorm.data.domain import Domain, Split
 from fednorm.data.folders import list_folders, read_folder
 from fednorm.data.shards import holds_parquet
 from fednorm.data.source import Source, count_classes
 from fednorm.data.torchvision_sets import SETS, list_torchvision, read_torchvision
-from fednorm.errors import DataError
+from fednorm.errors import DataError, FedNormError
 
 NOTES: Mapping[str, str] = {
     "synthdigits": "synthdigits: digits rendered in the manner of SYN Numbers, a stand-in; it is not SYN.",
@@ -140,7 +147,201 @@ class Benchmark(Card):
     load: Callable[[Reader], Loaded]
     note: str = ""
 
-    expects: ClassVar[str] = "A benchmark is a callable (reader) -> Loaded, or a Benchmark."
+    expects: ClassVar[str] = (
+        f"Data is {own.FORMS}; a callable that returns one, without arguments or from a reader; or a Benchmark."
+    )
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return a card for data in one of the forms of :mod:`fednorm.data.own`, or for a callable that returns some.
+
+        Data of this process alone is read at once, and named by its content; data at an import path is read when a run
+        asks for it.
+
+        Raises:
+            DataError: Data of this process is unfit.
+        """
+        is_data = own.is_data(method)
+        if not is_data and (not callable(method) or _takes_reader(method) is None):
+            return None
+        summary = (getattr(method, "__doc__", None) or "").strip().partition("\n")[0] if not is_data else ""
+        if not reference.startswith((IN_PROCESS, "__main__:")):
+            module = getattr(method, "__module__", None) if callable(method) else None
+            origin = str(module or reference.partition(":")[0])
+            return cls(name=reference, summary=summary, load=_Own(method, reference).load, origin=origin)
+        name = f"{IN_PROCESS}{reference.partition(':')[2]}"
+        if not is_data and _takes_reader(method):
+            name = f"{name}-{_token(method)}"
+            return cls(name=name, summary=summary, load=_Own(method, name).load)
+        given = method if is_data else _called(method, (), reference)
+        if isinstance(given, Loaded):
+            return cls(name=f"{name}-{_token(method)}", summary=summary, load=_Own(method, name).load)
+        parts = own.gather(given)
+        name = f"{name}-{own.digest(parts)}"
+        return cls(name=name, summary=summary, load=_Own(method, name, parts).load)
+
+    @property
+    def ships(self) -> bool:
+        """Whether it is one of fednorm's own, and not what somebody gave."""
+        return self.origin.startswith("fednorm.data.sets.")
+
+    def read(self, reader: Reader) -> Loaded:
+        """Read the data; what somebody gave is checked, and every pixel of it enters the data's digest.
+
+        Raises:
+            DataError: It is missing, corrupt, or not what a benchmark is.
+        """
+        if self.ships:
+            return self.load(reader)
+        try:
+            given = self.load(reader)
+        except FedNormError:
+            raise
+        except Exception as error:
+            raise _raised(self.name, error) from error
+        return _checked(given, self.name, reader.image_size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """Data that somebody gave.
+
+    Attributes:
+        given: The data, or the callable that returns it.
+        name: Its reference.
+        parts: What it holds, where it was read already.
+    """
+
+    given: Any
+    name: str
+    parts: tuple[own.Part, ...] = ()
+
+    def load(self, reader: Reader) -> Loaded:
+        """Return its domains at the reader's image size."""
+        given, parts = self.given, self.parts
+        if not parts:
+            if not own.is_data(given):
+                given = _called(given, (reader,) if _takes_reader(given) else (), self.name)
+            if isinstance(given, Loaded):
+                return given
+            parts = own.gather(given)
+        known = tuple(dict.fromkeys(part.domain for part in parts))
+        wanted = reader.wanted(known) or known
+        title = "own data" if in_process(self.name) else self.name
+        source, num_classes, notes = own.one_source(
+            [part for part in parts if part.domain in wanted],
+            name=title,
+            image_size=reader.image_size,
+            split_seed=reader.config.split_seed,
+        )
+        return Loaded(f"{title} ({', '.join(wanted)})", num_classes, source.split_domains(wanted), notes)
+
+
+def _takes_reader(maker: Callable[..., Any]) -> bool | None:
+    """Return whether a callable is given the reader: its one required argument, or its first, of that name.
+
+    None where it needs more than that.
+    """
+    try:
+        parameters = inspect.signature(maker).parameters.values()
+    except (TypeError, ValueError):  # compiled, and says nothing of itself
+        return False
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(needed) > 1 or any(p.kind is p.KEYWORD_ONLY for p in needed):
+        return None
+    return bool(needed) or bool(places and places[0].name == "reader")
+
+
+_TOKENS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+
+
+def _token(maker: Callable[..., Any]) -> str:
+    """Return what tells a callable of this process from all others, since what it returns is not known."""
+    try:
+        return _TOKENS.setdefault(maker, uuid.uuid4().hex[:12])
+    except TypeError:
+        return uuid.uuid4().hex[:12]
+
+
+def _called(maker: Callable[..., Any], arguments: tuple[Any, ...], name: str) -> Any:
+    """Return what a callable returns.
+
+    Raises:
+        DataError: It raised, or returned no data.
+    """
+    try:
+        given = maker(*arguments)
+    except FedNormError:
+        raise
+    except Exception as error:
+        raise _raised(name, error) from error
+    if own.is_data(given) or isinstance(given, Loaded):
+        return given
+    raise DataError(f"{name} returned a {type(given).__name__}; expected {own.FORMS}.")
+
+
+def _raised(name: str, error: Exception) -> DataError:
+    return DataError(f"Reading the data {name} raised {type(error).__name__}: {error}. Mend what reads it.")
+
+
+def _checked(given: Any, name: str, size: int) -> Loaded:
+    """Return what a stranger's benchmark found, each domain in one array that brings a digest of its pixels along.
+
+    Raises:
+        DataError: It is not what :class:`Loaded` says.
+    """
+    if not isinstance(given, Loaded) or not given.domains:
+        raise DataError(f"{name} returned {given!r:.60}; expected a Loaded with one domain or more.")
+    digests: dict[int, str] = {}
+    domains = [_one_array(domain) for domain in given.domains]
+    for domain in domains:
+        _check_domain(domain, f"Domain {domain.name} of {name}", given.num_classes, size)
+        images = domain.train.images
+        if images.data_ptr() not in digests:
+            digests[images.data_ptr()] = hashlib.sha256(images.contiguous().numpy().data).hexdigest()[:16]
+    named = [
+        replace(
+            domain,
+            train=replace(domain.train, content=digests[domain.train.images.data_ptr()]),
+            test=replace(domain.test, content=digests[domain.train.images.data_ptr()]),
+        )
+        for domain in domains
+    ]
+    return replace(given, domains=tuple(named))
+
+
+def _one_array(domain: Domain) -> Domain:
+    """Return a domain whose training and test images are rows of one array, which all that splits anew relies on."""
+    train, test = domain.train, domain.test
+    if train.images.data_ptr() == test.images.data_ptr() and train.labels.data_ptr() == test.labels.data_ptr():
+        return domain
+    images, labels = torch.cat([train.images, test.images]), torch.cat([train.labels, test.labels])
+    return replace(
+        domain,
+        train=Split(images, labels, train.index),
+        test=Split(images, labels, test.index + len(train.images)),
+    )
+
+
+def _check_domain(domain: Domain, where: str, num_classes: int, size: int) -> None:
+    for split, part in (("training", domain.train), ("test", domain.test)):
+        images, labels, index = part.images, part.labels, part.index
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, size, size):
+            raise DataError(
+                f"{where}: the {split} images are {str(images.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(images.shape)}; expected uint8 of shape (N, 3, {size}, {size}), {size} being the reader's "
+                "image_size."
+            )
+        if labels.dtype != torch.int64 or index.dtype != torch.int64 or len(labels) != len(images):
+            raise DataError(f"{where}: labels and index of the {split} images must be int64, with a label an image.")
+        if not len(index):
+            raise DataError(f"{where} has no {split} images; a domain needs both.")
+        if int(index.min()) < 0 or int(index.max()) >= len(images):
+            raise DataError(f"{where}: the index of the {split} images goes beyond the {len(images)} images.")
+        low, high = int(part.targets.min()), int(part.targets.max())
+        if low < 0 or high >= num_classes:
+            raise DataError(f"{where} has {split} labels from {low} to {high}, outside 0 to {num_classes - 1}.")
 
 
 def loaded(title: str, sources: Sequence[Source], domains: tuple[Domain, ...], notes: tuple[str, ...] = ()) -> Loaded:

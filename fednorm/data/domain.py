@@ -21,11 +21,13 @@ class Split:
         images: The whole array, uint8, shape (N, 3, H, W); shared, never copied or written.
         labels: The whole array's labels, int64, shape (N,).
         index: The rows that belong to this split, int64, shape (n,).
+        content: What identifies the pixels of the whole array, where no file does: of data that somebody gave.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
+    content: str = field(default="", kw_only=True)
 
     def __len__(self) -> int:
         """Return the number of images, n."""
@@ -112,7 +114,8 @@ class Federation:
     def digest(self) -> str:
         """Return what identifies the data: SHA-256 of rows, labels and some pixels of every client, 16 hex digits.
 
-        Of each split, the pixels of its first and last image are read, and no others.
+        Of each split, the pixels of its first and last image are read, and no others; data without files brings a
+        digest of all of its pixels along (:attr:`Split.content`).
         """
         digest = hashlib.sha256()
         for client in self.clients:
@@ -122,6 +125,7 @@ class Federation:
                     digest.update(numbers.numpy().astype("<i8").tobytes())
                 if len(split):
                     digest.update(split.batch(torch.tensor([0, len(split) - 1]))[0].numpy().tobytes())
+                digest.update(split.content.encode())
         return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
     Args:
         config: Which data, and who holds what of it.
         image_size: The model's input size in pixels, used where ``config.image_size`` is 0.
-        seed: Of the streams ``(seed, "data", domain, ...)`` that deal the images.
+        seed: Of the streams ``(seed, "data", domain, ...)`` that deal the images, where ``config.split_seed`` is 0.
         cache_dir: Where decoded arrays are kept; by default ``$FEDNORM_CACHE``, else the user's cache folder.
 
     Returns:
@@ -40,7 +41,8 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
     size = config.image_size or image_size
     if size < 1:
         raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-    loaded = DATA[config.name].load(Reader(config, size, cache_dir))
+    loaded = DATA[config.name].read(Reader(config, size, cache_dir))
+    seed = config.split_seed or seed
     domains = [_merged(domain) for domain in loaded.domains] if config.merge else list(loaded.domains)
     return Federation(
         title=loaded.title,
@@ -54,12 +56,11 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
 def _merged(domain: Domain) -> Domain:
     """Merge a domain's images and split them again as FedBN does."""
     rows = torch.cat([domain.train.index, domain.test.index])
-    images, labels = domain.train.images, domain.train.labels
     try:
-        train, test = merged_split(labels[rows].numpy())
+        train, test = merged_split(domain.train.labels[rows].numpy())
     except DataError as error:
         raise DataError(f"Domain {domain.name}: {error}") from error
-    splits = [Split(images, labels, rows[torch.from_numpy(part)]) for part in (train, test)]
+    splits = [replace(domain.train, index=rows[torch.from_numpy(part)]) for part in (train, test)]
     return Domain(domain.name, splits[0], splits[1], domain.note)
 
 
@@ -96,7 +97,7 @@ def _shares(domain: Domain, config: DataConfig, seed: int, *, held_out: bool) ->
 
 def _part(split: Split, rows: Rows) -> Split:
     """Return some rows of a split; the arrays stay the same objects."""
-    return Split(split.images, split.labels, split.index[torch.from_numpy(rows)])
+    return replace(split, index=split.index[torch.from_numpy(rows)])
 
 
 def _protocol_notes(loaded: Loaded, config: DataConfig) -> tuple[str, ...]:

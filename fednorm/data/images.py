@@ -100,6 +100,27 @@ def decode(content: bytes, where: str) -> Image.Image:
         ) from error
 
 
+def as_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Return an image that is already decoded as :func:`decode` returns it: mode ``RGB``, nothing lost unsaid.
+
+    Args:
+        image: The image as Pillow, or whoever made it, left it; it is not turned upright.
+        where: What it is called in an error.
+
+    Raises:
+        DataError: It is refused, or its pixels cannot be read.
+    """
+    bits = 16 if image.mode.startswith("I;16") else 32 if image.mode == "I" else 8
+    try:
+        image.load()
+        return _as_rgb(image, _Samples(bits))
+    except _UnfitError as error:
+        raise DataError(f"{where}: {error}") from None
+    except Exception as error:  # a file that Pillow reads only now
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{where}: the image cannot be decoded ({reason}). Remove or replace it.") from error
+
+
 def _open(content: bytes) -> tuple[Image.Image, _Samples]:
     """Return the upright image as Pillow decodes it, and what its samples are."""
     image = Image.open(io.BytesIO(content), formats=FORMATS)

@@ -116,6 +116,34 @@ def merged_split(labels: Rows) -> tuple[Rows, Rows]:
     return np.sort(train).astype(np.int64), np.sort(test).astype(np.int64)
 
 
+def train_and_test(domain: str, labels: Rows, split_seed: int) -> tuple[Rows, Rows]:
+    """Split the images of a domain without test images 80/20, each class in proportion (:func:`hold_back`).
+
+    The stream ``(split_seed, "data", domain, "train and test")`` says how, so that runs of any seed test on the same
+    images.
+
+    Args:
+        domain: The domain's name.
+        labels: The labels of its images, shape (n,).
+        split_seed: ``data.split_seed``.
+
+    Returns:
+        The rows to train on and those to test on, ascending.
+
+    Raises:
+        DataError: There is one image only.
+    """
+    if len(labels) < 2:
+        raise DataError(
+            f"Domain {domain} has one image, which cannot be split into training and test images. Give it more, or "
+            "test images of its own."
+        )
+    rng = stream(split_seed, "data", domain, "train and test")
+    rows = rng.permutation(len(labels)).astype(np.int64)
+    train, test = hold_back(rows, labels[rows], TEST_SHARE, rng)
+    return np.sort(train), np.sort(test)
+
+
 def deal(domain: str, train_labels: Rows, num_test: int, config: DataConfig, seed: int) -> list[Share]:
     """Deal one domain to its clients.
 

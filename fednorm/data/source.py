@@ -52,7 +52,7 @@ class Source:
             if row < count:
                 return f"{file}, row {row}"
             row -= count
-        return f"{self.name}, row {row} past its end"
+        return f"{self.name}, row {row}{' past its end' if self.files else ''}"
 
     def with_note(self, note: str) -> Source:
         """Return this data set with a note, after its own."""

@@ -69,8 +69,8 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
         bench = bench_of(context)
-        about = {"client": _about(bench.client(context)), **_constants(bench)}
-        return Message(RecordDict(about), reply_to=message)
+        reply = RecordDict({"client": _about(bench.client(context)), **_constants(bench)})
+        return Message(reply, reply_to=message)
 
     @app.query("local")
     def local(message: Message, context: Context) -> Message:

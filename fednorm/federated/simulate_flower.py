@@ -43,9 +43,10 @@ def simulate_flower(
         The result, as in ``result.json``.
 
     Raises:
-        FedNormError: The configuration cannot be run, the run failed, or its record has a checkpoint that only the
-            in-process runtime can go on from.
+        FedNormError: The configuration cannot be run or has objects of this process, the run failed, or its record has
+            a checkpoint that only the in-process runtime can go on from.
     """
+    config.require_importable("Flower's runtime has processes of its own")
     record = RunRecord(runs, config)
     if finished := read_back(record, config):
         return finished

@@ -199,7 +199,7 @@ def _federation(like: _Like[RunConfig]) -> tuple[Federation, str]:
     return _counted(
         data,
         lambda: load_federation(data, image_size=size, seed=config.seed),
-        lambda: _published_federation(data, size, config.seed),
+        lambda: _published_federation(data, size, data.split_seed or config.seed),
     )
 
 
@@ -213,7 +213,7 @@ def _stream(like: _Like[RunConfig]) -> tuple[Stream, str]:
 
     def published() -> Stream:
         name = spec.data[0] if spec.data and data.name not in spec.data else data.name
-        return spec.make(_Blank(data.replace(name=name), size), config.seed, **options)
+        return spec.make(_Blank(data.replace(name=name), size), data.split_seed or config.seed, **options)
 
     return _counted(data, lambda: spec.stream(data, image_size=size, seed=config.seed, options=options), published)
 
@@ -221,7 +221,8 @@ def _stream(like: _Like[RunConfig]) -> tuple[Stream, str]:
 def _counted(data: DataConfig, load: Callable[[], T], published: Callable[[], T]) -> tuple[T, str]:
     """Return what is loaded, else what the published sizes give, and a sentence on which it is."""
     try:
-        return load(), f"Images counted in {data.dir}." if data.dir else "Images counted in the embedded data."
+        embedded = "the embedded data" if DATA[data.name].ships else data.name
+        return load(), f"Images counted in {data.dir or embedded}."
     except DataError as error:
         try:
             return published(), "Published sizes of the data; with its folder (--data-dir) they are counted."

@@ -146,13 +146,16 @@ def checked(*layers: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of nested keys, each laid over those before it.
 
     Raises:
-        ConfigError: A key or a value is wrong; the nearest valid key is named.
+        ConfigError: A key or a value is wrong, the nearest valid key is named; or something was given as an object that
+            no other process could find again.
         UnknownNameError: A name is not registered.
     """
     values: dict[str, Any] = {}
     for layer in layers:
         values = merge(values, layer)
-    return resolve(values)
+    config = resolve(values)
+    config.require_importable("a study's runs go by what any process finds again")
+    return config
 
 
 def origin(number: int, points: Sequence[Mapping[str, Any]], values: Mapping[KeyPath, Any]) -> str:

@@ -7,6 +7,3 @@ for experience in to_avalanche(stream).train_stream:
 """
 
 from __future__ import annotations
-
-LEARNERS: tuple[str, ...] = ("naive", "joint", "er", "er_ace", "derpp", "lwf", "ewc", "gdumb")
-"""The names of the learners; each is a module of this package with a ``SPEC``."""

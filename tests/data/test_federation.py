@@ -202,8 +202,17 @@ def test_pacs_and_office_take_their_domains_from_the_column(tmp_path: Path, writ
 
 
 def test_every_benchmark_says_what_it_is() -> None:
-    assert {"digits_mini", "digits", "office_caltech10", "pacs", "cifar10", "cifar100", "folders"} == set(DATA)
-    assert all(name == entry.name and entry.summary for name, entry in DATA.items())
+    assert {
+        "digits_mini",
+        "digits",
+        "office_caltech10",
+        "pacs",
+        "cifar10",
+        "cifar100",
+        "folders",
+        "image_folders",
+    } == set(DATA.names)
+    assert all(DATA[name].name == name and DATA[name].summary for name in DATA.names)
 
 
 @pytest.mark.data
