@@ -6,6 +6,7 @@ result = fednorm.federated(strategy="fedbn", data="digits_mini", rounds=10, seed
 result = fednorm.continual(scenario="split_digits", learner="er_ace", norm="adab2n", online=True, seed=0)
 runs = fednorm.compare("study.toml", jobs=2)
 runs = fednorm.load("runs/study")
+network = fednorm.load_model("runs/RUN", client=3)
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
+    from fednorm.export import load_model
 
-__all__ = ["__version__", "compare", "continual", "convert", "federated", "load"]
+__all__ = ["__version__", "compare", "continual", "convert", "federated", "load", "load_model"]
 
 
 def __getattr__(name: str) -> Any:
     """Import public names when they are first used, so that ``import fednorm`` stays quick."""
     from importlib import import_module
 
-    homes = {"convert": "fednorm.conversion"} | dict.fromkeys(
+    homes = {"convert": "fednorm.conversion", "load_model": "fednorm.export"} | dict.fromkeys(
         ("compare", "continual", "federated", "load"), "fednorm.api"
     )
     if name not in homes:

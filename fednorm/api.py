@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from fednorm.errors import StudyError
 
 if TYPE_CHECKING:
     import polars
+    from torch import nn
 
     from fednorm.continual.simulate import StreamObserver
     from fednorm.federated.server import Observer
@@ -22,7 +23,7 @@ def federated(
     strategy: str = "fedavg",
     data: str = "digits_mini",
     norm: str | None = None,
-    model: str | None = None,
+    model: str | Callable[..., nn.Module] | None = None,
     rounds: int = 10,
     seed: int = 1,
     data_dir: str | Path | None = None,
@@ -36,7 +37,8 @@ def federated(
         strategy: The strategy's name.
         data: The benchmark's name.
         norm: The norm's name; the strategy's own if None.
-        model: The model's name; the default if None.
+        model: The model's name, an import path, or what makes one: a callable of ``num_classes``, and of ``norm``,
+            ``image_size``, ``in_channels``, ``width`` and ``activation`` what its signature names; the default if None.
         rounds: Rounds of communication.
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
@@ -70,7 +72,7 @@ def continual(
     scenario: str = "split_digits",
     learner: str = "er_ace",
     norm: str | None = None,
-    model: str | None = None,
+    model: str | Callable[..., nn.Module] | None = None,
     data: str | None = None,
     data_dir: str | Path | None = None,
     online: bool = False,
@@ -85,7 +87,7 @@ def continual(
         scenario: The scenario's name.
         learner: The learner's name.
         norm: The norm's name; batch normalization if None.
-        model: The model's name; the scenario's own if None.
+        model: The model's name, an import path, or what makes one, as in :func:`federated`; the scenario's own if None.
         data: The benchmark, where the scenario leaves a choice.
         data_dir: The folder of the real data, where the benchmark needs one.
         online: One pass over each experience, 10 images a step; ``config`` may change the latter.

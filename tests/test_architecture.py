@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api"),
     ("fednorm.report",),
-    ("fednorm.verify", "fednorm.bench"),
+    ("fednorm.verify", "fednorm.bench", "fednorm.export"),
     ("fednorm.cli",),
     ("fednorm.commands",),
 )
@@ -207,7 +207,7 @@ def test_public_names_are_there() -> None:
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{module.__name__}.{name}"
     fednorm = importlib.import_module("fednorm")
-    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "federated", "load"}
+    assert set(fednorm.__all__) == {"__version__", "compare", "continual", "convert", "federated", "load", "load_model"}
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):
         fednorm.fedrated  # noqa: B018
 

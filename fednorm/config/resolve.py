@@ -69,6 +69,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
+    values = _referenced(values)
     values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     for name in SECTIONS[kind]:
@@ -78,6 +79,20 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     sections["train"] = _with_optimizer(sections["train"])
     config = RunConfig(**sections)
     return _identified(config, values.get("sources", {}))
+
+
+_PLAIN = (str, bool, int, float, list, dict)
+"""What a TOML file has, which is never a method."""
+
+
+def _referenced(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with a reference in place of every object that was given as a method."""
+
+    def named(section: str, table: Any) -> Any:
+        name = table.get("name") if section in FAMILY and isinstance(table, Mapping) else None
+        return table if name is None or isinstance(name, _PLAIN) else {**table, "name": FAMILY[section].add(name)}
+
+    return {section: named(section, table) for section, table in values.items()}
 
 
 def _with_optimizer(train: TrainConfig) -> TrainConfig:
@@ -147,7 +162,7 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
     family = FAMILY[section]
     default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
     name = spelled(str(table.get("name", default.name)))
-    general = {key: given.pop(key) for key in ("width", "activation") if section == "model" and key in given}
+    general = {key: given.pop(key) for key in ("width", "activation", "weights") if section == "model" and key in given}
     card = family[name]
     options = checked_options(card, section, given)
     card.check(options)
@@ -205,7 +220,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _identified(config: RunConfig, expected: Any) -> RunConfig:
-    """Return the configuration with a digest of every stranger's source.
+    """Return the configuration with a digest of every stranger's source, and of the weights that are given.
 
     Args:
         config: The configuration.
@@ -220,11 +235,14 @@ def _identified(config: RunConfig, expected: Any) -> RunConfig:
         for name, choice in choices.items()
         if is_path(choice.name)
     }
+    if config.model.weights:
+        sources["weights"] = config.model.card.weights_digest(config.model.weights)
     for name, value in (expected if isinstance(expected, Mapping) else {}).items():
         if sources.get(name, value) != value:
+            what = f"source of {name} {choices[name].name!r}" if name in choices else "file of model.weights"
             raise ConfigError(
-                f"The source of {name} {choices[name].name!r} is not what it was when this configuration was made "
-                f"({value} then, {sources[name]} now). Run it under a new seed or name, or put the source back."
+                f"The {what} is not what it was when this configuration was made "
+                f"({value} then, {sources[name]} now). Run it under a new seed or name, or put it back as it was."
             )
     if not sources:
         return config

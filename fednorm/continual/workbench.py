@@ -9,17 +9,16 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import nn
 
 from fednorm.cards import OPTIMIZERS
-from fednorm.config import RunConfig
+from fednorm.config import ModelChoice, RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Effect, Learner
 from fednorm.continual.schedule import Schedule
 from fednorm.continual.stream import Experience, Stream
 from fednorm.errors import ConfigError
-from fednorm.models import make_model
+from fednorm.models import Built, ModelSpec, chosen_model, describe_model
 from fednorm.norms import spec_of
 from fednorm.optim.agc import AdaptiveGradientClipping
 from fednorm.optim.l2_init import L2Init
@@ -38,6 +37,7 @@ class ContinualWorkbench:
         config: The run's configuration.
         stream: The stream.
         norm: The normalization method, fitted to the stream and the learner.
+        about_model: What the record says of the network.
         model: The network.
         learner: The learner.
         joint: Whether the learner is given all experiences at once.
@@ -64,7 +64,9 @@ class ContinualWorkbench:
         ratio = options.batch_ratio(config.train.batch_size)
         norm = config.norm.card.made(config.norm.options)
         self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
-        self.model = self._make_model(config.seed)
+        built = self._built(config.model, config.seed)
+        self.about_model = describe_model(config.model, built, self.stream.num_classes, self.stream.image_size)
+        self.model = built.model
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
         self.training: list[Any] = list(make(self.stream).train_stream)
@@ -108,19 +110,10 @@ class ContinualWorkbench:
         before, steps = sum(self.steps[:place]), self.steps[place]
         return mean(self.schedule.at(before + step, step, steps) for step in range(steps))
 
-    def _make_model(self, seed: int) -> nn.Module:
-        config = self.config
-        model = make_model(
-            config.model.name,
-            self.norm,
-            num_classes=self.stream.num_classes,
-            image_size=self.stream.image_size,
-            width=config.model.width,
-            activation=config.model.activation,
-            options=config.model.options,
-            seed=seed,
-        )
-        return model.to(memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
+    def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
+        built = chosen_model(choice, self.norm, self.stream.num_classes, self.stream.image_size, seed)
+        # Convolutions on CPUs are faster in this layout.
+        return dataclasses.replace(built, model=built.model.to(memory_format=torch.channels_last))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         train = self.config.train
@@ -161,7 +154,8 @@ class ContinualWorkbench:
         if train.shrink != 1 or train.perturb:
 
             def perturb(number: int) -> None:
-                fresh = self._make_model(stream_seed(self.config.seed, "perturb", number))
+                drawn = dataclasses.replace(self.config.model, weights="")  # noise is drawn, never read from a file
+                fresh = self._built(drawn, stream_seed(self.config.seed, "perturb", number)).model
                 shrink_and_perturb(self.model, fresh, shrink=train.shrink, perturb=train.perturb)
 
             effects.append(perturb)
@@ -201,6 +195,7 @@ class ContinualWorkbench:
             for experience in self.stream
         ]
         return {
+            "model": self.about_model,
             "norm": {"name": config.norm.name, **dataclasses.asdict(self.norm)},
             "learner": {"name": config.learner.name, **dataclasses.asdict(self.learner.options)},
             "scenario": {"name": config.scenario.name, **config.scenario.values},

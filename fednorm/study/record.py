@@ -5,6 +5,7 @@
         rounds.jsonl              one line a round: every client's metrics
         checkpoint.safetensors    the server's tensors, its optimizer's, every client's; the round; while it runs
         model.safetensors         the final server tensors
+        evaluated.safetensors     a stream's tensors in its last evaluation, where the learner evaluates others
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
         result.json               the result; there once the run has finished
 
@@ -300,14 +301,23 @@ class RunRecord:
             )
         self.keep_lines(0)
 
-    def finish(self, result: Mapping[str, Any], model: Tensors, clients: Mapping[int, Tensors] | None = None) -> None:
+    def finish(
+        self,
+        result: Mapping[str, Any],
+        model: Tensors,
+        clients: Mapping[int, Tensors] | None = None,
+        evaluated: Tensors | None = None,
+    ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
         Args:
             result: The result.
             model: The model's tensors; the server's, in a federation.
             clients: Each client's local tensors, by partition id.
+            evaluated: The tensors of the model that was evaluated, where they are not those of the model.
         """
+        if evaluated:
+            self._save_tensors("evaluated.safetensors", evaluated, {"hash": self.config.hash})
         self._save_tensors("model.safetensors", model, {"hash": self.config.hash})
         if clients:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
@@ -334,7 +344,7 @@ class RunRecord:
 
     def _save_tensors(self, name: str, tensors: Tensors, metadata: dict[str, str]) -> None:
         with self._replacing(name) as part:
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, part, metadata=metadata)
+            save_file(_apart(tensors), part, metadata=metadata)
 
     def _replace(self, name: str, text: str) -> None:
         with self._replacing(name) as part:
@@ -364,3 +374,13 @@ class RunRecord:
                 f"Cannot {what} in {self.folder}: {reason}. What was written before is whole. Free some space or "
                 "choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
             ) from error
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """Return contiguous tensors of which no two share memory: a network may have one parameter in two places."""
+    places, apart = set[int](), Tensors()
+    for key, tensor in tensors.items():
+        whole = tensor.contiguous()
+        apart[key] = whole.clone() if whole.untyped_storage().data_ptr() in places else whole
+        places.add(whole.untyped_storage().data_ptr())
+    return apart
