@@ -27,7 +27,9 @@ _COUNTER = "num_batches_tracked"
 class Published(Protocol):
     """What knows where its published weights are."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Return the model's name."""
 
     def pretrained(self) -> str:
         """Return their file."""

@@ -47,7 +47,7 @@ class ZooModel(ForeignModel):
     files: Callable[[], tuple[list[str], str]] = field(repr=False)
 
     @property
-    def maker(self) -> type[nn.Module]:  # type: ignore[override]
+    def maker(self) -> type[nn.Module]:
         """The network's class."""
         return self.kind
 
@@ -217,7 +217,7 @@ def timm_card(name: str) -> ZooModel:
     def files() -> tuple[list[str], str]:
         if published is None or not published.has_weights:
             return [], ""
-        urls = [published.url] if published.url else []
+        urls = [published.url] if isinstance(published.url, str) and published.url else []
         return [*_hugging_face_files(published), *_hub_files(urls)], _download(
             [f"https://huggingface.co/{published.hf_hub_id}"] if published.hf_hub_id else urls,
             f"timm.create_model({name!r}, pretrained=True)",
