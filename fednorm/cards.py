@@ -193,6 +193,10 @@ class Family(Generic[C]):
         """Every name that needs no import path, sorted."""
         return tuple(sorted({*self.built_in, *self.installed}))
 
+    def is_foreign(self, reference: str) -> bool:
+        """Return whether a reference is of a stranger's method, which fednorm's version does not identify."""
+        return spelled(reference) not in self.built_in
+
     def __iter__(self) -> Iterator[C]:
         """Yield the card of every name."""
         return (self[name] for name in self.names)
@@ -385,20 +389,21 @@ def source_digest(reference: str, card: Card) -> str:
         card: Its card.
 
     Returns:
-        Empty for a built-in method, which the version identifies.
+        The digest.
     """
-    if not is_path(reference):
-        return ""
     module = sys.modules.get(card.origin)
     if module is not None and not reference.startswith(f"{OF_THIS_PROCESS}:"):
         try:
             return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:12]
         except (OSError, TypeError):
             pass
-    return f"{_PROCESS}-{_serial(card.maker, f'source of {reference}')}"
+    return f"{UNIDENTIFIED}{_PROCESS}-{_serial(card.maker, f'source of {reference}')}"
 
 
-_PROCESS = f"process-{secrets.token_hex(4)}"
+UNIDENTIFIED = "process-"
+"""What a digest begins with that tells nothing but the process: no other can find the method, or know its source."""
+
+_PROCESS = secrets.token_hex(4)
 
 
 FEDNORM_API = 1

@@ -18,7 +18,6 @@ from fednorm.cards import (
     Family,
     Option,
     Scalar,
-    is_path,
     source_digest,
     spelled,
 )
@@ -231,9 +230,9 @@ def _identified(config: RunConfig, expected: Any) -> RunConfig:
     """
     choices = {name: getattr(config, name) for name in SECTIONS[config.kind] if name in FAMILY}
     sources = {
-        name: source_digest(choice.name, choice.card) or "unidentified"
+        name: source_digest(choice.name, choice.card)
         for name, choice in choices.items()
-        if is_path(choice.name)
+        if choice.family.is_foreign(choice.name)
     }
     if config.model.weights:
         sources["weights"] = config.model.card.weights_digest(config.model.weights)

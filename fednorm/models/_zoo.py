@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import os
 import re
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -127,13 +128,18 @@ def _unknown(library: str, name: str, known: list[str], how: str) -> UnknownName
 
 
 def _kind(make: Callable[..., nn.Module]) -> type[nn.Module]:
-    """Return the class of what a library's function makes; made without memory where it can be."""
+    """Return the class of what a library's function makes; made without memory.
+
+    Some constructors compute with what they make, which no meta tensor allows; but they have begun by then, and the
+    outermost of them is the network's.
+    """
     with _quiet(), torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):
                 return type(make())
-        except Exception:  # some constructors compute with what they make
-            return type(make())
+        except Exception as error:
+            begun = (frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__))
+            return next((type(module) for module in begun if isinstance(module, nn.Module)), None) or type(make())
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fednorm.cards import UNIDENTIFIED
 from fednorm.config import IMMATERIAL, KeyPath, RunConfig, flatten, merge, nest, resolve
 from fednorm.errors import ConfigError
 
@@ -111,13 +112,20 @@ def checked(*layers: Mapping[str, Any]) -> RunConfig:
     """Return the configuration of nested keys, each laid over those before it.
 
     Raises:
-        ConfigError: A key or a value is wrong; the nearest valid key is named.
+        ConfigError: A key or a value is wrong; the nearest valid key is named. Or a method is an object that no other
+            process can find, or whose source nobody can read.
         UnknownNameError: A name is not registered.
     """
     values: dict[str, Any] = {}
     for layer in layers:
         values = merge(values, layer)
-    return resolve(values)
+    config = resolve(values)
+    if nameless := [name for name, digest in config.sources.items() if digest.startswith(UNIDENTIFIED)]:
+        raise ConfigError(
+            f"The {' and '.join(nameless)} of a run is an object that cannot be identified, so its record could never "
+            "be told from another's. A study takes what a file defines: give its import path, package.module:attribute."
+        )
+    return config
 
 
 def origin(number: int, points: Sequence[Mapping[str, Any]], values: Mapping[KeyPath, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fednorm.cards import MODELS
+from fednorm.cards import MODELS, source_digest
 from fednorm.errors import ConfigError
 from fednorm.models import Order, build_model
 from fednorm.norms import make_norm
@@ -217,3 +219,21 @@ def test_an_activation_or_a_width_that_nobody_takes_is_refused() -> None:
 def test_an_object_of_another_process_is_refused() -> None:
     with pytest.raises(ConfigError, match="was an object of the process that made this configuration"):
         MODELS["object:somewhere.<locals>.net"]
+
+
+def test_an_installed_package_offers_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package_with_a_model.py").write_text(
+        "from torch import nn\n\ndef tiny(num_classes, *, depth: int = 1):\n"
+        "    return nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.LazyLinear(num_classes))\n"
+    )
+    about = tmp_path / "package_with_a_model-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: package-with-a-model\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[fednorm.models]\nTiny-Net = package_with_a_model:tiny\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    family = replace(MODELS)  # one that has not looked yet
+    assert "tiny_net" in family.names
+    card = family["Tiny_net"]
+    assert list(card.declared) == ["depth"]
+    assert (family.is_foreign("tiny-net"), family.is_foreign("Digits-CNN")) == (True, False)
+    assert len(source_digest("tiny_net", card)) == 12
