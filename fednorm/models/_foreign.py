@@ -6,7 +6,8 @@ signature names; its further keyword-only parameters with a default are its opti
     def make_net(num_classes: int, *, norm: Norm, dropout: float = 0.0) -> nn.Module: ...
 
 A network that was given the norm is taken as it is. One that was not is converted to the run's norm
-(:func:`fednorm.convert`), and what that did is noted. Before anything is trained, two images of zeros go through it, on
+(:func:`fednorm.convert`), and what that did is noted; layers that are of the norm already stay, with their own options
+where the run gives none. Before anything is trained, two images of zeros go through it, on
 PyTorch's meta device where the network can: a network that cannot take the images, or whose output is no tensor with a
 logit for each class, is refused in a sentence.
 """
@@ -265,6 +266,9 @@ def _converted(network: nn.Module, norm: Norm) -> tuple[nn.Module, tuple[str, ..
     does_nothing = type(norm).layer is Norm.layer and not norm.inserts
     if does_nothing and not any(isinstance(m, nn.Conv2d) or _normalizes(m) for m in network.modules()):
         return norm.prepare(network), ("It has no normalization layer, and the norm puts none.",), {}
+    there = {spec.make for m in network.modules() if (spec := spec_of(m)) is not None and spec.normalizes}
+    if there == {type(norm)} and norm == type(norm)():
+        return norm.prepare(network), ("Its normalization layers are of the run's norm, and stay as they are.",), {}
     model, report = convert_with_report(network, norm)
     paths = {name: list(getattr(report, name)) for name in _REPORTED if getattr(report, name)}
     return model, (_sentence(report), *report.notes), paths

@@ -49,7 +49,7 @@ def test_a_file_in_the_working_directory_is_a_model_in_both_worlds(call: Call, f
     result = outcome.document
     assert result["config"]["model"] == {"name": MODEL, "width": 0, "activation": "", "hidden": 5}
     assert len(result["config"]["sources"]["model"]) == 12
-    assert result["model"]["notes"] == ["Converted to BatchNorm: 1 normalization layers replaced."]
+    assert result["model"]["notes"] == ["Its normalization layers are of the run's norm, and stay as they are."]
     assert (result["parameters"], result["plan"]["local"]) == (3 * 9 * 5 + 5 + 10 + 60, 5)
     written = call("export", result["run"], "--client", "2", "--to", "m.pt2", "--json").document
     assert (written["client"], written["num_classes"], written["image_size"]) == (2, 10, 12)

@@ -36,13 +36,17 @@ def theirs(name: str, num_classes: int, **options: Any) -> nn.Module:
     return made
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "timm:resnet10t"])
+@pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "timm:resnet10t"])
 def test_with_batch_norm_it_is_the_librarys_own_function(name: str) -> None:
     model, twin = built(name).model, theirs(name, 7)
     twin.load_state_dict(model.state_dict())
     images = torch.randn(4, 3, 32, 32)
     for training in (True, False):
-        assert torch.equal(model.train(training)(images), twin.train(training)(images))
+        logits = []
+        for network in (model, twin):
+            torch.manual_seed(0)  # of dropout
+            logits.append(network.train(training)(images))
+        assert torch.equal(*logits)
     assert MODELS[name].input_size == (176 if "10t" in name else 224)
 
 
