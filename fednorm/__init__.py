@@ -6,6 +6,7 @@ result = fednorm.federated(strategy="fedbn", data="digits_mini", rounds=10, seed
 result = fednorm.continual(scenario="split_digits", learner="er_ace", norm="adab2n", online=True, seed=0)
 runs = fednorm.compare("study.toml", jobs=2)
 runs = fednorm.load("runs/study")
+network = fednorm.load_model("runs/RUN", client=3)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
     from fednorm.conversion import convert
     from fednorm.declaration import declare
+    from fednorm.export import load_model
     from fednorm.inspection import check
     from fednorm.tensor_kinds import declare_tensors
 
@@ -31,6 +33,7 @@ __all__ = [
     "declare_tensors",
     "federated",
     "load",
+    "load_model",
 ]
 
 
@@ -43,6 +46,7 @@ def __getattr__(name: str) -> Any:
         "convert": "fednorm.conversion",
         "declare": "fednorm.declaration",
         "declare_tensors": "fednorm.tensor_kinds",
+        "load_model": "fednorm.export",
     } | dict.fromkeys(("compare", "continual", "federated", "load"), "fednorm.api")
     if name not in homes:
         raise AttributeError(f"module 'fednorm' has no attribute {name!r}; public names: {', '.join(__all__)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fednorm.errors import StudyError
 
 if TYPE_CHECKING:
     import polars
+    from torch import nn
 
     from fednorm.continual.simulate import StreamObserver
     from fednorm.federated.server import Observer
@@ -23,7 +24,7 @@ def federated(
     strategy: str = "fedavg",
     data: Any = "digits_mini",
     norm: str | None = None,
-    model: str | None = None,
+    model: str | Callable[..., nn.Module] | None = None,
     rounds: int = 10,
     seed: int = 1,
     data_dir: str | Path | None = None,
@@ -49,7 +50,8 @@ def federated(
             result's ``data.notes`` say so. What has no import path is known to this process alone: its runs can be
             recorded and gone on with, where the same data is given again, but no study can be made of it.
         norm: The norm's name; the strategy's own if None.
-        model: The model's name; the default if None.
+        model: The model's name, an import path, or what makes one: a callable of ``num_classes``, and of ``norm``,
+            ``image_size``, ``in_channels``, ``width`` and ``activation`` what its signature names; the default if None.
         rounds: Rounds of communication.
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
@@ -83,7 +85,7 @@ def continual(
     scenario: str | None = None,
     learner: str = "er_ace",
     norm: str | None = None,
-    model: str | None = None,
+    model: str | Callable[..., nn.Module] | None = None,
     data: Any = None,
     data_dir: str | Path | None = None,
     online: bool = False,
@@ -98,7 +100,7 @@ def continual(
         scenario: The scenario's name; by default ``split_digits``, or ``split`` of data of your own.
         learner: The learner's name.
         norm: The norm's name; batch normalization if None.
-        model: The model's name; the scenario's own if None.
+        model: The model's name, an import path, or what makes one, as in :func:`federated`; the scenario's own if None.
         data: The benchmark, or data of your own in any of the forms that :func:`federated` takes, where the scenario
             leaves a choice: ``continual(data={"a": (images, labels), "b": ...})`` learns its classes one after
             another, and with ``scenario="domain_digits"`` its domains.

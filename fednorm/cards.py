@@ -15,7 +15,8 @@ and where it differs; ``SPEC`` in that file. Seven families of cards::
 Adding a method is adding its file: no list of names is kept by hand. A method's **options** are the keyword-only
 parameters of what its card makes, with their annotations and defaults; there is no other place to declare them.
 
-A stranger's method is given as ``package.module:attribute``, or as ``package.module`` whose ``SPEC`` it is.
+A stranger's method is given as ``package.module:attribute``, or as ``package.module`` whose ``SPEC`` it is. A family
+may know libraries of its methods: ``timm:resnet26d`` is no import path but timm's model of that name.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import hashlib
 import inspect
 import os
 import pkgutil
+import secrets
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -135,13 +137,21 @@ class Card:
 
 
 def _options(maker: Callable[..., Any], beyond: frozenset[str]) -> dict[str, Option]:
-    hints = typing.get_type_hints(maker.__init__ if inspect.isclass(maker) else maker)
+    hints = type_hints(maker)
     parameters = inspect.signature(maker).parameters.values()
     return {
         p.name: Option(p.name, hints.get(p.name, Any), p.default)
         for p in parameters
         if p.kind is p.KEYWORD_ONLY and p.name not in beyond and p.default is not p.empty
     }
+
+
+def type_hints(maker: Callable[..., Any]) -> dict[str, Any]:
+    """Return the annotations of what is called; none where they name what only a type checker can see."""
+    try:
+        return typing.get_type_hints(maker.__init__ if inspect.isclass(maker) else maker)
+    except Exception:  # a stranger's annotations may raise anything
+        return {}
 
 
 C = TypeVar("C", bound=Card)
@@ -156,12 +166,15 @@ class Family(Generic[C]):
         plural: The family's name, and that of its entry points behind ``fednorm.``.
         package: The package whose modules are the built-in methods.
         card: Import path of the card's class.
+        libraries: For each library whose methods are known by name, the import path of what makes a card from such a
+            name; a reference is the library's name, a colon and the method's.
     """
 
     noun: str
     plural: str
     package: str
     card: str
+    libraries: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def built_in(self) -> tuple[str, ...]:
@@ -179,6 +192,10 @@ class Family(Generic[C]):
     def names(self) -> tuple[str, ...]:
         """Every name that needs no import path, sorted."""
         return tuple(sorted({*self.built_in, *self.installed}))
+
+    def is_foreign(self, reference: str) -> bool:
+        """Return whether a reference is of a stranger's method, which fednorm's version does not identify."""
+        return spelled(reference) not in self.built_in
 
     def __iter__(self) -> Iterator[C]:
         """Yield the card of every name."""
@@ -209,12 +226,18 @@ class Family(Generic[C]):
             return method
         reference = _import_path(method)
         card = self._adopted(method, reference)
-        if in_process(card.name):  # a card may tell what has no import path apart by its content
+        if in_process(card.name) and card.name != reference:  # a card may tell what has no import path by its content
             reference = card.name
+        elif in_process(reference) and (others := _serial(method, reference)):
+            reference = f"{reference}#{others + 1}"
+            card = self._adopted(method, reference)
         _CARDS.setdefault(self.plural, {})[reference] = card
         return reference
 
     def _find(self, reference: str) -> C:
+        library, colon, name = reference.partition(":")
+        if colon and library in self.libraries:
+            return self._adopted(import_object(self.libraries[library], self.noun)(name), reference)
         if in_process(reference):
             raise ConfigError(
                 f"{reference} is a Python object that was given as {self.noun} in another process, and is not here. "
@@ -258,7 +281,13 @@ _CARDS: dict[str, dict[str, Card]] = {}
 
 
 NORMS: Family[NormSpec] = Family("norm", "norms", "fednorm.norms", "fednorm.spec:NormSpec")
-MODELS: Family[ModelSpec] = Family("model", "models", "fednorm.models", "fednorm.models:ModelSpec")
+MODELS: Family[ModelSpec] = Family(
+    "model",
+    "models",
+    "fednorm.models",
+    "fednorm.models:ModelSpec",
+    {"timm": "fednorm.models._zoo:timm_card", "torchvision": "fednorm.models._zoo:torchvision_card"},
+)
 STRATEGIES: Family[StrategySpec] = Family("strategy", "strategies", "strategies", "fednorm.federated.spec:StrategySpec")
 SCENARIOS: Family[ScenarioSpec] = Family("scenario", "scenarios", "scenarios", "fednorm.continual.spec:ScenarioSpec")
 LEARNERS: Family[LearnerSpec] = Family(
@@ -345,24 +374,45 @@ def _import_path(method: Any) -> str:
     return f"{module}:{name}" if found is method else f"{IN_PROCESS}{name}"
 
 
+def _serial(method: Any, reference: str) -> int:
+    """Return how many other objects of this process had a reference before this one; they are kept alive for it."""
+    known = _OBJECTS.setdefault(reference, [])
+    for number, other in enumerate(known):
+        if other is method:
+            return number
+    known.append(method)
+    return len(known) - 1
+
+
+_OBJECTS: dict[str, list[Any]] = {}
+
+
 def source_digest(reference: str, card: Card) -> str:
     """Return what identifies a stranger's method beside its name: 12 hexadecimal digits of its module's source.
+
+    Two closures of one function have one source. So what is known in this process alone, and what was typed at a
+    prompt, is identified by the process and a number instead: no other run has its record.
 
     Args:
         reference: The name or import path by which it was given.
         card: Its card.
 
     Returns:
-        Empty for a built-in method, which the version identifies, and for one whose source nobody can read.
+        The digest.
     """
     module = sys.modules.get(card.origin)
-    if module is None or not is_path(reference):
-        return ""
-    try:
-        text = inspect.getsource(module)
-    except (OSError, TypeError):
-        return ""
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    if module is not None and not in_process(reference):
+        try:
+            return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:12]
+        except (OSError, TypeError):
+            pass
+    return f"{UNIDENTIFIED}{_PROCESS}-{_serial(card.maker, f'source of {reference}')}"
+
+
+UNIDENTIFIED = "process-"
+"""What a digest begins with that tells nothing but the process: no other can find the method, or know its source."""
+
+_PROCESS = secrets.token_hex(4)
 
 
 FEDNORM_API = 1

@@ -1,4 +1,4 @@
-"""The command line: ``fednorm`` and a command: demo, federated, continual, compare, recipes, report, list, and more.
+"""The command line: ``fednorm`` and a command: demo, federated, continual, compare, recipes, report, export, and more.
 
 Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
 user's mistake ends with exit code 2 and a sentence, never with a traceback.
@@ -103,7 +103,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
     norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model: fednorm list models.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients' SGD.")] = None,
@@ -161,7 +163,9 @@ def continual(  # noqa: PLR0913 - one parameter an option
     learner: Annotated[str | None, typer.Option(help="Learner: fednorm list learners.")] = None,
     memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
     norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model: fednorm list models.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    ] = None,
     online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
@@ -279,6 +283,19 @@ def report(  # noqa: PLR0913 - one parameter an option
         interval=interval,
         as_json=as_json,
     )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The record of a finished run.")],
+    to: Annotated[Path, typer.Option(help="The file: .pt2 (torch.export), .safetensors or .pt (a state dict).")],
+    client: Annotated[int | None, typer.Option(help="The client whose model it is; the server's by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's trained model to a file that plain PyTorch reads."""
+    from fednorm.commands.export import run_export
+
+    run_export(run, to=to, client=client, as_json=as_json)
 
 
 @app.command("list")

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("fednorm.surroundings",),
     ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
-    ("fednorm.models", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
+    ("fednorm.models", "fednorm.footprint", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
     ("fednorm.registry",),
     ("fednorm.training", "fednorm.recalibration"),
     (
@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api", "fednorm.strangers", "fednorm.inspection", "fednorm.survey"),
     ("fednorm.report",),
-    ("fednorm.verify", "fednorm.bench"),
+    ("fednorm.verify", "fednorm.bench", "fednorm.export", "fednorm.testing"),
     ("fednorm.cli",),
     ("fednorm.commands",),
 )
@@ -239,6 +239,7 @@ def test_public_names_are_there() -> None:
         "declare_tensors",
         "federated",
         "load",
+        "load_model",
     }
     assert set(fednorm.__all__) >= names
     with pytest.raises(AttributeError, match="no attribute 'fedrated'; public names"):

@@ -489,7 +489,7 @@ def test_a_model_without_a_relu_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
         return nn.Sequential(nn.Flatten(), nn.Linear(12, 2), norm.activation("gelu"))
 
     card = replace(MODELS["mlp"], make=gelu_only)
-    monkeypatch.setattr("fednorm.models.MODELS", lambda _: card)
+    monkeypatch.setattr("fednorm.models.MODELS", {"mlp": card})
     assert kinds(make_model("mlp", Norm(), num_classes=2))[-1] is nn.GELU
     with pytest.raises(ConfigError, match="mlp has no ReLU that leaky_relu could take the place of"):
         make_model("mlp", Norm(), num_classes=2, activation="leaky_relu")

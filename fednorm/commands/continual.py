@@ -60,6 +60,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         f"[bold]{learner['name']}[/] with norm {document['norm']['name']} on {data['title']}: model "
         f"{config['model']['name']}, {document['parameters']:,} parameters, {document['steps']:,} steps"
     )
+    for note in document["model"]["notes"]:
+        console.print(f"  {note}", markup=False, soft_wrap=True)
     for experience in data["experiences"][:20]:
         console.print(
             f"  experience {experience['experience'] + 1}: {experience['title']}, {experience['train']} train, "

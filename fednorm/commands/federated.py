@@ -68,6 +68,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         f"[bold]{config['strategy']['name']}[/] with norm {config['norm']['name']} on {data['title']}: model "
         f"{config['model']['name']}, {document['parameters']:,} parameters"
     )
+    for note in document["model"]["notes"]:
+        console.print(f"  {note}", markup=False, soft_wrap=True)
     constant = ("constant",) if counts.get("constant") else ()
     roles = ", ".join(f"{counts[role]} {role}" for role in ("shared", "local", "pooled", "reset", *constant))
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")

@@ -29,7 +29,7 @@ from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
 from fednorm.errors import ConfigError, canonical
-from fednorm.limits import INTEGER, require_float, require_plain, shown
+from fednorm.limits import INTEGER, MOST_DEPTH, require_float, require_plain, shown
 
 C = TypeVar("C", bound=Card)
 
@@ -66,6 +66,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
         UnknownNameError: A method is not registered.
         ConfigError: A key, an option or a value is wrong.
     """
+    values = with_references(values) if isinstance(values, Mapping) else values
     require_plain(values, "The configuration")
     kind = values.get("kind", "federated")
     choose("kind", kind, KINDS)
@@ -73,7 +74,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     for key in values:
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
-    values = _for_own_data(kind, with_references(values))
+    values = _for_own_data(kind, values)
     values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     for name in SECTIONS[kind]:
@@ -97,32 +98,47 @@ def _benchmark(name: str) -> str:
     return name
 
 
-def with_references(table: Mapping[str, Any], *, lists: bool = False) -> dict[str, Any]:
-    """Return nested keys with a reference in place of data that was given as an object (``data.name``).
+REFERENCED: Mapping[str, Family[Any]] = {**FAMILY, "data": DATA}
+"""The sections whose ``name`` may be an object instead."""
+
+_PLAIN = (str, bool, int, float, list)
+"""What a TOML file has in place of a name, which is never a method."""
+
+
+def with_references(table: Mapping[str, Any], *, lists: bool = False, depth: int = 0) -> dict[str, Any]:
+    """Return nested keys with a reference in place of every method and every data that was given as an object.
 
     Args:
         table: The keys; tables of a study within them too.
-        lists: Whether a list of data is several values to choose from, as in a study's grid.
+        lists: Whether a list of names is several values to choose from, as in a study's grid.
+        depth: Tables around it; beyond what any study has, nothing is looked for.
 
     Raises:
-        FedNormError: An object is no data.
+        FedNormError: An object is nothing of the section's family.
     """
     named = dict(table)
-    for key, value in table.items():
-        if key == "data" and isinstance(value, Mapping) and "name" in value:
-            name = value["name"]
+    for key, value in table.items() if depth <= MOST_DEPTH else ():
+        if key in REFERENCED and isinstance(value, Mapping) and "name" in value:
+            name, family = value["name"], REFERENCED[key]
             several = lists and isinstance(name, list)
-            named[key] = {**value, "name": [_referenced(n) for n in name] if several else _referenced(name)}
+            named[key] = {
+                **value,
+                "name": [_referenced(n, family) for n in name] if several else _referenced(name, family),
+            }
         elif isinstance(value, Mapping):
-            named[key] = with_references(value, lists=lists or key in ("grid", "search"))
+            named[key] = with_references(value, lists=lists or key in ("grid", "search"), depth=depth + 1)
         elif key in ("points", "search") and isinstance(value, list):
             inner = key == "search"
-            named[key] = [with_references(v, lists=inner) if isinstance(v, Mapping) else v for v in value]
+            named[key] = [
+                with_references(v, lists=inner, depth=depth + 1) if isinstance(v, Mapping) else v for v in value
+            ]
     return named
 
 
-def _referenced(data: Any) -> Any:
-    return data if data is None or isinstance(data, str | int | float) else DATA.add(data)
+def _referenced(given: Any, family: Family[Any]) -> Any:
+    if given is None or isinstance(given, _PLAIN) or (isinstance(given, dict) and family is not DATA):
+        return given
+    return family.add(given)
 
 
 def _for_own_data(kind: Kind, values: dict[str, Any]) -> dict[str, Any]:
@@ -204,7 +220,7 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
     family = FAMILY[section]
     default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
     name = spelled(str(table.get("name", default.name)))
-    general = {key: given.pop(key) for key in ("width", "activation") if section == "model" and key in given}
+    general = {key: given.pop(key) for key in ("width", "activation", "weights") if section == "model" and key in given}
     card = family[name]
     options = checked_options(card, section, given)
     card.check(options)
@@ -266,7 +282,7 @@ def _same(value: Any, default: Any) -> bool:
 
 
 def _identified(config: RunConfig, expected: Any) -> RunConfig:
-    """Return the configuration with a digest of every stranger's source.
+    """Return the configuration with a digest of every stranger's source, and of the weights that are given.
 
     Args:
         config: The configuration.
@@ -276,18 +292,20 @@ def _identified(config: RunConfig, expected: Any) -> RunConfig:
         ConfigError: A source has changed since.
     """
     names = config.references
-    families = {**FAMILY, "data": DATA}
     sources = {
-        section: source_digest(name, families[section][name]) or "unidentified"
+        section: source_digest(name, REFERENCED[section][name])
         for section, name in names.items()
         # Data that was given as an object is identified by its name, which ends with a digest of it.
-        if is_path(name) and not (section == "data" and in_process(name))
+        if REFERENCED[section].is_foreign(name) and not (section == "data" and in_process(name))
     }
+    if config.model.weights:
+        sources["weights"] = config.model.card.weights_digest(config.model.weights)
     for name, value in (expected if isinstance(expected, Mapping) else {}).items():
         if sources.get(name, value) != value:
+            what = f"source of {name} {names[name]!r}" if name in names else "file of model.weights"
             raise ConfigError(
-                f"The source of {name} {names[name]!r} is not what it was when this configuration was made "
-                f"({value} then, {sources[name]} now). Run it under a new seed or name, or put the source back."
+                f"The {what} is not what it was when this configuration was made "
+                f"({value} then, {sources[name]} now). Run it under a new seed or name, or put it back as it was."
             )
     if not sources:
         return config

@@ -68,20 +68,26 @@ class ModelChoice(Choice[C]):
     Attributes:
         width: Channels of the first stage, for models that have it; 0 for the model's own.
         activation: The nonlinearity in place of the model's ReLUs, e.g. ``leaky_relu``; empty for the model's own.
+        weights: The file of weights to start from, or ``pretrained``; empty for weights drawn from the seed. What the
+            file holds is part of a run's identity, where it is is not.
     """
 
     width: int = 0
     activation: str = ""
+    weights: str = ""
 
     def __post_init__(self) -> None:
         if type(self.width) is not int or self.width < 0:
             raise ConfigError(f"model.width must be 0 (the model's own) or a number of channels; got {self.width!r}.")
         if not isinstance(self.activation, str):
             raise ConfigError(f"model.activation must be a string; got {self.activation!r}.")
+        if not isinstance(self.weights, str):
+            raise ConfigError(f"model.weights must be a file's path, or 'pretrained'; got {self.weights!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the name, width and activation, and beside them the model's own options that were set."""
-        return {"name": self.name, "width": self.width, "activation": self.activation, **self.options}
+        """Return the name, width and activation, and beside them the weights and own options that were set."""
+        weights = {"weights": self.weights} if self.weights else {}
+        return {"name": self.name, "width": self.width, "activation": self.activation, **weights, **self.options}
 
 
 SECTIONS: Mapping[Kind, tuple[str, ...]] = {
@@ -108,7 +114,8 @@ class RunConfig:
         train: How a client trains in a round, and a learner on an experience.
         rounds: The rounds.
         evaluate: What is measured.
-        sources: A digest of the source of every method that is not built in, by section.
+        sources: A digest of the source of every method that is not built in, by section; and of the model's weights,
+            where those are given.
     """
 
     kind: Kind = "federated"
@@ -194,11 +201,12 @@ def filename(name: str) -> str:
 IMMATERIAL = (
     ("data", "dir"),
     ("data", "download"),
+    ("model", "weights"),
     ("rounds", "checkpoint_every"),
     ("rounds", "min_answered"),
     ("train", "checkpoint_every"),
 )
-"""Section and key of what no number depends on."""
+"""Section and key of what no number depends on; of weights the contents count, which have a digest of their own."""
 
 
 def digest(values: Mapping[str, Any], defaults: Mapping[str, Any], immaterial: Iterable[tuple[str, str]]) -> str:

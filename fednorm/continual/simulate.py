@@ -119,7 +119,7 @@ class _Run:
             self._close(bench.source(experience))
         document = self._document()
         if self.record:
-            self.record.finish(document, dict(bench.model.state_dict()))
+            self.record.finish(document, dict(bench.model.state_dict()), evaluated=self._evaluated())
         return document
 
     def _open(self) -> None:
@@ -211,6 +211,13 @@ class _Run:
             self._save()
         if self.observer:
             self.observer.experience(line)
+
+    def _evaluated(self) -> dict[str, Tensor] | None:
+        """Return the tensors that were evaluated last, where the learner evaluates others than it trains."""
+        trained = {key: tensor.clone() for key, tensor in self.bench.model.state_dict().items()}
+        with self.bench.learner.for_evaluation() as model:
+            evaluated = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        return None if all(torch.equal(trained[key], tensor) for key, tensor in evaluated.items()) else evaluated
 
     def _scope(self) -> str:
         scope = self.bench.config.evaluate.experiences

@@ -26,6 +26,7 @@ class ContinualWorkbench:
         stream: The stream.
         norm: The normalization method, fitted to the stream and the learner.
         trainee: What trains: the network, its optimizer, the effects around an update.
+        about_model: What the record says of the network.
         model: The network.
         learner: The learner.
         joint: Whether the learner is given all experiences at once.
@@ -57,6 +58,7 @@ class ContinualWorkbench:
             config, self.norm, num_classes=self.stream.num_classes, image_size=self.stream.image_size
         )
         self.model = self.trainee.model
+        self.about_model = self.trainee.about_model
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
         self.training: list[Any] = list(make(self.stream).train_stream)
@@ -168,6 +170,7 @@ class ContinualWorkbench:
             for experience in self.stream
         ]
         return {
+            "model": self.about_model,
             "norm": {"name": config.norm.name, **dataclasses.asdict(self.norm)},
             "learner": {"name": config.learner.name, **dataclasses.asdict(self.learner.options)},
             "scenario": {"name": config.scenario.name, **config.scenario.values},

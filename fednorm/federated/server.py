@@ -125,6 +125,7 @@ def describe(bench: Workbench) -> Document:
             "bytes": bench.plan.bytes_by_role(),
             "tensors": bench.plan.tensors(),
         },
+        "model": bench.about_model,
         "norm": {"name": bench.config.norm.name, **dataclasses.asdict(bench.norm)},
         "strategy": {"name": bench.config.strategy.name, **_options(bench)},
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
@@ -44,6 +44,7 @@ class Workbench:
         config: The run's configuration.
         federation: Every client's data.
         norm: The normalization method with its options.
+        about_model: What the record says of the model.
         model: The one model; whose tensors it holds changes with every turn.
         strategy: The run's strategy.
         plan: The strategy's norm plan.
@@ -65,7 +66,7 @@ class Workbench:
         self.trainee = Trainee(
             config, self.norm, num_classes=self.federation.num_classes, image_size=self.federation.image_size
         )
-        self.model: nn.Module = self.trainee.model
+        self.about_model, self.model = self.trainee.about_model, self.trainee.model
         self.schedule = self.trainee.schedule(config.rounds.num_rounds)
         limit = config.rounds.max_update_norm
         self.strategy: NormStrategy = config.strategy.card.made(

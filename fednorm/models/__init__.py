@@ -1,23 +1,28 @@
-"""The architectures: one file each.
+"""The architectures: one file each, strangers' by import path, torchvision's and timm's by name.
 
 A model is given a :class:`~fednorm.spec.Norm` and asks it for every convolution, every normalization layer and every
 nonlinearity; it never names a norm class. So one file serves an activation normalization, a weight reparameterization
-and the normalizer-free residual form alike.
+and the normalizer-free residual form alike. A stranger's network that was not built so is converted to the norm
+(:mod:`fednorm.models._foreign`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
 
 from torch import Tensor, nn
 
 from fednorm.cards import MODELS, Card
 from fednorm.errors import ConfigError, DataError, canonical
+from fednorm.models._weights import load_weights, weights_digest
 from fednorm.options import one_of
 from fednorm.rng import torch_seeded
 from fednorm.spec import ACTIVATIONS, Norm
+
+if TYPE_CHECKING:
+    from fednorm.config import ModelChoice
 
 
 class Make(Protocol):
@@ -25,6 +30,48 @@ class Make(Protocol):
 
     def __call__(self, norm: Norm, *, num_classes: int, image_size: int, width: int) -> nn.Module:
         """Return the model, initialised from PyTorch's process-wide generator."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a run asks of an architecture.
+
+    Attributes:
+        norm: The normalization method.
+        num_classes: Number of logits.
+        image_size: Height and width of the images, in pixels; 0 for the published size.
+        width: Channels of the first convolution, or features of the first linear layer; 0 for the published width.
+        activation: A name of :data:`~fednorm.spec.ACTIVATIONS` that takes the place of every ReLU and ReLU6 of the
+            architecture, scaled where the norm says so; dashes are read as underscores. Empty for the architecture's
+            own. The initial weights are the same.
+        weights: A file of weights to start from, or ``pretrained``; empty for initial weights drawn from the seed.
+        options: The model's own options.
+        in_channels: Channels of the images.
+    """
+
+    norm: Norm
+    num_classes: int
+    image_size: int = 0
+    width: int = 0
+    activation: str = ""
+    weights: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    in_channels: int = 3
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network, and what a reader of its results should know.
+
+    Attributes:
+        model: The network, in training mode, float32, on the CPU.
+        notes: Where its weights come from and what a conversion did to it, one sentence each.
+        conversion: The paths of the layers that a conversion replaced, by what they are; empty where there was none.
+    """
+
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+    conversion: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +95,21 @@ class ModelSpec(Card):
     width: int = 0
     width_step: int = 1
 
-    expects: ClassVar[str] = "A model is a callable that returns a network, or a ModelSpec."
+    expects: ClassVar[str] = (
+        "A model is a callable that takes num_classes and returns a network, an nn.Module's class that does, or a "
+        "ModelSpec."
+    )
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return a card for a callable or an nn.Module's class: see :class:`~fednorm.models._foreign.ForeignModel`.
+
+        Raises:
+            ConfigError: It is a network instead of what makes one, or it takes no ``num_classes``.
+        """
+        from fednorm.models._foreign import foreign_card
+
+        return cast("Self | None", foreign_card(method, reference))
 
     @property
     def maker(self) -> Make:
@@ -59,6 +120,83 @@ class ModelSpec(Card):
     def has_width(self) -> bool:
         """Whether the number of channels can be chosen."""
         return self.width > 0
+
+    @property
+    def stream(self) -> tuple[str, ...]:
+        """The names of the stream that initial weights are drawn from."""
+        return "model", self.name
+
+    def pretrained(self) -> str:
+        """Return the file of the published weights, in the local cache of the library that they are of.
+
+        Raises:
+            ConfigError: There are none, or they are not in the cache.
+        """
+        raise ConfigError(
+            f"model {self.name} has no published weights. Leave model.weights empty, or name a file (.safetensors, "
+            ".pt)."
+        )
+
+    def weights_digest(self, given: str) -> str:
+        """Return what identifies given weights: 12 hexadecimal digits of their file's contents.
+
+        Raises:
+            ConfigError: There is no such file.
+        """
+        return weights_digest(given, self)
+
+    def require(self, order: Order) -> None:
+        """Refuse a size, a width or a number of classes that does not fit.
+
+        Raises:
+            ConfigError: One does not.
+        """
+        size, width = order.image_size, order.width
+        if order.num_classes < 1:
+            raise ConfigError(f"model {self.name} needs at least 1 class; got num_classes = {order.num_classes}.")
+        if size < self.min_size or size % self.size_step:
+            multiple = f" that is a multiple of {self.size_step}" if self.size_step > 1 else ""
+            raise ConfigError(
+                f"model {self.name} takes square images of at least {self.min_size} pixels a side{multiple}; "
+                f"got image_size = {size}. Set data.image_size, e.g. to {self.input_size}, its published size."
+            )
+        if width and not self.has_width:
+            wide = ", ".join(other.name for other in MODELS if other.has_width)
+            raise ConfigError(
+                f"model {self.name} has a fixed width; got width = {width}. "
+                f"Leave model.width at 0, or take a model that has it: {wide}."
+            )
+        if width < 0 or (width and width % self.width_step):
+            raise ConfigError(
+                f"model {self.name} takes a width that is a positive multiple of {self.width_step}, "
+                f"or 0 for its own, {self.width}; got width = {width}."
+            )
+
+    def build(self, order: Order) -> Built:
+        """Return the network; called with PyTorch's process-wide generator at the start of :attr:`stream`.
+
+        Raises:
+            ConfigError: The architecture has no ReLU that the activation could replace, or the weights do not fit.
+        """
+        asked = _OtherActivation(order.norm, canonical(order.activation)) if order.activation else None
+
+        def make(num_classes: int) -> nn.Module:
+            return self.make(
+                order.norm if asked is None else cast(Norm, asked),
+                num_classes=num_classes,
+                image_size=order.image_size,
+                width=order.width or self.width,
+                **order.options,
+            )
+
+        model = make(order.num_classes)
+        if asked is not None and not asked.replaced:
+            raise ConfigError(
+                f"model {self.name} has no ReLU that {asked.name} could take the place of. Leave model.activation "
+                "empty, or take another model."
+            )
+        model = order.norm.prepare(model)
+        return Built(model, load_weights(model, order.weights, self, make, order.num_classes))
 
 
 def require_images(model: str, images: Tensor, image_size: int) -> None:
@@ -75,6 +213,33 @@ def require_images(model: str, images: Tensor, image_size: int) -> None:
         )
 
 
+def build_model(name: str, order: Order, *, seed: int = 0) -> Built:
+    """Return the model called ``name`` in training mode, float32, on the CPU, with what there is to say of it.
+
+    It maps images of shape (N, C, image_size, image_size) to logits of shape (N, num_classes). Its initial weights
+    depend on ``seed``, the model and the norm, on nothing else; the process-wide generator is left as it was. Two
+    norms that draw nothing themselves start from the same convolutions.
+
+    Args:
+        name: A name of :data:`~fednorm.cards.MODELS`, dashes read as underscores, or any other reference of one.
+        order: What is asked of it.
+        seed: Of the initial weights.
+
+    Raises:
+        UnknownNameError: There is no such model.
+        ConfigError: The size, the width or the number of classes does not fit the architecture; there is no such
+            activation, or the architecture has no ReLU that it could replace; a stranger's callable gives no network
+            that maps these images to that many logits; the file of weights does not fit.
+    """
+    from dataclasses import replace
+
+    spec = MODELS[name]
+    order = replace(order, image_size=order.image_size or spec.input_size)
+    spec.require(order)
+    with torch_seeded(seed, *spec.stream):
+        return spec.build(order)
+
+
 def make_model(
     name: str,
     norm: Norm,
@@ -86,65 +251,41 @@ def make_model(
     activation: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Return the model called ``name`` in training mode, float32, on the CPU.
+    """Return what :func:`build_model` builds; the arguments are those of an :class:`Order`."""
+    order = Order(
+        norm=norm,
+        num_classes=num_classes,
+        image_size=image_size,
+        width=width,
+        activation=activation,
+        options=options or {},
+    )
+    return build_model(name, order, seed=seed).model
 
-    It maps images of shape (N, 3, image_size, image_size) to logits of shape (N, num_classes). Its initial weights
-    depend on ``seed``, the model and the norm, on nothing else; the process-wide generator is left as it was. Two
-    norms that draw nothing themselves start from the same convolutions.
 
-    Args:
-        name: A name of :data:`~fednorm.cards.MODELS`; dashes are read as underscores.
-        norm: The normalization method.
-        num_classes: Number of logits.
-        image_size: Height and width of the images, in pixels; 0 for the published size.
-        width: Channels of the first convolution, or features of the first linear layer; 0 for the published width.
-        seed: Of the initial weights.
-        activation: A name of :data:`~fednorm.spec.ACTIVATIONS` that takes the place of every ReLU and ReLU6 of the
-            architecture, scaled where the norm says so; dashes are read as underscores. Empty for the architecture's
-            own. The initial weights are the same.
-        options: The model's own options.
+def chosen_model(choice: ModelChoice[ModelSpec], norm: Norm, num_classes: int, image_size: int, seed: int) -> Built:
+    """Return the model that a run's configuration names, as :func:`build_model` builds it."""
+    order = Order(
+        norm=norm,
+        num_classes=num_classes,
+        image_size=image_size,
+        width=choice.width,
+        activation=choice.activation,
+        weights=choice.weights,
+        options=choice.options,
+    )
+    return build_model(choice.name, order, seed=seed)
 
-    Raises:
-        UnknownNameError: There is no such model.
-        ConfigError: The size, the width or the number of classes does not fit the architecture; there is no such
-            activation, or the architecture has no ReLU that it could replace.
-    """
-    spec = MODELS[name]
-    size = image_size or spec.input_size
-    if num_classes < 1:
-        raise ConfigError(f"model {spec.name} needs at least 1 class; got num_classes = {num_classes}.")
-    if size < spec.min_size or size % spec.size_step:
-        multiple = f" that is a multiple of {spec.size_step}" if spec.size_step > 1 else ""
-        raise ConfigError(
-            f"model {spec.name} takes square images of at least {spec.min_size} pixels a side{multiple}; "
-            f"got image_size = {size}. Set data.image_size, e.g. to {spec.input_size}, its published size."
-        )
-    if width and not spec.has_width:
-        wide = ", ".join(other.name for other in MODELS if other.has_width)
-        raise ConfigError(
-            f"model {spec.name} has a fixed width; got width = {width}. "
-            f"Leave model.width at 0, or take a model that has it: {wide}."
-        )
-    if width < 0 or (width and width % spec.width_step):
-        raise ConfigError(
-            f"model {spec.name} takes a width that is a positive multiple of {spec.width_step}, "
-            f"or 0 for its own, {spec.width}; got width = {width}."
-        )
-    asked = _OtherActivation(norm, canonical(activation)) if activation else None
-    with torch_seeded(seed, "model", spec.name):
-        model = spec.make(
-            norm if asked is None else cast(Norm, asked),
-            num_classes=num_classes,
-            image_size=size,
-            width=width or spec.width,
-            **(options or {}),
-        )
-        if asked is not None and not asked.replaced:
-            raise ConfigError(
-                f"model {spec.name} has no ReLU that {asked.name} could take the place of. Leave model.activation "
-                "empty, or take another model."
-            )
-        return norm.prepare(model)
+
+def describe_model(choice: ModelChoice[ModelSpec], built: Built, num_classes: int, image_size: int) -> dict[str, Any]:
+    """Return what a record keeps of a model: with its configuration enough to build it again without the data."""
+    return {
+        "name": choice.name,
+        "num_classes": num_classes,
+        "image_size": image_size,
+        "notes": list(built.notes),
+        **({"conversion": dict(built.conversion)} if built.conversion else {}),
+    }
 
 
 class _OtherActivation:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fednorm.cards import UNIDENTIFIED
 from fednorm.config import IMMATERIAL, KeyPath, RunConfig, flatten, merge, nest, resolve
 from fednorm.errors import ConfigError
 from fednorm.limits import shown
@@ -155,6 +156,11 @@ def checked(*layers: Mapping[str, Any]) -> RunConfig:
         values = merge(values, layer)
     config = resolve(values)
     config.require_importable("a study's runs go by what any process finds again")
+    if nameless := [name for name, digest in config.sources.items() if digest.startswith(UNIDENTIFIED)]:
+        raise ConfigError(
+            f"The {' and '.join(nameless)} of a run is an object that cannot be identified, so its record could never "
+            "be told from another's. A study takes what a file defines: give its import path, package.module:attribute."
+        )
     return config
 
 

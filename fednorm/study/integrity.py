@@ -206,6 +206,16 @@ def _ended(chain: Chain, why: str, *, foreign: bool = False) -> Chain:
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
+def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of which no two share memory: a network may have one parameter in two places."""
+    places, separate = set[int](), dict[str, Tensor]()
+    for key, tensor in tensors.items():
+        whole = tensor.contiguous()
+        separate[key] = whole.clone() if whole.untyped_storage().data_ptr() in places else whole
+        places.add(whole.untyped_storage().data_ptr())
+    return separate
+
+
 def tensors_metadata(tensors: Mapping[str, Tensor], run: str, about: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the metadata of a safetensors file of a record.
 

@@ -5,6 +5,7 @@
         rounds.jsonl              one line a round: every client's metrics
         checkpoint.safetensors    the server's tensors, its optimizer's, every client's; the round; while it runs
         model.safetensors         the final server tensors
+        evaluated.safetensors     a stream's tensors in its last evaluation, where the learner evaluates others
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
         result.json               the result; there once the run has finished
 
@@ -42,6 +43,7 @@ from fednorm.study.formats import Unfit
 from fednorm.study.integrity import (
     UNREADABLE,
     Chain,
+    apart,
     chained,
     digest_of,
     read_chain,
@@ -59,6 +61,7 @@ Tensors = dict[str, Tensor]
 
 ABOUT, RESULT = "run.json", "result.json"
 CHECKPOINT, MODEL, CLIENTS = "checkpoint.safetensors", "model.safetensors", "clients.safetensors"
+EVALUATED = "evaluated.safetensors"
 
 CHECKPOINT_VERSION = 1
 """Of the checkpoint of a continual run; a checkpoint of another version is refused."""
@@ -380,14 +383,23 @@ class RunRecord:
                 f"--runtime in-process, choose another folder with --runs, or remove {self._checkpoint}."
             )
 
-    def finish(self, result: Mapping[str, Any], model: Tensors, clients: Mapping[int, Tensors] | None = None) -> None:
+    def finish(
+        self,
+        result: Mapping[str, Any],
+        model: Tensors,
+        clients: Mapping[int, Tensors] | None = None,
+        evaluated: Tensors | None = None,
+    ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
         Args:
             result: The result.
             model: The model's tensors; the server's, in a federation.
             clients: Each client's local tensors, by partition id.
+            evaluated: The tensors of the model that was evaluated, where they are not those of the model.
         """
+        if evaluated:
+            self._save_tensors(EVALUATED, evaluated)
         self._save_tensors(MODEL, model)
         if clients:
             local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
@@ -426,6 +438,7 @@ class RunRecord:
             ABOUT: lambda path: digest_of(read_document(path, self.config.hash)),
             self._lines: self._digest_of_journal,
             MODEL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            EVALUATED: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
         }
         path = self.folder / name
@@ -446,7 +459,7 @@ class RunRecord:
         return chain.digest(len(chain.lines))
 
     def _save_tensors(self, name: str, tensors: Tensors, about: Mapping[str, str] | None = None) -> None:
-        whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        whole = apart(tensors)
         metadata = tensors_metadata(whole, self.config.hash, about)
         with self._replacing(name) as part:
             save_file(whole, part, metadata=metadata)

@@ -416,7 +416,9 @@ def test_the_plan_is_the_document_before_training(toy: Any) -> None:
     assert not toy.differing(bench.model.state_dict(), before)
     document = simulate(config, runs=None, bench=bench)
     assert planned == {key: document[key] for key in planned}
-    assert {"kind", "hash", "config", "norm", "learner", "scenario", "parameters", "data", "steps"} == planned.keys()
+    assert {
+        "kind", "hash", "config", "model", "norm", "learner", "scenario", "parameters", "data", "steps"
+    } == planned.keys()  # fmt: skip
     assert planned["norm"] == {"name": "adab2n", **vars(bench.norm)}
     assert planned["learner"] == {"name": "er", **vars(bench.learner.options)}
     assert planned["parameters"] == sum(parameter.numel() for parameter in bench.model.parameters())

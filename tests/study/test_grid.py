@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fednorm.config import RunConfig, flatten, nest
+from fednorm.config import RunConfig, flatten, nest, resolve
 from fednorm.errors import ConfigError, UnknownNameError
-from fednorm.study.grid import axes, combinations, expand, labels
+from fednorm.study.grid import axes, checked, combinations, expand, labels
 
 
 def short(configs: list[RunConfig]) -> list[tuple[Any, ...]]:
@@ -153,3 +153,10 @@ def test_runs_are_called_by_what_tells_them_apart() -> None:
     ]
     assert labels(configs, seed=False, apart_from={("data", "domains"), ("train", "agc")})[0] == "fedwon"
     assert labels([]) == []
+
+
+def test_a_model_that_cannot_be_identified_is_refused_in_a_study_alone() -> None:
+    model = {"model": {"name": lambda num_classes: num_classes}}
+    assert resolve(model).sources["model"].startswith("process-")
+    with pytest.raises(ConfigError, match=r"The model of a run is an object that cannot be identified.*import path"):
+        checked(model)
