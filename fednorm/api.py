@@ -74,7 +74,7 @@ def federated(
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
-    resolved = resolve(merge(named, config or {}))
+    resolved = resolve(merge(named, config or {}), only="federated")
     from fednorm.federated.simulate import simulate  # takes seconds; a mistake is told before
 
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
@@ -130,7 +130,7 @@ def continual(
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
-    resolved = resolve(merge(named, config or {}))
+    resolved = resolve(merge(named, config or {}), only="continual")
     if online:
         require_online(resolved)
     from fednorm.continual.simulate import simulate  # takes seconds; a mistake is told before

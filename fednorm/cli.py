@@ -362,6 +362,18 @@ def check(
     run_check(model, every=every, markdown=markdown, as_json=as_json)
 
 
+@app.command()
+def new(
+    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
+    name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
+) -> None:
+    """Write a commented file of a method of your own, which keeps its family's contract as it is."""
+    from fednorm.commands.new import run_new
+
+    run_new(what, name, folder)
+
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
 verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 app.add_typer(bench_app, name="bench")

@@ -106,7 +106,7 @@ def test_a_report_has_a_verdict_of_every_strategy_and_every_norm() -> None:
     assert verdicts["fedwon"].plan is None
     assert "is a BatchNorm2d" in verdicts["fedwon"].refusal or "plain Conv2d" in verdicts["fedwon"].refusal
     assert {name for name, verdict in verdicts.items() if not verdict.step.ok} == {"fedwon"}
-    assert tuple(verdict.name for verdict in report.norms) == NORMS
+    assert tuple(verdict.name for verdict in report.norms) == NORMS.names
     for verdict in report.norms:
         assert (verdict.refusal, verdict.layers, verdict.step.failure) == ("", ("2",), "")
         assert verdict.step.loss is not None

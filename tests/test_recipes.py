@@ -12,7 +12,7 @@ import pytest
 
 from fednorm.commands import recipes as command
 from fednorm.commands.compare import run_compare
-from fednorm.data.benchmarks import DIGITS, DIGITS_FIVE
+from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
 from fednorm.study import estimate
 from fednorm.study.cases import Study

@@ -65,7 +65,9 @@ def _described(name: str) -> Row:
         if canonical(name) in family.names:
             return _card(family.noun, family[name])
     known = [*SECTION_VALUES, *(known for family in FAMILIES.values() for known in family.names)]
-    raise unknown_name("norm, strategy, scenario, learner, model, benchmark, optimizer or section", name, known)
+    raise unknown_name(
+        "norm, strategy, scenario, learner, model, benchmark, optimizer or section", canonical(name), known
+    )
 
 
 def _of_path(name: str) -> Row:

@@ -29,7 +29,7 @@ def collect_continual(
         FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
     """
     values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
-    resolved = resolve(values)
+    resolved = resolve(values, only="continual")
     return require_online(resolved) if online else resolved
 
 

@@ -49,4 +49,4 @@ def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[st
     Raises:
         FedNormError: A key or a value is wrong.
     """
-    return resolve(collect_values(config, flags, settings))
+    return resolve(collect_values(config, flags, settings), only="federated")

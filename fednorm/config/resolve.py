@@ -56,11 +56,12 @@ LEADING: Mapping[Kind, str] = {"federated": "strategy", "continual": "scenario"}
 TOP = ("kind", "seed", "threads")
 
 
-def resolve(values: Mapping[str, Any]) -> RunConfig:
+def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig:
     """Build the configuration of a run, what its strategy or scenario brings along laid under what the user wrote.
 
     Args:
         values: Nested keys, as in a TOML file; ``kind`` is ``federated`` by default.
+        only: The kind that it must be of, where the caller runs one kind only.
 
     Raises:
         UnknownNameError: A method is not registered.
@@ -69,7 +70,7 @@ def resolve(values: Mapping[str, Any]) -> RunConfig:
     values = with_references(values) if isinstance(values, Mapping) else values
     require_plain(values, "The configuration")
     kind = values.get("kind", "federated")
-    choose("kind", kind, KINDS)
+    choose("kind", kind, (only,) if only else KINDS)
     known = (*TOP, *SECTIONS[kind])
     for key in values:
         if key not in known and key != "sources":
@@ -243,7 +244,7 @@ def checked_options(card: Card, section: str, given: Mapping[str, Any]) -> dict[
                 f"There is no configuration key '{section}.{key}': {section} {card.name} has no option {key!r}."
                 f"{nearest(key, card.declared)} Its options: {known}."
             )
-        typed = _typed(f"{section}.{key}", value, card.declared[key])
+        typed = _typed(card, f"{section}.{key}", value, card.declared[key])
         if not _same(typed, card.declared[key].default):
             options[key] = typed
     return options
@@ -252,8 +253,11 @@ def checked_options(card: Card, section: str, given: Mapping[str, Any]) -> dict[
 _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a string"}
 
 
-def _typed(full: str, value: Any, option: Option) -> Any:
-    """Return an option's value in the type that its annotation names."""
+def _typed(card: Card, full: str, value: Any, option: Option) -> Any:
+    """Return an option's value in the type that its annotation names.
+
+    The method's own words come first where it refuses the value: they say the range too.
+    """
     if option.type is Any:
         return value
     if isinstance(value, float):
@@ -264,6 +268,7 @@ def _typed(full: str, value: Any, option: Option) -> Any:
         adapter = TypeAdapter(option.type, config=ConfigDict(strict=True, allow_inf_nan=False))
         return adapter.validate_python(value)
     except ValidationError:
+        card.check({option.name: value})
         wanted = _WORDS.get(option.type, _choices(option.type) or str(option.type).removeprefix("typing."))
         raise ConfigError(f"{full} must be {wanted}; got {shown(value)}. Its default is {option.default!r}.") from None
 

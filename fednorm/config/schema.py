@@ -219,5 +219,5 @@ def _range(info: FieldInfo) -> str:
     if low and high:
         return f"in {low}, {high}"
     if low:
-        return f"greater than {low[1:]}" if low[0] == "(" else f"at least {low[1:]}"
+        return f"greater than {low[1:]}" if low[0] == "(" else "0 or more" if low == "[0" else f"at least {low[1:]}"
     return f"less than {high[:-1]}" if high.endswith(")") else f"at most {high[:-1]}" if high else ""

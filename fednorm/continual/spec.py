@@ -13,6 +13,7 @@ from fednorm.config import DataConfig, Scalar, checked_options
 from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.errors import ConfigError, DataError
+from fednorm.options import whole
 
 MOST_EXPERIENCES = 10_000
 """Of a stream."""
@@ -57,8 +58,8 @@ class ScenarioSpec(Card):
     def check(self, options: Mapping[str, Any]) -> None:
         """Refuse numbers that no stream has: every experience is made before training begins."""
         for key, value in options.items():
-            if isinstance(value, int) and not isinstance(value, bool) and value < 0:
-                raise ConfigError(f"scenario.{key} must be an integer of 0 or more; got {value}.")
+            if self.declared[key].type is int:
+                whole("scenario", key, value, at_least=0)
         if options.get("num_experiences", 0) > MOST_EXPERIENCES:
             raise ConfigError(
                 f"scenario.num_experiences is at most {MOST_EXPERIENCES:,} (published streams have a few hundred): all "

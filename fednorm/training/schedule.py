@@ -45,6 +45,7 @@ class Schedule:
         """Return the rate of a step, all numbered from 0."""
         of_stream = self.over == "stream"
         t, total = (step, self.total) if of_stream else (step_of_experience, steps_of_experience)
+        t = max(t, 0)
         if t < self.warmup:
             return self.rate * (t + 1) / self.warmup
         if self.kind == "constant":

@@ -15,7 +15,7 @@ import pytest
 
 import fednorm.cli as cli
 from fednorm.cards import DATA, MODELS, NORMS, SCENARIOS, STRATEGIES
-from fednorm.commands.catalogue import SECTIONS
+from fednorm.config import SECTION_VALUES as SECTIONS
 from fednorm.config import resolve
 from fednorm.federated import client
 

@@ -243,6 +243,10 @@ TRAINING: dict[str, dict[str, Any]] = {
     "schedule_over": {"schedule": "linear", "schedule_over": "experience"},
     "warmup_steps": {"warmup_steps": 2},
     "final_rate": {"schedule": "cosine", "final_rate": 0.5},
+    "decay": {"schedule": "exponential", "decay": 0.9},
+    "decay_every": {"schedule": "step", "decay": 0.5, "decay_every": 2},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "clip_norm": {"clip_norm": 0.01},
     "reset_optimizer": {"momentum": 0.5, "reset_optimizer": True},
     "project": {"project": True},
     "l2_init": {"l2_init": 1.0},
@@ -312,7 +316,10 @@ def test_task_balanced_norm_is_refused_where_it_would_be_batch_norm(
 
 @pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "agc", "l2_init", "redo_tau"])
 def test_what_single_precision_does_not_hold_is_refused(key: str, toy: Any) -> None:
-    with pytest.raises(ConfigError, match=rf"train.{key} must be at most 3.4e\+38, which is what float32 holds"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"train.{key} must be a finite number of 32 bits, in which networks compute, at most 3.4e\+38",
+    ):
         toy.config(train={key: 1e300})
     for section, name, option in (("norm", "adab2n", "lambd"), ("learner", "ewc", "strength")):
         with pytest.raises(ConfigError, match=f"{option} must be at most 3.4e"):
@@ -432,9 +439,12 @@ def test_a_run_that_diverges_says_so_and_has_no_result(learner: str, norm: str, 
         DivergedError, match=r"diverged: the (loss|outputs).* from experience [12], step \d+ on"
     ) as told:
         simulate(config, runs=tmp_path, bench=toy.bench(config))
-    (folder,) = tmp_path.iterdir()
-    assert str(folder) in str(told.value)
     assert "train.learning_rate (now 1e+30)" in str(told.value)
+    folders = list(tmp_path.iterdir())  # a run of which nothing stands leaves none
+    if not folders:
+        return
+    (folder,) = folders
+    assert str(folder) in str(told.value)
     assert not (folder / "result.json").exists()
     lines = folder / "experiences.jsonl"
     for line in lines.read_text().splitlines() if lines.exists() else []:
@@ -467,10 +477,11 @@ def test_the_step_from_which_the_numbers_are_none_is_named(
     words = rf"er \+ none diverged: the {what}.* from experience {experience}, step {step} on"
     with pytest.raises(DivergedError, match=words):
         simulate(config, runs=tmp_path, bench=bench)
-    (folder,) = tmp_path.iterdir()
-    finished = (folder / "experiences.jsonl").read_text().splitlines() if experience > 1 else []
-    assert len(finished) == experience - 1
-    assert not (folder / "result.json").exists()
+    folders = list(tmp_path.iterdir())
+    assert len(folders) == (experience > 1)  # a run of which nothing stands leaves no folder
+    for folder in folders:
+        assert len((folder / "experiences.jsonl").read_text().splitlines()) == experience - 1
+        assert not (folder / "result.json").exists()
     # What was finished is gone on from: the same configuration without the accident ends as if there had been none.
     again = simulate(config, runs=tmp_path, bench=toy.bench(config))
     assert toy.timeless(again) == toy.timeless(toy.run(config)[0])

@@ -359,5 +359,5 @@ def test_a_page_of_nothing_is_refused(tmp_path: Path) -> None:
 
 def test_a_page_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match=r"Cannot write the page .*page.html"):
+    with pytest.raises(RecordError, match=r"Cannot write .*page.html"):
         write_page(tmp_path / "file" / "page.html", loaded(federated()))

@@ -74,7 +74,7 @@ def test_a_number_of_jobs_that_no_machine_holds(jobs: int, tmp_path: Path) -> No
         {"data": {"name": "digits"}},
         {"evaluate": {"split": "validation"}},
         {"train": {"batch_size": 1}},
-        {"kind": "continual", "scenario": {"num_experiences": 3}},
+        {"kind": "continual", "scenario": {"num_experiences": 11}},
     ],
 )
 def test_a_study_of_which_no_run_can_be_made_leaves_nothing(base: dict[str, Any], tmp_path: Path) -> None:
