@@ -119,8 +119,8 @@ class ScenarioSpec(Card):
         if not self.data or name in self.data or (len(self.data) > 1 and not card.ships):
             return name
         if name != DataConfig().name:
-            free = ", ".join(spec.name for spec in SCENARIOS if len(spec.data) != 1)
-            hint = "Leave data.name out" + ("." if card.ships else f", or take a scenario of any data: {free}.")
+            free = ", ".join(spec.name for spec in SCENARIOS if not spec.data)
+            hint = f"Leave data.name out, or take a scenario of any data: {free}."
             raise ConfigError(
                 f"scenario {self.name} is made of {' or '.join(self.data)}; data.name is {name!r}. {hint}"
             )

@@ -1,4 +1,4 @@
-"""Six changes, a file each, outside the package: written by ``fednorm new``, checked by contract, run by import path."""
+"""Six changes, a file each, outside the package: written by ``fednorm new``, checked by contract, run by path."""
 
 from __future__ import annotations
 

@@ -253,9 +253,8 @@ def test_the_data_tells_the_evaluations_apart() -> None:
     kinds |= run.evaluation["cross"]["under"]
     for one, other in itertools.combinations(kinds.values(), 2):
         assert one["per_domain"] != other["per_domain"]
-    # Two of the three may well agree on so few images; on another kind of CPU, two others.
-    fallbacks = ("averaged", "pooled", "reestimated")
-    unseen = {trained(kinds=("own", "unseen"), fallback=f).evaluation["unseen"]["mean"] for f in fallbacks}
+    fallbacks = ("averaged", "pooled", "reestimated")  # of SiloBN: FedBN's agree by chance on some kinds of CPU
+    unseen = {trained("silobn", kinds=("own", "unseen"), fallback=f).evaluation["unseen"]["mean"] for f in fallbacks}
     assert len(unseen) > 1
 
 

@@ -504,6 +504,7 @@ LEAVES: dict[str, Any] = {
     "data.held_out": "scans",
     "data.validation": 0.5,
     "data.merge": True,
+    "data.split_seed": 5,
     "model.name": "alexnet",
     "model.width": 8,
     "norm.name": "group_norm",

@@ -88,7 +88,7 @@ def test_each_learner_and_norm_keeps_its_best_configuration() -> None:
         {"learner": {"passes": "separate"}},
         {"learner": {"statistics": "balanced"}},
         {"learner": {"recalibrate": True}},
-        {"norm": {"corrected": True}},
+        {"norm": {"name": "adab2n", "corrected": True}},
         {"train": {"project": True}},
         {"model": {"activation": "leaky_relu"}},
         {"train": {"l2_init": 0.001}},
