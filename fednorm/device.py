@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
 
+WITHOUT_FLOAT64 = frozenset({"mps"})
+"""Kinds of devices that compute in single precision at most."""
+
 
 class Machine(Protocol):
     """What of a run's configuration says how it is computed."""
@@ -137,8 +140,8 @@ def described(config: Machine, device: torch.device) -> dict[str, Any]:
 
 
 def wide(device: torch.device) -> torch.dtype:
-    """Return the widest type of floats that a device has: float64; float32 on Apple's, which have no other."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """Return the widest type of floats that a device has: float64, or float32."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def synchronize(device: torch.device) -> None:

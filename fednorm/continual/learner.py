@@ -36,7 +36,7 @@ from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
 from fednorm.continual.stream import Experience
 from fednorm.device import on_cpu, place_of, wide
-from fednorm.errors import ConfigError, DataError, RecordError
+from fednorm.errors import DataError, RecordError
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.training.schedule import Schedule

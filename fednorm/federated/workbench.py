@@ -6,6 +6,7 @@ next: every turn begins by writing every entry of the state dict.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -72,8 +73,10 @@ class Workbench:
         self.model: nn.Module = self.trainee.model
         self.schedule = self.trainee.schedule(config.rounds.num_rounds)
         limit = config.rounds.max_update_norm
+        # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
+        away = self.trainee.device.type != "cpu"
         self.strategy: NormStrategy = config.strategy.card.made(
-            self.model,
+            copy.deepcopy(self.model).cpu() if away else self.model,
             config.strategy.options,
             **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
             fraction=config.rounds.fraction,

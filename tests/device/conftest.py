@@ -1,20 +1,25 @@
 """A device that is none: tensors that hold values on the CPU, say that they are elsewhere, and mix with no others.
 
-PyTorch's ``meta`` device lends its name, since every build of PyTorch knows it. A run on it computes what one on the CPU
-does, and fails wherever one on an accelerator would: where a tensor made without a device meets one of the model, where
-values are read as NumPy, where a generator of the CPU draws on the device.
+PyTorch's ``meta`` device lends its name, since every build of PyTorch knows it. A run on it computes what one on the
+CPU does, and fails wherever one on an accelerator would: where a tensor made without a device meets one of the model,
+where values are read as NumPy, where a generator of the CPU draws on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
+import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from fednorm import device as devices
 
 AWAY = torch.device("meta")
 COPIES = ("aten::copy_", "aten::_foreach_copy_")
@@ -31,7 +36,7 @@ class Away(Tensor):
     held: Tensor
 
     @staticmethod
-    def __new__(cls, held: Tensor) -> Away:
+    def __new__(cls: type[Away], held: Tensor) -> Away:
         made: Away = Tensor._make_wrapper_subclass(
             cls,
             held.size(),
@@ -72,6 +77,10 @@ class Away(Tensor):
         return self.held.data_ptr()
 
 
+has_float64 = True
+"""Whether the pretended device has float64; Apple's have not."""
+
+
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Compute an operation on what is held, and refuse what no accelerator would do."""
     name, leaves = func._schema.name, tree_flatten((args, kwargs))[0]
@@ -96,6 +105,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     def back(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
+        if result_away and value.dtype is torch.float64 and not has_float64:
+            raise Mixed(f"{name} makes float64, which the device does not have")
         if id(value) in wrappers:
             return wrappers[id(value)]
         return Away(value) if result_away else value
@@ -121,8 +132,39 @@ class _Mode(TorchDispatchMode):
         return dispatch(func, args, kwargs or {})
 
 
+class _Values(TorchFunctionMode):
+    """Let ``torch.tensor([...], device=...)`` keep its values, which on the meta device it has none of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") is not None:
+            device = torch.device(kwargs.pop("device"))
+            return func(*args, **kwargs).to(device)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def pretended_device() -> Iterator[torch.device]:
     """Pretend that this machine has another device, in a block, and give it."""
-    with _Mode():
+    with _Mode(), _Values():
         yield AWAY
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A machine whose ``cuda`` is the pretended device: ``device`` is that, ``Mixed`` what it refuses with."""
+
+    def torch_device(name: str) -> torch.device:
+        return AWAY if name == "cuda" else torch.device(name)
+
+    monkeypatch.setattr(devices, "torch_device", torch_device)
+    with pretended_device():
+        yield SimpleNamespace(device=AWAY, Mixed=Mixed)
+
+
+@pytest.fixture
+def without_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended device like Apple's."""
+    monkeypatch.setitem(globals(), "has_float64", False)
+    monkeypatch.setattr(devices, "WITHOUT_FLOAT64", frozenset({AWAY.type}))
