@@ -431,7 +431,7 @@ class Learner(Passes):
             if hasattr(effect, "state_dict"):
                 found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
         found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.double()}
+        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.cpu().double()}
         return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
 
     def state(self) -> dict[str, Any]:

@@ -85,6 +85,7 @@ def test_the_model_that_is_compiled_has_the_same_keys(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TorchDynamo's own
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_whole_compiled_runs(amp: str) -> None:
     machine = {"compile": True, "amp": amp}

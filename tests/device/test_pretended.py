@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +109,7 @@ def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path)
     assert numbers(went_on) == numbers(fednorm.federated(**method, config=config))
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # the pretended device has values
 @pytest.mark.parametrize("learner", ["naive", "er_ace", "derpp", "ewc", "lwf", "gdumb"])
 def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
     del away
@@ -120,7 +123,7 @@ def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_p
 
 @pytest.mark.usefixtures("without_float64")
 @pytest.mark.parametrize("method", ["fedbn", "fedavg", "er_ace", "derpp", "ewc"])
-def test_a_device_without_float64(method: str, away: SimpleNamespace) -> None:
+def test_a_device_without_float64(method: str, away: SimpleNamespace, tmp_path: Path) -> None:
     del away
     if method in ROUNDS:
         config = merge(FEDERATED, merge(ROUNDS[method], {"model": {"name": "digits_cnn"}}))
@@ -128,7 +131,7 @@ def test_a_device_without_float64(method: str, away: SimpleNamespace) -> None:
         assert runs[0]["per_domain"] == runs[1]["per_domain"]
         return
     config = merge(CONTINUAL, STREAMS[method])
-    results = [fednorm.continual(learner=method, config=config, device=d) for d in ("cpu", "cuda")]
+    results = [fednorm.continual(learner=method, config=config, device=d, runs=tmp_path) for d in ("cpu", "cuda")]
     assert results[0]["accuracy_matrix"] == results[1]["accuracy_matrix"]
     assert results[0]["final"]["drift"] == results[1]["final"]["drift"]
 
@@ -149,3 +152,32 @@ def test_the_pretended_device_refuses_what_comes_from_elsewhere(away: SimpleName
         there.numpy()
     assert there[torch.zeros(1, dtype=torch.int64)].tolist() == [1.0]
     assert (there + torch.ones(())).cpu().tolist() == [2.0, 2.0, 2.0]
+
+
+def _gpu_check() -> Any:
+    path = Path(__file__).parents[1] / "gpu_check.py"
+    spec = importlib.util.spec_from_file_location("gpu_check", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_check_for_a_gpu_runs_on_the_cpu_against_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    check = _gpu_check()
+    assert check.main(["--device", "cpu", "--rounds", "2", "--experiences", "2"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["federated"]["apart"] == document["continual"]["apart"] == {"loss": 0, "accuracy": 0}
+    assert document["federated"]["device"]["clients_per_second"] > 0
+    assert document["continual"]["device"]["steps_per_second"] > 0
+    assert check.main(["--device", "nonsense"]) == 2
+    assert "device is auto, cpu" in capsys.readouterr().err
+
+
+def test_curves_that_differ_are_told() -> None:
+    check = _gpu_check()
+    here = {"loss": [2.0, 1.0], "accuracy": [0.5, 0.7]}
+    there = {"loss": [2.2, 0.9], "accuracy": [0.5, 0.5]}
+    assert check.differences(here, there) == pytest.approx({"loss": 0.1, "accuracy": 0.1})
