@@ -20,6 +20,7 @@ from fednorm.continual.evaluation import Accuracy, accuracy, split_of
 from fednorm.continual.probe import diagnose, probe_images
 from fednorm.continual.stream import Experience
 from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.device import on_cpu
 from fednorm.errors import DataError, DivergedError
 from fednorm.rng import torch_stream
 from fednorm.study.record import RunRecord
@@ -119,7 +120,7 @@ class _Run:
             self._close(bench.source(experience))
         document = self._document()
         if self.record:
-            self.record.finish(document, dict(bench.model.state_dict()))
+            self.record.finish(document, on_cpu(bench.model.state_dict()))
         return document
 
     def _open(self) -> None:

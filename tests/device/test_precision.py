@@ -14,6 +14,8 @@ import fednorm
 from fednorm import device as devices
 from fednorm.config import merge, resolve
 from fednorm.federated.workbench import Workbench
+from fednorm.report._common import by_method
+from fednorm.report.table import method_name
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 16, "test_per_domain": 10},
@@ -110,3 +112,16 @@ def test_the_machine_is_part_of_the_hash_and_which_one_of_several_is_not() -> No
     assert resolve({"device": "auto"}).device == devices.automatic()
     assert "device" not in resolve({}).to_dict()
     assert resolve({"device": "cuda:1"}).to_dict()["device"] == "cuda:1"
+
+
+def test_devices_are_never_in_one_mean() -> None:
+    result = fednorm.federated(rounds=1, config=SMALL)
+    plain, low = (dict(result, config=resolve({**SMALL, **machine}).to_dict()) for machine in ({}, {"amp": "bf16"}))
+    on_two = [dict(result, config={**plain["config"], "device": device}) for device in ("cuda:0", "cuda:1")]
+    older = dict(result, config=dict(plain["config"]))
+    groups = by_method([plain, low, *on_two, older], method_name)
+    assert {label: len(group) for label, group in groups.items()} == {
+        "fedavg device cpu, amp none": 2,
+        "fedavg device cpu, amp bf16": 1,
+        "fedavg device cuda, amp none": 2,
+    }
