@@ -86,7 +86,7 @@ def device_of(config: Machine) -> torch.device:
 def _has_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if not torch.amp.is_autocast_available(device.type):
         return False
     try:

@@ -51,8 +51,8 @@ def simulate_flower(
         return finished
     if config.device.startswith("cuda:"):
         raise ConfigError(
-            f"device is {config.device!r}, and Flower's runtime deals GPUs out to its clients itself. Take device cuda, "
-            "and say which ones it sees with CUDA_VISIBLE_DEVICES; or the in-process runtime."
+            f"device is {config.device!r}, and Flower's runtime deals GPUs out to its clients itself. Take device "
+            "cuda, and say which ones it sees with CUDA_VISIBLE_DEVICES; or the in-process runtime."
         )
     bench = Workbench(config)
     check(bench)
