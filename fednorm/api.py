@@ -28,6 +28,7 @@ def federated(
     rounds: int = 10,
     seed: int = 1,
     data_dir: str | Path | None = None,
+    device: str | None = None,
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
@@ -55,6 +56,7 @@ def federated(
         rounds: Rounds of communication.
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the CPU if None.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
@@ -71,6 +73,7 @@ def federated(
         "strategy": {"name": strategy},
         "data": {"name": DATA.add(data), **({"dir": str(data_dir)} if data_dir is not None else {})},
         "rounds": {"num_rounds": rounds},
+        **({"device": device} if device is not None else {}),
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
@@ -90,6 +93,7 @@ def continual(
     data_dir: str | Path | None = None,
     online: bool = False,
     seed: int = 1,
+    device: str | None = None,
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: StreamObserver | None = None,
@@ -107,6 +111,7 @@ def continual(
         data_dir: The folder of the real data, where the benchmark needs one.
         online: One pass over each experience, 10 images a step; ``config`` may change the latter.
         seed: Of every random stream.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the CPU if None.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
@@ -127,6 +132,7 @@ def continual(
         "learner": {"name": learner},
         "data": {key: value for key, value in where.items() if value is not None},
         **({"train": ONLINE} if online else {}),
+        **({"device": device} if device is not None else {}),
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }

@@ -37,6 +37,9 @@ app = typer.Typer(
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the real data.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
+AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
+CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
 ]
@@ -115,6 +118,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
         str | None, typer.Option(help="Any of own,cross,averaged,pooled,reestimated,unseen; separated by commas.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    device: DeviceOption = None,
+    amp: AmpOption = None,
+    compiled: CompileOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
@@ -147,6 +153,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "train.local_epochs": local_epochs,
         "evaluate.kinds": evaluate,
         "seed": seed,
+        "device": device,
+        "amp": amp,
+        "compile": compiled,
     }
     resolved = collect(config, flags, settings or [])
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
@@ -172,6 +181,9 @@ def continual(  # noqa: PLR0913 - one parameter an option
     optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    device: DeviceOption = None,
+    amp: AmpOption = None,
+    compiled: CompileOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
@@ -196,6 +208,9 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "train.optimizer": optimizer,
         "train.learning_rate": learning_rate,
         "seed": seed,
+        "device": device,
+        "amp": amp,
+        "compile": compiled,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
     run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
@@ -476,6 +491,10 @@ def main() -> None:
             fail(_of_the_system(error))
         except MemoryError:
             fail("This machine's memory does not suffice. Take fewer or smaller images, a smaller batch or model.")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported for its name's sake
+                raise
+            fail("The device's memory does not suffice. Take a smaller batch or model, or device cpu.")
 
 
 def _of_the_system(error: OSError) -> str:

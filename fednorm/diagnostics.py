@@ -128,7 +128,7 @@ def weight_layers(model: nn.Module) -> dict[str, Tensor]:
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
     """Return the Frobenius norm of the weight of each convolution and linear layer, by the layer's path."""
-    return {path: float(weight.detach().double().norm()) for path, weight in weight_layers(model).items()}
+    return {path: float(weight.detach().cpu().double().norm()) for path, weight in weight_layers(model).items()}
 
 
 def mean_weight_magnitude(model: nn.Module) -> float:
@@ -140,7 +140,7 @@ def mean_weight_magnitude(model: nn.Module) -> float:
     total = sum(parameter.numel() for parameter in model.parameters())
     if not total:
         raise DataError(f"{type(model).__name__} has no parameter whose magnitude could be measured.")
-    return float(sum(parameter.detach().double().abs().sum() for parameter in model.parameters()) / total)
+    return float(sum(parameter.detach().cpu().double().abs().sum() for parameter in model.parameters()) / total)
 
 
 def effective_learning_rates(model: nn.Module, lr: float, *, optimizer: Optimizer) -> dict[str, float]:

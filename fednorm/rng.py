@@ -43,10 +43,21 @@ def torch_seeded(seed: int, *names: Name) -> Iterator[None]:
 
     For what takes no generator argument: a layer's initialisation, dropout.
     """
+    on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        value = stream_seed(seed, *names)
-        # torch.manual_seed also prepares for devices that are not there, which costs a third of a millisecond.
-        torch.default_generator.manual_seed(value)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(value)
-        yield
+        reseed(stream_seed(seed, *names))
+        try:
+            yield
+        finally:
+            if on_mps is not None:
+                torch.mps.set_rng_state(on_mps)
+
+
+def reseed(value: int) -> None:
+    """Set PyTorch's process-wide generators, the CPU's and those of every accelerator, within :func:`torch_seeded`."""
+    # torch.manual_seed also prepares for devices that are not there, which costs a third of a millisecond.
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)

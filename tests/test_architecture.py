@@ -18,7 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
-    ("fednorm.limits", "fednorm.memory"),
+    ("fednorm.limits", "fednorm.memory", "fednorm.device"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.tensor_kinds"),
     ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),

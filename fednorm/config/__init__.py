@@ -6,7 +6,7 @@ from fednorm.cards import Scalar
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import VALUES as SECTION_VALUES
 from fednorm.config.resolve import checked_options, resolve, with_references
-from fednorm.config.run import IMMATERIAL, Choice, ModelChoice, RunConfig, digest
+from fednorm.config.run import IMMATERIAL, MACHINE, Choice, ModelChoice, RunConfig, digest, kind_of_device
 from fednorm.config.schema import Kind, choose, nearest
 from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
@@ -14,6 +14,7 @@ from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_
 __all__ = [
     "EVALUATIONS",
     "IMMATERIAL",
+    "MACHINE",
     "ONLINE",
     "SECTION_VALUES",
     "Choice",
@@ -30,6 +31,7 @@ __all__ = [
     "choose",
     "digest",
     "flatten",
+    "kind_of_device",
     "merge",
     "nearest",
     "nest",

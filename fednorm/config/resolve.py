@@ -24,7 +24,7 @@ from fednorm.cards import (
     source_digest,
     spelled,
 )
-from fednorm.config.run import SECTIONS, Choice, ModelChoice, RunConfig
+from fednorm.config.run import MACHINE, SECTIONS, Choice, ModelChoice, RunConfig
 from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown_key
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
@@ -53,7 +53,7 @@ VALUES: Mapping[str, type[Section]] = {
 LEADING: Mapping[Kind, str] = {"federated": "strategy", "continual": "scenario"}
 """The method that brings defaults along for the rest of a run."""
 
-TOP = ("kind", "seed", "threads")
+TOP = ("kind", "seed", "threads", *MACHINE)
 
 
 def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig:
@@ -78,6 +78,8 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
     values = _for_own_data(kind, values)
     values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
+    if isinstance(sections.get("device"), str):
+        sections["device"] = _device(sections["device"].strip().lower())
     for name in SECTIONS[kind]:
         table = values.get(name, {})
         sections[name] = VALUES[name].for_kind(kind, table) if name in VALUES else _choice(name, kind, table)
@@ -152,6 +154,15 @@ def _for_own_data(kind: Kind, values: dict[str, Any]) -> dict[str, Any]:
     if kind != "continual" or not own or _name_in(values, "scenario"):
         return values
     return merge(values, {"scenario": {"name": "split"}})
+
+
+def _device(name: str) -> str:
+    """Return a device's name; for ``auto`` that of the one that this machine has."""
+    if name != "auto":
+        return name
+    from fednorm.device import automatic  # imports PyTorch, which a configuration can do without
+
+    return automatic()
 
 
 def _with_optimizer(train: TrainConfig) -> TrainConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +19,7 @@ from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, 
 from fednorm.config.schema import KINDS, Kind, choose
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.errors import ConfigError
+from fednorm.limits import shown
 
 if TYPE_CHECKING:
     from fednorm.continual.learner import LearnerSpec
@@ -30,6 +32,12 @@ C = TypeVar("C", bound=Card)
 
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
+
+MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False}
+"""What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
+
+DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")
+AMP = ("none", "bf16")
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,10 @@ class RunConfig:
         kind: ``federated`` or ``continual``.
         seed: Of every random stream.
         threads: PyTorch threads; part of the configuration because sums depend on it in the last bits.
+        device: ``cpu``, ``mps``, ``cuda`` or ``cuda:1``: where the model and the data are. Whether this machine has it
+            is asked when a run is made, not here: records of other machines can be read.
+        amp: ``bf16`` for forward passes under autocast in bfloat16; ``none``.
+        compile: Whether forward passes go through ``torch.compile``.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
         model: Which architecture.
@@ -121,6 +133,9 @@ class RunConfig:
     kind: Kind = "federated"
     seed: int = 1
     threads: int = 1
+    device: str = "cpu"
+    amp: str = "none"
+    compile: bool = False
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
     model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
@@ -139,6 +154,11 @@ class RunConfig:
                 raise ConfigError(f"{key} must be an integer; got {getattr(self, key)!r}.")
         if not 1 <= self.threads <= MOST_THREADS:
             raise ConfigError(f"threads is between 1 and {MOST_THREADS}; got {self.threads}.")
+        if not isinstance(self.device, str) or not DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device is auto, cpu, mps, cuda or one of several, cuda:1; got {shown(self.device)}.")
+        choose("amp", self.amp, AMP)
+        if type(self.compile) is not bool:
+            raise ConfigError(f"compile must be true or false; got {shown(self.compile)}.")
 
     @classmethod
     def defaults(cls, kind: Kind) -> RunConfig:
@@ -148,6 +168,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, options beside their method's name."""
         plain: dict[str, Any] = {"kind": self.kind, "seed": self.seed, "threads": self.threads}
+        plain |= {key: own for key, default in MACHINE.items() if (own := getattr(self, key)) != default}
         for name in SECTIONS[self.kind]:
             section = getattr(self, name)
             plain[name] = section.to_dict() if isinstance(section, Choice) else section.to_dict(self.kind)
@@ -158,11 +179,13 @@ class RunConfig:
         """Return 12 hexadecimal digits that identify the configuration, seed included.
 
         Only what differs from the defaults enters, so that a new key leaves the runs of older versions their names;
-        and nothing that leaves the numbers alone: the same run on another machine has the same hash.
+        and nothing that leaves the numbers alone: the same run on another machine has the same hash. Of a device its
+        kind enters, and not which one of several it is.
         """
-        defaults = RunConfig.defaults(self.kind).to_dict()
+        defaults, own = RunConfig.defaults(self.kind).to_dict(), self.to_dict()
+        own |= {"device": kind_of_device(own["device"])} if "device" in own else {}
         # A federated run is one that says nothing of its kind.
-        return digest(self.to_dict(), {**defaults, "kind": "federated"}, IMMATERIAL)
+        return digest(own, {**defaults, "kind": "federated"}, IMMATERIAL)
 
     @property
     def references(self) -> dict[str, str]:
@@ -191,6 +214,11 @@ class RunConfig:
         method, where = (self.strategy, self.data) if self.kind == "federated" else (self.learner, self.scenario)
         names = (filename(method.name), filename(self.norm.name), filename(where.name))
         return f"{'-'.join(names)}-seed{self.seed}"
+
+
+def kind_of_device(device: str) -> str:
+    """Return a device without its number: ``cuda`` of ``cuda:1``."""
+    return device.partition(":")[0]
 
 
 def filename(name: str) -> str:

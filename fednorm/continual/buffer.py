@@ -2,7 +2,7 @@
 
 A buffer holds pixels as they were read (uint8, before any augmentation), so that every replay augments anew, or what a
 data set gave in their place, ready for the network; and of each sample its label, its task and, for distillation, the
-logits it had when it came. It lives in main memory.
+logits it had when it came. It lives where the samples do that it is given; what a checkpoint keeps of it, on the CPU.
 
 Two streams of random numbers, named after the run's seed, one for what enters and one for what is drawn: how often a
 learner draws does not change what the buffer holds. Each sample takes its own random number, so that the same samples
@@ -119,7 +119,7 @@ class Buffer(ABC):
         self.num_seen += len(labels)
         if not placed:
             return
-        slots, rows = torch.tensor(list(placed)), torch.tensor(list(placed.values()))
+        slots, rows = (torch.tensor(list(each), device=labels.device) for each in (placed, placed.values()))
         for name, held in self._store.items():
             held.index_copy_(0, slots, batch[name].index_select(0, rows))
         self._size = max(self._size, max(placed) + 1)
@@ -147,7 +147,7 @@ class Buffer(ABC):
         """
         self._require(count)
         shuffled = torch.randperm(self._size, generator=self._draw)
-        labels, order = self._store["labels"][shuffled].sort(stable=True)
+        labels, order = self._store["labels"].cpu()[shuffled].sort(stable=True)
         sizes = torch.unique_consecutive(labels, return_counts=True)[1]
         shares = torch.full_like(sizes, count // len(sizes))
         shares[torch.randperm(len(sizes), generator=self._draw)[: count % len(sizes)]] += 1
@@ -168,7 +168,7 @@ class Buffer(ABC):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return a copy of all that the buffer needs to go on: samples, counters and both generators' states."""
-        held = {name: rows[: self._size].clone() for name, rows in self._store.items()}
+        held = {name: rows[: self._size].to("cpu", copy=True) for name, rows in self._store.items()}
         return {
             "capacity": torch.tensor(self.capacity),
             "num_seen": torch.tensor(self.num_seen),
@@ -179,6 +179,8 @@ class Buffer(ABC):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on where the buffer that gave ``state`` was: the same samples enter, and the same are drawn.
+
+        Samples stay on the device on which they are given.
 
         Raises:
             RecordError: An entry is missing or unknown, or the state is of a buffer of another capacity.
@@ -202,11 +204,11 @@ class Buffer(ABC):
         for name in sorted(held):
             self._store[name] = state[name].new_empty((self.capacity, *state[name].shape[1:]))
             self._store[name][: self._size] = state[name]
-        self._insert.set_state(state["insert"])
-        self._draw.set_state(state["draw"])
+        self._insert.set_state(state["insert"].cpu())
+        self._draw.set_state(state["draw"].cpu())
 
     def _take(self, slots: Tensor) -> Samples:
-        return Samples(**{name: rows.index_select(0, slots) for name, rows in self._store.items()})
+        return Samples(**{name: rows.index_select(0, slots.to(rows.device)) for name, rows in self._store.items()})
 
     def _require(self, count: int) -> None:
         whole("buffer", "count", count, at_least=1)
@@ -289,7 +291,7 @@ class BalancedBuffer(Buffer):
 
     def _place(self, labels: Tensor) -> dict[int, int]:
         uniform = torch.rand(len(labels), dtype=torch.float64, generator=self._insert).tolist()
-        held = self._store["labels"].clone()
+        held = self._store["labels"].to("cpu", copy=True)
         size = self._size
         counts = held[:size].bincount(minlength=self.num_classes).tolist()
         # No class is ever lost (the capacity being at least K), so the classes held are the classes seen.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -15,6 +14,7 @@ from fednorm.config import RunConfig
 from fednorm.continual.evaluation import accuracy
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.device import seconds
 
 WARM_UP, TIMED = 2, 4
 """Steps of an experience that are thrown away, and the most that are timed after them."""
@@ -55,13 +55,13 @@ class _Clock:
         self.timed = timed
         self.times: list[float] = []
 
-    def before_training_epoch(self, _: Any, **__: Any) -> None:
+    def before_training_epoch(self, learner: Any, **__: Any) -> None:
         """Note when the first step begins."""
-        self.times = self.times or [_now()]
+        self.times = self.times or [seconds(learner.device)]
 
     def after_training_iteration(self, learner: Any, **_: Any) -> None:
         """Note when a step has ended."""
-        self.times.append(_now())
+        self.times.append(seconds(learner.device))
         timed = len(self.times) - 1 - WARM_UP
         if timed >= self.timed or (timed >= 1 and self.times[-1] - self.times[0] > BUDGET):
             learner.stop_training()
@@ -87,7 +87,7 @@ def measure(bench: ContinualWorkbench) -> Rates:
         clock = _Clock(TIMED if number == len(some) else 0)
         learner.plugins.append(clock)
         learner.train(experience)
-        end = _now() - clock.times[-1]
+        end = seconds(learner.device) - clock.times[-1]
         learner.plugins.remove(clock)
     if hasattr(learner.options, "memory_epochs"):  # GDumb trains at the end, on a memory that is not yet full here
         end *= getattr(learner.options, "memory_size", 1) / len(getattr(learner, "buffer", "1"))
@@ -95,9 +95,9 @@ def measure(bench: ContinualWorkbench) -> Rates:
     rows = torch.arange(min(len(source.train), batch, SCORED))
     with learner.for_evaluation() as model:
         accuracy(model, source.train, source.classes, batch_size=batch, rows=rows[:2])
-        began = _now()
+        began = seconds(learner.device)
         accuracy(model, source.train, source.classes, batch_size=batch, rows=rows)
-        image = (_now() - began) / len(rows)
+        image = (seconds(learner.device) - began) / len(rows)
     return Rates(clock.step, end, image)
 
 
@@ -155,8 +155,3 @@ def _images_on_the_way(config: RunConfig, scope: str, scored: Sequence[int], tra
         seen = each if len(trained) == 1 else each[: number + 1]
         total += points * (each[number] if scope == "current" else sum(seen))
     return total
-
-
-def _now() -> float:
-    """Return this process's seconds of work; those on the wall where several threads share it."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()

@@ -57,12 +57,13 @@ def accuracy(
         rows: The rows that are scored; all of them if None.
     """
     chosen = torch.arange(len(split)) if rows is None else rows
-    own = torch.tensor(classes)
+    own: Tensor | None = None
     hits = hits_among_own = 0
     finite = True
     for part in torch.split(chosen, batch_size):
         images, labels = split.batch(part)
         logits = model(pixels(images))
+        own = torch.tensor(classes, device=logits.device) if own is None else own
         finite = finite and bool(logits.amax(1).isfinite().all())  # classes may be masked
         hits += int((logits.argmax(1) == labels).sum())
         hits_among_own += int((own[logits[:, own].argmax(1)] == labels).sum())

@@ -35,10 +35,10 @@ from fednorm.continual.passes import Passes
 from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
 from fednorm.continual.stream import Experience
-from fednorm.data.domain import pixels
-from fednorm.errors import ConfigError, DataError, RecordError
+from fednorm.device import on_cpu, place_of, wide
+from fednorm.errors import DataError, RecordError
 from fednorm.norms import spec_of
-from fednorm.rng import stream_seed, torch_seeded, torch_stream
+from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import TrainingStep, batch_coupled
 
@@ -142,7 +142,7 @@ class Learner(Passes):
         plugins: Avalanche plugins.
         evaluator: An Avalanche evaluation plugin; none by default.
         criterion: Takes the cross-entropy's place in every loss: logits and labels to a scalar.
-        device: ``cpu``.
+        device: Where the network is; samples are moved there.
         eval_every: As in Avalanche: after how many epochs (or iterations) ``eval_streams`` are evaluated; -1 for never.
         peval_mode: ``epoch`` or ``iteration``.
         online: Whether those counts are of the ``train`` step's own logits, or of ``eval``: a forward pass in
@@ -154,7 +154,7 @@ class Learner(Passes):
         hits: How many of those the model got right just before it was trained on them, int64.
         hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
         seen: New samples of the present experience in all passes so far.
-        loss_sum: The sum over those of the loss before the update, float64.
+        loss_sum: The sum over those of the loss before the update, float64 where the device has it.
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
 
@@ -189,12 +189,8 @@ class Learner(Passes):
         peval_mode: str = "epoch",
         online: str = "train",
     ) -> None:
-        if torch.device(device).type != "cpu":
-            raise ConfigError(
-                f"fednorm's learners train on the CPU; got device {str(device)!r}. Leave device out, or take one of "
-                "Avalanche's own strategies with fednorm.avalanche.NormPlugin, which works on any device."
-            )
         require_model(model)
+        device = place_of(model, device)
         super().__init__(
             model=model,
             optimizer=optimizer,
@@ -202,6 +198,7 @@ class Learner(Passes):
             train_mb_size=train_mb_size,
             train_epochs=train_epochs,
             eval_mb_size=eval_mb_size,
+            device=device,
             plugins=plugins,
             evaluator=evaluator or _silent(),
             eval_every=eval_every,
@@ -223,8 +220,8 @@ class Learner(Passes):
         self._current_task = 0
         self._hooks = Hooks(self.plugins)
         self._told_how = False
-        self.hits, self.loss_sum = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-        self.hits_of_all = torch.zeros((), dtype=torch.int64)
+        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.loss_sum = torch.zeros((), dtype=wide(device), device=device)
         self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
@@ -343,7 +340,8 @@ class Learner(Passes):
         own = sorted(set(numbers.tolist()))
         self.tasks_seen += [number for number in own if number not in self.tasks_seen]
         places = {number: place for place, number in enumerate(self.tasks_seen)}
-        self._task_of_row = torch.tensor([places[number] for number in numbers.tolist()], dtype=torch.int64)
+        own_places = [places[number] for number in numbers.tolist()]
+        self._task_of_row = torch.tensor(own_places, dtype=torch.int64, device=self.device)
         self._current_task = places[own[0]] if len(own) == 1 else len(places) - 1
 
     def _begin(self) -> None:
@@ -387,12 +385,12 @@ class Learner(Passes):
     def _train_on(self, source: Experience, rows: Tensor, **kwargs: Any) -> None:
         step = self.progress.step
         guesses = self._guess(source, rows) if self.online == "eval" else None
-        torch.default_generator.manual_seed(stream_seed(self.seed, "model", step))
+        reseed(stream_seed(self.seed, "model", step))
         self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
-        images, labels = source.train.batch(rows)
+        images, labels = self._batch(source, rows)
         if isinstance(source.train, LoadedSplit):
             require_classes(labels, self.num_classes, source.train.name)
-        new = Samples(images, labels, self._task_of_row[rows], None)
+        new = Samples(images, labels, self._task_of_row[rows.to(self.device)], None)
         self._hooks.clear()
         if self._hooks.at_iteration:
             self._show(new, **kwargs)
@@ -409,19 +407,23 @@ class Learner(Passes):
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
 
+    def _batch(self, source: Experience, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples and labels of some rows on the learner's device."""
+        images, labels = source.train.batch(rows)
+        return images.to(self.device), labels.to(self.device)
+
     @torch.no_grad()
     def _guess(self, source: Experience, rows: Tensor) -> Tensor:
         """Return the logits of some rows in evaluation mode; nothing that trains is changed by it."""
         with modes_kept(self.model):
             self.model.eval()
-            images = source.train.batch(rows)[0]
-            logits: Tensor = self.model(pixels(images) if images.dtype == torch.uint8 else images)
+            logits: Tensor = self.model(self.as_input(self._batch(source, rows)[0]))
         return logits
 
     # Checkpoints ------------------------------------------------------------------------------------------------------
 
     def tensors(self) -> Tensors:
-        """Return every tensor that the rest of the training depends on, by a path."""
+        """Return every tensor that the rest of the training depends on, by a path; all on the CPU."""
         found = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
             found |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
@@ -429,11 +431,8 @@ class Learner(Passes):
             if hasattr(effect, "state_dict"):
                 found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
         found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        return found | {
-            "count/hits": self.hits,
-            "count/hits_of_all": self.hits_of_all,
-            "count/loss_sum": self.loss_sum,
-        }
+        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.cpu().double()}
+        return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
 
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
@@ -470,9 +469,10 @@ class Learner(Passes):
         for place, effect in enumerate(self.effects):
             if hasattr(effect, "load_state_dict"):
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
-        self.load_own_tensors(_below("own", tensors))
-        self.hits, self.loss_sum = tensors["count/hits"].clone(), tensors["count/loss_sum"].clone()
-        self.hits_of_all = tensors.get("count/hits_of_all", self.hits).clone()
+        self.load_own_tensors({key: tensor.to(self.device) for key, tensor in _below("own", tensors).items()})
+        self.hits.copy_(tensors["count/hits"])
+        self.hits_of_all.copy_(tensors.get("count/hits_of_all", tensors["count/hits"]))
+        self.loss_sum.copy_(tensors["count/loss_sum"])
         self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
         # Earlier versions went by the number of experiences, which came in order.
         self.tasks_seen = [int(number) for number in state.get("tasks", range(progress.ended))]

@@ -63,7 +63,7 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         tasks = one.tasks if len(groups) == 1 else torch.cat([group.tasks for group in groups])
         if self._hooks.at_batch:
             labels = torch.cat([self.labels_of(group) for group in groups]).clone()
-        self.mbatch = [images, labels, torch.zeros(len(images), dtype=torch.int64)]
+        self.mbatch = [images, labels, torch.zeros_like(labels)]
         before = labels, labels._version
         self._before_forward()
         self._require_count(len(images))

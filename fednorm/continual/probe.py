@@ -22,6 +22,7 @@ from fednorm.diagnostics import (
     threshold_rank,
     weight_norms,
 )
+from fednorm.norms._precision import widened
 from fednorm.norms.sws import ScaledActivation
 from fednorm.recalibration import batch_layers, in_batches, reestimate
 from fednorm.rng import torch_stream
@@ -99,13 +100,15 @@ def _moments(model: nn.Module) -> dict[str, Moments]:
     for path, layer in batch_layers(model).items():
         assert layer.running_mean is not None
         assert layer.running_var is not None
-        found[path] = Moments(layer.running_mean, layer.running_var)
+        found[path] = Moments(layer.running_mean.cpu(), layer.running_var.cpu())
     return found
 
 
 @torch.no_grad()
 def _activations(model: nn.Module, images: Tensor, batch_size: int) -> tuple[dict[str, Tensor], Tensor]:
     """Return the mean size of what follows each activation module, (n, C), and what the last linear layer is given.
+
+    Both are on the CPU, which alone has what is computed of them on all machines.
 
     A map is zero where its mean size is, and the mean size over samples is that over samples and positions: all that
     dead and dormant units are defined by, without keeping the maps.
@@ -118,12 +121,12 @@ def _activations(model: nn.Module, images: Tensor, batch_size: int) -> tuple[dic
         if isinstance(module, ACTIVATION_TYPES) and id(module) not in inside:
 
             def keep(_: nn.Module, __: Any, output: Tensor, path: str = path) -> None:
-                size = output.abs()
-                kept.setdefault(path, []).append(size.flatten(2).mean(2) if size.ndim > 2 else size)
+                size = widened(output).abs()
+                kept.setdefault(path, []).append((size.flatten(2).mean(2) if size.ndim > 2 else size).cpu())
 
             hooks.append(module.register_forward_hook(keep))
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
-    hooks.append(last.register_forward_pre_hook(lambda _, args: features.append(args[0])))
+    hooks.append(last.register_forward_pre_hook(lambda _, args: features.append(widened(args[0]).cpu())))
     try:
         for batch in torch.split(images, batch_size):
             model(batch)

@@ -59,6 +59,7 @@ class PickedSplit(Split):
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return samples and labels of some rows, numbered 0 to n - 1."""
         images: Tensor | None = None
+        rows = rows.to(self.labels.device)
         labels, owner, inner = self.labels[rows], self.part_of_row[rows], self.row_in_part[rows]
         for number, gather in enumerate(self.parts):
             here = (owner == number).nonzero().flatten()
@@ -67,7 +68,7 @@ class PickedSplit(Split):
             own, _ = gather(inner[here])
             if images is None:
                 images = own.new_empty((len(rows), *own.shape[1:]))
-            images[here] = own
+            images[here.to(images.device)] = own.to(images.device)  # a data set of tensors is where its user has it
         assert images is not None
         return images, labels
 
@@ -95,7 +96,7 @@ class LoadedSplit(Split):
         Raises:
             DataError: They make no batch of tensors with class numbers.
         """
-        samples = [self.dataset[int(row)] for row in rows]
+        samples = [self.dataset[row] for row in rows.tolist()]
         collate = getattr(self.dataset, "collate_fn", None) or default_collate
         try:
             images, labels = collate(samples)[:2]
@@ -177,7 +178,7 @@ class _Leaf:
 
     def _of_tensors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         samples, labels = self.data.tensors
-        return samples[rows], labels[rows].long()
+        return samples[rows.to(samples.device)], labels[rows.to(labels.device)].long()
 
     def tasks(self, number: int) -> Tensor:
         """Return the task of each row; ``number`` where the data set knows none."""
@@ -220,10 +221,10 @@ def read(experience: Any, dataset: Any, unnamed: int) -> Experience:
         return source
     tasks = torch.empty(len(dataset), dtype=torch.int64)
     for leaf in leaves:
-        tasks[leaf.places] = leaf.tasks(number)
+        tasks[leaf.places] = leaf.tasks(number).cpu()
     train = _picked(leaves, len(dataset)) or _loaded(dataset, number)
     number = int(tasks.max()) if isinstance(first.data, SplitDataset) else number
-    nothing = Split(train.images, train.labels, torch.empty(0, dtype=torch.int64))
+    nothing = Split(train.images, train.labels, train.labels.new_empty(0, dtype=torch.int64))
     classes = () if isinstance(train, LoadedSplit) else tuple(sorted(set(train.targets.tolist())))
     return JointExperience(number, f"experience {number}", classes, train, nothing, nothing, tasks)
 
@@ -251,7 +252,7 @@ def _picked(leaves: Sequence[_Leaf], count: int) -> PickedSplit | None:
     labels = torch.empty(count, dtype=torch.int64)
     for place, leaf in enumerate(leaves):
         owner[leaf.places], inner[leaf.places] = place, leaf.rows
-        labels[leaf.places] = _labels(leaf.data)[leaf.rows]
+        labels[leaf.places] = _labels(leaf.data).cpu()[leaf.rows]
     parts = tuple(gather for gather in gathers if gather is not None)
     if len({tuple(gather(leaf.rows[:1])[0].shape) for gather, leaf in zip(parts, leaves, strict=True)}) > 1:
         return None

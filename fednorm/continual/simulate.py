@@ -20,6 +20,7 @@ from fednorm.continual.evaluation import Accuracy, accuracy, split_of
 from fednorm.continual.probe import diagnose, probe_images
 from fednorm.continual.stream import Experience
 from fednorm.continual.workbench import ContinualWorkbench
+from fednorm.device import on_cpu
 from fednorm.errors import DataError, DivergedError
 from fednorm.rng import torch_stream
 from fednorm.study.record import RunRecord
@@ -119,7 +120,7 @@ class _Run:
             self._close(bench.source(experience))
         document = self._document()
         if self.record:
-            self.record.finish(document, dict(bench.model.state_dict()), evaluated=self._evaluated())
+            self.record.finish(document, on_cpu(bench.model.state_dict()), evaluated=self._evaluated())
         return document
 
     def _open(self) -> None:
@@ -214,9 +215,9 @@ class _Run:
 
     def _evaluated(self) -> dict[str, Tensor] | None:
         """Return the tensors that were evaluated last, where the learner evaluates others than it trains."""
-        trained = {key: tensor.clone() for key, tensor in self.bench.model.state_dict().items()}
+        trained = {key: tensor.cpu().clone() for key, tensor in self.bench.model.state_dict().items()}
         with self.bench.learner.for_evaluation() as model:
-            evaluated = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+            evaluated = {key: tensor.cpu().clone() for key, tensor in model.state_dict().items()}
         return None if all(torch.equal(trained[key], tensor) for key, tensor in evaluated.items()) else evaluated
 
     def _scope(self) -> str:

@@ -96,7 +96,7 @@ class JoinedSplit(Split):
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some rows, numbered 0 to n - 1 over all parts."""
-        first = self.images
+        first, rows = self.images, rows.to(self.images.device)
         images, labels = first.new_empty((len(rows), *first.shape[1:])), self.labels.new_empty(len(rows))
         start = 0
         for part in self.parts:
@@ -118,7 +118,7 @@ class JointExperience(Experience):
 
     def tasks_of(self, rows: Tensor) -> Tensor:
         """Return the task of some rows of the training images, int64, shape (n,)."""
-        return self.task_of_row[rows]
+        return self.task_of_row[rows.to(self.task_of_row.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,7 @@ class Stream:
             )
         if self.classes_per_task:
             return labels.div(self.classes_per_task, rounding_mode="floor")
-        return torch.bucketize(labels, torch.tensor(self.first_labels), right=True) - 1
+        return torch.bucketize(labels, torch.tensor(self.first_labels, device=labels.device), right=True) - 1
 
     def joint(self) -> JointExperience:
         """Return all experiences as one.
@@ -239,6 +239,6 @@ class Stream:
                 if isinstance(split, PermutedSplit):
                     tensors.append(split.pixel_order)
                 for tensor in tensors:
-                    digest.update(tensor.numpy().astype("<i8").tobytes())
+                    digest.update(tensor.cpu().numpy().astype("<i8").tobytes())
                 digest.update(split.content.encode())
         return digest.hexdigest()[:16]

@@ -7,11 +7,13 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from fednorm import device as devices
 from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Learner, LearnerOptions
 from fednorm.continual.stream import Experience, Stream
+from fednorm.data.moving import moved
 from fednorm.errors import ConfigError
 from fednorm.footprint import require_footprint
 from fednorm.spec import Norm
@@ -42,6 +44,7 @@ class ContinualWorkbench:
             FedNormError: Something in the configuration does not fit the rest.
         """
         self.config = config
+        devices.device_of(config)  # before data are read
         self.stream = stream or config.scenario.card.stream(
             config.data,
             image_size=config.model.card.input_size,
@@ -59,6 +62,7 @@ class ContinualWorkbench:
         )
         self.model = self.trainee.model
         self.about_model = self.trainee.about_model
+        self.stream = moved(self.stream, self.trainee.device)
         self.joint = spec.joint
         make = joint_to_avalanche if spec.joint else to_avalanche
         self.training: list[Any] = list(make(self.stream).train_stream)
@@ -81,6 +85,7 @@ class ContinualWorkbench:
             adjust=self.trainee.adjust,
             after=self.trainee.after,
             online=config.evaluate.online,
+            device=self.trainee.device,
             criterion=self.trainee.loss if train.label_smoothing else None,
         )
         self._require_parts(norm, options)
@@ -176,6 +181,7 @@ class ContinualWorkbench:
             "scenario": {"name": config.scenario.name, **config.scenario.values},
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "steps": sum(self.steps),
+            **devices.described(config, self.trainee.device),
             "data": {
                 "title": self.stream.title,
                 "notes": list(self.stream.notes),

@@ -40,7 +40,7 @@ class Split:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
-        where = self.index[rows]
+        where = self.index[rows.to(self.index.device)]
         return self.images[where], self.labels[where]
 
 
@@ -122,9 +122,9 @@ class Federation:
             for name, split in (("train", client.train), ("validation", client.validation), ("test", client.test)):
                 digest.update(f"{client.partition_id}|{client.domain}|{client.held_out}|{name}|{len(split)}".encode())
                 for numbers in (split.index, split.targets):
-                    digest.update(numbers.numpy().astype("<i8").tobytes())
+                    digest.update(numbers.cpu().numpy().astype("<i8").tobytes())
                 if len(split):
-                    digest.update(split.batch(torch.tensor([0, len(split) - 1]))[0].numpy().tobytes())
+                    digest.update(split.batch(torch.tensor([0, len(split) - 1]))[0].cpu().numpy().tobytes())
                 digest.update(split.content.encode())
         return digest.hexdigest()[:16]
 

@@ -30,6 +30,7 @@ from torch.nn import functional
 from fednorm.constants import constant_prints
 from fednorm.data.augment import prepared
 from fednorm.data.domain import Client, Split, pixels
+from fednorm.device import wide
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.recalibration import in_batches, reestimate
@@ -191,10 +192,11 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
         ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
     """
     bench.model.eval()
-    loss, hits = torch.zeros((), dtype=torch.float64), 0
+    device = bench.trainee.device
+    loss, hits = torch.zeros((), dtype=wide(device), device=device), 0
     for images, labels in _batches(split, bench.config.evaluate.batch_size):
         logits = bench.model(images)
-        loss += functional.cross_entropy(logits, labels, reduction="sum").double()
+        loss += functional.cross_entropy(logits, labels, reduction="sum").to(loss.dtype)
         hits += int((logits.argmax(1) == labels).sum())
     count = len(split)
     return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}

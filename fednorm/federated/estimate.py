@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from fednorm.config import RunConfig
 from fednorm.data.domain import Client, Federation, Split
+from fednorm.device import seconds
 from fednorm.federated.client import fit, score
 from fednorm.federated.workbench import Workbench
 
@@ -55,12 +55,13 @@ def measure(bench: Workbench) -> Rates:
         train = min(_seconds_to_fit(bench, batch) for _ in range(2))
     scored = _first(client, SCORED).train
     score(bench, _first(client, 2).train)
-    began = _now()
+    device = bench.trainee.device
+    began = seconds(device)
     score(bench, scored)
-    test = _now() - began
-    began = _now()
+    test = seconds(device) - began
+    began = seconds(device)
     bench.write(before)
-    copy = _now() - began
+    copy = seconds(device) - began
     return Rates(train / len(batch.train), test / len(scored), copy)
 
 
@@ -98,9 +99,9 @@ def estimate_seconds(bench: Workbench) -> float:
 
 
 def _seconds_to_fit(bench: Workbench, client: Client) -> float:
-    began = _now()
+    began = seconds(bench.trainee.device)
     fit(bench, client, server_round=0)
-    return _now() - began
+    return seconds(bench.trainee.device) - began
 
 
 def _first(client: Client, count: int) -> Client:
@@ -108,8 +109,3 @@ def _first(client: Client, count: int) -> Client:
         return Split(split.images, split.labels, split.index[: min(count, len(split))].to(torch.int64))
 
     return Client(client.partition_id, client.domain, few(client.train), client.validation, few(client.test))
-
-
-def _now() -> float:
-    """Return this process's seconds of work; those on the wall where several threads share it."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from fednorm.config import RunConfig
+from fednorm.device import described
 from fednorm.errors import IncompleteError
 from fednorm.federated.answers import answers, enough, require_answered
 from fednorm.federated.diagnosis import diagnose
@@ -129,6 +130,7 @@ def describe(bench: Workbench) -> Document:
         "norm": {"name": bench.config.norm.name, **dataclasses.asdict(bench.norm)},
         "strategy": {"name": bench.config.strategy.name, **_options(bench)},
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        **described(bench.config, bench.trainee.device),
         "data": {
             "title": federation.title,
             "notes": list(federation.notes),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.config import RunConfig
-from fednorm.errors import RecordError
+from fednorm.errors import ConfigError, RecordError
 from fednorm.federated.flower_runtime import run_with_flower, write_app
 from fednorm.federated.server import Observer, check, read_back
 from fednorm.federated.workbench import Workbench
@@ -50,6 +50,11 @@ def simulate_flower(
     record = RunRecord(runs, config)
     if finished := read_back(record, config):
         return finished
+    if config.device.startswith("cuda:"):
+        raise ConfigError(
+            f"device is {config.device!r}, and Flower's runtime deals GPUs out to its clients itself. Take device "
+            "cuda, and say which ones it sees with CUDA_VISIBLE_DEVICES; or the in-process runtime."
+        )
     bench = Workbench(config)
     check(bench)
     with _launching(record):
@@ -69,7 +74,14 @@ def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, time
     num_nodes = len(bench.federation.clients)
     try:
         with _told(record, observer):
-            run_with_flower(app, num_supernodes=num_nodes, run_config=run_config, home=flower / "home", timeout=timeout)
+            run_with_flower(
+                app,
+                num_supernodes=num_nodes,
+                run_config=run_config,
+                home=flower / "home",
+                client_gpus=float(record.config.device == "cuda"),  # Ray hides what a client does not ask for
+                timeout=timeout,
+            )
     except (KeyboardInterrupt, Terminated):
         shutil.rmtree(flower, ignore_errors=True)  # nothing has failed: there is no log to read
         raise

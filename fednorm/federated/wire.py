@@ -70,10 +70,10 @@ MemoryArray.__qualname__ = Array.__qualname__
 
 
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """Return a record of tensors that will not be written to again."""
+    """Return a record of tensors that will not be written to again; what is on another device is copied to the CPU."""
     record = ArrayRecord()
     for key, tensor in tensors.items():
-        record[key] = MemoryArray(tensor.detach())
+        record[key] = MemoryArray(tensor.detach().cpu())
     return record
 
 

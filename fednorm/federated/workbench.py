@@ -6,6 +6,7 @@ next: every turn begins by writing every entry of the state dict.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,11 @@ import torch
 from flwr.app import ArrayRecord, Context, RecordDict
 from torch import Tensor
 
+from fednorm import device as devices
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation
+from fednorm.data.moving import moved
 from fednorm.federated.wire import pack, unpack
 from fednorm.footprint import require_footprint
 from fednorm.memory import require_memory
@@ -59,6 +62,7 @@ class Workbench:
             FedNormError: Something in the configuration does not fit the rest.
         """
         self.config = config
+        devices.device_of(config)  # before data are read
         input_size = config.model.card.input_size
         self.federation = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
         self.norm: Norm = config.norm.card.made(config.norm.options)
@@ -66,11 +70,14 @@ class Workbench:
         self.trainee = Trainee(
             config, self.norm, num_classes=self.federation.num_classes, image_size=self.federation.image_size
         )
+        self.federation = moved(self.federation, self.trainee.device)
         self.about_model, self.model = self.trainee.about_model, self.trainee.model
         self.schedule = self.trainee.schedule(config.rounds.num_rounds)
         limit = config.rounds.max_update_norm
+        # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
+        away = self.trainee.device.type != "cpu"
         self.strategy: NormStrategy = config.strategy.card.made(
-            self.model,
+            copy.deepcopy(self.model).cpu() if away else self.model,
             config.strategy.options,
             **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
             fraction=config.rounds.fraction,
@@ -155,8 +162,8 @@ class Workbench:
         torch._foreach_copy_(targets, [tensors[key] for key in self._state])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies of some of the model's tensors."""
-        return {key: self._state[key].clone() for key in keys}
+        """Return copies of some of the model's tensors, on the CPU."""
+        return {key: self._state[key].to("cpu", copy=True) for key in keys}
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""

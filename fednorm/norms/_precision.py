@@ -34,7 +34,7 @@ def in_full_precision(forward: Callable[[Layer, Tensor], Tensor]) -> Callable[[L
     @functools.wraps(forward)
     def wrapped(layer: Layer, x: Tensor) -> Tensor:
         device = x.device.type
-        if x.dtype not in LOW and not (device in ("cpu", "cuda") and torch.is_autocast_enabled(device)):
+        if x.dtype not in LOW and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return forward(layer, x)
         with torch.autocast(device, enabled=False):
             return forward(layer, widened(x)).to(x.dtype)

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fednorm import options
+from fednorm.device import wide
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import spec_of
 from fednorm.norms.sws import ScaledActivation
@@ -222,7 +223,7 @@ def _measure(sizes: dict[int, Tensor], index: int, link: Link) -> Callable[[nn.M
                 f"ReDo expects the {link.units} units of layer {link.path!r} on axis 1 of its activations; got shape "
                 f"{tuple(output.shape)}. Give the network batches of images."
             )
-        sizes[index] = output.detach().transpose(0, 1).flatten(1).double().abs().mean(1)
+        sizes[index] = output.detach().transpose(0, 1).flatten(1).to(wide(output.device)).abs().mean(1)
 
     return hook
 

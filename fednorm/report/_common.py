@@ -16,7 +16,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
-from fednorm.config import RunConfig
+from fednorm.config import MACHINE, RunConfig, kind_of_device
 from fednorm.report.text import in_cell, in_markdown, one_line
 
 Result = Mapping[str, Any]
@@ -173,7 +173,8 @@ def settings(result: Result) -> dict[str, Any]:
     """
     config = result["config"]
     defaults = RunConfig.defaults(config.get("kind", "federated"))
-    keys = {**flat(defaults.to_dict()), **flat(config)}
+    keys = {**MACHINE, **flat(defaults.to_dict()), **flat(config)}
+    keys["device"] = kind_of_device(keys["device"])
     return {key: value for key, value in keys.items() if key not in IMMATERIAL}
 
 

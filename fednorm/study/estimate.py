@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fednorm.cards import DATA
-from fednorm.config import DataConfig, RunConfig
+from fednorm.config import MACHINE, DataConfig, RunConfig
 from fednorm.continual import estimate as of_streams
 from fednorm.continual.stream import Stream
 from fednorm.continual.workbench import ContinualWorkbench
@@ -161,6 +161,7 @@ def _whole(config: RunConfig) -> dict[str, Any]:
     return {
         "kind": config.kind,
         "threads": config.threads,
+        **{key: getattr(config, key) for key in MACHINE},
         "model": plain["model"],
         "image_size": config.data.image_size or config.model.card.input_size,
         "norm": {"name": config.norm.name, **asdict(config.norm.card.made(config.norm.options))},

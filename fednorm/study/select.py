@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fednorm.config import IMMATERIAL, RunConfig
+from fednorm.config import IMMATERIAL, MACHINE, RunConfig
 from fednorm.errors import ConfigError
 
 Result = Mapping[str, Any]
@@ -114,15 +114,16 @@ def _require_held_out(result: Result) -> None:
 def _method(result: Result) -> Hashable:
     """Return what makes a result's method; results with equal ones are configurations of it."""
     config = result["config"]
+    machine = tuple(f"{key} {config[key]}" for key in MACHINE if config.get(key, MACHINE[key]) != MACHINE[key])
     if _kind(result) == "federated":
-        return config["strategy"]["name"], config["norm"]["name"]
+        return config["strategy"]["name"], config["norm"]["name"], machine
     defaults = RunConfig.defaults("continual").to_dict()
     told = []
     for section, values in config.items():
         for key, value in values.items() if isinstance(values, Mapping) else ():
             if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
                 told.append((section, key, value if key in METHOD_OPTIONS else "on"))
-    return result["data"]["title"], config["learner"]["name"], config["norm"]["name"], tuple(sorted(told))
+    return result["data"]["title"], config["learner"]["name"], config["norm"]["name"], tuple(sorted(told)), machine
 
 
 def _without_seed(config: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm import device as devices
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import ModelChoice, RunConfig
 from fednorm.errors import ConfigError, DataError
@@ -46,6 +47,7 @@ class Trainee:
         image_size: Height and width of the images, in pixels.
 
     Attributes:
+        device: Where all of it is.
         model: The network, in training mode, with the initial weights of the run's seed, or of ``model.weights``.
         about_model: What the record says of it.
         optimizer: Of all its parameters.
@@ -54,12 +56,13 @@ class Trainee:
         batch_coupled: Whether a batch of one cannot be trained on.
 
     Raises:
-        ConfigError: An effect does not fit the network.
+        ConfigError: An effect does not fit the network, or this machine does not have the run's device.
     """
 
     def __init__(self, config: RunConfig, norm: Norm, *, num_classes: int, image_size: int) -> None:
         self.config, self.norm = config, norm
         self._num_classes, self._image_size = num_classes, image_size
+        self.device = devices.device_of(config)
         built = self._built(config.model, config.seed)
         self.model = built.model
         self.about_model = describe_model(config.model, built, num_classes, image_size)
@@ -70,18 +73,19 @@ class Trainee:
         )
         # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
         self.adjust, self.after = self._effects()
+        devices.prepare(self.model, config)
         # Every client counts its own updates: where the number decides what is done, no other client's may count.
         self._counting: dict[int, Any] = {i: e for i, e in enumerate(self.effects) if getattr(e, "counts", False)}
         self._first = {i: {k: t.clone() for k, t in e.state_dict().items()} for i, e in self._counting.items()}
 
     def fresh(self, seed: int) -> nn.Module:
-        """Return the network with initial weights drawn from a seed, never read from a file."""
+        """Return the network with initial weights drawn from a seed, the same on every device, never from a file."""
         return self._built(replace(self.config.model, weights=""), seed).model
 
     def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
         built = chosen_model(choice, self.norm, self._num_classes, self._image_size, seed)
         # oneDNN's convolutions are a tenth to a third faster in this layout.
-        return replace(built, model=built.model.to(memory_format=torch.channels_last))
+        return replace(built, model=built.model.to(self.device).to(memory_format=torch.channels_last))
 
     def _effects(self) -> tuple[tuple[Effect, ...], tuple[Effect, ...]]:
         train, adjust, after = self.config.train, list[Effect](), list[Effect]()
@@ -180,7 +184,10 @@ class Trainee:
         for path, tensor in kept.items():
             what, number, name = path.split("/", 2)
             if what == "optimizer":
-                self.optimizer.state[parameters[int(number)]][name] = tensor.clone()
+                parameter = parameters[int(number)]
+                # Adam counts its steps on the CPU, wherever the parameters are.
+                device = tensor.device if name == "step" else parameter.device
+                self.optimizer.state[parameter][name] = tensor.to(device, copy=True)
         for place, effect in self._counting.items():
             own = {path.split("/", 2)[2]: t for path, t in kept.items() if path.startswith(f"effect/{place}/")}
             effect.load_state_dict(own or self._first[place])

@@ -57,7 +57,7 @@ class ERACE(ReplayLearner):
 
     def __init__(self, **template: Any) -> None:
         super().__init__(**template)
-        self.seen_classes = torch.zeros(self.num_classes, dtype=torch.bool)
+        self.seen_classes = torch.zeros(self.num_classes, dtype=torch.bool, device=self.device)
 
     def replay(self, new: Samples) -> Tensor:
         """Learn from new samples among the classes at hand, and from memory among all."""

@@ -128,7 +128,7 @@ class EWC(Learner):
         assert self.source is not None
         number, train = self.progress.ended, self.source.train
         rows = torch.randperm(len(train), generator=torch_stream(self.seed, "fisher", number, "rows"))
-        images, labels = train.batch(rows[: self.options.fisher_samples or len(train)])
+        images, labels = self._batch(self.source, rows[: self.options.fisher_samples or len(train)])
         drawing = torch_stream(self.seed, "fisher", number, "labels")
         total = torch.zeros_like(self.importance)
         self.model.eval()
@@ -136,7 +136,7 @@ class EWC(Learner):
             log_p = functional.log_softmax(self.model(image)[0], dim=0)
             # A network that has diverged has no distribution to draw from, and no finite Fisher information either.
             if self.options.labels == "model" and not log_p.isnan().any():
-                label = torch.multinomial(log_p.detach().exp(), 1, generator=drawing)
+                label = torch.multinomial(log_p.detach().cpu().exp(), 1, generator=drawing).to(log_p.device)
             gradients = torch.autograd.grad(log_p[label].sum(), self.trained, materialize_grads=True)
             total += _flat(gradients).square()
         self.model.train()

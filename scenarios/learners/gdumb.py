@@ -40,7 +40,7 @@ from fednorm.cards import Citation
 from fednorm.continual.buffer import BalancedBuffer, Samples
 from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 from fednorm.errors import ConfigError
-from fednorm.rng import stream_seed, torch_stream
+from fednorm.rng import reseed, stream_seed, torch_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class GDumb(Learner):
         for batch, slots in enumerate(torch.split(order, self.train_mb_size)):
             if len(slots) == 1 and self.batch_coupled:
                 continue
-            torch.default_generator.manual_seed(stream_seed(self.seed, *names, "model", batch))
+            reseed(stream_seed(self.seed, *names, "model", batch))
             self._augmenting.manual_seed(stream_seed(self.seed, *names, "augment", batch))
             samples = Samples(memory.images[slots], memory.labels[slots], memory.tasks[slots])
             (logits,) = self.pass_forward(samples)

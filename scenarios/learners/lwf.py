@@ -70,7 +70,7 @@ class LwF(Learner):
     def __init__(self, **template: Any) -> None:
         super().__init__(**template)
         self.teacher: nn.Module | None = None
-        self.old_classes = torch.zeros(self.num_classes, dtype=torch.bool)
+        self.old_classes = torch.zeros(self.num_classes, dtype=torch.bool, device=self.device)
 
     def observe(self, new: Samples) -> Tensor:
         """Learn from one batch and from the teacher."""

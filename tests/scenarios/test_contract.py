@@ -214,7 +214,7 @@ def test_any_data_can_be_split(toy_folder: Path, make: Make) -> None:
     own["domains"] = ("cifar10", "cifar100")
     with pytest.raises(DataError, match=r"is several data sets; this scenario is made of one\. Name one with data"):
         make("split", data=own)
-    with pytest.raises(ConfigError, match="take a scenario of any data: .*split"):
+    with pytest.raises(ConfigError, match=r"take a scenario of any data: .*split"):
         make("split_digits", data=own)
 
 
