@@ -9,15 +9,3 @@ from __future__ import annotations
 
 FEDNORM_API = 1
 """Tells ``fednorm.registry`` that this is fednorm's package and not a stranger's of the same name."""
-
-STRATEGIES: tuple[str, ...] = (
-    "fedadam",
-    "fedavg",
-    "fedavgm",
-    "fedbn",
-    "fedprox",
-    "fedwon",
-    "fedyogi",
-    "silobn",
-)
-"""The names of the strategies; each is a module of this package with a ``SPEC``."""
