@@ -30,7 +30,7 @@ def head_of(model: nn.Module) -> str:
     Raises:
         ConfigError: It has none.
     """
-    layers = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)]
+    layers: list[str] = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | _ConvNd)]
     if not layers:
         raise ConfigError(
             f"{type(model).__name__} has no linear layer and no convolution, so which part is its head cannot be told. "

@@ -53,7 +53,7 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
         bench.keep_local(context.state, turn.state)
         reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
-        if turn.reply:
+        if turn.reply:  # only then: a record that is not expected is a reply that is not used
             reply[EXTRA] = pack(turn.reply)
         return Message(reply, reply_to=message)
 
@@ -77,8 +77,10 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
         bench = bench_of(context)
-        about = {"client": _about(bench.client(context)), **_constants(bench)}
-        return Message(RecordDict(about), reply_to=message)
+        about = RecordDict({"client": _about(bench.client(context))})
+        if prints := constant_prints(bench.model, bench.plan):  # for the server to compare
+            about["constants"] = MetricRecord(dict(prints))
+        return Message(about, reply_to=message)
 
     @app.query("local")
     def local(message: Message, context: Context) -> Message:
@@ -113,12 +115,6 @@ def _about(client: Client) -> ConfigRecord:
             "test": len(client.test),
         }
     )
-
-
-def _constants(bench: Workbench) -> dict[str, MetricRecord]:
-    """Return the prints of a model's constants, for the server to compare; no record where there are none."""
-    prints = constant_prints(bench.model, bench.plan)
-    return {"constants": MetricRecord(dict(prints))} if prints else {}
 
 
 def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:

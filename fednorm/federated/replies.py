@@ -110,7 +110,8 @@ class Form:
     @property
     def nbytes(self) -> int:
         """Bytes of its values."""
-        return math.prod(self.shape) * getattr(torch, self.dtype).itemsize
+        kind: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * kind.itemsize
 
     @classmethod
     def of(cls, tensor: Tensor) -> Form:

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, RecordDict
@@ -21,6 +20,7 @@ from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation, pooled
 from fednorm.federated.local import Turn
 from fednorm.federated.replies import EXTRA
+from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.federated.wire import pack, unpack
 from fednorm.footprint import require_footprint
 from fednorm.memory import require_memory
@@ -28,9 +28,6 @@ from fednorm.plan import NormPlan
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
 from fednorm.training.trainee import Trainee
-
-if TYPE_CHECKING:
-    from fednorm.federated.strategy import NormStrategy
 
 LOCAL_RECORD = "fednorm.local"
 """The record of a client's ``Context.state`` that holds its local tensors."""
@@ -77,7 +74,7 @@ class Workbench:
         self.strategy: NormStrategy = config.strategy.card.made(
             self.model,
             config.strategy.options,
-            **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
+            **(Common(max_update_norm=limit) if limit else Common()),  # a stranger's strategy may not know it
             fraction=config.rounds.fraction,
             weighting=config.rounds.weighting,
             seed=config.seed,
@@ -156,7 +153,7 @@ class Workbench:
             client=client,
             plan=self.plan,
             server_round=server_round,
-            rate=self.schedule.at(max(server_round, 1) - 1 if evaluating else server_round - 1, 0, 1),
+            rate=self.schedule.at(max(server_round, 1) - 1, 0, 1),  # some evaluations, and a trial, are of no round
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
