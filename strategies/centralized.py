@@ -36,8 +36,8 @@ class Centralized(NormStrategy):
     def __init__(self, model: nn.Module, **common: Unpack[Common]) -> None:
         if common.get("local"):
             raise ConfigError(
-                f"strategy.local is {common['local']!r}, and strategy 'centralized' has one trainer: what stayed with it "
-                "would be random on all other clients. Leave strategy.local out."
+                f"strategy.local is {common['local']!r}, and strategy 'centralized' has one trainer: what stayed "
+                "with it would be random on all other clients. Leave strategy.local out."
             )
         super().__init__(model, **common)
 

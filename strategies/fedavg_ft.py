@@ -72,5 +72,7 @@ SPEC = StrategySpec(
     ),
     make=FedAvgFT,
     personalised=True,
-    deviations=("Fine-tuning uses the run's own optimizer and learning rate; the paper tunes those of its second phase.",),
+    deviations=(
+        "Fine-tuning uses the run's own optimizer and learning rate; the paper tunes those of its second phase.",
+    ),
 )

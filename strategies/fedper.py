@@ -6,8 +6,8 @@ https://arxiv.org/abs/1912.00818
     client k:  (B, P_k) <- SGD on its images, both together, E epochs from (B_t, P_k)
     server:    B_{t+1} = sum_k p_k B_k
 
-P_k, the personalization layers, is never sent. Which they are is ``strategy.head``: the last weight layer by default, as
-with the paper's K_P = 1 on its MobileNet; more of them by patterns over keys, ``strategy.head=fc2.*,fc3.*``.
+P_k, the personalization layers, is never sent. Which they are is ``strategy.head``: the last weight layer by default
+(the paper's K_P = 1); more of them by patterns over keys, ``strategy.head=fc2.*,fc3.*``.
 """
 
 from __future__ import annotations

@@ -53,11 +53,12 @@ class Controlled(Local):
             *([f"train.optimizer={train.optimizer}"] if train.optimizer != "sgd" else []),
             *([f"train.{key}={value}" for key in CHANGING if (value := getattr(train, key))]),
         ]
-        if odd or trainee.after:
+        if trainee.after and not odd:
+            odd = [f"norm {trainee.config.norm.name}, which changes the weights after every update"]
+        if odd:
             raise ConfigError(
                 "SCAFFOLD's option II takes (x - y) / (K eta) for the mean gradient, which holds for plain SGD; got "
-                f"{', '.join(odd) or f'norm {trainee.config.norm.name}, which changes the weights after every update'}. "
-                "Leave that out, or take another strategy."
+                f"{', '.join(odd)}. Leave that out, or take another strategy."
             )
 
     def state_bytes(self, plan: NormPlan) -> int:
@@ -149,7 +150,7 @@ class Scaffold(NormStrategy):
 
     def server_update(self, old: Mapping[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move c by the share of the clients that took part, and x by eta_g."""
-        share = len(self._weights) / max(1, sum(not node.held_out and self._trains(node) for node in self.nodes))
+        share = len(self._weights) / max(1, len(self.trainers))
         scale = share / sum(self._weights)
         self._control = {key: c + self._changes[key] * scale for key, c in self._control.items()}
         ahead = self.server_learning_rate - 1  # written so that eta_g = 1 gives the average to the last bit

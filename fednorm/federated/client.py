@@ -45,42 +45,15 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        client = bench.client(context)
-        bench.receive(message.content.array_records["arrays"], context.state)
-        bench.begin_turn(context.state)
-        turn = bench.turn(client, _int(message.content.config_records["config"], "server-round"), message, context)
-        metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
-        bench.keep_local(context.state, turn.state)
-        reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
-        if turn.reply:  # only then: a record that is not expected is a reply that is not used
-            reply[EXTRA] = pack(turn.reply)
-        return Message(reply, reply_to=message)
+        return Message(_trained(bench_of(context), message, context), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        client = bench.client(context)
-        config = message.content.config_records["config"]
-        complete = bench.receive(message.content.array_records["arrays"], context.state)
-        if config.get("mode") == "reestimated":
-            reestimate_on(bench, client.test, _int(config, "images"))
-        elif not client.held_out:
-            if not complete:
-                reestimate_on(bench, client.train, len(client.train))
-            if config.get("mode", "own") == "own":
-                turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
-                bench.strategy.local(bench.strategy).before_evaluation(turn)
-        split = client.validation if bench.config.evaluate.split == "validation" else client.test
-        return Message(RecordDict({"metrics": MetricRecord(dict(score(bench, split)))}), reply_to=message)
+        return Message(_evaluated(bench_of(context), message, context), reply_to=message)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        about = RecordDict({"client": _about(bench.client(context))})
-        if prints := constant_prints(bench.model, bench.plan):  # for the server to compare
-            about["constants"] = MetricRecord(dict(prints))
-        return Message(about, reply_to=message)
+        return Message(_described(bench_of(context), context), reply_to=message)
 
     @app.query("local")
     def local(message: Message, context: Context) -> Message:
@@ -103,9 +76,40 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     return app
 
 
-def _about(client: Client) -> ConfigRecord:
-    """Return what a client says of itself."""
-    return ConfigRecord(
+def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Train as the message's round has it; keep what is the client's own, and return what is sent."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    bench.receive(message.content.array_records["arrays"], context.state)
+    bench.begin_turn(context.state)
+    turn = bench.turn(client, _int(config, "server-round"), message, context)
+    metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    bench.keep_local(context.state, turn.state)
+    reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
+    if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
+        reply[EXTRA] = pack(turn.reply)
+    return reply
+
+
+def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    complete = bench.receive(message.content.array_records["arrays"], context.state)
+    if config.get("mode") == "reestimated":
+        reestimate_on(bench, client.test, _int(config, "images"))
+    elif not client.held_out:
+        if not complete:
+            reestimate_on(bench, client.train, len(client.train))
+        if config.get("mode", "own") == "own":
+            turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
+            bench.strategy.local(bench.strategy).before_evaluation(turn)
+    split = client.validation if bench.config.evaluate.split == "validation" else client.test
+    return RecordDict({"metrics": MetricRecord(dict(score(bench, split)))})
+
+
+def _described(bench: Workbench, context: Context) -> RecordDict:
+    """Return what a client says of itself, and prints of its model's constants, where it has any, to be compared."""
+    client = bench.client(context)
+    about = ConfigRecord(
         {
             "partition-id": client.partition_id,
             "domain": client.domain,
@@ -115,6 +119,9 @@ def _about(client: Client) -> ConfigRecord:
             "test": len(client.test),
         }
     )
+    prints = constant_prints(bench.model, bench.plan)
+    constants = {"constants": MetricRecord(dict(prints))} if prints else {}
+    return RecordDict({"client": about, **constants})
 
 
 def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:

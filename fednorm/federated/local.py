@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from fednorm.data.augment import prepared
 from fednorm.data.domain import Client
+from fednorm.errors import ConfigError
 from fednorm.plan import NormPlan
 from fednorm.rng import torch_seeded, torch_stream
 from fednorm.training.step import TrainingStep
@@ -82,7 +83,7 @@ class Turn:
         shared: The learned parameters that are shared, by key: those a term of a federated method acts on.
         names: Of the turn's random streams.
         received: The tensors that the server sent, not to be written to.
-        extra: What the strategy sent besides (``extra_to_send``), not to be written to.
+        extra: What the strategy sent besides (``extra_to_send``).
         config: The message's settings, ``client_config`` among them.
         state: The client's named tensors, to be changed at will; kept after training, dropped after an evaluation.
         reply: What :meth:`Local.end` gave to be sent.
@@ -136,7 +137,7 @@ class Turn:
                 with _only(trainee.model, phase.parameters):
                     self.steps += batches.train(step, phase)
         trainee.optimizer.zero_grad(set_to_none=True)
-        self.reply = dict(local.end(self))
+        self.reply = held(local.end(self), "Local.end sends")
         return batches.means()
 
     def train_aside(self, local: Local, name: str, phase: Phase, adjust: Effect | None = None) -> None:
@@ -225,6 +226,18 @@ class Local:
 
         An evaluation under given or re-estimated statistics, or of a client that was held out, does not ask.
         """
+
+
+def held(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """Return copies of tensors, which may be the model's own and would be the next client's otherwise.
+
+    Raises:
+        ConfigError: Something is no tensor.
+    """
+    for key, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"{what} tensors, and {key!r} is a {type(value).__name__}; wrap it: torch.tensor(value).")
+    return {str(key): tensor.detach().clone() for key, tensor in tensors.items()}
 
 
 def learned_keys(turn: Turn) -> frozenset[str]:

@@ -121,12 +121,13 @@ class Form:
 
 @dataclass(frozen=True)
 class About:
-    """What a client says of itself; ``constants`` are prints of its model's, None where it gives none."""
+    """What a client says of itself; None where it does not say how many images it trains on, or prints constants."""
 
     partition_id: int
     domain: str
     held_out: bool
     constants: Mapping[str, object] | None = None
+    train: int | None = None
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,8 @@ def read_update(
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
     records = dict(content.array_records)
+    if EXTRA in records and not extra and len(records) > 1:
+        raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
     beside = _extra(records.pop(EXTRA, {}), extra) if extra else {}
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
@@ -236,7 +239,9 @@ def read_about(reply: Message) -> About | None:
     if not isinstance(held_out, bool):
         raise UnfitReply(f"it describes itself without held-out, true or false; got {held_out!r}")
     constants = content.metric_records.get("constants")
-    return About(partition_id, domain, held_out, None if constants is None else dict(constants))
+    count = about.get("train")
+    train = count if isinstance(count, int) and not isinstance(count, bool) else None
+    return About(partition_id, domain, held_out, None if constants is None else dict(constants), train)
 
 
 @reader

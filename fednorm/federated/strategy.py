@@ -229,8 +229,8 @@ class NormStrategy(Strategy):
     def _require_something_to_send(self) -> None:
         if not self.plan.sent and not self.silent:
             raise RoleError(
-                f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged. "
-                "Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
+                f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
+                " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
             )
 
     # Flower's verbs ---------------------------------------------------------------------------------------------
@@ -400,7 +400,7 @@ class NormStrategy(Strategy):
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.discover(grid)
-        nodes = [node for node in self.nodes if not node.held_out and self._trains(node)]
+        nodes = self.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
         if self.fraction == 1:
@@ -409,10 +409,10 @@ class NormStrategy(Strategy):
         chosen = stream(self.seed, "sample", "round", server_round).choice(len(nodes), size=size, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
-    def _trains(self, node: Node) -> bool:
-        """Return whether a client has anything to train on, as far as is known."""
-        known = self.expected.get(node.partition_id)
-        return known is None or known.train > 0
+    @property
+    def trainers(self) -> list[Node]:
+        """The nodes that train: those that are not held out and have something to train on, as far as is known."""
+        return [node for node in self.nodes if node.trains and not node.held_out]
 
     def _in_order(self, replies: Iterable[Message], during: str = "") -> Iterator[tuple[Node, Message]]:
         def reject(partition_id: int | None, unfit: UnfitReply) -> None:
@@ -420,9 +420,7 @@ class NormStrategy(Strategy):
 
         return in_order(replies, self.nodes, self._awaited, reject)
 
-    def _read_update(
-        self, node: Node, reply: Message
-    ) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
+    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
         """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""
         ours = self.expected.get(node.partition_id) if node.described else None
         update = read_update(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation, pooled
-from fednorm.federated.local import Turn
+from fednorm.federated.local import Turn, held
 from fednorm.federated.replies import EXTRA
 from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.federated.wire import pack, unpack
@@ -70,16 +70,15 @@ class Workbench:
         )
         self.model: nn.Module = self.trainee.model
         self.schedule = self.trainee.schedule(config.rounds.num_rounds)
-        limit = config.rounds.max_update_norm
-        self.strategy: NormStrategy = config.strategy.card.made(
-            self.model,
-            config.strategy.options,
-            **(Common(max_update_norm=limit) if limit else Common()),  # a stranger's strategy may not know it
+        common = Common(
             fraction=config.rounds.fraction,
             weighting=config.rounds.weighting,
             seed=config.seed,
             min_nodes=len(self.federation.clients),
         )
+        if limit := config.rounds.max_update_norm:  # a stranger's strategy may not know it
+            common["max_update_norm"] = limit
+        self.strategy: NormStrategy = config.strategy.card.made(self.model, config.strategy.options, **common)
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
@@ -141,12 +140,15 @@ class Workbench:
         Args:
             client: The client.
             server_round: The round.
-            message: What the server sent; None for nothing.
+            message: What the server sent; None for what the strategy would send besides its tensors.
             context: Where the client's state is; None for none.
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
         content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
         own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
+        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
+        if message is None:
+            beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
         return Turn(
             trainee=self.trainee,
@@ -158,9 +160,9 @@ class Workbench:
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
             received=unpack(content.array_records["arrays"]) if message else {},
-            extra=unpack(content.array_records[EXTRA]) if EXTRA in content else {},
-            config=dict(content.config_records.get("config", {})),
-            state=own,
+            extra=held(beside, "A strategy sends"),
+            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            state=held(own, "A client keeps"),
         )
 
     @property
@@ -212,7 +214,7 @@ class Workbench:
             state: The client's ``Context.state``.
             own: What the strategy's client side keeps under names of its own.
         """
-        kept, own = self.read(self.plan.local), own or {}
+        kept, own = self.read(self.plan.local), held(own or {}, "turn.state keeps")
         floats = [tensor for tensor in (*kept.values(), *own.values()) if tensor.is_floating_point()]
         if floats and not torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all():
             return
