@@ -128,7 +128,7 @@ class Card:
     @cached_property
     def declared(self) -> Mapping[str, Option]:
         """The method's options, by name, in the order of their declaration."""
-        return {} if self.maker is None else _options(self.maker, self.beyond)
+        return {} if self.maker is None else options_of(self.maker, self.beyond)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,7 +136,8 @@ class Card:
         return {name: option.default for name, option in self.declared.items()}
 
 
-def _options(maker: Callable[..., Any], beyond: frozenset[str]) -> dict[str, Option]:
+def options_of(maker: Callable[..., Any], beyond: frozenset[str]) -> dict[str, Option]:
+    """Return the keyword-only parameters of a maker that have a default, but for those that the run gives."""
     hints = type_hints(maker)
     parameters = inspect.signature(maker).parameters.values()
     return {

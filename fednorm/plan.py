@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from fednorm.buffers import Observation, observe
 from fednorm.errors import RoleError
 from fednorm.norms import recognition_of, spec_of
+from fednorm.places import roles_at
 from fednorm.recognition import declaration_of
 from fednorm.roles import Kind, Role, RoleRule
 from fednorm.structure import normalizes, per_channel
@@ -139,12 +140,13 @@ def norm_plan(model: nn.Module, rule: RoleRule) -> NormPlan:
 
     Args:
         model: The model.
-        rule: The strategy's map from kinds to roles.
+        rule: The strategy's map from kinds and places to roles.
 
     Returns:
         The plan; it covers the state dict exactly.
 
     Raises:
+        ConfigError: A pattern of the rule matches nothing.
         RoleError: A layer owns a tensor whose kind nobody knows, or the rule would do nothing on this model.
     """
     _require_shapes(model)
@@ -180,6 +182,7 @@ class _Placing:
     def __init__(self, model: nn.Module, rule: RoleRule) -> None:
         self.model = model
         self.rule = rule
+        self._places = roles_at(model, rule)
         self._normalizing: dict[int, bool | None] = {}
 
     @cached_property
@@ -199,13 +202,14 @@ class _Placing:
                 kind = self._kind(path, module, name, tensor)
                 if name in module._non_persistent_buffers_set:
                     continue
+                key = f"{path}.{name}" if path else name
                 yield Entry(
-                    key=f"{path}.{name}" if path else name,
+                    key=key,
                     layer=path,
                     layer_type=type(module).__name__,
                     norm=spec.name if spec else "",
                     kind=kind,
-                    role=self.rule[kind],
+                    role=self.rule[kind] if kind is Kind.CONSTANT else self._places.get(key, self.rule[kind]),
                     shape=tuple(tensor.shape),
                     nbytes=tensor.numel() * tensor.element_size(),
                     dtype=str(tensor.dtype).removeprefix("torch."),

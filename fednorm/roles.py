@@ -10,7 +10,7 @@ Three questions, three enumerations:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Self
 
@@ -80,15 +80,22 @@ class Carry(StrEnum):
 
 @dataclass(frozen=True)
 class RoleRule:
-    """A strategy's map from kinds to roles. Kinds it does not name are shared; a constant is one in every strategy.
+    """A strategy's map from what a tensor is, and where it stands, to its role.
+
+    A place goes before a kind. What neither names is shared; a constant is one in every strategy.
 
     Attributes:
         roles: The role of each kind that is not simply shared.
         why: What the rule is for, in the strategy's words; quoted when the rule would do nothing.
+        local_modules: Patterns (:mod:`fednorm.places`) of what stays on its client, whatever it is: ``("head",)`` for
+            the last weight layer.
+        reset_modules: Patterns of what starts from its initial value every round.
     """
 
     roles: Mapping[Kind, Role] = field(default_factory=dict)
     why: str = ""
+    local_modules: tuple[str, ...] = ()
+    reset_modules: tuple[str, ...] = ()
 
     def __getitem__(self, kind: Kind) -> Role:
         """Return the role of a kind."""
@@ -96,4 +103,8 @@ class RoleRule:
 
     def overridden(self, roles: Mapping[Kind, Role]) -> Self:
         """Return this rule with some kinds' roles replaced."""
-        return type(self)({**self.roles, **roles}, self.why)
+        return replace(self, roles={**self.roles, **roles})
+
+    def keeping(self, *patterns: str) -> Self:
+        """Return this rule with more places whose tensors stay on their clients."""
+        return replace(self, local_modules=(*self.local_modules, *patterns))

@@ -14,15 +14,57 @@ the norms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Unpack
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
+from fednorm.federated.local import Local, Turn
 from fednorm.federated.spec import StrategySpec
 from fednorm.federated.strategy import Common, NormStrategy
+
+
+class ProximalTerm:
+    """Adds the gradient of FedProx's term to the parameters' gradients.
+
+        mu / 2 * sum ||w - w_t||^2,   gradient mu * (w - w_t)
+
+    over the tensors given: the shared, learned ones. Li et al., Federated Optimization in Heterogeneous Networks,
+    arXiv 1812.06127. The norm is squared, as in the paper's formula.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], mu: float) -> None:
+        """Take the parameters' present values as w_t."""
+        self.parameters = list(parameters)
+        self.anchors = [parameter.detach().clone() for parameter in self.parameters]
+        self.mu = mu
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Add ``mu * (w - w_t)`` to every gradient."""
+        trained = [(p, p.grad, a) for p, a in zip(self.parameters, self.anchors, strict=True) if p.grad is not None]
+        if not trained:
+            return
+        values, grads, anchors = (list(column) for column in zip(*trained, strict=True))
+        torch._foreach_add_(grads, torch._foreach_sub(values, anchors), alpha=self.mu)
+
+
+class Proximal(Local):
+    """Holds a client near the server's weights; the factor is the message's ``proximal-mu``, as with Flower's."""
+
+    def begin(self, turn: Turn) -> None:
+        """Take the shared, learned tensors as w_t."""
+        mu = float(turn.config.get("proximal-mu", self.strategy.mu))
+        self.term = ProximalTerm(turn.shared.values(), mu) if mu else None
+
+    def adjust(self, turn: Turn) -> None:
+        """Add the term's gradient."""
+        del turn
+        if self.term:
+            self.term()
 
 
 class FedProx(NormStrategy):
@@ -38,6 +80,8 @@ class FedProx(NormStrategy):
     Raises:
         ConfigError: ``mu`` is negative.
     """
+
+    local = Proximal
 
     def __init__(self, model: nn.Module, *, mu: float = 0.01, **common: Unpack[Common]) -> None:
         if mu < 0:

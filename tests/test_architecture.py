@@ -32,7 +32,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("fednorm.surroundings",),
     ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
-    ("fednorm.models", "fednorm.footprint", "fednorm.conversion", "fednorm.plan", "fednorm.constants"),
+    (
+        "fednorm.models",
+        "fednorm.footprint",
+        "fednorm.conversion",
+        "fednorm.plan",
+        "fednorm.places",
+        "fednorm.constants",
+    ),
     ("fednorm.registry",),
     ("fednorm.training", "fednorm.recalibration"),
     (

@@ -73,6 +73,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     constant = ("constant",) if counts.get("constant") else ()
     roles = ", ".join(f"{counts[role]} {role}" for role in ("shared", "local", "pooled", "reset", *constant))
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
+    if places := config["strategy"].get("local"):
+        console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)

@@ -7,7 +7,7 @@ clients of a process share one copy.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -108,8 +108,8 @@ class Federation:
 
     @property
     def training_clients(self) -> tuple[Client, ...]:
-        """Return the clients that train."""
-        return tuple(client for client in self.clients if not client.held_out)
+        """Return the clients that train: those that are not held out and have training images."""
+        return tuple(client for client in self.clients if not client.held_out and len(client.train))
 
     def digest(self) -> str:
         """Return what identifies the data: SHA-256 of rows, labels and some pixels of every client, 16 hex digits.
@@ -127,6 +127,53 @@ class Federation:
                     digest.update(split.batch(torch.tensor([0, len(split) - 1]))[0].cpu().numpy().tobytes())
                 digest.update(split.content.encode())
         return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, eq=False)
+class PooledSplit(Split):
+    """The rows of several splits, one after the other; the arrays stay where they are.
+
+    Attributes:
+        parts: The splits; ``images``, which is the first one's array, is not read.
+    """
+
+    parts: tuple[Split, ...] = ()
+
+    @classmethod
+    def of(cls, parts: tuple[Split, ...]) -> PooledSplit:
+        """Return the splits as one."""
+        labels = torch.cat([part.targets for part in parts])
+        return cls(parts[0].images, labels, torch.arange(len(labels)), parts)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (uint8) and labels of some of this split's rows."""
+        rows = self.index[rows]
+        ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+        owner = torch.bucketize(rows, ends, right=True)
+        images = self.images.new_empty((len(rows), *self.images.shape[1:]))
+        for number, part in enumerate(self.parts):
+            mine = (owner == number).nonzero().flatten()
+            if len(mine):
+                images[mine] = part.batch(rows[mine] - (ends[number] - len(part)))[0]
+        return images, self.labels[rows]
+
+
+def pooled(federation: Federation) -> Federation:
+    """Return a federation whose first training client has the training images of all, and the others none.
+
+    Test and validation images stay where they are, and so do clients and domains.
+    """
+    training = federation.training_clients
+    if len(training) < 2:
+        return federation
+    union = PooledSplit.of(tuple(client.train for client in training))
+
+    def share(client: Client) -> Split:
+        if client is training[0]:
+            return union
+        return replace(client.train, index=client.train.index[:0])
+
+    return replace(federation, clients=tuple(replace(client, train=share(client)) for client in federation.clients))
 
 
 def pixels(images: Tensor) -> Tensor:

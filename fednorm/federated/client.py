@@ -13,6 +13,9 @@ Messages:
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
+What the strategy adds to a client's training, and does before its evaluation, is its :class:`Local`
+(:mod:`fednorm.federated.local`); what that remembers is in ``Context.state`` too.
+
 A client that has never trained evaluates with freshly initialised local tensors whose statistics are first estimated
 on its own training images; it keeps nothing of that.
 """
@@ -28,14 +31,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm.constants import constant_prints
-from fednorm.data.augment import prepared
 from fednorm.data.domain import Client, Split, pixels
 from fednorm.device import wide
+from fednorm.federated.local import Turn
+from fednorm.federated.replies import EXTRA
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.recalibration import in_batches, reestimate
-from fednorm.rng import torch_seeded, torch_stream
-from fednorm.training.step import ProximalTerm, TrainingStep
 
 
 def make_client_app(bench_of: BenchSource) -> ClientApp:
@@ -44,34 +46,15 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        client = bench.client(context)
-        config = message.content.config_records["config"]
-        bench.receive(message.content.array_records["arrays"], context.state)
-        bench.begin_turn(context.state)
-        metrics = fit(bench, client, server_round=_int(config, "server-round"), mu=_float(config, "proximal-mu"))
-        bench.keep_local(context.state)
-        reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
-        return Message(reply, reply_to=message)
+        return Message(_trained(bench_of(context), message, context), reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        client = bench.client(context)
-        config = message.content.config_records["config"]
-        complete = bench.receive(message.content.array_records["arrays"], context.state)
-        if config.get("mode") == "reestimated":
-            reestimate_on(bench, client.test, _int(config, "images"))
-        elif not complete and bench.statistics and not client.held_out:
-            reestimate_on(bench, client.train, len(client.train))
-        split = client.validation if bench.config.evaluate.split == "validation" else client.test
-        return Message(RecordDict({"metrics": MetricRecord(dict(score(bench, split)))}), reply_to=message)
+        return Message(_evaluated(bench_of(context), message, context), reply_to=message)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        reply = RecordDict({"client": _about(bench.client(context)), **_constants(bench)})
-        return Message(reply, reply_to=message)
+        return Message(_described(bench_of(context), context), reply_to=message)
 
     @app.query("local")
     def local(message: Message, context: Context) -> Message:
@@ -94,9 +77,40 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     return app
 
 
-def _about(client: Client) -> ConfigRecord:
-    """Return what a client says of itself."""
-    return ConfigRecord(
+def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Train as the message's round has it; keep what is the client's own, and return what is sent."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    bench.receive(message.content.array_records["arrays"], context.state)
+    bench.begin_turn(context.state)
+    turn = bench.turn(client, _int(config, "server-round"), message, context)
+    metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    bench.keep_local(context.state, turn.state)
+    reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
+    if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
+        reply[EXTRA] = pack(turn.reply)
+    return reply
+
+
+def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    complete = bench.receive(message.content.array_records["arrays"], context.state)
+    if config.get("mode") == "reestimated":
+        reestimate_on(bench, client.test, _int(config, "images"))
+    elif not client.held_out:
+        if not complete:
+            reestimate_on(bench, client.train, len(client.train))
+        if config.get("mode", "own") == "own":
+            turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
+            bench.strategy.local(bench.strategy).before_evaluation(turn)
+    split = client.validation if bench.config.evaluate.split == "validation" else client.test
+    return RecordDict({"metrics": MetricRecord(dict(score(bench, split)))})
+
+
+def _described(bench: Workbench, context: Context) -> RecordDict:
+    """Return what a client says of itself, and prints of its model's constants, where it has any, to be compared."""
+    client = bench.client(context)
+    about = ConfigRecord(
         {
             "partition-id": client.partition_id,
             "domain": client.domain,
@@ -106,16 +120,13 @@ def _about(client: Client) -> ConfigRecord:
             "test": len(client.test),
         }
     )
-
-
-def _constants(bench: Workbench) -> dict[str, MetricRecord]:
-    """Return the prints of a model's constants, for the server to compare; no record where there are none."""
     prints = constant_prints(bench.model, bench.plan)
-    return {"constants": MetricRecord(dict(prints))} if prints else {}
+    constants = {"constants": MetricRecord(dict(prints))} if prints else {}
+    return RecordDict({"client": about, **constants})
 
 
-def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
-    """Train the workbench's model on a client's images for a round.
+def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
+    """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
     A batch of one image is left out where the model's layers estimate variances from the batch.
@@ -124,54 +135,13 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
         bench: Its model holds the client's tensors, and is changed.
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
-        mu: FedProx's factor; 0 for none.
+        turn: What the message and the client's state bring along; nothing if None.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
-    trainee, seed = bench.trainee, bench.config.seed
-    trainee.set_rate(bench.schedule.at(server_round - 1, 0, 1))
-    adjust = [ProximalTerm(bench.shared_parameters, mu)] if mu else []
-    step = TrainingStep(
-        trainee.model,
-        trainee.optimizer,
-        adjust=[*adjust, *trainee.adjust],
-        after=trainee.after,
-        loss=trainee.loss,
-    )
-    names = ("client", client.partition_id, "round", server_round)
-    augmenting = torch_stream(seed, *names, "augment")
-    losses, hits, seen = [], [], 0
-    trainee.model.train()
-    with torch_seeded(seed, *names, "model"):
-        for rows in _rows(bench, client, torch_stream(seed, *names, "batches")):
-            images, labels = client.train.batch(rows)
-            loss, logits = step(prepared(images, trainee.config.train.augment, augmenting), labels)
-            losses.append(loss * len(rows))
-            hits.append((logits.argmax(1) == labels).sum())
-            seen += len(rows)
-    trainee.optimizer.zero_grad(set_to_none=True)
-    return {
-        "num-examples": len(client.train),
-        "loss": torch.stack(losses).sum().item() / seen,
-        "accuracy": torch.stack(hits).sum().item() / seen,
-    }
-
-
-def _rows(bench: Workbench, client: Client, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the rows of a round's batches: ``local_steps`` of them, or ``local_epochs`` passes over the images.
-
-    A part of a pass is made of whole batches, one at least.
-    """
-    train, count = bench.config.train, len(client.train)
-    batches = -(-count // train.batch_size)
-    wanted = train.local_steps or max(1, round(train.local_epochs * batches))
-    while wanted > 0:
-        rows_of_pass = torch.split(torch.randperm(count, generator=generator), train.batch_size)
-        for rows in rows_of_pass[:wanted]:
-            if len(rows) > 1 or not bench.trainee.batch_coupled:
-                yield rows
-        wanted -= len(rows_of_pass)
+    turn = turn or bench.turn(client, server_round)
+    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -215,10 +185,6 @@ def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
 
 def _int(config: ConfigRecord, key: str) -> int:
     return int(str(config.get(key, 0)))
-
-
-def _float(config: ConfigRecord, key: str) -> float:
-    return float(str(config.get(key, 0.0)))
 
 
 app = make_client_app(process_workbench)

@@ -103,7 +103,8 @@ def server_weight_norms(bench: Workbench, tensors: Mapping[str, Tensor]) -> dict
         for path in weight_layers(bench.model)
         if f"{path}.weight" in tensors
     }
-    return {path: norm.item() for path, norm in zip(held, torch._foreach_norm(list(held.values())), strict=True)}
+    norms = torch._foreach_norm(list(held.values())) if held else ()
+    return {path: norm.item() for path, norm in zip(held, norms, strict=True)}
 
 
 def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[ClientStatistics]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -106,6 +106,6 @@ def _seconds_to_fit(bench: Workbench, client: Client) -> float:
 
 def _first(client: Client, count: int) -> Client:
     def few(split: Split) -> Split:
-        return Split(split.images, split.labels, split.index[: min(count, len(split))].to(torch.int64))
+        return replace(split, index=split.index[: min(count, len(split))].to(torch.int64))
 
     return Client(client.partition_id, client.domain, few(client.train), client.validation, few(client.test))

@@ -39,6 +39,7 @@ class Node:
         domain: The client's domain; empty where nobody knows it.
         held_out: Whether it never trains.
         described: Whether it described itself, as fednorm's clients do.
+        trains: Whether it has anything to train on, as far as is known.
     """
 
     node_id: int
@@ -46,6 +47,7 @@ class Node:
     domain: str = ""
     held_out: bool = False
     described: bool = False
+    trains: bool = True
 
 
 def discover(
@@ -105,7 +107,9 @@ def numbered(grid: Grid) -> list[int]:
 def _foreign(node: Node, expected: Mapping[int, Expected]) -> Node:
     """Return a node that described nothing, with what the run knows of the client of its number."""
     known = expected.get(node.partition_id)
-    return Node(node.node_id, node.partition_id, known.domain, known.held_out) if known else node
+    return (
+        Node(node.node_id, node.partition_id, known.domain, known.held_out, trains=known.train > 0) if known else node
+    )
 
 
 def _described(
@@ -131,7 +135,9 @@ def _described(
         elif unfit := _contradiction(about, expected):
             refused.append((about.partition_id, unfit))
         else:
-            nodes.append(Node(node_id, about.partition_id, about.domain, about.held_out, described=True))
+            nodes.append(
+                Node(node_id, about.partition_id, about.domain, about.held_out, described=True, trains=about.train != 0)
+            )
     return nodes
 
 

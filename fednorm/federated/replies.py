@@ -10,16 +10,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
 
+import torch
 from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federated.aggregation import all_finite
 from fednorm.federated.wire import Undecodable, decode, nbytes
-from fednorm.plan import NormPlan
+from fednorm.plan import Entry, NormPlan
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class Cause(StrEnum):
         "which is exact), and they are rounded back here"
     )
     ARRAYS = "a client sends one ArrayRecord of NumPy arrays or PyTorch tensors, which Flower's Array serializes"
+    EXTRA = (
+        "a client of this strategy sends, beside the tensors of the plan, the ArrayRecord 'extra' with what "
+        "strategy.extra_expected() declares; fednorm's own clients do (fednorm.federated.client)"
+    )
     METRICS = (
         "a client sends one MetricRecord with num-examples, and with loss (a finite number) and accuracy (a share in "
         "[0, 1]) where it reports them"
@@ -81,22 +86,48 @@ class Update:
     Attributes:
         tensors: The plan's tensors, in the plan's order; they must not be written to.
         metrics: ``num-examples`` and whatever other numbers it reports.
-        nbytes: Bytes of the tensors.
+        nbytes: Bytes of all tensors.
+        extra: What the strategy asked for besides.
     """
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
     nbytes: int
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+EXTRA = "extra"
+"""The ArrayRecord of a message that holds what a strategy sends, or is sent, beside the tensors of the plan."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor must look like: its shape, and the type of its values, e.g. ``float32``."""
+
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        kind: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * kind.itemsize
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Form:
+        """Return the form of a tensor."""
+        return cls(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
 class About:
-    """What a client says of itself; ``constants`` are prints of its model's, None where it gives none."""
+    """What a client says of itself; None where it does not say how many images it trains on, or prints constants."""
 
     partition_id: int
     domain: str
     held_out: bool
     constants: Mapping[str, object] | None = None
+    train: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +167,13 @@ def reader(read: Callable[P, T]) -> Callable[P, T]:
 
 @reader
 def read_update(
-    reply: Message, plan: NormPlan, *, required: Collection[str] = (), examples: int = 0, shares: bool = True
+    reply: Message,
+    plan: NormPlan,
+    *,
+    required: Collection[str] = (),
+    examples: int = 0,
+    shares: bool = True,
+    extra: Mapping[str, Form] | None = None,
 ) -> Update:
     """Return what a client sends after training: the plan's tensors, finite, and its metrics.
 
@@ -146,18 +183,23 @@ def read_update(
         required: Metrics that it must report besides ``num-examples``.
         examples: How many it trains on, where that is known; 0 where it is not.
         shares: Whether accuracies are shares in [0, 1], as fednorm's are; another app may report percent.
+        extra: What the strategy asks for besides the plan's tensors, in an ArrayRecord of its own; nothing if empty.
 
     Raises:
         UnfitReply: It is something else.
     """
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
-    records = content.array_records
+    records = dict(content.array_records)
+    if EXTRA in records and not extra and len(records) > 1:
+        raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
+    beside = _extra(records.pop(EXTRA, {}), extra) if extra else {}
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
     tensors = _tensors(arrays, plan.sent, plan)
-    return Update(tensors, _sound(metrics, required, shares), nbytes(arrays.values()))
+    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
+    return Update(tensors, _sound(metrics, required, shares), size, beside)
 
 
 @reader
@@ -197,7 +239,9 @@ def read_about(reply: Message) -> About | None:
     if not isinstance(held_out, bool):
         raise UnfitReply(f"it describes itself without held-out, true or false; got {held_out!r}")
     constants = content.metric_records.get("constants")
-    return About(partition_id, domain, held_out, None if constants is None else dict(constants))
+    count = about.get("train")
+    train = count if isinstance(count, int) and not isinstance(count, bool) else None
+    return About(partition_id, domain, held_out, None if constants is None else dict(constants), train)
 
 
 @reader
@@ -352,7 +396,7 @@ def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
-    tensors = {key: _tensor(key, arrays[key], plan) for key in keys}
+    tensors = {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
     for key, tensor in tensors.items():
         if not all_finite([tensor]):
             raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
@@ -362,10 +406,21 @@ def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -
     return tensors
 
 
-def _tensor(key: str, array: Array, plan: NormPlan) -> Tensor:
-    entry = plan.by_key[key]
+def _extra(arrays: Mapping[str, Array], forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    """Return what a strategy asked for besides, each tensor of the form it declared, and finite."""
+    if odd := sorted(set(arrays) ^ set(forms)):
+        what = f"expected the {len(forms)} tensors of the strategy in the ArrayRecord {EXTRA!r}"
+        raise UnfitReply(f"{what}; these are missing or extra: {', '.join(odd[:5])}", Cause.EXTRA)
+    tensors = {key: _tensor(key, arrays[key], form) for key, form in forms.items()}
+    for key, tensor in tensors.items():
+        if not all_finite([tensor]):
+            raise UnfitReply(f"{EXTRA} {key} has {NOT_FINITE}", Cause.DIVERGED)
+    return tensors
+
+
+def _tensor(key: str, array: Array, form: Entry | Form) -> Tensor:
     try:
-        return decode(array, entry.shape, entry.dtype)
+        return decode(array, form.shape, form.dtype)
     except Undecodable as error:
         raise UnfitReply(f"{key} {error}", Cause.TYPE if "expected" in str(error) else Cause.ARRAYS) from error
 

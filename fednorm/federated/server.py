@@ -20,10 +20,17 @@ from fednorm.federated.answers import answers, enough, require_answered
 from fednorm.federated.diagnosis import diagnose
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federated.replies import Expected
+from fednorm.federated.replies import Expected, Form
 from fednorm.federated.strategy import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federated.wire import pack, unpack
-from fednorm.federated.workbench import LOCAL_RECORD, TRAINEE_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.federated.workbench import (
+    LOCAL_RECORD,
+    STATE_RECORD,
+    TRAINEE_RECORD,
+    BenchSource,
+    Workbench,
+    process_workbench,
+)
 from fednorm.study.formats import finite
 from fednorm.study.record import Checkpoint, RunRecord
 
@@ -120,9 +127,12 @@ def describe(bench: Workbench) -> Document:
         for client in federation.clients
     ]
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
+    summary, strategy = bench.plan.summary(sampled), bench.strategy
+    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
+    summary["bytes_per_round"] += sampled * sum(form.nbytes for form in beside)
     return {
         "plan": {
-            **bench.plan.summary(sampled),
+            **summary,
             "bytes": bench.plan.bytes_by_role(),
             "tensors": bench.plan.tensors(),
         },
@@ -341,6 +351,7 @@ def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: 
         bench.strategy.state_dict(),
         clients=_kept(grid, LOCAL_RECORD),
         remembered=_kept(grid, TRAINEE_RECORD),
+        states=_kept(grid, STATE_RECORD),
         data=data,
     )
 
@@ -350,7 +361,11 @@ def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecor
     contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
     for context in contexts:
         number = int(context.node_config["partition-id"])
-        for record, tensors in ((LOCAL_RECORD, checkpoint.clients), (TRAINEE_RECORD, checkpoint.remembered)):
+        for record, tensors in (
+            (LOCAL_RECORD, checkpoint.clients),
+            (TRAINEE_RECORD, checkpoint.remembered),
+            (STATE_RECORD, checkpoint.states),
+        ):
             if number in tensors:
                 context.state[record] = pack(tensors[number])
     return pack(checkpoint.server)

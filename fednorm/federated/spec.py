@@ -11,8 +11,11 @@ from typing import Any, ClassVar, Self, Unpack
 
 from torch import nn
 
-from fednorm.cards import Card
+from fednorm.cards import Card, Option, options_of
 from fednorm.federated.strategy import Common, NormStrategy
+
+LOCAL = "local"
+"""The option that every strategy takes: what stays on its client, by place (:mod:`fednorm.places`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,12 +25,14 @@ class StrategySpec(Card):
     Attributes:
         make: The class; its own keyword arguments are the strategy's options.
         defaults: Configuration it brings along, laid under the user's: its own norm first of all.
-        personalised: Whether clients keep tensors of their own, so that each domain is tested with a different model.
+        personalised: Whether each client is tested with a model of its own: it keeps tensors, or is fine-tuned first.
+        pooled: Whether the first client is given the training images of all, and the others none.
     """
 
     make: type[NormStrategy]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     personalised: bool = False
+    pooled: bool = False
 
     expects: ClassVar[str] = "A strategy is a subclass of NormStrategy, or a StrategySpec beside it."
 
@@ -58,6 +63,19 @@ class StrategySpec(Card):
             RoleError: The strategy would do nothing on this model.
         """
         return self.make(model, **common, **options)
+
+    @cached_property
+    def declared(self) -> Mapping[str, Option]:
+        """The strategy's own options, and ``local``, which every strategy takes."""
+        own = options_of(self.make, self.beyond)
+        taken = inspect.signature(self.make).parameters.values()
+        takes_more = any(p.kind is p.VAR_KEYWORD or p.name == LOCAL for p in taken)
+        return {**own, LOCAL: Option(LOCAL, str, "")} if takes_more else own
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The strategy's own options with their defaults; ``local`` is told of where it is set."""
+        return {name: option.default for name, option in self.declared.items() if name != LOCAL}
 
     @cached_property
     def beyond(self) -> frozenset[str]:

@@ -26,12 +26,14 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fednorm.constants import constant_prints
-from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError
+from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError, RoleError
 from fednorm.federated.aggregation import Average, all_finite, weighted_mean
+from fednorm.federated.local import Local
 from fednorm.federated.nodes import Node, discover
-from fednorm.federated.replies import Cause, Expected, UnfitReply, in_order, read_scores, read_update
+from fednorm.federated.replies import EXTRA, Cause, Expected, Form, UnfitReply, in_order, read_scores, read_update
 from fednorm.federated.update_norm import suspect, update_norm
 from fednorm.federated.wire import nbytes, pack, unpack
+from fednorm.places import patterns_of
 from fednorm.plan import NormPlan, norm_plan
 from fednorm.rng import stream
 from fednorm.roles import RoleRule
@@ -107,6 +109,7 @@ class Common(TypedDict, total=False):
     seed: int
     min_nodes: int
     max_update_norm: float
+    local: str
 
 
 class NormStrategy(Strategy):
@@ -122,18 +125,24 @@ class NormStrategy(Strategy):
         min_nodes: Nodes to wait for before the first round.
         max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels
             (running statistics included), is longer; 0 for no limit.
+        local: What stays on its client besides what the strategy keeps there: patterns (:mod:`fednorm.places`),
+            separated by commas, e.g. ``head`` or ``fc3.*``.
 
     Attributes:
+        local: The class of the clients' side (:mod:`fednorm.federated.local`).
+        silent: Whether it is meant that nothing is sent at all.
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
-        ConfigError: An argument is out of range.
+        ConfigError: An argument is out of range, or a pattern matches nothing.
     """
 
     rule: ClassVar[RoleRule] = RoleRule()
+    local: ClassVar[type[Local]] = Local
+    silent: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -144,6 +153,7 @@ class NormStrategy(Strategy):
         seed: int = 0,
         min_nodes: int = 1,
         max_update_norm: float = 0.0,
+        local: str = "",
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction is the share of clients sampled each round, in (0, 1]; got {fraction}.")
@@ -165,7 +175,8 @@ class NormStrategy(Strategy):
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
         self.check(model)
-        self.plan: NormPlan = norm_plan(model, self.role_rule())
+        self.plan: NormPlan = norm_plan(model, self.role_rule().keeping(*patterns_of(local)))
+        self._require_something_to_send()
         self._constants = constant_prints(model, self.plan)
         self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
 
@@ -181,6 +192,23 @@ class NormStrategy(Strategy):
     def client_config(self) -> Mapping[str, float]:
         """Return what the clients must know to train; it travels with every training message."""
         return {}
+
+    def extra_to_send(self) -> Mapping[str, Tensor]:
+        """Return what every training message brings besides the plan's tensors; ``Turn.extra`` on the client."""
+        return {}
+
+    def extra_expected(self) -> Mapping[str, Form]:
+        """Declare what a client sends besides the plan's tensors: :meth:`Local.end` must return exactly this."""
+        return {}
+
+    def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:
+        """Take in what one client sent besides, before :meth:`server_update`; called in the order of partition ids.
+
+        Args:
+            partition_id: The client.
+            extra: As :meth:`extra_expected` declares it, checked; not to be written to.
+            weight: The client's weight in the average of the plan's tensors, n_k or 1.
+        """
 
     def server_update(self, old: Mapping[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the next server tensors from the present ones and the clients' average."""
@@ -198,6 +226,13 @@ class NormStrategy(Strategy):
                 f"{type(self).__name__} keeps no tensors of its own; the checkpoint has {', '.join(state)}."
             )
 
+    def _require_something_to_send(self) -> None:
+        if not self.plan.sent and not self.silent:
+            raise RoleError(
+                f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
+                " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
+            )
+
     # Flower's verbs ---------------------------------------------------------------------------------------------
 
     def initial_arrays(self, model: nn.Module) -> ArrayRecord:
@@ -213,10 +248,11 @@ class NormStrategy(Strategy):
         self.report = RoundReport(server_round, sampled=tuple(node.partition_id for node in chosen))
         while self._refused:  # nodes that could not be taken on; the first round tells of them
             self.report.reject(*self._refused.pop(0), during="query.describe")
-        self.report.bytes_down = nbytes(arrays.values()) * len(chosen)
+        beside = pack(self.extra_to_send())
+        self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
         self._sent = unpack(arrays)
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
-        content = RecordDict({"arrays": arrays, "config": settings})
+        content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen)
 
     def aggregate_train(
@@ -227,7 +263,7 @@ class NormStrategy(Strategy):
         average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
             try:
-                tensors, told = self._read_update(node, reply)
+                tensors, told, extra = self._read_update(node, reply)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit)
                 continue
@@ -235,7 +271,10 @@ class NormStrategy(Strategy):
             norms[node.partition_id] = told.update_norm or 0.0
             if self._keeps_statistics:
                 self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
-            average.add(tensors, told.metrics["num-examples"] if self.weighting == "examples" else 1.0)
+            weight = told.metrics["num-examples"] if self.weighting == "examples" else 1.0
+            average.add(tensors, weight)
+            if extra:
+                self.aggregate_extra(node.partition_id, extra, weight)
         if not self.report.train:
             return None, None
         self.norms = norms
@@ -361,7 +400,7 @@ class NormStrategy(Strategy):
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.discover(grid)
-        nodes = [node for node in self.nodes if not node.held_out]
+        nodes = self.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
         if self.fraction == 1:
@@ -370,14 +409,19 @@ class NormStrategy(Strategy):
         chosen = stream(self.seed, "sample", "round", server_round).choice(len(nodes), size=size, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
+    @property
+    def trainers(self) -> list[Node]:
+        """The nodes that train: those that are not held out and have something to train on, as far as is known."""
+        return [node for node in self.nodes if node.trains and not node.held_out]
+
     def _in_order(self, replies: Iterable[Message], during: str = "") -> Iterator[tuple[Node, Message]]:
         def reject(partition_id: int | None, unfit: UnfitReply) -> None:
             self.report.reject(partition_id, unfit, during)
 
         return in_order(replies, self.nodes, self._awaited, reject)
 
-    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport]:
-        """Return a client's tensors and what it reported, or raise UnfitReply."""
+    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
+        """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""
         ours = self.expected.get(node.partition_id) if node.described else None
         update = read_update(
             reply,
@@ -385,13 +429,14 @@ class NormStrategy(Strategy):
             required=OURS if ours else (),
             examples=ours.train if ours else 0,
             shares=node.described or bool(self.expected),
+            extra=self.extra_expected(),
         )
         norm = update_norm(update.tensors, self._sent)
         if self.max_update_norm and not norm <= self.max_update_norm:
             limit = f"the limit, rounds.max_update_norm, is {self.max_update_norm:g}"
             raise UnfitReply(f"the norm of its update is {norm:.4g}, and {limit}", Cause.NORM)
         self.report.bytes_up += update.nbytes
-        return update.tensors, ClientReport(node.partition_id, node.domain, update.metrics, norm)
+        return update.tensors, ClientReport(node.partition_id, node.domain, update.metrics, norm), update.extra
 
     # Rounds that cannot be gone on from ---------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fednorm.federated.grid import InProcessGrid
+from fednorm.federated.replies import EXTRA
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
 
@@ -42,7 +43,11 @@ def one_round(strategy: NormStrategy, model: nn.Module, step: Callable[[nn.Modul
         state = client.state_dict()
         arrays = pack({key: state[key].clone() for key in strategy.plan.sent})
         metrics = MetricRecord({"num-examples": 2, "loss": losses[-1], "accuracy": 0.0})
-        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+        content = RecordDict({"arrays": arrays, "metrics": metrics})
+        if forms := strategy.extra_expected():
+            zeros = {k: torch.zeros(f.shape, dtype=getattr(torch, f.dtype)) for k, f in forms.items()}
+            content[EXTRA] = pack(zeros)
+        return Message(content, reply_to=message)
 
     @app.evaluate()
     def evaluate(message: Message, _: Context) -> Message:

@@ -11,17 +11,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
-from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.app import ArrayRecord, Context, Message, RecordDict
 from torch import Tensor
 
 from fednorm import device as devices
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
-from fednorm.data.domain import Client, Federation
+from fednorm.data.domain import Client, Federation, pooled
 from fednorm.data.moving import moved
+from fednorm.federated.local import Turn, held
+from fednorm.federated.replies import EXTRA
+from fednorm.federated.strategy import Common, NormStrategy
 from fednorm.federated.wire import pack, unpack
 from fednorm.footprint import require_footprint
 from fednorm.memory import require_memory
@@ -30,14 +32,14 @@ from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
 from fednorm.training.trainee import Trainee
 
-if TYPE_CHECKING:
-    from fednorm.federated.strategy import NormStrategy
-
 LOCAL_RECORD = "fednorm.local"
 """The record of a client's ``Context.state`` that holds its local tensors."""
 
 TRAINEE_RECORD = "fednorm.trainee"
 """The record of a client's ``Context.state`` that holds what its optimizer and effects remember between rounds."""
+
+STATE_RECORD = "fednorm.state"
+"""The record of a client's ``Context.state`` that holds what the strategy's client side keeps under its own names."""
 
 
 class Workbench:
@@ -64,7 +66,8 @@ class Workbench:
         self.config = config
         devices.device_of(config)  # before data are read
         input_size = config.model.card.input_size
-        self.federation = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
+        loaded = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
+        self.federation = pooled(loaded) if config.strategy.card.pooled else loaded
         self.norm: Norm = config.norm.card.made(config.norm.options)
         self._require_memory()
         self.trainee = Trainee(
@@ -73,26 +76,27 @@ class Workbench:
         self.federation = moved(self.federation, self.trainee.device)
         self.about_model, self.model = self.trainee.about_model, self.trainee.model
         self.schedule = self.trainee.schedule(config.rounds.num_rounds)
-        limit = config.rounds.max_update_norm
-        # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
-        away = self.trainee.device.type != "cpu"
-        self.strategy: NormStrategy = config.strategy.card.made(
-            copy.deepcopy(self.model).cpu() if away else self.model,
-            config.strategy.options,
-            **({"max_update_norm": limit} if limit else {}),  # a stranger's strategy may not know it
+        common = Common(
             fraction=config.rounds.fraction,
             weighting=config.rounds.weighting,
             seed=config.seed,
             min_nodes=len(self.federation.clients),
         )
+        if limit := config.rounds.max_update_norm:  # a stranger's strategy may not know it
+            common["max_update_norm"] = limit
+        # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
+        away = self.trainee.device.type != "cpu"
+        model = copy.deepcopy(self.model).cpu() if away else self.model
+        self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
-        self._learned = tuple(
-            parameter
+        self._learned = {
+            key: parameter
             for key, parameter in self.model.named_parameters()
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
-        )
+        }
+        self.strategy.local(self.strategy).check(self.trainee)
         clients = self.federation.training_clients
         self.trainee.require_batches(
             (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
@@ -115,6 +119,7 @@ class Workbench:
     def _require_memory_of_clients(self) -> None:
         """Refuse more clients than this machine can hold the local tensors of."""
         count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
+        each += self.strategy.local(self.strategy).state_bytes(self.plan)
         require_memory(
             count * each,
             f"The local tensors of {count:,} clients",
@@ -127,8 +132,47 @@ class Workbench:
 
     @property
     def shared_parameters(self) -> tuple[Tensor, ...]:
-        """Return the learned tensors that are shared: those a proximal term acts on."""
-        return self._learned
+        """Return the learned tensors that are shared: those a term of a strategy's client side acts on."""
+        return tuple(self._learned.values())
+
+    def turn(
+        self,
+        client: Client,
+        server_round: int,
+        message: Message | None = None,
+        context: Context | None = None,
+        *,
+        evaluating: bool = False,
+    ) -> Turn:
+        """Return a client's turn at the model, which holds its tensors already.
+
+        Args:
+            client: The client.
+            server_round: The round.
+            message: What the server sent; None for what the strategy would send besides its tensors.
+            context: Where the client's state is; None for none.
+            evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
+        """
+        content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
+        own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
+        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
+        if message is None:
+            beside = dict(self.strategy.extra_to_send())
+        of_round = ("evaluation",) if evaluating else ("round", server_round)
+        return Turn(
+            trainee=self.trainee,
+            client=client,
+            plan=self.plan,
+            server_round=server_round,
+            rate=self.schedule.at(max(server_round, 1) - 1, 0, 1),  # some evaluations, and a trial, are of no round
+            tensors=self._state,
+            shared=self._learned,
+            names=("client", client.partition_id, *of_round),
+            received=unpack(content.array_records["arrays"]) if message else {},
+            extra=held(beside, "A strategy sends"),
+            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            state=held(own, "A client keeps"),
+        )
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -143,13 +187,13 @@ class Workbench:
             state: The client's ``Context.state``.
 
         Returns:
-            Whether every local tensor came from the message or the client's state; False for a client that has never
-            trained.
+            Whether every local running statistic came from the message or the client's state; False for a client that
+            has never trained.
         """
         sent = unpack(arrays)
         own = unpack(state.array_records[LOCAL_RECORD]) if LOCAL_RECORD in state.array_records else {}
         self.write(received(self.plan, sent, own, self._initial))
-        return all(key in sent or key in own for key in self.plan.local)
+        return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:
@@ -169,18 +213,24 @@ class Workbench:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
         self.trainee.begin_turn(unpack(state.array_records[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
 
-    def keep_local(self, state: RecordDict) -> None:
+    def keep_local(self, state: RecordDict, own: Mapping[str, Tensor] | None = None) -> None:
         """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.
 
         Tensors of a training that diverged are not kept: the server rejects its update, and the client's next round
         starts from what it had before.
+
+        Args:
+            state: The client's ``Context.state``.
+            own: What the strategy's client side keeps under names of its own.
         """
-        kept = self.read(self.plan.local)
-        floats = [tensor for tensor in kept.values() if tensor.is_floating_point()]
+        kept, own = self.read(self.plan.local), held(own or {}, "turn.state keeps")
+        floats = [tensor for tensor in (*kept.values(), *own.values()) if tensor.is_floating_point()]
         if floats and not torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all():
             return
         if kept:
             state[LOCAL_RECORD] = pack(kept)
+        if own or STATE_RECORD in state:
+            state[STATE_RECORD] = pack(own)
         if remembered := self.trainee.end_turn():
             state[TRAINEE_RECORD] = pack(remembered)
 

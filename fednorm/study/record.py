@@ -80,6 +80,7 @@ class Checkpoint:
         strategy: The strategy's own tensors.
         clients: Each client's local tensors, by partition id.
         remembered: What each client's optimizer and effects remember, by partition id.
+        states: What each client's side of the strategy keeps under names of its own, by partition id.
         data: The digest of the data it was trained on; None in a checkpoint that does not say.
     """
 
@@ -88,6 +89,7 @@ class Checkpoint:
     strategy: Tensors = field(default_factory=dict)
     clients: dict[int, Tensors] = field(default_factory=dict)
     remembered: dict[int, Tensors] = field(default_factory=dict)
+    states: dict[int, Tensors] = field(default_factory=dict)
     data: str | None = None
 
 
@@ -227,10 +229,9 @@ class RunRecord:
         """Replace the checkpoint."""
         tensors = {f"server/{key}": tensor for key, tensor in checkpoint.server.items()}
         tensors |= {f"strategy/{key}": tensor for key, tensor in checkpoint.strategy.items()}
-        for partition_id, local in checkpoint.clients.items():
-            tensors |= {f"client/{partition_id}/{key}": tensor for key, tensor in local.items()}
-        for partition_id, own in checkpoint.remembered.items():
-            tensors |= {f"remembered/{partition_id}/{key}": tensor for key, tensor in own.items()}
+        for place, of_clients in _of_clients(checkpoint).items():
+            for partition_id, own in of_clients.items():
+                tensors |= {f"{place}/{partition_id}/{key}": tensor for key, tensor in own.items()}
         about = {} if checkpoint.data is None else {"data": checkpoint.data}
         self._save_checkpoint(tensors, {"round": str(checkpoint.server_round), **about}, checkpoint.server_round)
 
@@ -247,10 +248,9 @@ class RunRecord:
             checkpoint = Checkpoint(int(about["round"]), {}, data=about.get("data"))
             for key, tensor in tensors.items():
                 place, name = key.split("/", 1)
-                if place in ("client", "remembered"):
-                    of_clients = checkpoint.clients if place == "client" else checkpoint.remembered
+                if place in (places := _of_clients(checkpoint)):
                     partition_id, name = name.split("/", 1)
-                    of_clients.setdefault(int(partition_id), {})[name] = tensor
+                    places[place].setdefault(int(partition_id), {})[name] = tensor
                 else:
                     (checkpoint.server if place == "server" else checkpoint.strategy)[name] = tensor
         self._require_lines(checkpoint.server_round, "round", about["journal"])
@@ -494,3 +494,8 @@ class RunRecord:
                 f"Cannot {what} in {self.folder}: {reason(error)}. What was written before is whole. Free some space "
                 "or choose another folder with --runs, then run the same command again: it goes on from the checkpoint."
             ) from error
+
+
+def _of_clients(checkpoint: Checkpoint) -> dict[str, dict[int, Tensors]]:
+    """Return what a checkpoint has of each client, by the first part of the keys under which it is written."""
+    return {"client": checkpoint.clients, "remembered": checkpoint.remembered, "state": checkpoint.states}

@@ -139,31 +139,6 @@ def _require_tasks(tasks: Tensor, num_tasks: int, count: int) -> None:
         )
 
 
-class ProximalTerm:
-    """Adds the gradient of FedProx's term to the parameters' gradients.
-
-        mu / 2 * sum ||w - w_t||^2,   gradient mu * (w - w_t)
-
-    over the tensors given: the shared, learned ones. Li et al., Federated Optimization in Heterogeneous Networks,
-    arXiv 1812.06127. The norm is squared, as in the paper's formula.
-    """
-
-    def __init__(self, parameters: Iterable[Tensor], mu: float) -> None:
-        """Take the parameters' present values as w_t."""
-        self.parameters = list(parameters)
-        self.anchors = [parameter.detach().clone() for parameter in self.parameters]
-        self.mu = mu
-
-    @torch.no_grad()
-    def __call__(self) -> None:
-        """Add ``mu * (w - w_t)`` to every gradient."""
-        trained = [(p, p.grad, a) for p, a in zip(self.parameters, self.anchors, strict=True) if p.grad is not None]
-        if not trained:
-            return
-        values, grads, anchors = (list(column) for column in zip(*trained, strict=True))
-        torch._foreach_add_(grads, torch._foreach_sub(values, anchors), alpha=self.mu)
-
-
 def batch_coupled(model: nn.Module, spec_of: Callable[[nn.Module], NormSpec | None]) -> bool:
     """Return whether one sample's output depends on its batch in training, so that a batch of one has no variance."""
     return any((spec := spec_of(module)) is not None and spec.batch_coupled for module in model.modules())

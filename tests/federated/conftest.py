@@ -55,10 +55,12 @@ class Site:
         self.grid = InProcessGrid(make_client_app(lambda _: self.bench), len(sizes), {})
         self.strategy = self.bench.strategy
 
-    def tell(self, pid: int, message_type: str, arrays: Any = None, **config: Any) -> RecordDict:
+    def tell(self, pid: int, message_type: str, arrays: Any = None, extra: Any = None, **config: Any) -> RecordDict:
         """Send one client a message; return the content of its reply."""
         initial = self.strategy.initial_arrays(self.bench.model) if arrays is None else arrays
         content = RecordDict({"arrays": initial, "config": ConfigRecord(config)})
+        if extra:
+            content["extra"] = pack(extra)
         (reply,) = self.grid.send_and_receive([Message(content, dst_node_id=pid + 2, message_type=message_type)])
         assert not reply.has_error(), reply.error.reason
         return reply.content

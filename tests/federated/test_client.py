@@ -346,11 +346,12 @@ def test_the_proximal_term_is_over_shared_learned_tensors(make_site: Any) -> Non
         assert len(wanted) == len(named) - (10 if strategy == "fedbn" else 0)
 
 
-@pytest.mark.parametrize("strategy", ["fedprox", "fedbn"])
-def test_training_with_mu_is_gradient_descent_on_the_penalised_loss(strategy: str, make_site: Any) -> None:
+@pytest.mark.parametrize("local", ["", "norm*"])
+def test_training_with_mu_is_gradient_descent_on_the_penalised_loss(local: str, make_site: Any) -> None:
     mu, rate = 3.0, 0.05
-    site, other = make_site(strategy), make_site(strategy)
-    batches = batches_of(make_site(strategy), 1, 1)
+    where_local = {"local": local} if local else {}
+    site, other = (make_site("fedprox", options={"mu": 0.5, **where_local}) for _ in range(2))
+    batches = batches_of(make_site("fedavg"), 1, 1)
     client, model = other.bench.federation.clients[1], other.bench.model
     where = {pixels(client.train.images[i : i + 1]).numpy().tobytes(): i for i in range(len(client.train.images))}
     anchors = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -366,7 +367,7 @@ def test_training_with_mu_is_gradient_descent_on_the_penalised_loss(strategy: st
         ):
             parameter.data -= rate * gradient
     site.train(1, 1, **{"proximal-mu": mu})
-    ours, plain = site.bench.model.state_dict(), make_site(strategy).train(1, 1)
+    ours, plain = site.bench.model.state_dict(), make_site("fedavg").train(1, 1)
     # The term is added to the loss here and to the gradient there: kinds of CPU round the two apart.
     for key, tensor in model.state_dict().items():
         torch.testing.assert_close(ours[key], tensor, rtol=1e-4, atol=1e-5)

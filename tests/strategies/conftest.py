@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import STRATEGIES
 from fednorm.federated.grid import InProcessGrid
+from fednorm.federated.replies import EXTRA
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
 from fednorm.norms import make_norm
@@ -55,7 +56,12 @@ def answering(answer: Callable[[int, Message], RecordDict], held_out: Iterable[i
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return Message(answer(int(context.node_config["partition-id"]), message), reply_to=message)
+        pid = int(context.node_config["partition-id"])
+        reply = answer(pid, message)
+        if EXTRA in message.content:  # as SCAFFOLD's: what goes back has the form of what came
+            came = unpack(message.content.array_records[EXTRA])
+            reply = RecordDict({**reply, EXTRA: pack({key: t + 0.25 * (pid + 1) for key, t in came.items()})})
+        return Message(reply, reply_to=message)
 
     return app
 

@@ -19,12 +19,15 @@ from torch import Tensor
 from fednorm.cards import STRATEGIES
 from fednorm.errors import AggregationError, ConfigError, IncompleteError
 from fednorm.federated.grid import InProcessGrid
+from fednorm.federated.local import Local
 from fednorm.federated.server_optimizer import ServerOptimizer
 from fednorm.federated.strategy import NormStrategy
 from fednorm.federated.wire import pack, unpack
 from fednorm.roles import LEARNED, Kind
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES.names)
+SHARING = [name for name in STRATEGIES.names if not STRATEGIES[name].make.silent]
+every_that_shares = pytest.mark.parametrize("name", SHARING)
 State = dict[str, Tensor]
 
 
@@ -47,7 +50,8 @@ def test_a_spec_is_complete(name: str, lab: Any) -> None:
     assert spec.summary.endswith(".")
     assert all((spec.citation.title, spec.citation.authors, spec.citation.year, spec.citation.arxiv))
     assert spec.citation.arxiv in (import_module(f"strategies.{name}").__doc__ or "")
-    assert spec.personalised == bool(lab.make(name).plan.local)
+    own_model = spec.make.local.before_evaluation is not Local.before_evaluation
+    assert spec.personalised == bool(lab.make(name).plan.local or own_model)
 
 
 @every_strategy
@@ -70,7 +74,7 @@ def test_clients_that_agree_are_a_fixed_point(name: str, lab: Any) -> None:
         torch.testing.assert_close(new[key], update[key], rtol=5e-7, atol=0)
 
 
-@every_strategy
+@every_that_shares
 def test_the_order_of_replies_does_not_matter_to_the_last_bit(name: str, lab: Any) -> None:
     strategy = lab.make(name)
     answers = {pid: (lab.update(strategy, pid), 3 + 4 * pid) for pid in range(5)}
@@ -135,7 +139,7 @@ def test_variances_stay_non_negative(name: str, rate: float | None, lab: Any) ->
     updates = [{pid: (lab.update(strategy, 10 * r + pid), 5) for pid in range(3)} for r in range(4)]
     new = lab.rounds(strategy, updates)
     variances = [key for key in new if strategy.plan.by_key[key].kind is Kind.VAR]
-    assert bool(variances) == (name not in ("fedbn", "silobn", "fedwon"))
+    assert bool(variances) == (name not in ("fedbn", "silobn", "fedwon", "local"))
     for key in variances:
         assert new[key].min() >= 0
         expected = sum(updates[-1][pid][0][key].double() for pid in range(3)) / 3
@@ -164,7 +168,7 @@ def test_a_checkpoint_resumes_to_the_same_bits(name: str, lab: Any) -> None:
     before = lab.make(name)
     halfway = lab.rounds(before, updates[:2])
     saved = {key: tensor.clone() for key, tensor in before.state_dict().items()}
-    assert bool(saved) == isinstance(strategy, ServerOptimizer)
+    assert bool(saved) == (isinstance(strategy, ServerOptimizer) or bool(strategy.extra_to_send()))
     resumed = lab.make(name)
     resumed.load_state_dict(saved)
     assert equal(lab.rounds(resumed, updates[2:], old=halfway), whole)
@@ -172,7 +176,7 @@ def test_a_checkpoint_resumes_to_the_same_bits(name: str, lab: Any) -> None:
         lab.make(name).load_state_dict({"momentum/nowhere": torch.zeros(1)})
 
 
-@every_strategy
+@every_that_shares
 def test_inputs_are_not_changed(name: str, lab: Any) -> None:
     strategy = lab.make(name)
     updates = {pid: (lab.update(strategy, pid), 3 + pid) for pid in range(3)}
@@ -220,7 +224,7 @@ SPOILED: dict[str, tuple[Callable[[State, str], State], Any, str]] = {
 }
 
 
-@every_strategy
+@every_that_shares
 @pytest.mark.parametrize("how", SPOILED)
 def test_an_unusable_reply_is_rejected_and_the_round_goes_on(name: str, how: str, lab: Any) -> None:
     spoil, examples, reason = SPOILED[how]
@@ -234,6 +238,18 @@ def test_an_unusable_reply_is_rejected_and_the_round_goes_on(name: str, how: str
     assert [pid for pid, _ in strategy.report.rejected] == [1]
     assert reason in strategy.report.rejected[0][1]
     assert [report.partition_id for report in strategy.report.train] == [0, 2]
+
+
+def test_a_strategy_without_communication_takes_nothing(lab: Any) -> None:
+    assert set(STRATEGIES.names) - set(SHARING) == {"local"}
+    strategy = lab.make("local")
+    assert strategy.plan.sent == ()
+    assert strategy.plan.local == tuple(lab.network().state_dict())
+    answers = {0: ({}, 4), 1: ({"0.weight": torch.zeros(4, 3, 3, 3)}, 4)}
+    assert lab.rounds(strategy, [answers]) == {}
+    reason = "expected the 0 tensors of the plan; these are missing or extra: 0.weight"
+    assert strategy.report.rejected == [(1, reason)]
+    assert (strategy.report.bytes_down, strategy.report.bytes_up) == (0, 0)
 
 
 def test_a_float_counter_is_rejected_lest_it_be_averaged(lab: Any) -> None:
@@ -282,7 +298,7 @@ def test_malformed_and_failed_replies_are_rejected(name: str, lab: Any) -> None:
     assert strategy.report.sampled == tuple(range(6))
 
 
-@every_strategy
+@every_that_shares
 def test_a_round_without_a_usable_reply_stops_the_run(name: str, lab: Any) -> None:
     strategy = lab.make(name)
     update = lab.update(strategy, 1)
@@ -377,6 +393,10 @@ def test_a_clientapp_that_knows_nothing_of_fednorm_takes_part(name: str, lab: An
 
     strategy = lab.make(name)
     initial = strategy.initial_arrays(lab.network(name))
+    if strategy.extra_expected():  # it cannot know what this strategy asks for besides, and is told
+        with pytest.raises(IncompleteError, match=r"'extra'; these are missing or extra: 0\.bias.*extra_expected"):
+            strategy.start(InProcessGrid(app, 3, {}), initial, num_rounds=2)
+        return
     result = strategy.start(InProcessGrid(app, 3, {}), initial, num_rounds=2)
     new, old = unpack(result.arrays), unpack(initial)
     for key in averaged_keys(strategy):
@@ -448,7 +468,8 @@ def test_bytes_are_those_of_the_tensors_that_travel(name: str, lab: Any) -> None
     lab.round(strategy, update, lab.answers(dict.fromkeys(range(3), (update, 3))))
     size = sum(t.nbytes for t in update.values())
     assert strategy.plan.bytes_sent == size
-    assert strategy.report.bytes_down == strategy.report.bytes_up == 3 * size
+    assert strategy.report.bytes_down == 3 * (size + sum(t.nbytes for t in strategy.extra_to_send().values()))
+    assert strategy.report.bytes_up == 3 * (size + sum(form.nbytes for form in strategy.extra_expected().values()))
     assert strategy.plan.summary(3)["bytes_per_round"] == 6 * size
 
 

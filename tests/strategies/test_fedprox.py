@@ -11,7 +11,8 @@ from torch import nn
 
 from fednorm.errors import ConfigError
 from fednorm.federated.wire import pack
-from fednorm.training.step import ProximalTerm, TrainingStep
+from fednorm.training.step import TrainingStep
+from strategies.fedprox import ProximalTerm
 
 
 @pytest.mark.parametrize("mu", [0.01, 2.5])

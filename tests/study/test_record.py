@@ -374,8 +374,8 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
 
     fit, rare = client.fit, make(rounds={"num_rounds": 4, "checkpoint_every": 3})
 
-    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
-        metrics = fit(bench, who, server_round=server_round, mu=mu)
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, turn: Any = None) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, turn=turn)
         if server_round == 3:
             bench.model.fc1.weight.data[0, 0] = math.nan
         return metrics
@@ -403,8 +403,8 @@ def test_one_client_s_bad_update_is_rejected_and_counted_and_the_round_goes_on(
 ) -> None:
     fit, values = client.fit, {"strategy": {"name": "fedavg"}, "rounds": {"num_rounds": 2}}
 
-    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
-        metrics = fit(bench, who, server_round=server_round, mu=mu)
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, turn: Any = None) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, turn=turn)
         if (server_round, who.partition_id) == (1, 2):
             bench.model.state_dict()[key].view(-1)[0] = value
         return metrics
@@ -428,8 +428,8 @@ def test_a_rejected_client_goes_on_with_the_local_tensors_it_had(
     """A FedBN client whose training diverged once must not carry NaN in its own layers for ever after."""
     fit = client.fit
 
-    def poisoned(bench: Workbench, who: Any, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
-        metrics = fit(bench, who, server_round=server_round, mu=mu)
+    def poisoned(bench: Workbench, who: Any, *, server_round: int, turn: Any = None) -> dict[str, float]:
+        metrics = fit(bench, who, server_round=server_round, turn=turn)
         if (server_round, who.partition_id) == (2, 1):
             for tensor in bench.model.state_dict().values():
                 if tensor.is_floating_point():
