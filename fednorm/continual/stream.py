@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fednorm.data.domain import Split
+from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError, DataError
 
 
@@ -104,6 +105,11 @@ class JoinedSplit(Split):
             images[here], labels[here] = part.batch(rows[here] - start)
             start += len(part)
         return images, labels
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some rows as a network is given them, each as its own part is scaled, and their labels."""
+        images, labels = self.batch(rows)
+        return Scaling.stack(part.scaling for part in self.parts)(images, self.part_of[rows]), labels
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fednorm.data.scaling import HALF, Scaling
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -21,11 +23,13 @@ class Split:
         images: The whole array, uint8, shape (N, 3, H, W); shared, never copied or written.
         labels: The whole array's labels, int64, shape (N,).
         index: The rows that belong to this split, int64, shape (n,).
+        scaling: From its pixels to what a network is given.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
+    scaling: Scaling = field(default=HALF, kw_only=True)
 
     def __len__(self) -> int:
         """Return the number of images, n."""
@@ -40,6 +44,11 @@ class Split:
         """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
         where = self.index[rows]
         return self.images[where], self.labels[where]
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some of this split's rows as a network is given them, float32, and their labels."""
+        images, labels = self.batch(rows)
+        return self.scaling(images), labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,4 +139,4 @@ def pixels(images: Tensor) -> Tensor:
 
     The result is laid out channels-last, in which convolutions on CPUs are faster.
     """
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1.0)
+    return HALF(images)

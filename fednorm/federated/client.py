@@ -28,8 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm.constants import constant_prints
-from fednorm.data.augment import prepared
-from fednorm.data.domain import Client, Split, pixels
+from fednorm.data.domain import Client, Split
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.recalibration import in_batches, reestimate
@@ -63,8 +62,8 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
             reestimate_on(bench, client.test, _int(config, "images"))
         elif not complete and bench.statistics and not client.held_out:
             reestimate_on(bench, client.train, len(client.train))
-        split = client.validation if bench.config.evaluate.split == "validation" else client.test
-        return Message(RecordDict({"metrics": MetricRecord(dict(score(bench, split)))}), reply_to=message)
+        scores = _scores(bench, client, in_a_round="mode" not in config)
+        return Message(RecordDict({"metrics": MetricRecord(dict(scores))}), reply_to=message)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
@@ -145,7 +144,7 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
     with torch_seeded(seed, *names, "model"):
         for rows in _rows(bench, client, torch_stream(seed, *names, "batches")):
             images, labels = client.train.batch(rows)
-            loss, logits = step(prepared(images, trainee.config.train.augment, augmenting), labels)
+            loss, logits = step(client.train.scaling(trainee.augmentation(images, augmenting)), labels)
             losses.append(loss * len(rows))
             hits.append((logits.argmax(1) == labels).sum())
             seen += len(rows)
@@ -175,8 +174,7 @@ def _rows(bench: Workbench, client: Client, generator: torch.Generator) -> Itera
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in torch.split(torch.arange(len(split)), size) if len(split) else ():
-        images, labels = split.batch(rows)
-        yield pixels(images), labels
+        yield split.inputs(rows)
 
 
 @torch.no_grad()
@@ -200,15 +198,24 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
     return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
+def _scores(bench: Workbench, client: Client, *, in_a_round: bool) -> dict[str, float]:
+    """Return a client's scores, in a round those on its images held back too where these choose the best round."""
+    evaluate = bench.config.evaluate
+    scores = score(bench, client.validation if evaluate.split == "validation" else client.test)
+    if evaluate.best_round and in_a_round:
+        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation).items()}
+    return scores
+
+
 def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
     Batches have at most ``evaluate.batch_size`` images (3 where it is less) and are as equal as can be. From a single
     image nothing can be estimated: it leaves the initial statistics.
     """
-    images, _ = split.batch(torch.arange(min(count, len(split))))
+    images, _ = split.inputs(torch.arange(min(count, len(split))))
     size = bench.config.evaluate.batch_size
-    reestimate(bench.model, in_batches(pixels(images), size) if len(images) > 1 else ())
+    reestimate(bench.model, in_batches(images, size) if len(images) > 1 else ())
 
 
 def _int(config: ConfigRecord, key: str) -> int:

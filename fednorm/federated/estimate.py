@@ -105,7 +105,8 @@ def _seconds_to_fit(bench: Workbench, client: Client) -> float:
 
 def _first(client: Client, count: int) -> Client:
     def few(split: Split) -> Split:
-        return Split(split.images, split.labels, split.index[: min(count, len(split))].to(torch.int64))
+        index = split.index[: min(count, len(split))].to(torch.int64)
+        return Split(split.images, split.labels, index, scaling=split.scaling)
 
     return Client(client.partition_id, client.domain, few(client.train), client.validation, few(client.test))
 

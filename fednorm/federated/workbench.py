@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation
+from fednorm.data.normalize import normalized
 from fednorm.federated.wire import pack, unpack
 from fednorm.footprint import require_footprint
 from fednorm.memory import require_memory
@@ -59,7 +60,8 @@ class Workbench:
         """
         self.config = config
         input_size = config.model.card.input_size
-        self.federation = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
+        data = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
+        self.federation = normalized(data, config.data.normalize)
         self.norm: Norm = config.norm.card.made(config.norm.options)
         self._require_memory()
         self.trainee = Trainee(

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
+from fednorm.data.augment import Augmentation
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import spec_of
@@ -49,6 +50,7 @@ class Trainee:
         optimizer: Of all its parameters.
         adjust: Effects between backward pass and update, in order: L2-init, AGC, the clipping of the whole gradient.
         after: Effects after the update, in order: ReDo, the projection.
+        augmentation: What is done to the images of a training batch, before they are scaled.
         batch_coupled: Whether a batch of one cannot be trained on.
 
     Raises:
@@ -61,6 +63,7 @@ class Trainee:
         self.model = self.fresh(config.seed)
         self.batch_coupled = batch_coupled(self.model, spec_of)
         train = config.train
+        self.augmentation = Augmentation.of(train.augment, degrees=train.rotate_degrees, jitter=train.jitter)
         self.optimizer = OPTIMIZERS[train.optimizer].make(
             self.model.parameters(), lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
         )
