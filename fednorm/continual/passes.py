@@ -85,8 +85,8 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         self._require_outputs(len(images))
         after: Tensor = self.mbatch[1]
         if after is not before[0] or after._version != before[1]:
-            parts = torch.split(after, [len(group) for group in groups])
-            self._hooks.labels |= {id(group): part for group, part in zip(groups, parts, strict=True)}
+            changed = torch.split(after, [len(group) for group in groups])
+            self._hooks.labels |= {id(group): part for group, part in zip(groups, changed, strict=True)}
         if self._hooks.at_batch:
             self.step.announce(None, 1, 0)  # a plugin's own passes are not over this batch
         if len(groups) == 1:

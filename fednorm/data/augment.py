@@ -67,7 +67,9 @@ class Augmentation:
             "flip": lambda: flipped(images, draw_coins(len(images), generator)),
             "rotate": lambda: rotated(images, draw_angles(len(images), self.degrees, generator)),
             "jitter": lambda: jittered(images, *draw_jitter(len(images), self.jitter, generator)),
-            "resized_crop": lambda: resized(images, draw_boxes(len(images), *images.shape[-2:], generator)),
+            "resized_crop": lambda: resized(
+                images, draw_boxes(len(images), images.shape[2], images.shape[3], generator)
+            ),
         }
         for name in self.names:
             images = acts[name]()
@@ -198,8 +200,8 @@ def jittered(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
 def _opposite(images: Tensor, what: int) -> Tensor:
     if what == 0:
         return torch.zeros_like(images[:, :1])
-    red, green, blue = images.split(1, dim=1)
-    grey = (GREY[0] * red + GREY[1] * green + GREY[2] * blue).trunc()
+    # Summed in torchvision's order: a last bit decides which integer a grey level is cut to.
+    grey = (GREY[0] * images[:, :1] + GREY[1] * images[:, 1:2] + GREY[2] * images[:, 2:]).trunc()
     return grey.mean((1, 2, 3), keepdim=True) if what == 1 else grey
 
 
