@@ -8,13 +8,15 @@ from fednorm.continual.stream import Stream
 from fednorm.data.normalize import FIXED, measured, notes, scaled
 from fednorm.data.scaling import Scaling
 
+PARTS = ("train", "validation", "test")
+
 
 def normalized_stream(stream: Stream, how: str) -> Stream:
     """Return the stream with every split scaled as ``data.normalize`` says.
 
     What is measured is measured over the training images of all experiences, those to come included, as a data set's
-    published mean and std are. A domain is what experiences share whose images lie in one array: of a stream of one
-    data set's classes there is one, and ``domain`` is ``global``.
+    published mean and std are. Experiences have a domain in common unless the scenario says otherwise: in a stream of
+    one data set's classes there is one domain, and ``domain`` is ``global``.
 
     Args:
         stream: The stream.
@@ -22,19 +24,13 @@ def normalized_stream(stream: Stream, how: str) -> Stream:
     """
     if how == "half":
         return stream
-    domains: dict[int, Scaling] = {}
-    if how in FIXED:
-        domains = {e.train.images.data_ptr(): FIXED[how] for e in stream}
-    elif how == "global":
-        of_all = measured(experience.train for experience in stream)
-        domains = {e.train.images.data_ptr(): of_all for e in stream}
-    else:
-        for array in dict.fromkeys(e.train.images.data_ptr() for e in stream):
-            domains[array] = measured(e.train for e in stream if e.train.images.data_ptr() == array)
+    scalings: dict[str, Scaling] = {}
+    for domain in dict.fromkeys(experience.domain for experience in stream):
+        of = [experience.train for experience in stream if how == "global" or experience.domain == domain]
+        scalings[domain] = FIXED[how] if how in FIXED else measured(of)
     experiences = []
     for experience in stream:
-        scaling = domains[experience.train.images.data_ptr()]
-        splits = {name: scaled(getattr(experience, name), scaling) for name in ("train", "validation", "test")}
+        splits = {part: scaled(getattr(experience, part), scalings[experience.domain]) for part in PARTS}
         experiences.append(dataclasses.replace(experience, **splits))
     extra = notes(how, "experiences")
     return dataclasses.replace(stream, experiences=tuple(experiences), notes=(*stream.notes, *extra))

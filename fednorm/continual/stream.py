@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Experience:
         train: Its training images.
         validation: Images held back from its training images for choosing hyper-parameters; may be empty.
         test: Its test images.
+        domain: The distribution that its images are of; experiences of one name share it, and by default all do.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Experience:
     train: Split
     validation: Split
     test: Split
+    domain: str = field(default="", kw_only=True)
 
     def tasks_of(self, rows: Tensor) -> Tensor:
         """Return the task of some rows of the training images, int64, shape (n,): the experience's number.
