@@ -27,6 +27,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
+from fednorm.config import TrainConfig
 from fednorm.constants import constant_prints
 from fednorm.data.domain import Client, Split
 from fednorm.federated.wire import pack
@@ -112,7 +113,7 @@ def _constants(bench: Workbench) -> dict[str, MetricRecord]:
     return {"constants": MetricRecord(dict(prints))} if prints else {}
 
 
-def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0) -> dict[str, float]:
+def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0, steps: int = 0) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -123,6 +124,7 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
         mu: FedProx's factor; 0 for none.
+        steps: How many; 0 for those of the configuration (:func:`steps_of_round`).
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
@@ -142,7 +144,7 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
     losses, hits, seen = [], [], 0
     trainee.model.train()
     with torch_seeded(seed, *names, "model"):
-        for rows in _rows(bench, client, torch_stream(seed, *names, "batches")):
+        for rows in _rows(bench, client, torch_stream(seed, *names, "batches"), steps):
             images, labels = client.train.batch(rows)
             loss, logits = step(client.train.scaling(trainee.augmentation(images, augmenting)), labels)
             losses.append(loss * len(rows))
@@ -156,14 +158,19 @@ def fit(bench: Workbench, client: Client, *, server_round: int, mu: float = 0.0)
     }
 
 
-def _rows(bench: Workbench, client: Client, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the rows of a round's batches: ``local_steps`` of them, or ``local_epochs`` passes over the images.
+def steps_of_round(train: TrainConfig, count: int) -> int:
+    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
 
     A part of a pass is made of whole batches, one at least.
     """
-    train, count = bench.config.train, len(client.train)
     batches = -(-count // train.batch_size)
-    wanted = train.local_steps or max(1, round(train.local_epochs * batches))
+    return train.local_steps or max(1, round(train.local_epochs * batches))
+
+
+def _rows(bench: Workbench, client: Client, generator: torch.Generator, steps: int) -> Iterator[Tensor]:
+    """Yield the rows of a round's batches, pass after pass over the images, each in an order of its own."""
+    train, count = bench.config.train, len(client.train)
+    wanted = steps or steps_of_round(train, count)
     while wanted > 0:
         rows_of_pass = torch.split(torch.randperm(count, generator=generator), train.batch_size)
         for rows in rows_of_pass[:wanted]:

@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler
 
 from fednorm.config import resolve
 from fednorm.data.augment import Augmentation
+from fednorm.federated.estimate import estimate_seconds, images_of_round
 from fednorm.federated.simulate import simulate
 from fednorm.federated.wire import pack
 from fednorm.federated.workbench import TRAINEE_RECORD
@@ -384,3 +385,30 @@ def test_a_run_cut_short_goes_on_to_the_same_bits(train: dict[str, Any], tmp_pat
         ours, theirs = (load_file(RunRecord(tmp_path / place, config).folder / name) for place in ("cut", "whole"))
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+# What it will take -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "images"),
+    [
+        ({"local_epochs": 3}, 27),
+        ({"local_epochs": 0.5}, 8),
+        ({"local_epochs": 1.67}, 17),
+        ({"local_steps": 1}, 4),
+        ({"local_steps": 7, "local_epochs": 99}, 22),
+    ],
+)
+def test_the_estimate_counts_the_images_that_a_round_sees(train: dict[str, Any], images: int, make_site: Any) -> None:
+    site = make_site(norm=NORM, train=train)
+    seen: list[int] = []
+    hook = site.bench.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    site.train(0, 1)
+    hook.remove()
+    assert sum(seen) == images_of_round(site.bench.config.train, COUNT) == images
+
+
+def test_a_measurement_is_of_one_pass_however_long_a_round_is(make_site: Any) -> None:
+    site = make_site(norm=NORM, train={"local_steps": 10**6, "warmup_steps": 0, "schedule": "cosine"})
+    assert estimate_seconds(site.bench) > 10**5 * 1e-5
