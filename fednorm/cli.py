@@ -44,6 +44,13 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
 ]
 
+ScheduleOption = Annotated[
+    str | None, typer.Option(help="Of the learning rate: constant, linear, cosine, step or exponential.")
+]
+AugmentOption = Annotated[
+    str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
+]
+
 
 def err() -> Console:
     """Return the console for everything that is not a result."""
@@ -75,6 +82,11 @@ class Stopped(SystemExit):
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def _whole(number: float | None) -> float | int | None:
+    """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
+    return int(number) if number is not None and number.is_integer() else number
 
 
 @app.command()
@@ -111,9 +123,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients' SGD.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients.")] = None,
+    schedule: ScheduleOption = None,
+    augment: AugmentOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
-    local_epochs: Annotated[int | None, typer.Option(help="Epochs of a client a round.")] = None,
+    local_epochs: Annotated[float | None, typer.Option(help="Epochs of a client a round; 0.5 is half of one.")] = None,
     evaluate: Annotated[
         str | None, typer.Option(help="Any of own,cross,averaged,pooled,reestimated,unseen; separated by commas.")
     ] = None,
@@ -148,9 +163,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "model.name": model,
         "rounds.num_rounds": rounds,
         "rounds.fraction": fraction,
+        "train.optimizer": optimizer,
         "train.learning_rate": learning_rate,
+        "train.schedule": schedule,
+        "train.augment": augment,
         "train.batch_size": batch_size,
-        "train.local_epochs": local_epochs,
+        "train.local_epochs": _whole(local_epochs),
         "evaluate.kinds": evaluate,
         "seed": seed,
         "device": device,
@@ -178,8 +196,10 @@ def continual(  # noqa: PLR0913 - one parameter an option
     online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="sgd, adam or adamw.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    schedule: ScheduleOption = None,
+    augment: AugmentOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
     device: DeviceOption = None,
     amp: AmpOption = None,
@@ -207,6 +227,8 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "train.batch_size": batch_size,
         "train.optimizer": optimizer,
         "train.learning_rate": learning_rate,
+        "train.schedule": schedule,
+        "train.augment": augment,
         "seed": seed,
         "device": device,
         "amp": amp,

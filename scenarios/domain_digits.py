@@ -60,7 +60,8 @@ def make(
     for number, which in enumerate(order):
         domain = loaded.domains[which]
         portion = deal(domain, limits, seed, domain.name)
-        experiences.append(Experience(number, domain.name, classes, portion.train, portion.validation, portion.test))
+        splits = portion.train, portion.validation, portion.test
+        experiences.append(Experience(number, domain.name, classes, *splits, domain=domain.name))
     notes = list(loaded.notes)
     if {"mnist", "mnistm"} <= {domain.name for domain in loaded.domains}:
         notes.append(

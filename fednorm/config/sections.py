@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fednorm.config.augmentations import Augment
 from fednorm.config.schema import Kind, Names, Section, choose, key
 from fednorm.errors import ConfigError
 
@@ -31,6 +32,12 @@ class DataConfig(Section, name="data"):
     held_out: str = key("", "A domain that no client trains on (domain generalisation).")
     validation: float = key(
         0.0, "Share of the training images held back for choosing hyper-parameters, in [0, 1).", ge=0, lt=1
+    )
+    normalize: Literal["half", "none", "global", "domain"] = key(
+        "half",
+        "What images are scaled by before a network sees them, per channel: half (mean and std 0.5: to [-1, 1]), none "
+        "(to [0, 1]), global (mean and std of all training images), domain (those of the training images of each "
+        "image's own domain; global for a domain that nobody trains on). Training and evaluation alike.",
     )
     merge: bool = key(
         False,
@@ -70,10 +77,15 @@ class TrainConfig(Section, name="train"):
     clip_norm: float = key(
         0.0, "Longest gradient of all parameters together, after agc; 0 for any length. FLGo-Bench has 10.", ge=0
     )
-    augment: Literal["none", "crop", "crop_flip"] = key(
+    augment: Augment = key(
         "none",
-        "For each image of a batch, those from memory too: none, crop (random, padding 4) or crop_flip (and mirrored "
-        "with probability one half).",
+        "What is done to each image of a training batch, those from memory too: none, or names with commas between, in "
+        "their order: crop (random, padding 4), flip (mirrored with probability one half), rotate (by rotate_degrees "
+        "at most), jitter (of brightness, contrast and saturation), resized_crop (8 to 100 % of the image, drawn up).",
+    )
+    rotate_degrees: float = key(30.0, "Most degrees to either side of the augmentation rotate.", ge=0, le=180)
+    jitter: float = key(
+        0.4, "Of the augmentation jitter: its three factors are uniform in [1 - jitter, 1 + jitter].", ge=0, le=1
     )
     schedule: Literal["constant", "linear", "cosine", "step", "exponential"] = key(
         "constant",
@@ -203,6 +215,12 @@ class EvaluateConfig(Section, name="evaluate"):
         "Evaluations, the last one included, that average_late_accuracy is the mean of.",
         ge=1,
         kinds=CONTINUAL,
+    )
+    best_round: bool = key(
+        False,
+        "Whether evaluated rounds also score the images held back (data.validation), and the result tells the round "
+        "that is best on them beside the last.",
+        kinds=FEDERATED,
     )
     diagnostics: bool = key(
         True,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.continual.stream import Experience
-from fednorm.data.domain import Split, pixels
+from fednorm.data.domain import Split
 from fednorm.errors import ConfigError
 
 
@@ -61,8 +61,8 @@ def accuracy(
     hits = hits_among_own = 0
     finite = True
     for part in torch.split(chosen, batch_size):
-        images, labels = split.batch(part)
-        logits = model(pixels(images))
+        images, labels = split.inputs(part)
+        logits = model(images)
         own = torch.tensor(classes, device=logits.device) if own is None else own
         finite = finite and bool(logits.amax(1).isfinite().all())  # classes may be masked
         hits += int((logits.argmax(1) == labels).sum())

@@ -35,6 +35,8 @@ from fednorm.continual.passes import Passes
 from fednorm.continual.quietly import avalanche_imports
 from fednorm.continual.reading import LoadedSplit, read, require_classes, tell_how
 from fednorm.continual.stream import Experience
+from fednorm.data.augment import Augmentation
+from fednorm.data.scaling import HALF, Scaling
 from fednorm.device import on_cpu, place_of, wide
 from fednorm.errors import DataError, RecordError
 from fednorm.norms import spec_of
@@ -134,7 +136,8 @@ class Learner(Passes):
         train_epochs: Passes over each experience.
         eval_mb_size: Samples a forward pass of Avalanche's ``eval``.
         seed: Of every random stream.
-        augment: ``none``, ``crop`` or ``crop_flip``.
+        augment: Names of augmentations, separated by commas (:mod:`fednorm.data.augment`), or an ``Augmentation``.
+        scaling: From pixels to what the network is given; of several groups, group k is task k's.
         schedule: Of the learning rate; the optimizer's own, constant, if None.
         begin: Called with the number of every experience that begins, e.g. shrink and perturb.
         adjust: Effects between backward pass and update.
@@ -176,7 +179,8 @@ class Learner(Passes):
         train_epochs: int = 1,
         eval_mb_size: int = 256,
         seed: int = 0,
-        augment: str = "none",
+        augment: str | Augmentation = "none",
+        scaling: Scaling = HALF,
         schedule: Schedule | None = None,
         begin: Sequence[Callable[[int], None]] = (),
         adjust: Sequence[Effect] = (),
@@ -206,7 +210,8 @@ class Learner(Passes):
         )
         require_plugins(self.plugins, scheduled=schedule is not None)
         self.options = options or type(self).Options()
-        self.num_classes, self.seed, self.augment = num_classes, seed, augment
+        self.num_classes, self.seed, self.scaling = num_classes, seed, scaling
+        self.augment = Augmentation.of(augment) if isinstance(augment, str) else augment
         self.schedule, self.begin, self.online = schedule, tuple(begin), online
         self.effects = (*adjust, *after)
         self.step = TrainingStep(
@@ -326,9 +331,9 @@ class Learner(Passes):
         """Read an experience, or what a plugin has made of its data set, and count its tasks."""
         source = read(experience, self.adapted_dataset, unnamed=max(self.tasks_seen, default=-1) + 1)
         self.source, train = source, source.train
-        if isinstance(train, LoadedSplit) and self.augment != "none":
+        if isinstance(train, LoadedSplit) and self.augment:
             raise DataError(
-                f"augment = {self.augment!r} is for arrays of pixels, and the samples of {train.name} come from "
+                f"augment = {self.augment.text!r} is for arrays of pixels, and the samples of {train.name} come from "
                 "its own data set. Use augment = 'none' and let the data set's transforms augment."
             )
         if not isinstance(train, LoadedSplit):
@@ -417,7 +422,7 @@ class Learner(Passes):
         """Return the logits of some rows in evaluation mode; nothing that trains is changed by it."""
         with modes_kept(self.model):
             self.model.eval()
-            logits: Tensor = self.model(self.as_input(self._batch(source, rows)[0]))
+            logits: Tensor = self.model(self.as_input(self._batch(source, rows)[0], self._task_of_row[rows]))
         return logits
 
     # Checkpoints ------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from torch import Tensor
 from fednorm.continual.buffer import Buffer, Samples
 from fednorm.continual.foreign import Hooks
 from fednorm.continual.quietly import avalanche_imports
-from fednorm.data.augment import prepared
-from fednorm.data.domain import pixels
+from fednorm.data.augment import Augmentation
+from fednorm.data.scaling import Scaling
 from fednorm.errors import DataError
 from fednorm.training.step import TrainingStep
 
@@ -28,25 +28,36 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
     Attributes:
         step: The training step.
         num_classes: K, the number of the network's outputs.
-        augment: ``none``, ``crop`` or ``crop_flip``.
+        augment: What is done to the images of every training batch.
+        scaling: From pixels to what the network is given; its groups, if several, are the tasks.
         tasks_seen: The numbers of all experiences so far, each once.
     """
 
     step: TrainingStep
     num_classes: int
-    augment: str
+    augment: Augmentation
+    scaling: Scaling
     tasks_seen: list[int]
     _hooks: Hooks
     _augmenting: torch.Generator
     _current_task: int
 
-    def as_input(self, images: Tensor) -> Tensor:
-        """Return what the network is given of images: of pixels (uint8) floats, of anything else itself."""
-        return pixels(images) if images.dtype == torch.uint8 else images
+    def as_input(self, images: Tensor, tasks: Tensor) -> Tensor:
+        """Return what the network is given of images: of pixels (uint8) floats, of anything else itself.
 
-    def prepared(self, images: Tensor) -> Tensor:
+        Args:
+            images: Shape (n, ...).
+            tasks: The task of each, int64, shape (n,).
+        """
+        several = images.dtype == torch.uint8 and len(self.scaling.mean) > 1
+        # A task's place is when it was first seen; the scaling knows tasks by their numbers.
+        groups = torch.tensor(self.tasks_seen, device=tasks.device)[tasks] if several else None
+        return self.scaling(images, groups)
+
+    def prepared(self, images: Tensor, tasks: Tensor) -> Tensor:
         """Return pixels augmented, as floats; what came ready for the network as it came."""
-        return prepared(images, self.augment, self._augmenting)
+        pixels = images.dtype == torch.uint8
+        return self.as_input(self.augment(images, self._augmenting) if pixels else images, tasks)
 
     def pass_forward(self, *groups: Samples) -> tuple[Tensor, ...]:
         """Return the logits of each group of samples, from one training forward pass over all of them.
@@ -57,8 +68,8 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         Raises:
             DataError: A plugin changed the number of samples, or the network does not have K outputs.
         """
-        images = self._joined([self._hooks.images.get(id(group), group.images) for group in groups])
-        one = groups[0]
+        parts = [(self._hooks.images.get(id(group), group.images), group.tasks) for group in groups]
+        images, one = self._joined(parts), groups[0]
         labels = one.labels if len(groups) == 1 else torch.cat([group.labels for group in groups])
         tasks = one.tasks if len(groups) == 1 else torch.cat([group.tasks for group in groups])
         if self._hooks.at_batch:
@@ -74,8 +85,8 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         self._require_outputs(len(images))
         after: Tensor = self.mbatch[1]
         if after is not before[0] or after._version != before[1]:
-            parts = torch.split(after, [len(group) for group in groups])
-            self._hooks.labels |= {id(group): part for group, part in zip(groups, parts, strict=True)}
+            changed = torch.split(after, [len(group) for group in groups])
+            self._hooks.labels |= {id(group): part for group, part in zip(groups, changed, strict=True)}
         if self._hooks.at_batch:
             self.step.announce(None, 1, 0)  # a plugin's own passes are not over this batch
         if len(groups) == 1:
@@ -105,12 +116,13 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         self._before_backward()
         self.step.update(self.loss, fresh=not self._hooks.at_batch)
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
+    def _joined(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         if len(parts) == 1:
-            return self.prepared(parts[0])
-        if len({part.dtype for part in parts}) == 1:
-            return self.prepared(torch.cat(parts))
-        return torch.cat([self.prepared(part) for part in parts])
+            return self.prepared(*parts[0])
+        images, tasks = zip(*parts, strict=True)
+        if len({part.dtype for part in images}) == 1:
+            return self.prepared(torch.cat(images), torch.cat(tasks))
+        return torch.cat([self.prepared(*part) for part in parts])
 
     def _require_count(self, count: int) -> None:
         if len(self.mbatch[0]) != count or len(self.mbatch[1]) != count:
@@ -135,7 +147,7 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
 
     def _show(self, new: Samples, **kwargs: Any) -> None:
         """Show plugins what Avalanche would show them of new samples, and take what they make of it."""
-        images, labels = self.as_input(new.images).clone(), new.labels.clone()
+        images, labels = self.as_input(new.images, new.tasks).clone(), new.labels.clone()
         shown = images._version, labels._version
         self.mbatch = [images, labels, torch.zeros_like(labels)]
         self._before_training_iteration(**kwargs)

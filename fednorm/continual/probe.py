@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.continual.stream import Experience
-from fednorm.data.domain import pixels
 from fednorm.diagnostics import (
     Moments,
     Optimizer,
@@ -48,10 +47,10 @@ def probe_images(experiences: Sequence[Experience], count: int, seed: int) -> Te
     for experience in experiences:
         generator = torch_stream(seed, "probe", experience.number)
         rows = torch.randperm(len(experience.train), generator=generator)[:each]
-        images.append(experience.train.batch(rows)[0])
+        images.append(experience.train.inputs(rows)[0])
     joined = torch.cat(images)
     order = torch.randperm(len(joined), generator=torch_stream(seed, "probe", "order", len(experiences)))
-    return pixels(joined[order])
+    return joined[order].contiguous(memory_format=torch.channels_last)
 
 
 def diagnose(model: nn.Module, images: Tensor, *, rate: float, optimizer: Optimizer, batch_size: int) -> dict[str, Any]:

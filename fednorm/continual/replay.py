@@ -137,7 +137,7 @@ class ReplayLearner(Learner):
         if not len(self.buffer):
             return
         drawn = self.buffer.draw_balanced(2 * count)
-        self.step.forward(self.prepared(drawn.images), tasks=drawn.tasks, num_tasks=len(self.tasks_seen))
+        self.step.forward(self.prepared(drawn.images, drawn.tasks), tasks=drawn.tasks, num_tasks=len(self.tasks_seen))
 
     @contextmanager
     def for_evaluation(self) -> Iterator[nn.Module]:
@@ -147,7 +147,8 @@ class ReplayLearner(Learner):
                 yield model
             return
         with self._statistics.kept():
-            images = self.as_input(self.buffer.everything().images)
+            memory = self.buffer.everything()
+            images = self.as_input(memory.images, memory.tasks)
             reestimate(self.model, in_batches(images, self.eval_mb_size))
             yield self.model
 

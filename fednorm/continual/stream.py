@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fednorm.data.domain import Split
+from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError, DataError
 
 
@@ -46,6 +47,7 @@ class Experience:
         train: Its training images.
         validation: Images held back from its training images for choosing hyper-parameters; may be empty.
         test: Its test images.
+        domain: The distribution that its images are of; experiences of one name share it, and by default all do.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Experience:
     train: Split
     validation: Split
     test: Split
+    domain: str = field(default="", kw_only=True)
 
     def tasks_of(self, rows: Tensor) -> Tensor:
         """Return the task of some rows of the training images, int64, shape (n,): the experience's number.
@@ -104,6 +107,11 @@ class JoinedSplit(Split):
             images[here], labels[here] = part.batch(rows[here] - start)
             start += len(part)
         return images, labels
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some rows as a network is given them, each as its own part is scaled, and their labels."""
+        images, labels = self.batch(rows)
+        return Scaling.stack(part.scaling for part in self.parts)(images, self.part_of[rows]), labels
 
 
 @dataclass(frozen=True, eq=False)

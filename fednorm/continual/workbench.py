@@ -12,8 +12,10 @@ from fednorm.config import RunConfig
 from fednorm.continual.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.continual.evaluation import split_of
 from fednorm.continual.learner import Learner, LearnerOptions
+from fednorm.continual.normalize import normalized_stream
 from fednorm.continual.stream import Experience, Stream
 from fednorm.data.moving import moved
+from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.footprint import require_footprint
 from fednorm.spec import Norm
@@ -45,12 +47,7 @@ class ContinualWorkbench:
         """
         self.config = config
         devices.device_of(config)  # before data are read
-        self.stream = stream or config.scenario.card.stream(
-            config.data,
-            image_size=config.model.card.input_size,
-            seed=config.seed,
-            options=config.scenario.options,
-        )
+        self.stream = normalized_stream(stream or self._made_stream(), config.data.normalize)
         spec = config.learner.card
         options = spec.made_options(config.learner.options)
         ratio = options.batch_ratio(config.train.batch_size)
@@ -79,7 +76,8 @@ class ContinualWorkbench:
             train_epochs=train.epochs,
             eval_mb_size=config.evaluate.batch_size,
             seed=config.seed,
-            augment=train.augment,
+            augment=self.trainee.augmentation,
+            scaling=Scaling.stack(experience.train.scaling for experience in self.stream),
             schedule=self.schedule,
             begin=[self.trainee.begin_anew],
             adjust=self.trainee.adjust,
@@ -89,6 +87,13 @@ class ContinualWorkbench:
             criterion=self.trainee.loss if train.label_smoothing else None,
         )
         self._require_parts(norm, options)
+
+    def _made_stream(self) -> Stream:
+        config, scenario = self.config, self.config.scenario
+        stream: Stream = scenario.card.stream(
+            config.data, image_size=config.model.card.input_size, seed=config.seed, options=scenario.options
+        )
+        return stream
 
     def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
         """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.

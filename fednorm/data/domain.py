@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from fednorm.data.scaling import HALF, Scaling
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -22,12 +24,14 @@ class Split:
         labels: The whole array's labels, int64, shape (N,).
         index: The rows that belong to this split, int64, shape (n,).
         content: What identifies the pixels of the whole array, where no file does: of data that somebody gave.
+        scaling: From its pixels to what a network is given.
     """
 
     images: Tensor
     labels: Tensor
     index: Tensor
     content: str = field(default="", kw_only=True)
+    scaling: Scaling = field(default=HALF, kw_only=True)
 
     def __len__(self) -> int:
         """Return the number of images, n."""
@@ -42,6 +46,11 @@ class Split:
         """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
         where = self.index[rows.to(self.index.device)]
         return self.images[where], self.labels[where]
+
+    def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return some of this split's rows as a network is given them, float32, and their labels."""
+        images, labels = self.batch(rows)
+        return self.scaling(images), labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +152,7 @@ class PooledSplit(Split):
     def of(cls, parts: tuple[Split, ...]) -> PooledSplit:
         """Return the splits as one."""
         labels = torch.cat([part.targets for part in parts])
-        return cls(parts[0].images, labels, torch.arange(len(labels)), parts)
+        return cls(parts[0].images, labels, torch.arange(len(labels)), parts, scaling=parts[0].scaling)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some of this split's rows."""
@@ -181,4 +190,4 @@ def pixels(images: Tensor) -> Tensor:
 
     The result is laid out channels-last, in which convolutions on CPUs are faster.
     """
-    return images.to(torch.float32, memory_format=torch.channels_last).div_(127.5).sub_(1.0)
+    return HALF(images)

@@ -30,8 +30,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
+from fednorm.config import TrainConfig
 from fednorm.constants import constant_prints
-from fednorm.data.domain import Client, Split, pixels
+from fednorm.data.domain import Client, Split
 from fednorm.device import wide
 from fednorm.federated.local import Turn
 from fednorm.federated.replies import EXTRA
@@ -103,8 +104,8 @@ def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDi
         if config.get("mode", "own") == "own":
             turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
             bench.strategy.local(bench.strategy).before_evaluation(turn)
-    split = client.validation if bench.config.evaluate.split == "validation" else client.test
-    return RecordDict({"metrics": MetricRecord(dict(score(bench, split)))})
+    scores = _scores(bench, client, in_a_round="mode" not in config)
+    return RecordDict({"metrics": MetricRecord(dict(scores))})
 
 
 def _described(bench: Workbench, context: Context) -> RecordDict:
@@ -125,7 +126,9 @@ def _described(bench: Workbench, context: Context) -> RecordDict:
     return RecordDict({"client": about, **constants})
 
 
-def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
+def fit(
+    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
+) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -136,18 +139,28 @@ def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | Non
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
         turn: What the message and the client's state bring along; nothing if None.
+        steps: How many of each phase, for timing; 0 for those of the configuration.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
     turn = turn or bench.turn(client, server_round)
+    turn.limit = steps
     return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
+
+
+def steps_of_round(train: TrainConfig, count: int) -> int:
+    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
+
+    A part of a pass is made of whole batches, one at least.
+    """
+    batches = -(-count // train.batch_size)
+    return train.local_steps or max(1, round(train.local_epochs * batches))
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     for rows in torch.split(torch.arange(len(split)), size) if len(split) else ():
-        images, labels = split.batch(rows)
-        yield pixels(images), labels
+        yield split.inputs(rows)
 
 
 @torch.no_grad()
@@ -172,15 +185,24 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
     return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
+def _scores(bench: Workbench, client: Client, *, in_a_round: bool) -> dict[str, float]:
+    """Return a client's scores, in a round those on its images held back too where these choose the best round."""
+    evaluate = bench.config.evaluate
+    scores = score(bench, client.validation if evaluate.split == "validation" else client.test)
+    if evaluate.best_round and in_a_round:
+        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation).items()}
+    return scores
+
+
 def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
     """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
 
     Batches have at most ``evaluate.batch_size`` images (3 where it is less) and are as equal as can be. From a single
     image nothing can be estimated: it leaves the initial statistics.
     """
-    images, _ = split.batch(torch.arange(min(count, len(split))))
+    images, _ = split.inputs(torch.arange(min(count, len(split))))
     size = bench.config.evaluate.batch_size
-    reestimate(bench.model, in_batches(pixels(images), size) if len(images) > 1 else ())
+    reestimate(bench.model, in_batches(images, size) if len(images) > 1 else ())
 
 
 def _int(config: ConfigRecord, key: str) -> int:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fednorm.config import RunConfig
+from fednorm.config import RunConfig, TrainConfig
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.device import seconds
-from fednorm.federated.client import fit, score
+from fednorm.federated.client import fit, score, steps_of_round
 from fednorm.federated.workbench import Workbench
 
 QUICK = 0.5
@@ -68,10 +68,11 @@ def measure(bench: Workbench) -> Rates:
 def total_seconds(config: RunConfig, federation: Federation, rates: Rates) -> float:
     """Return about how long all rounds will take, in seconds.
 
-        R * f * (E * n_train * train + K * COPIES * copy) + V * (n_scored * test + K * copy)
+        R * f * (n_seen * train + K * COPIES * copy) + V * (n_scored * test + K * copy)
 
-    for R rounds, a share f of K clients, E local epochs, and V evaluations, of which the evaluation matrix makes one a
-    kind that no round has made, and one a domain for ``cross``.
+    for R rounds, a share f of K clients, n_seen images that all of them train on in a round (an image counts each
+    time), and V evaluations, of which the evaluation matrix makes one a kind that no round has made, and one a domain
+    for ``cross``. Where images held back choose the best round, they are scored too.
 
     Args:
         config: The run's configuration.
@@ -79,14 +80,22 @@ def total_seconds(config: RunConfig, federation: Federation, rates: Rates) -> fl
         rates: What the parts cost.
     """
     rounds, clients = config.rounds, federation.training_clients
-    trained = config.train.local_epochs * sum(len(client.train) for client in clients)
+    trained = sum(images_of_round(config.train, len(client.train)) for client in clients)
     validating = config.evaluate.split == "validation"
     scored = sum(len(client.validation if validating else client.test) for client in federation.clients)
+    held_back = sum(len(client.validation) for client in clients) if config.evaluate.best_round else 0
     extra = sum(len(federation.domains) if kind == "cross" else 1 for kind in config.evaluate.kinds if kind != "own")
     evaluations = -(-rounds.num_rounds // rounds.evaluate_every) + extra
     a_round = rounds.fraction * (trained * rates.train + len(clients) * COPIES * rates.copy)
     an_evaluation = scored * rates.test + len(federation.clients) * rates.copy
-    return rounds.num_rounds * a_round + evaluations * an_evaluation
+    choosing = -(-rounds.num_rounds // rounds.evaluate_every) * held_back * rates.test
+    return rounds.num_rounds * a_round + evaluations * an_evaluation + choosing
+
+
+def images_of_round(train: TrainConfig, count: int) -> int:
+    """Return how many images a client with ``count`` of them trains on in a round, each time counted."""
+    passes, rest = divmod(steps_of_round(train, count), -(-count // train.batch_size))
+    return passes * count + min(rest * train.batch_size, count)
 
 
 def estimate_seconds(bench: Workbench) -> float:
@@ -100,7 +109,7 @@ def estimate_seconds(bench: Workbench) -> float:
 
 def _seconds_to_fit(bench: Workbench, client: Client) -> float:
     began = seconds(bench.trainee.device)
-    fit(bench, client, server_round=0)
+    fit(bench, client, server_round=1, steps=-(-len(client.train) // bench.config.train.batch_size))
     return seconds(bench.trainee.device) - began
 
 

@@ -26,13 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fednorm.data.augment import prepared
 from fednorm.data.domain import Client
 from fednorm.errors import ConfigError
 from fednorm.plan import NormPlan
@@ -88,6 +87,7 @@ class Turn:
         state: The client's named tensors, to be changed at will; kept after training, dropped after an evaluation.
         reply: What :meth:`Local.end` gave to be sent.
         steps: Updates so far, those of :meth:`train_aside` not counted.
+        limit: Steps of each phase in place of its own, for timing; 0 for its own.
     """
 
     trainee: Trainee
@@ -104,6 +104,7 @@ class Turn:
     state: dict[str, Tensor] = field(default_factory=dict)
     reply: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
+    limit: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -134,6 +135,8 @@ class Turn:
         trainee.model.train()
         with torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
+                if self.limit:
+                    phase = replace(phase, epochs=None, steps=self.limit)
                 with _only(trainee.model, phase.parameters):
                     self.steps += batches.train(step, phase)
         trainee.optimizer.zero_grad(set_to_none=True)
@@ -256,10 +259,10 @@ class _Batches:
 
     def train(self, step: TrainingStep, phase: Phase) -> int:
         """Train on a phase's batches; return the number of updates."""
-        augment, images_of, updates = self._turn.trainee.config.train.augment, self._turn.client.train.batch, 0
+        augment, split, updates = self._turn.trainee.augmentation, self._turn.client.train, 0
         for rows in self._rows(phase):
-            images, labels = images_of(rows)
-            loss, logits = step(prepared(images, augment, self._augmenting), labels)
+            images, labels = split.batch(rows)
+            loss, logits = step(split.scaling(augment(images, self._augmenting)), labels)
             self._losses.append(loss * len(rows))
             self._hits.append((logits.argmax(1) == labels).sum())
             self._seen += len(rows)

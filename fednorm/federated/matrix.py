@@ -55,6 +55,15 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
             raise ConfigError(
                 f"evaluate.fallback is {config.fallback!r}, and the network has no running statistics. Use 'averaged'."
             )
+    if config.best_round and config.split == "validation":
+        raise ConfigError(
+            "evaluate.best_round reports test images at the round that is best on the images held back; with "
+            "evaluate.split = 'validation' no test image is scored. Leave one of the two out."
+        )
+    if config.best_round and not any(len(client.validation) for client in federation.clients):
+        raise ConfigError(
+            "evaluate.best_round chooses by images held back, and data.validation holds none back. Set it, e.g. to 0.2."
+        )
     if config.split == "validation" and not any(len(client.validation) for client in federation.clients):
         raise ConfigError(
             "evaluate.split is 'validation', and data.validation holds no images back. Set it, e.g. to 0.2."

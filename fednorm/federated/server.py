@@ -17,6 +17,7 @@ from fednorm.config import RunConfig
 from fednorm.device import described
 from fednorm.errors import IncompleteError
 from fednorm.federated.answers import answers, enough, require_answered
+from fednorm.federated.best_round import best_round, held_back_scores
 from fednorm.federated.diagnosis import diagnose
 from fednorm.federated.grid import InProcessGrid
 from fednorm.federated.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
@@ -287,6 +288,7 @@ def _document(
             **standing,
             "round": last["round"],
             "selection": f"last round, {bench.config.evaluate.split} images",
+            **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
         },
         "evaluation": evaluation,
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
@@ -299,7 +301,7 @@ def _document(
     }
 
 
-SCORES = ("per_domain", "mean", "worst", "answered", "missing")
+SCORES = ("per_domain", "mean", "worst", "validation", "answered", "missing")
 """What a round's line says of its evaluation."""
 
 
@@ -322,6 +324,7 @@ def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = No
     if report.evaluate:
         scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
         line |= summarize(by_domain(scored))
+        line |= held_back_scores(report.evaluate)
     if report.evaluated:
         line |= answers(expected or {}, {r.partition_id for r in report.evaluate}).document()
     return typing.cast(Document, finite(line))

@@ -21,6 +21,8 @@ from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation, pooled
 from fednorm.data.moving import moved
+from fednorm.data.normalize import normalized
+from fednorm.errors import ConfigError
 from fednorm.federated.local import Turn, held
 from fednorm.federated.replies import EXTRA
 from fednorm.federated.strategy import Common, NormStrategy
@@ -67,7 +69,13 @@ class Workbench:
         devices.device_of(config)  # before data are read
         input_size = config.model.card.input_size
         loaded = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
-        self.federation = pooled(loaded) if config.strategy.card.pooled else loaded
+        if config.strategy.card.pooled and config.data.normalize == "domain":
+            raise ConfigError(
+                f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
+                "'domain', which scales each domain's in its own way. Take 'global'."
+            )
+        scaled = normalized(loaded, config.data.normalize)
+        self.federation = pooled(scaled) if config.strategy.card.pooled else scaled
         self.norm: Norm = config.norm.card.made(config.norm.options)
         self._require_memory()
         self.trainee = Trainee(

@@ -136,9 +136,23 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
     return (
         f"{seeds(results, groups)}; accuracy after round {after} ({selection}); wall clock.",
         *incomplete(groups),
+        *_best_rounds(groups),
         *([f"Settings: {settings}."] if settings else []),
         *results[0]["data"]["notes"],
     )
+
+
+def _best_rounds(groups: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return, for each method whose results tell it, the accuracy at the round that validation images chose."""
+    sentences = []
+    for name, group in groups.items():
+        best = [result["final"]["best_round"] for result in group if result["final"].get("best_round")]
+        if len(best) == len(group):
+            chosen = ", ".join(str(each["round"]) for each in best)
+            sentences.append(
+                f"{name}, best round by validation images ({chosen}): mean {percent([b['mean'] for b in best])}."
+            )
+    return sentences
 
 
 def evaluations(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

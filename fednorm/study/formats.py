@@ -62,6 +62,8 @@ _WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "mis
 
 _CONTAINERS: Mapping[str, Type] = {
     "per_domain": dict,
+    "validation": dict,
+    "best_round": dict,
     "diagnostics": dict,
     "accuracy": list,
     "task_accuracy": list,

@@ -17,6 +17,7 @@ from torch.nn import functional
 from fednorm import device as devices
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import ModelChoice, RunConfig
+from fednorm.data.augment import Augmentation
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import Built, ModelSpec, chosen_model, describe_model
 from fednorm.norms import spec_of
@@ -53,6 +54,7 @@ class Trainee:
         optimizer: Of all its parameters.
         adjust: Effects between backward pass and update, in order: L2-init, AGC, the clipping of the whole gradient.
         after: Effects after the update, in order: ReDo, the projection.
+        augmentation: What is done to the images of a training batch, before they are scaled.
         batch_coupled: Whether a batch of one cannot be trained on.
 
     Raises:
@@ -68,6 +70,7 @@ class Trainee:
         self.about_model = describe_model(config.model, built, num_classes, image_size)
         self.batch_coupled = batch_coupled(self.model, spec_of)
         train = config.train
+        self.augmentation = Augmentation.of(train.augment, degrees=train.rotate_degrees, jitter=train.jitter)
         self.optimizer = OPTIMIZERS[train.optimizer].make(
             self.model.parameters(), lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
         )

@@ -128,11 +128,13 @@ class EWC(Learner):
         assert self.source is not None
         number, train = self.progress.ended, self.source.train
         rows = torch.randperm(len(train), generator=torch_stream(self.seed, "fisher", number, "rows"))
-        images, labels = self._batch(self.source, rows[: self.options.fisher_samples or len(train)])
+        rows = rows[: self.options.fisher_samples or len(train)]
+        images, labels = self._batch(self.source, rows)
+        inputs = self.as_input(images, self._task_of_row[rows])
         drawing = torch_stream(self.seed, "fisher", number, "labels")
         total = torch.zeros_like(self.importance)
         self.model.eval()
-        for image, label in zip(torch.split(self.as_input(images), 1), torch.split(labels, 1), strict=True):
+        for image, label in zip(torch.split(inputs, 1), torch.split(labels, 1), strict=True):
             log_p = functional.log_softmax(self.model(image)[0], dim=0)
             # A network that has diverged has no distribution to draw from, and no finite Fisher information either.
             if self.options.labels == "model" and not log_p.isnan().any():

@@ -105,7 +105,7 @@ class GDumb(Learner):
         if not self.progress.epoch:
             self.offer(self.buffer, new)
         self.model.eval()
-        logits: Tensor = self.model(self.as_input(new.images))
+        logits: Tensor = self.model(self.as_input(new.images, new.tasks))
         self.model.train()
         self.mb_output, self.loss = logits, self.loss_of(logits, new)
         return logits
