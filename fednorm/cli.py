@@ -7,22 +7,19 @@ user's mistake ends with exit code 2 and a sentence, never with a traceback.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 from fednorm.signals import raising, starting
 
 try:
     import typer
-    from rich.console import Console
 
+    from fednorm.console import fail
     from fednorm.errors import ConfigError, FedNormError
-    from fednorm.report.text import printable
 except KeyboardInterrupt:  # before anything has begun there is nothing to tell
     raise SystemExit(130) from None
 
@@ -50,38 +47,6 @@ ScheduleOption = Annotated[
 AugmentOption = Annotated[
     str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
 ]
-
-
-def err() -> Console:
-    """Return the console for everything that is not a result."""
-    return _console(stderr=True)
-
-
-def out() -> Console:
-    """Return the console for results."""
-    return _console(stderr=False)
-
-
-def _console(*, stderr: bool) -> Console:
-    """Return a console, wide when it is no terminal, so that no table and no line is cut."""
-    console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
-
-
-class Stopped(SystemExit):
-    """A command was stopped and has said what stands: no more words.
-
-    Args:
-        code: The exit code: 130 after Ctrl-C, 128 + its number after another signal.
-    """
-
-    def __init__(self, code: int = 130) -> None:
-        super().__init__(code)
-
-
-def print_json(document: Any) -> None:
-    """Print one JSON document on standard output."""
-    sys.stdout.write(json.dumps(document, indent=1) + "\n")
 
 
 def _whole(number: float | None) -> float | int | None:
@@ -480,19 +445,6 @@ def verify_determinism(
         from fednorm.commands.verify import run_determinism
 
     run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Say what went wrong on standard error, and leave."""
-    with suppress(OSError):  # the terminal may be gone
-        err().print(f"[bold red]error:[/] {_plain(printable(message))}", soft_wrap=True)
-    raise SystemExit(code)
-
-
-def _plain(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)
 
 
 def main() -> None:

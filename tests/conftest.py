@@ -14,6 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Two busy cores are slow, and that is no fault of what is drawn.
+settings.register_profile("fednorm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fednorm")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 

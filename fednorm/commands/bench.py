@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fednorm.bench.case import CASES
 from fednorm.bench.engine import bench_engine, bench_table
-from fednorm.cli import err, print_json
 from fednorm.commands.options import names
 from fednorm.commands.report import show
+from fednorm.console import err, print_json
 
 
 def run_bench_engine(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:

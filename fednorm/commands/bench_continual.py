@@ -8,9 +8,9 @@ from typing import Any
 from fednorm.bench.continual import STREAM_ENGINES, bench_continual, bench_table
 from fednorm.bench.layers import bench_layers, layers_table
 from fednorm.bench.stream_case import STREAM_CASES
-from fednorm.cli import err, print_json
 from fednorm.commands.options import names
 from fednorm.commands.report import show
+from fednorm.console import err, print_json
 from fednorm.report.table import Table
 
 

@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 from fednorm.cards import FAMILIES, Card, is_path
-from fednorm.cli import out, print_json
 from fednorm.config import SECTION_VALUES, read_config
 from fednorm.config.schema import kinds_of
+from fednorm.console import out, print_json
 from fednorm.continual.learner import LearnerSpec
 from fednorm.errors import ConfigError, FedNormError, canonical, unknown_name
 from fednorm.study.recipes import find_study, recipe_names

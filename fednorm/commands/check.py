@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.markup import escape
 from rich.table import Table
 
-from fednorm.cli import err, out, print_json
+from fednorm.console import err, out, print_json
 from fednorm.errors import ConfigError
 from fednorm.inspection import ModelReport, NormVerdict, Step, StrategyVerdict, check
 from fednorm.survey import markdown_page, survey

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import Stopped, err, fail, out, print_json
 from fednorm.commands.report import show, tables
 from fednorm.commands.standing import say_stopped
 from fednorm.config import RunConfig, merge, override
+from fednorm.console import Stopped, err, fail, out, print_json
 from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.limits import require_path
 from fednorm.report._common import Table

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console
 
-from fednorm.cli import err, out, print_json
 from fednorm.commands.options import collect_values
 from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import ONLINE, RunConfig, merge, require_online, resolve
+from fednorm.console import err, out, print_json
 from fednorm.continual.simulate import plan, simulate
 from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.limits import require_path

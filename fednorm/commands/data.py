@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fednorm.cli import out, print_json
 from fednorm.config import RunConfig
+from fednorm.console import out, print_json
 from fednorm.data import Client, Federation, Split, load_federation
 from fednorm.report.table import Table
 

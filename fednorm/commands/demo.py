@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import err, out, print_json
 from fednorm.commands.report import show, tables
 from fednorm.commands.standing import saying_what_stands
 from fednorm.config import resolve
+from fednorm.console import err, out, print_json
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.federated.simulate import simulate
 from fednorm.limits import require_path

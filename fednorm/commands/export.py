@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from fednorm.cli import err, out, print_json
+from fednorm.console import err, out, print_json
 from fednorm.export import export
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from rich.console import Console
 
-from fednorm.cli import err, out, print_json
 from fednorm.commands.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
+from fednorm.console import err, out, print_json
 from fednorm.federated.estimate import estimate_seconds
 from fednorm.federated.server import Observer, read_back
 from fednorm.federated.simulate import plan, simulate

@@ -6,8 +6,8 @@ import keyword
 from importlib.resources import files
 from pathlib import Path
 
-from fednorm.cli import out
 from fednorm.config import choose
+from fednorm.console import out
 from fednorm.errors import ConfigError
 from fednorm.report.files import write_whole
 

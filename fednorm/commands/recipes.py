@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import err, out, print_json
+from fednorm.console import err, out, print_json
 from fednorm.errors import FedNormError
 from fednorm.report._common import UNKNOWN, Table
 from fednorm.report.study_progress import duration

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fednorm.cli import err, fail, out, print_json
+from fednorm.console import err, fail, out, print_json
 from fednorm.errors import ConfigError
 from fednorm.report import stream_table
 from fednorm.report._common import Result

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fednorm.cli import Stopped, err
 from fednorm.config import RunConfig
+from fednorm.console import Stopped, err
 from fednorm.errors import FedNormError
 from fednorm.signals import Terminated, exit_code, held, name_of
 from fednorm.study.record import CHECKPOINT, RunRecord

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fednorm.cli import err, fail, out, print_json
 from fednorm.commands.options import collect_values, nested
 from fednorm.config import RunConfig, merge, resolve
+from fednorm.console import err, fail, out, print_json
 from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.errors import DataError

@@ -18,7 +18,7 @@ from fednorm.federated.server import Observer, check, read_back
 from fednorm.federated.workbench import Workbench
 from fednorm.signals import Terminated, raising
 from fednorm.study.leftovers import not_there, remove_traces
-from fednorm.study.record import RunRecord
+from fednorm.study.record import LINES, RunRecord
 
 SERVERAPP = "fednorm.federated.server:app"
 CLIENTAPP = "fednorm.federated.client:app"
@@ -117,7 +117,7 @@ def _launching(record: RunRecord) -> Iterator[None]:
                 yield
             finally:
                 if not record.stands():
-                    remove_traces(record.folder, missing, record.lines_file)
+                    remove_traces(record.folder, missing, LINES[config.kind])
 
 
 @contextmanager

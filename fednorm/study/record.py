@@ -143,11 +143,6 @@ class RunRecord:
             with nothing_left(self.folder, missing, self._lines, self.stands):
                 yield
 
-    @property
-    def lines_file(self) -> str:
-        """Return the name of the file that grows while the run goes."""
-        return self._lines
-
     def stands(self) -> bool:
         """Return whether anything of the run is worth keeping: a result, a checkpoint or a line."""
         return anything_stands(self._journal, self.folder / RESULT, self._checkpoint)

@@ -1,0 +1,52 @@
+"""What a command says and where: results on standard output, all else on standard error; how it ends when it fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import suppress
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+from fednorm.report.text import printable
+
+
+def err() -> Console:
+    """Return the console for everything that is not a result."""
+    return _console(stderr=True)
+
+
+def out() -> Console:
+    """Return the console for results."""
+    return _console(stderr=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    """Return a console, wide when it is no terminal, so that no table and no line is cut."""
+    console = Console(stderr=stderr, highlight=False)
+    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=200)
+
+
+class Stopped(SystemExit):
+    """A command was stopped and has said what stands: no more words.
+
+    Args:
+        code: The exit code: 130 after Ctrl-C, 128 + its number after another signal.
+    """
+
+    def __init__(self, code: int = 130) -> None:
+        super().__init__(code)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on standard output."""
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say what went wrong on standard error, and leave."""
+    with suppress(OSError):  # the terminal may be gone
+        err().print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True)
+    raise SystemExit(code)
