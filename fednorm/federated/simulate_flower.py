@@ -117,7 +117,7 @@ def _launching(record: RunRecord) -> Iterator[None]:
                 yield
             finally:
                 if not record.stands():
-                    remove_traces(record.folder, missing, LINES[config.kind])
+                    remove_traces(record.folder, missing, LINES[record.config.kind])
 
 
 @contextmanager
