@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,11 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 
 
+def some_quick(names: Iterable[str], *quick: str) -> list[Any]:
+    """Return names as parameters, of which only the quick ones are tried each time."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """Return what a run measured, without what tells of time and place."""
 
@@ -59,7 +65,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return stripped
 
 
-@pytest.mark.parametrize("strategy", ROUNDS)
+@pytest.mark.parametrize("strategy", some_quick(ROUNDS, "silobn"))
 def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: SimpleNamespace) -> None:
     del away
     config = merge(FEDERATED, ROUNDS[strategy])
@@ -70,7 +76,7 @@ def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: Simple
     assert there["hash"] != here["hash"]
 
 
-@pytest.mark.parametrize("learner", STREAMS)
+@pytest.mark.parametrize("learner", some_quick(STREAMS, "er_ace"))
 def test_a_stream_on_a_device_is_that_on_the_cpu(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
     del away
     config = merge(CONTINUAL, STREAMS[learner])
@@ -99,6 +105,7 @@ class Stop:
     step = round
 
 
+@pytest.mark.slow
 def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path) -> None:
     del away
     method: dict[str, Any] = {"strategy": "fedadam", "rounds": 3, "device": "cuda"}
@@ -109,6 +116,7 @@ def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path)
     assert numbers(went_on) == numbers(fednorm.federated(**method, config=config))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # the pretended device has values
 @pytest.mark.parametrize("learner", ["naive", "er_ace", "derpp", "ewc", "lwf", "gdumb"])
 def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
@@ -121,6 +129,7 @@ def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_p
     assert numbers(went_on) == numbers(fednorm.continual(**method))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_float64")
 @pytest.mark.parametrize("method", ["fedbn", "fedavg", "er_ace", "derpp", "ewc"])
 def test_a_device_without_float64(method: str, away: SimpleNamespace, tmp_path: Path) -> None:
