@@ -65,13 +65,26 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return stripped
 
 
+def assert_alike(one: Any, other: Any) -> None:
+    """Require the same document; floats but for last bits, which may depend on where tensors lie in memory."""
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    else:
+        assert one == (pytest.approx(other, rel=1e-3, abs=1e-6) if isinstance(other, float) else other)
+
+
 @pytest.mark.parametrize("strategy", some_quick(ROUNDS, "silobn"))
 def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: SimpleNamespace) -> None:
     del away
     config = merge(FEDERATED, ROUNDS[strategy])
     here = fednorm.federated(strategy=strategy, rounds=2, config=config)
     there = fednorm.federated(strategy=strategy, rounds=2, config=config, device="cuda")
-    assert numbers(there) == numbers(here)
+    assert_alike(numbers(there), numbers(here))
     assert there["device"]["name"] == "cuda"
     assert there["hash"] != here["hash"]
 
@@ -82,7 +95,7 @@ def test_a_stream_on_a_device_is_that_on_the_cpu(learner: str, away: SimpleNames
     config = merge(CONTINUAL, STREAMS[learner])
     here = fednorm.continual(learner=learner, config=config)
     there = fednorm.continual(learner=learner, config=config, device="cuda", runs=tmp_path)
-    assert numbers(there) == numbers(here)
+    assert_alike(numbers(there), numbers(here))
 
 
 class Stop:
@@ -113,7 +126,7 @@ def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         fednorm.federated(**method, config=config, runs=tmp_path, observer=Stop(2))
     went_on = fednorm.federated(**method, config=config, runs=tmp_path)
-    assert numbers(went_on) == numbers(fednorm.federated(**method, config=config))
+    assert_alike(numbers(went_on), numbers(fednorm.federated(**method, config=config)))
 
 
 @pytest.mark.slow
@@ -126,7 +139,7 @@ def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_p
     with pytest.raises(KeyboardInterrupt):
         fednorm.continual(**method, runs=tmp_path, observer=Stop(4))
     went_on = fednorm.continual(**method, runs=tmp_path)
-    assert numbers(went_on) == numbers(fednorm.continual(**method))
+    assert_alike(numbers(went_on), numbers(fednorm.continual(**method)))
 
 
 @pytest.mark.slow
