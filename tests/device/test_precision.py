@@ -50,6 +50,7 @@ def test_bf16_is_autocast_and_gives_logits_in_single_precision() -> None:
     torch.testing.assert_close(copy.deepcopy(low)(images), logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["er_ace", "ewc", "lwf", "derpp"])
 def test_a_stream_in_bf16(learner: str, tmp_path: Path) -> None:
     result = fednorm.continual(learner=learner, config={**STREAM, "amp": "bf16"}, runs=tmp_path)
@@ -60,6 +61,7 @@ def test_a_stream_in_bf16(learner: str, tmp_path: Path) -> None:
     assert result["config"]["amp"] == "bf16"
 
 
+@pytest.mark.slow
 def test_a_federation_in_bf16() -> None:
     config = merge(SMALL, {"evaluate": {"kinds": ["own", "averaged", "reestimated"]}, "amp": "bf16"})
     result = fednorm.federated(strategy="fedbn", rounds=2, config=config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +48,11 @@ STREAMS: dict[str, dict[str, Any]] = {
 }
 
 
+def some_quick(names: Iterable[str], *quick: str) -> list[Any]:
+    """Return names as parameters, of which only the quick ones are tried each time."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 def numbers(result: dict[str, Any]) -> dict[str, Any]:
     """Return what a run measured, without what tells of time and place."""
 
@@ -59,24 +65,37 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return stripped
 
 
-@pytest.mark.parametrize("strategy", ROUNDS)
+def assert_alike(one: Any, other: Any) -> None:
+    """Require the same document; floats but for last bits, which may depend on where tensors lie in memory."""
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_alike(a, b)
+    else:
+        assert one == (pytest.approx(other, rel=1e-3, abs=1e-6) if isinstance(other, float) else other)
+
+
+@pytest.mark.parametrize("strategy", some_quick(ROUNDS, "silobn"))
 def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: SimpleNamespace) -> None:
     del away
     config = merge(FEDERATED, ROUNDS[strategy])
     here = fednorm.federated(strategy=strategy, rounds=2, config=config)
     there = fednorm.federated(strategy=strategy, rounds=2, config=config, device="cuda")
-    assert numbers(there) == numbers(here)
+    assert_alike(numbers(there), numbers(here))
     assert there["device"]["name"] == "cuda"
     assert there["hash"] != here["hash"]
 
 
-@pytest.mark.parametrize("learner", STREAMS)
+@pytest.mark.parametrize("learner", some_quick(STREAMS, "er_ace"))
 def test_a_stream_on_a_device_is_that_on_the_cpu(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
     del away
     config = merge(CONTINUAL, STREAMS[learner])
     here = fednorm.continual(learner=learner, config=config)
     there = fednorm.continual(learner=learner, config=config, device="cuda", runs=tmp_path)
-    assert numbers(there) == numbers(here)
+    assert_alike(numbers(there), numbers(here))
 
 
 class Stop:
@@ -99,6 +118,7 @@ class Stop:
     step = round
 
 
+@pytest.mark.slow
 def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path) -> None:
     del away
     method: dict[str, Any] = {"strategy": "fedadam", "rounds": 3, "device": "cuda"}
@@ -106,9 +126,10 @@ def test_a_federation_goes_on_on_a_device(away: SimpleNamespace, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         fednorm.federated(**method, config=config, runs=tmp_path, observer=Stop(2))
     went_on = fednorm.federated(**method, config=config, runs=tmp_path)
-    assert numbers(went_on) == numbers(fednorm.federated(**method, config=config))
+    assert_alike(numbers(went_on), numbers(fednorm.federated(**method, config=config)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")  # the pretended device has values
 @pytest.mark.parametrize("learner", ["naive", "er_ace", "derpp", "ewc", "lwf", "gdumb"])
 def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
@@ -118,9 +139,10 @@ def test_a_stream_goes_on_on_a_device(learner: str, away: SimpleNamespace, tmp_p
     with pytest.raises(KeyboardInterrupt):
         fednorm.continual(**method, runs=tmp_path, observer=Stop(4))
     went_on = fednorm.continual(**method, runs=tmp_path)
-    assert numbers(went_on) == numbers(fednorm.continual(**method))
+    assert_alike(numbers(went_on), numbers(fednorm.continual(**method)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_float64")
 @pytest.mark.parametrize("method", ["fedbn", "fedavg", "er_ace", "derpp", "ewc"])
 def test_a_device_without_float64(method: str, away: SimpleNamespace, tmp_path: Path) -> None:
