@@ -42,16 +42,16 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
     _augmenting: torch.Generator
     _current_task: int
 
-    def as_input(self, images: Tensor, tasks: Tensor) -> Tensor:
+    def as_input(self, images: Tensor, tasks: Tensor | None) -> Tensor:
         """Return what the network is given of images: of pixels (uint8) floats, of anything else itself.
 
         Args:
             images: Shape (n, ...).
-            tasks: The task of each, int64, shape (n,).
+            tasks: The task of each, int64, shape (n,); None where all are scaled alike.
         """
         several = images.dtype == torch.uint8 and len(self.scaling.mean) > 1
         # A task's place is when it was first seen; the scaling knows tasks by their numbers.
-        groups = torch.tensor(self.tasks_seen, device=tasks.device)[tasks] if several else None
+        groups = torch.tensor(self.tasks_seen, device=tasks.device)[tasks] if several and tasks is not None else None
         return self.scaling(images, groups)
 
     def prepared(self, images: Tensor, tasks: Tensor) -> Tensor:

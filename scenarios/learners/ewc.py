@@ -130,7 +130,7 @@ class EWC(Learner):
         rows = torch.randperm(len(train), generator=torch_stream(self.seed, "fisher", number, "rows"))
         rows = rows[: self.options.fisher_samples or len(train)]
         images, labels = self._batch(self.source, rows)
-        inputs = self.as_input(images, self._task_of_row[rows])
+        inputs = self.as_input(images, self._task_of_row[rows] if len(self._task_of_row) else None)
         drawing = torch_stream(self.seed, "fisher", number, "labels")
         total = torch.zeros_like(self.importance)
         self.model.eval()
