@@ -43,6 +43,8 @@ def cases() -> dict[str, dict[str, Any]]:
         name: {"strategy": name}
         for name in ("fedavg", "fedavgm", "fedadam", "fedyogi", "fedprox", "fedbn", "silobn", "fedwon")
     }
+    for name in ("scaffold", "fedper", "fedrep", "fedbabu", "ditto", "local", "fedavg_ft", "centralized"):
+        federated[name] = {"strategy": name}
     for norm in (
         "group_norm",
         "layer_norm",

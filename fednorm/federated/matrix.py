@@ -19,6 +19,7 @@ from fednorm.config import EvaluateConfig
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federated.answers import answers, enough
+from fednorm.federated.local import Local
 from fednorm.federated.nodes import Node
 from fednorm.federated.pooling import pool_moments
 from fednorm.federated.replies import Expected, UnfitReply, in_order, read_local, read_scores
@@ -137,7 +138,7 @@ class EvaluationMatrix:
 
     def _cross(self) -> Scores:
         if not self._plan.local:
-            return _not_applicable("the strategy keeps no tensors on clients: every domain is tested with one model")
+            return _not_applicable(self._nothing_local())
         names = {node.partition_id: node for node in self._strategy.nodes}
         return {
             "under": {
@@ -148,7 +149,7 @@ class EvaluationMatrix:
 
     def _given(self, how: str) -> Scores:
         if not self._plan.local:
-            return _not_applicable("the strategy keeps no tensors on clients: every domain is tested with one model")
+            return _not_applicable(self._nothing_local())
         if how == "pooled" and not _has_statistics(self._plan):
             return _not_applicable(NO_STATISTICS)
         return self._scores(self._seen(), self._shared | self._combined(how), mode="given")
@@ -168,6 +169,12 @@ class EvaluationMatrix:
                 "with": fallback
             }
         return self._scores(nodes, self._shared | self._combined(fallback), mode="given") | {"with": fallback}
+
+    def _nothing_local(self) -> str:
+        """Return why there are no local tensors to exchange."""
+        if type(self._strategy).local.before_evaluation is not Local.before_evaluation:
+            return "clients are tested with models of their own, of which no tensor is one of the plan's local ones"
+        return "the strategy keeps no tensors on clients: every domain is tested with one model"
 
     def _seen(self) -> list[Node]:
         return [node for node in self._strategy.nodes if not node.held_out]

@@ -57,6 +57,21 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.flower
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["scaffold", "ditto", "fedbabu", "local", "centralized"])
+def test_what_clients_keep_and_send_besides_is_the_same_on_both_runtimes(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Flower's simulation runtime needs ray")
+    config = resolve({**VALUES, "strategy": {"name": name}, "evaluate": {"kinds": ["own"]}})
+    flowers = simulate_flower.simulate_flower(config, runs=tmp_path / "flower", timeout=300)
+    ours = simulate(config, runs=tmp_path / "ours")
+    models = [load_file(Path(result["run"]) / "model.safetensors") for result in (ours, flowers)]
+    assert models[0].keys() == models[1].keys()
+    assert all(tensor.numpy().tobytes() == models[1][key].numpy().tobytes() for key, tensor in models[0].items())
+    assert lines(ours) == lines(flowers)
+    assert flowers["rejected_updates"] == 0
+
+
+@pytest.mark.flower
 def test_two_rounds_are_the_same_to_the_last_bit_on_both_runtimes(both: Both) -> None:
     """Tensors, every client's metrics, who was sampled, bytes, and the matrix under other clients' tensors."""
     models = [load_file(Path(result["run"]) / "model.safetensors") for result in (both.ours, both.flowers)]
