@@ -1,16 +1,28 @@
-"""What the how-to pages say is what the code does: their Python runs, and so do their command lines."""
+"""What the how-to pages say is what the code does: their Python runs, and so do their command lines.
+
+The pages on models and protocols have tests of their own.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-PAGES = sorted((Path(__file__).resolve().parents[1] / "docs/how-to").glob("*.md"))
+import fednorm
+from fednorm.config import resolve
 
+ROOT = Path(__file__).resolve().parents[1]
+OWN_TESTS = {"your-model.md": "test_docs_your_model.py", "protocols.md": "test_protocols.py"}
+GPU = "on-a-gpu.md"
+PAGES = [
+    page for page in sorted((ROOT / "docs/how-to").glob("*.md")) if page.name not in OWN_TESTS and page.name != GPU
+]
 
 FENCED = [
     (language, code)
@@ -56,6 +68,32 @@ def test_command_lines_run(line: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(code, encoding="utf-8")
     done = run("-c", "from fednorm.cli import main; main()", *line.split()[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_s_calls_are_ones_that_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolved = []
+
+    def take(kind: str) -> Callable[..., None]:
+        def call(*, device: str, config: Mapping[str, Any] | None = None, **names: str) -> None:
+            tables = {section: {"name": name} for section, name in names.items()}
+            resolved.append(resolve({"kind": kind, "device": device, **tables, **(config or {})}))
+
+        return call
+
+    monkeypatch.setattr(fednorm, "federated", take("federated"))
+    monkeypatch.setattr(fednorm, "continual", take("continual"))
+    text = (ROOT / "docs/how-to" / GPU).read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    exec(compile(code, GPU, "exec"), {"__name__": "example"})
+    assert [(config.device, config.amp, config.compile) for config in resolved] == [
+        ("cuda", "none", False),
+        ("cuda:1", "bf16", True),
+    ]
+
+
+def test_pages_with_tests_of_their_own_have_them() -> None:
+    for page, test in OWN_TESTS.items():
+        assert page in (ROOT / "tests" / test).read_text(encoding="utf-8")
 
 
 def test_there_is_something_to_run() -> None:

@@ -123,7 +123,7 @@ def test_a_stream_is_made_of_what_it_is_given(tmp_path: Path) -> None:
 
 def test_a_scenario_that_is_named_for_its_data_names_others() -> None:
     with pytest.raises(
-        ConfigError, match=r"split_digits is made of digits_mini.*take a scenario of any data: domain_d"
+        ConfigError, match=r"split_digits is made of digits_mini.*take a scenario of any data: permuted_labels"
     ):
         fednorm.continual(scenario="split_digits", data=domains())
 

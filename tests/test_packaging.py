@@ -61,4 +61,8 @@ def test_the_wheel_holds_what_is_read_at_run_time(names: list[str]) -> None:
 def test_the_wheel_holds_nothing_else(names: list[str]) -> None:
     for name in names:
         assert not {"tests", "shared", "runs", "golden", "__pycache__"} & set(name.split("/"))
-        assert ".dist-info/" in name or name.endswith((".py", ".toml", ".js", ".css", ".j2", "py.typed"))
+        assert (
+            ".dist-info/" in name
+            or name.endswith((".py", ".toml", ".js", ".css", ".j2", "py.typed"))
+            or "/templates/" in name
+        )

@@ -198,7 +198,7 @@ def test_explain_tells_of_the_stream_s_keys_too(section: str, words: str, call: 
         (("--set", "scenario.clas_order=sorted"), ("split_digits", "'clas_order'", "class_order")),
         (("--set", "scenario.class_order=random"), ("class_order", "'random'", "shuffled")),
         (("--set", "train.learning_rte=1"), ("'train.learning_rte'", "'learning_rate'")),
-        (("--set", "train.augment=flip"), ("train.augment", "'flip'", "crop_flip")),
+        (("--set", "train.augment=flop"), ("train.augment", "'flop'", "crop_flip")),
         (("--set", "train.momentum=0.9", "--optimizer", "adam"), ("train.momentum is SGD's",)),
         (("--optimizer", "sdg"), ("no optimizer named", "'sdg'", "'sgd'")),
         (("--learning-rate", "-1"), ("train.learning_rate", "-1")),

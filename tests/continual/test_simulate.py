@@ -239,6 +239,8 @@ TRAINING: dict[str, dict[str, Any]] = {
     "weight_decay": {"weight_decay": 0.1},
     "agc": {"agc": 1e-4},
     "augment": {"augment": "crop"},
+    "rotate_degrees": {"augment": "rotate", "rotate_degrees": 90},
+    "jitter": {"augment": "jitter", "jitter": 0.9},
     "schedule": {"schedule": "cosine"},
     "schedule_over": {"schedule": "linear", "schedule_over": "experience"},
     "warmup_steps": {"warmup_steps": 2},

@@ -158,5 +158,5 @@ def test_runs_are_called_by_what_tells_them_apart() -> None:
 def test_a_model_that_cannot_be_identified_is_refused_in_a_study_alone() -> None:
     model = {"model": {"name": lambda num_classes: num_classes}}
     assert resolve(model).sources["model"].startswith("process-")
-    with pytest.raises(ConfigError, match=r"The model of a run is an object that cannot be identified.*import path"):
+    with pytest.raises(ConfigError, match=r"is an object of this Python process, and a study.*into a module"):
         checked(model)

@@ -505,6 +505,7 @@ LEAVES: dict[str, Any] = {
     "data.validation": 0.5,
     "data.merge": True,
     "data.split_seed": 5,
+    "data.normalize": "none",
     "model.name": "alexnet",
     "model.width": 8,
     "norm.name": "group_norm",
@@ -521,6 +522,8 @@ LEAVES: dict[str, Any] = {
     "train.label_smoothing": 0.1,
     "train.clip_norm": 2.0,
     "train.augment": "crop",
+    "train.rotate_degrees": 45.0,
+    "train.jitter": 0.2,
     "train.schedule": "cosine",
     "train.warmup_steps": 2,
     "train.final_rate": 0.1,
@@ -543,6 +546,7 @@ LEAVES: dict[str, Any] = {
     "evaluate.split": "validation",
     "evaluate.batch_size": 32,
     "evaluate.diagnostics": False,
+    "evaluate.best_round": True,
 }
 
 ELSEWHERE: dict[str, Any] = {
