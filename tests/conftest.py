@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,13 @@ settings.register_profile("fednorm", deadline=None, suppress_health_check=[Healt
 settings.load_profile("fednorm")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
+
+
+def pytest_sessionstart() -> None:
+    """Undo what ``nohup`` did to this process: tests send their children the signal of a closed terminal."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 LAUNCHER = """
 import json, os, resource, signal, sys
