@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, incomplete, percent, seeds
+from fednorm.config import RunConfig
+from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, incomplete, percent, seeds
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "method_name", "plan_table"]
 
@@ -117,9 +118,18 @@ def _names(results: Sequence[Result]) -> list[str]:
     return [names[id(result)] for result in results]
 
 
-def _tuned(result: Result) -> str:
-    train = result["config"]["train"]
-    return f"lr {train['learning_rate']:g}" + (f", agc {train['agc']:g}" if train["agc"] else "")
+def _tuned(result: Result) -> list[str]:
+    """Return the learning rate, and whatever else of the training is not at its default."""
+    train, defaults = result["config"]["train"], RunConfig.defaults("federated").to_dict()["train"]
+    told = [f"lr {train['learning_rate']:g}"]
+    for key, value in train.items():
+        if key in defaults and key not in ("learning_rate", "checkpoint_every") and value != defaults[key]:
+            told.append(f"{SHORT.get(f'train.{key}', key)} {_text(value)}")
+    return told
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _bytes_per_round(result: Result) -> float:
@@ -129,7 +139,8 @@ def _bytes_per_round(result: Result) -> float:
 
 def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
     tuned = {name: _tuned(group[0]) for name, group in groups.items()}
-    settings = "; ".join(f"{name}: {values}" for name, values in tuned.items() if values.split(",")[0] not in name)
+    own = {name: [text for text in texts if text not in name] for name, texts in tuned.items()}
+    settings = "; ".join(f"{name}: {', '.join(texts)}" for name, texts in own.items() if texts)
     rounds = sorted({result["final"]["round"] for result in results})
     selection = results[0]["final"]["selection"]
     after = ", ".join(map(str, rounds))

@@ -10,9 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from fednorm.config import resolve
+from fednorm.federated.simulate import simulate
 from fednorm.report._common import Table, interval, percent
 from fednorm.report.latex import CHARACTERS, escaped
+from fednorm.report.table import accuracy_table
 
+SMALL = {
+    "data": {"image_size": 8, "train_per_client": 8, "test_per_domain": 4},
+    "model": {"width": 4},
+    "rounds": {"num_rounds": 1},
+}
 COLUMNS = ("method", "average accuracy", "forgetting (max − last)", "seconds")
 ROWS = (
     ("er_ace + batch_norm (passes=separate)", "54.1 ± 1.2", "25.0 ± 0.3", "34"),
@@ -130,3 +138,10 @@ def test_latex_shows_any_text_as_it_is(text: str) -> None:
 
 def test_latex_has_no_line_breaks_or_control_characters() -> None:
     assert escaped("a\n\n b\x00c\x1b[0m\\input{x}") == r"a bc[0m\textbackslash{}input\{x\}"
+
+
+def test_a_federated_caption_tells_what_is_not_at_its_default() -> None:
+    values = {"train": {"optimizer": "adamw", "augment": "crop,rotate", "label_smoothing": 0.1}}
+    result = simulate(resolve({**SMALL, **values}), runs=None)
+    (told,) = [note for note in accuracy_table([result]).notes if note.startswith("Settings")]
+    assert told == "Settings: fedavg: lr 0.01, optimizer adamw, label_smoothing 0.1, augment crop,rotate."
