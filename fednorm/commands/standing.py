@@ -12,8 +12,6 @@ from fednorm.errors import FedNormError
 from fednorm.signals import Terminated, exit_code, held, name_of
 from fednorm.study.record import CHECKPOINT, RunRecord
 
-AnyConfig = RunConfig
-
 
 @contextmanager
 def saying_what_stands(what: Callable[[], str]) -> Iterator[None]:
@@ -45,7 +43,7 @@ def say_stopped(sentence: str, code: int) -> None:
         return
 
 
-def run_stands(config: AnyConfig, runs: Path, *, in_process: bool = True) -> str:
+def run_stands(config: RunConfig, runs: Path, *, in_process: bool = True) -> str:
     """Return what stands of a run that was stopped; empty if nothing does.
 
     Args:
@@ -60,9 +58,8 @@ def run_stands(config: AnyConfig, runs: Path, *, in_process: bool = True) -> str
         done = len(record.lines())
     except (FedNormError, OSError):
         done = 0
-    federated = isinstance(config, RunConfig)
-    total = f" of {config.rounds.num_rounds}" if isinstance(config, RunConfig) else ""
-    finished = f"Finished and whole: {done}{total} {'rounds' if federated else 'experiences'}, in {record.folder}."
+    parts = f"{done} of {config.rounds.num_rounds} rounds" if config.kind == "federated" else f"{done} experiences"
+    finished = f"Finished and whole: {parts}, in {record.folder}."
     if not in_process:
         again = "Flower's runtime keeps no checkpoint: the same command starts again from round 1."
         return f"{finished} {again}" if done else ""

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 from fednorm import signals
+from fednorm.commands.standing import run_stands
+from fednorm.config import resolve
 from fednorm.federated import client
+from fednorm.study.record import CHECKPOINT, RunRecord
 
 SMALL = ("--set", "model.width=4", "--set", "evaluate.batch_size=64")
 ENDLESS: dict[str, tuple[str, ...]] = {
@@ -30,7 +33,7 @@ ENDLESS: dict[str, tuple[str, ...]] = {
     ),
 }
 STANDS = {
-    "federated": ("rounds.jsonl", "of 1000000 rounds"),
+    "federated": ("checkpoint.safetensors", "of 1000000 rounds"),
     "continual": ("checkpoint.safetensors", "experiences"),
 }
 
@@ -231,3 +234,13 @@ def test_outside_the_main_thread_nothing_is_touched() -> None:
     thread.start()
     thread.join()
     assert seen == [(signal.SIG_DFL, False)]
+
+
+@pytest.mark.parametrize(("kind", "words"), [("federated", "0 of 10 rounds, in "), ("continual", "0 experiences, in ")])
+def test_what_stands_is_counted_in_the_kind_s_own_parts(kind: str, words: str, tmp_path: Path) -> None:
+    config = resolve({"kind": kind})
+    folder = RunRecord(tmp_path, config).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    assert run_stands(config, tmp_path) == ""
+    (folder / CHECKPOINT).touch()
+    assert f"Finished and whole: {words}{folder}. Run the same command again" in run_stands(config, tmp_path)
