@@ -25,9 +25,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 
 def pytest_sessionstart() -> None:
-    """Undo what ``nohup`` did to this process: tests send their children the signal of a closed terminal."""
-    if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """Heed again what ``nohup`` or a shell's ``&`` made this process ignore: tests send themselves such signals."""
+    for name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
 LAUNCHER = """
