@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -177,6 +177,58 @@ def draw_class_order(seed: int, num_classes: int, class_order: str) -> tuple[int
     if class_order == "sorted":
         return tuple(range(num_classes))
     return tuple(int(k) for k in stream(seed, "stream", "class order").permutation(num_classes))
+
+
+def splits(scenario: str, usual: int) -> Callable[..., Stream]:
+    """Return what builds a scenario that deals a data set's classes: its options are the same for every data set.
+
+    Args:
+        scenario: The scenario's name.
+        usual: The default of ``num_experiences``.
+    """
+
+    def make(
+        reader: Reader,
+        seed: int,
+        *,
+        num_experiences: int = usual,
+        classes_per_experience: Classes = "",
+        class_order: str = "shuffled",
+        order_seed: int | str = "run",
+        train_per_experience: int = 0,
+        test_per_experience: int = 0,
+    ) -> Stream:
+        """Build the stream.
+
+        Args:
+            reader: Reads the data.
+            seed: The run's seed.
+            num_experiences: T; where it does not divide the number of classes, the first experiences have one more. In
+                scenario split, 0 for five, or fewer where some had one class only.
+            classes_per_experience: In place of T: a number of classes, or one for each experience, as ``"4,3,3"``.
+            class_order: ``shuffled`` by the seed, or ``sorted``.
+            order_seed: Of the class order: ``run`` for the run's seed, or a number.
+            train_per_experience: Most training images an experience; 0 for all.
+            test_per_experience: Most test images an experience; 0 for all.
+
+        Raises:
+            ConfigError: More experiences than classes, or numbers of classes that do not sum up to all of them.
+            DataError: The data is missing or corrupt, or several data sets.
+        """
+        return class_incremental(
+            scenario,
+            reader,
+            seed,
+            num_experiences=num_experiences,
+            classes_per_experience=classes_per_experience,
+            class_order=class_order,
+            order_seed=order_seed,
+            train=train_per_experience,
+            test=test_per_experience,
+            usual=usual,
+        )
+
+    return make
 
 
 def class_incremental(
