@@ -172,6 +172,17 @@ class Launcher:
         self._process.communicate()
 
 
+@pytest.fixture
+def own_declarations() -> Iterator[None]:
+    """Forget, after a test, the layers that it declared."""
+    from fednorm.recognition import DECLARED
+
+    before = dict(DECLARED)
+    yield
+    DECLARED.clear()
+    DECLARED.update(before)
+
+
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Callable[[str, dict[str, Any]], Launcher]]:
     """Make a launcher of a kind of run; all of them end with the tests."""

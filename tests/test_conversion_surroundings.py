@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +19,6 @@ import fednorm
 from fednorm import conversion
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
-from fednorm.recognition import DECLARED
 
 convert: Any = conversion.convert
 convert_with_report: Any = conversion.convert_with_report
@@ -37,12 +36,7 @@ METHODS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _declarations() -> Iterator[None]:
-    before = dict(DECLARED)
-    yield
-    DECLARED.clear()
-    DECLARED.update(before)
+pytestmark = pytest.mark.usefixtures("own_declarations")
 
 
 class LeakyBatchNorm(nn.BatchNorm2d):

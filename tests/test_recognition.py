@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,16 +17,9 @@ from torchvision.ops import FrozenBatchNorm2d
 import fednorm
 from fednorm.errors import ConfigError
 from fednorm.norms import recognition_of, spec_of
-from fednorm.recognition import DECLARED
 from fednorm.spec import ACTIVATIONS
 
-
-@pytest.fixture(autouse=True)
-def _declarations() -> Iterator[None]:
-    before = dict(DECLARED)
-    yield
-    DECLARED.clear()
-    DECLARED.update(before)
+pytestmark = pytest.mark.usefixtures("own_declarations")
 
 
 class LlamaRMSNorm(nn.Module):
