@@ -84,6 +84,9 @@ class Card:
         summary: One sentence.
         citation: Where it was published; None where it was not.
         deviations: Where we differ from the paper or its official code.
+        verified: How it was verified, and against what: a golden trace, a formula written out, another implementation.
+        reconstruction: What of the formula could not be read in the paper or its code, and is our best guess; empty
+            where nothing is. Shown wherever the method's results are, as "reconstruction, unverified".
         origin: The module that declares it, e.g. ``fednorm.norms.batch_norm``; set by the table.
     """
 
@@ -91,6 +94,8 @@ class Card:
     summary: str
     citation: Citation | None = None
     deviations: tuple[str, ...] = ()
+    verified: tuple[str, ...] = ()
+    reconstruction: str = ""
     origin: str = field(default="", compare=False)
 
     expects: ClassVar[str] = ""

@@ -230,6 +230,8 @@ class NormSpec(Card):
             does nothing. A strategy about normalization layers refuses a network without any.
         batch_coupled: True where one sample's output depends on the others in its batch (in training).
         train_eval_differ: True where evaluation computes something else than training.
+        scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
+            positive number, so that the length of the weight before them does not matter.
     """
 
     make: type[Norm]
@@ -238,6 +240,7 @@ class NormSpec(Card):
     normalizes: bool = True
     batch_coupled: bool = False
     train_eval_differ: bool = False
+    scale_invariant: bool = True
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
 
