@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion.exact import rewrite
 from fednorm.conversion.insertion import hidden_weights, insert, is_activation
 from fednorm.conversion.layout import Example, Site, require_layout, run_example, sites
 from fednorm.conversion.report import (
@@ -106,7 +107,9 @@ class ChannelsLast(nn.Module):
         return f"batch_axis={self.batch_axis}" if self.batch_axis else ""
 
 
-def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any) -> nn.Module:
+def convert(
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
+) -> nn.Module:
     """Return a copy of a model with its normalization replaced by another method.
 
     Args:
@@ -114,6 +117,8 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         norm: Name of the method, or a configured :class:`~fednorm.spec.Norm`.
         example_inputs: An input (a tensor, a list of arguments or a dictionary of keyword arguments), for models
             whose layers do not show which inputs they get: it is run through the model, and through the result.
+        exact: Keep the function of a pre-norm transformer, which ``rms_norm`` and ``crms_norm`` can do: outputs and
+            gradients stay (:mod:`fednorm.conversion.exact`).
         **options: The method's options, where ``norm`` is a name. A layer that is of the method already keeps its own
             for those that are not given (of a configured norm: those that are at their defaults).
 
@@ -125,11 +130,11 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         ConfigError: An option is wrong, a layer cannot be converted or what surrounds it cannot be kept, or nothing
             would change.
     """
-    return convert_with_report(model, norm, example_inputs=example_inputs, **options)[0]
+    return convert_with_report(model, norm, example_inputs=example_inputs, exact=exact, **options)[0]
 
 
 def convert_with_report(
-    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
 ) -> tuple[nn.Module, ConversionReport]:
     """Do what :func:`convert` does, and say what was done.
 
@@ -149,6 +154,9 @@ def convert_with_report(
     else:
         given = {f.name for f in dataclasses.fields(norm) if getattr(norm, f.name) != f.default}
     require_convertible(model)
+    if exact:
+        converted, layers, left = rewrite(model, norm, example_inputs)
+        return converted, ConversionReport(norm, layers=layers, left=left)
     before = copy_of(model)
     conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.

@@ -1,0 +1,208 @@
+"""Weight compander: every weight is squashed by an arctan, which bounds it and drives it away from zero.
+
+Cakaj, Mehnert, Yang. Weight Compander: A Simple Weight Reparameterization for Regularization. 2023.
+https://arxiv.org/abs/2306.16993
+
+    w = a * arctan(v / b),      a, b > 0
+
+v, of the weight's shape, is what is learned in its place; |w| < a * pi / 2, and w = a / b * v near 0. Gradients of large
+v are small, dw/dv = (a / b) / (1 + (v / b)^2). a and b, one of each a layer, first 1, are learned with it (``learned``),
+or stay. Convolutions and linear layers, biases not. A network with given weights w starts from v = b * tan(w / a), which
+leaves its function as it is. As with ``sws``, no layer normalizes activations: every convolution has a bias. Train =
+eval; no buffers; a batch of one works. The weight is computed once a training step, and once in all while evaluating.
+
+Federated: v, a and b are sent and averaged, not w: the average of arctans is not the arctan of the average.
+Continual: nothing is carried over but weights.
+Differs: the abstract fixes what the function does, and not the function: this one and a = b = 1 are our reconstruction.
+The paper's networks keep their batch normalization, under which a bound on the weights does not bound what they
+compute; here it is gone, so that it does. a and b are learned as logarithms, so that they stay positive.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fednorm import options
+from fednorm.cards import Citation
+from fednorm.errors import ConfigError
+from fednorm.norms._computed import ComputedWeight
+from fednorm.norms._precision import widened
+from fednorm.roles import Carry, Kind
+from fednorm.spec import Norm, NormSpec, TensorSpec
+
+
+class Companded(ComputedWeight):
+    """A layer whose ``weight`` holds v, and which computes with w = a * arctan(v / b)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def add_scales(self, a: float, b: float, *, learned: bool) -> None:
+        """Give the layer its a and b, and turn its weight w into v.
+
+        Raises:
+            ConfigError: A weight is not within the bound.
+        """
+        self.a, self.b, self.learned = a, b, learned
+        # Learned as logarithms: no step of an optimizer can make them negative.
+        self.log_a = nn.Parameter(self.weight.new_tensor(math.log(a))) if learned else None
+        self.log_b = nn.Parameter(self.weight.new_tensor(math.log(b))) if learned else None
+        self.start_from(self.weight)
+
+    def _scales(self) -> tuple[Tensor | float, Tensor | float]:
+        if self.log_a is None or self.log_b is None:
+            return self.a, self.b
+        return widened(self.log_a).exp(), widened(self.log_b).exp()
+
+    def computed_weight(self) -> Tensor:
+        """Return w, of the weight's shape."""
+        a, b = self._scales()
+        return ((widened(self.weight) / b).atan() * a).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor) -> None:
+        """Set v to b * tan(w / a), so that the layer computes with the given w.
+
+        Raises:
+            ConfigError: An entry of w is not within the bound.
+        """
+        if weight.is_meta:
+            return
+        a, b = self._scales()
+        largest = float(weight.abs().max()) if weight.numel() else 0.0
+        if not largest < float(a) * math.pi / 2:
+            raise ConfigError(
+                f"weight_compander bounds weights by a * pi / 2 = {float(a) * math.pi / 2:.4g}, and a layer of weight "
+                f"shape {tuple(weight.shape)} has one of size {largest:.4g}. Set a to {largest:.2g} or more."
+            )
+        self.weight.copy_((widened(weight) / a).tan() * b)
+
+
+class CompandedConv2d(Companded, nn.Conv2d):
+    """A 2-D convolution with companded weights.
+
+    Args:
+        *args: As of ``nn.Conv2d``.
+        a: The first a.
+        b: The first b.
+        learned: Whether a and b are learned.
+        **kwargs: As of ``nn.Conv2d``.
+    """
+
+    def __init__(self, *args: Any, a: float = 1.0, b: float = 1.0, learned: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_scales(a, b, learned=learned)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` of shape (N, C_in, H, W) with the companded weight."""
+        y: Tensor = self._conv_forward(x, self.weight_in_use(), self.bias)
+        return y
+
+    def extra_repr(self) -> str:
+        """Return the convolution's geometry and this method's settings."""
+        geometry: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{geometry}, a={self.a:g}, b={self.b:g}, learned={self.learned}"
+
+
+class CompandedLinear(Companded, nn.Linear):
+    """A linear layer with companded weights; :meth:`WeightCompander.prepare` makes it of an ``nn.Linear``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input (..., C_in) times the companded weight, plus the bias."""
+        return F.linear(input, self.weight_in_use(), self.bias)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightCompander(Norm):
+    """The weight compander and its options.
+
+    Attributes:
+        a: The first a of every layer, greater than 0: weights are bounded by a * pi / 2.
+        b: The first b of every layer, greater than 0: the slope at 0 is a / b.
+        learned: Whether a and b are learned, one of each a layer.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    a: float = 1.0
+    b: float = 1.0
+    learned: bool = True
+
+    def __post_init__(self) -> None:
+        options.number("weight_compander", "a", self.a, above=0)
+        options.number("weight_compander", "b", self.b, above=0)
+        options.flag("weight_compander", "learned", self.learned)
+
+    @property
+    def conv_layer(self) -> Callable[..., nn.Conv2d]:
+        """The companded convolution."""
+        return partial(CompandedConv2d, a=self.a, b=self.b, learned=self.learned)
+
+    @property
+    def shifts(self) -> bool:
+        """Return False: no normalization layer follows, so every convolution has a bias."""
+        return False
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Compand the linear layers too; returns the same model.
+
+        Raises:
+            ConfigError: A weight is not within the bound; the message names the layer.
+        """
+        companded: dict[int, Companded] = {}
+        for path, module in model.named_modules():
+            if type(module) is not nn.Linear:
+                continue
+            # The class alone changes: hooks, shared tensors and references to the layer stay.
+            module.__class__ = CompandedLinear
+            assert isinstance(module, CompandedLinear)
+            first = companded.setdefault(id(module.weight), module)
+            if first is not module:
+                module.a, module.b, module.learned = first.a, first.b, first.learned
+                module.log_a, module.log_b = first.log_a, first.log_b
+                continue
+            try:
+                module.add_scales(self.a, self.b, learned=self.learned)
+            except ConfigError as error:
+                raise ConfigError(f"Layer {path or 'the model itself'!r}: {error}") from error
+            for scale in (module.log_a, module.log_b):
+                if scale is not None:
+                    scale.requires_grad_(module.weight.requires_grad)
+        return model
+
+
+SPEC = NormSpec(
+    name="weight_compander",
+    summary="w = a * arctan(v / b) in every convolution and linear layer; nothing normalizes activations.",
+    citation=Citation(
+        title="Weight Compander: A Simple Weight Reparameterization for Regularization",
+        authors="Cakaj, Mehnert, Yang",
+        year=2023,
+        arxiv="2306.16993",
+    ),
+    make=WeightCompander,
+    layers=(Companded,),
+    tensors={
+        "weight": TensorSpec(Kind.WEIGHT, Carry.KEEP),
+        "bias": TensorSpec(Kind.WEIGHT, Carry.KEEP),
+        "log_a": TensorSpec(Kind.GAIN, Carry.KEEP),
+        "log_b": TensorSpec(Kind.GAIN, Carry.KEEP),
+    },
+    normalizes=False,
+    scale_invariant=False,
+    verified=("the formula in float64, and its gradient written out",),
+    reconstruction="The function, and the first values of a and b.",
+    deviations=(
+        "The paper's networks keep their batch normalization; here nothing normalizes activations, as with sws.",
+        "a and b are learned as logarithms, so that they stay positive.",
+    ),
+)
