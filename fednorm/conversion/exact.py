@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from fednorm.conversion.layout import Example
-from fednorm.conversion.report import Left
+from fednorm.conversion.report import ConversionReport, Left
 from fednorm.conversion.residual_stream import Part, Search, Tap, Trial, call, in_double, randomized, tensors_in
 from fednorm.conversion.surroundings import Surroundings, copy_of, named, own_tensors
 from fednorm.errors import ConfigError
@@ -48,7 +48,7 @@ ELSEWHERE = "it does not normalize the residual stream, and stays layer normaliz
 _IMAGE_SIZES = (32, 28, 64, 96, 224, 256, 384)
 
 
-def rewrite(model: nn.Module, norm: Norm, example: Example | None) -> tuple[nn.Module, list[str], list[Left]]:
+def rewrite(model: nn.Module, norm: Norm, example: Example | None) -> tuple[nn.Module, ConversionReport]:
     """Return a copy of a pre-norm transformer that computes the same by RMS or CRMS normalization.
 
     Args:
@@ -57,7 +57,7 @@ def rewrite(model: nn.Module, norm: Norm, example: Example | None) -> tuple[nn.M
         example: An input; None for one that is made by the look of the network.
 
     Returns:
-        The copy, the paths of its layers that were replaced, and the layer normalizations that were left.
+        The copy and the report.
 
     Raises:
         ConfigError: The method or its options are others; the network has no layer normalization, needs an example, or
@@ -70,16 +70,26 @@ def rewrite(model: nn.Module, norm: Norm, example: Example | None) -> tuple[nn.M
     features = Counter(width for _, width in layers.values()).most_common(1)[0][0]
     trial = _trial(copy_of(model), example, features)
     stream = [path for path, (_, width) in layers.items() if width == features and path in trial.plain.inputs]
+    left = [path for path in layers if path not in stream]
     search = Search(trial, stream)
-    rest = search.find()
+    rest = search.find() + [path for path in left if not _in_a_head(path, layers[path][1], trial, stream)]
     if rest:
         raise ConfigError(_reads_the_mean(rest[0], layers[rest[0]][0], norm))
     converted = copy_of(model)
     _take_means_off(converted, search.taps, shorten=shorten)
     _replace_norms(converted, stream, shorten=shorten)
     _require_equal(converted, trial, stream[0], norm)
-    left = [Left(path, type(layer).__name__, ELSEWHERE) for path, (layer, _) in layers.items() if path not in stream]
-    return converted, stream, left
+    report = ConversionReport(norm, layers=stream)
+    report.left += [Left(path, type(layers[path][0]).__name__, ELSEWHERE) for path in left]
+    places = ", ".join(f"{tap.path or 'the model itself'} ({tap.part})" for tap in search.taps)
+    report.notes.append(f"The function is the same. The mean over the features is taken off at: {places}.")
+    return converted, report
+
+
+def _in_a_head(path: str, width: int, trial: Trial, stream: list[str]) -> bool:
+    """Return whether a layer normalization is of attention heads: queries or keys, of a part of the stream's width."""
+    axes = trial.plain.axes
+    return trial.features % width == 0 and axes.get(path, 0) > max(axes[one] for one in stream)
 
 
 def _shortens(norm: Norm) -> bool:

@@ -56,6 +56,7 @@ from fednorm.norms import make_norm, specs_by_layer
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import anchor_of, declaration_of, own_forward, own_vectors, recognize
+from fednorm.recognition.tensor_kinds import declared_tensors
 from fednorm.rng import torch_seeded
 from fednorm.spec import Norm
 
@@ -155,8 +156,7 @@ def convert_with_report(
         given = {f.name for f in dataclasses.fields(norm) if getattr(norm, f.name) != f.default}
     require_convertible(model)
     if exact:
-        converted, layers, left = rewrite(model, norm, example_inputs)
-        return converted, ConversionReport(norm, layers=layers, left=left)
+        return rewrite(model, norm, example_inputs)
     before = copy_of(model)
     conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
@@ -337,6 +337,7 @@ class _Conversion:
         """
         known = site.recognition
         spoken = set(own_tensors(old)) if known.spec is None or known.declared else set(known.spec.tensors)
+        spoken |= set(declared_tensors(type(old)))
         more = [*(set(own_tensors(old)) - spoken), *([] if known.fused else [n for n, _ in old.named_children()])]
         if is_parametrized(old):
             more = []  # refused with its own words

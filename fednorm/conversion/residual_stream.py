@@ -62,12 +62,13 @@ class _Pass:
         inputs: For each module, by path, the largest |mean| over the features of its first input, relative to the
             input's size; in the order of their beginning.
         results: The same of its output; in the order of their end.
-        order: Paths in the order of their beginning.
+        axes: For each module the number of axes of its first input.
     """
 
     outputs: Tensor
     inputs: dict[str, float] = field(default_factory=dict)
     results: dict[str, float] = field(default_factory=dict)
+    axes: dict[str, int] = field(default_factory=dict)
 
 
 class Trial:
@@ -94,7 +95,7 @@ class Trial:
         handles += [self._hook(tap, _Shift(self._axis(tap), number)) for number, tap in enumerate(shifted)]
         seen = _Pass(torch.empty(0))
         for path, module in self.modules.items():
-            handles.append(module.register_forward_pre_hook(self._watch(seen.inputs, path), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(self._watch(seen, path), with_kwargs=True))
             handles.append(module.register_forward_hook(self._watch_output(seen.results, path)))
         try:
             with torch.no_grad(), torch_seeded(0, "exact"):
@@ -123,10 +124,13 @@ class Trial:
             return module.register_forward_pre_hook(hook, with_kwargs=True)
         return module.register_forward_hook(hook)
 
-    def _watch(self, seen: dict[str, float], path: str) -> Callable[..., None]:
+    def _watch(self, seen: _Pass, path: str) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             del module
-            self._look(seen, path, next(iter((*args, *kwargs.values())), None))
+            value = next(iter((*args, *kwargs.values())), None)
+            if isinstance(value, Tensor):
+                seen.axes[path] = value.ndim
+            self._look(seen.inputs, path, value)
 
         return watch
 
@@ -289,15 +293,16 @@ class Search:
         """Take taps of a part, the earliest first, while there are layer normalizations whose input has a mean."""
         while self.open(seen):
             means = seen.results if part is Part.OUTPUT else seen.inputs
-            paths = [path for path, mean in means.items() if mean > TOLERANCE and not self._is_conv(path)]
+            paths = [path for path, mean in means.items() if mean > TOLERANCE and self._may_be(part, path)]
             groups = ([Tap(path, part) for path in group] for group in by_pattern(paths))
             if not any(self._take(group) for group in groups):
                 break
             seen = self.trial.run(self.taps)
         return seen
 
-    def _is_conv(self, path: str) -> bool:
-        return isinstance(self.trial.modules[path], nn.Conv2d)
+    def _may_be(self, part: Part, path: str) -> bool:
+        """Return whether a mean may be taken off: not right before a norm, which would be layer normalization."""
+        return not (part is Part.INPUT and path in self.norms) and not isinstance(self.trial.modules[path], nn.Conv2d)
 
     def _take(self, taps: Sequence[Tap]) -> bool:
         """Take those of some taps on whose mean nothing depends: all at once, or one by one; whether there was one."""
