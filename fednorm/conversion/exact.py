@@ -170,16 +170,17 @@ def _call_layers(model: nn.Module) -> None:
 
 def _guesses(model: nn.Module, features: int) -> Iterator[Example]:
     """Yield inputs of the usual kinds: images, tokens, features."""
+    draw = torch.Generator().manual_seed(0)
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is not None:
         for size in dict.fromkeys([*_said_sizes(model), *_IMAGE_SIZES]):
-            yield torch.randn(2, convolution.in_channels, size, size)
+            yield torch.randn(2, convolution.in_channels, size, size, generator=draw)
     table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     if table is not None:
         yield torch.arange(10).view(2, 5) % table.num_embeddings
     linear = next((m.in_features for m in model.modules() if isinstance(m, nn.Linear)), features)
     for width in dict.fromkeys([linear, features]):
-        yield torch.randn(2, 5, width)
+        yield torch.randn(2, 5, width, generator=draw)
 
 
 def _said_sizes(model: nn.Module) -> Iterator[int]:

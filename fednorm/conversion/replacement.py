@@ -54,6 +54,7 @@ from fednorm.conversion.surroundings import (
 from fednorm.errors import ConfigError
 from fednorm.norms import make_norm, specs_by_layer
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
+from fednorm.norms.weight_compander import CompandedConv2d, WeightCompander, uncompand
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import anchor_of, declaration_of, own_forward, own_vectors, recognize
 from fednorm.recognition.tensor_kinds import declared_tensors
@@ -157,7 +158,7 @@ def convert_with_report(
     require_convertible(model)
     if exact:
         return rewrite(model, norm, example_inputs)
-    before = copy_of(model)
+    before = copy_of(model) if isinstance(norm, WeightCompander) and not given else uncompand(copy_of(model))
     conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
     with torch_seeded(0, "convert"):
@@ -287,7 +288,7 @@ class _Conversion:
         site = self.sites[id(old)]
         known = site.recognition
         self.report.layers.append(path)
-        if self.same.applies(known) and self.same.settle(old, known):
+        if self.same.applies(old, known) and self.same.settle(old, known):
             return self._inside(old, path, ancestors)
         self._require_accounted(old, path, site)
         core, last = self._core(old, path, site)
@@ -320,7 +321,7 @@ class _Conversion:
         like = self.around.like(old, ())
         try:
             with torch.device(torch.device("cpu") if like is None else like.device):
-                if self.same.applies(site.recognition):
+                if self.same.applies(old, site.recognition):
                     return self.same.build(old, site.recognition, channels, dims), last
                 return self.norm.layer_for(channels, dims), last
         except ConfigError as error:
@@ -391,7 +392,7 @@ class _Conversion:
                 )
         except ConfigError as error:
             raise ConfigError(f"Convolution {path or 'the model itself'!r}: {error}") from error
-        if type(new) is nn.Conv2d and not isinstance(old, SWSConv2d | WSConv2d):
+        if type(new) in (nn.Conv2d, CompandedConv2d) and not isinstance(old, SWSConv2d | WSConv2d):
             self._look_at(old, path)
             if old.bias is None and new.bias is not None:
                 old.bias = _zero_bias(old)

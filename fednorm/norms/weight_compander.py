@@ -53,9 +53,15 @@ class Companded(ComputedWeight):
         """
         self.a, self.b, self.learned = a, b, learned
         # Learned as logarithms: no step of an optimizer can make them negative.
-        self.log_a = nn.Parameter(self.weight.new_tensor(math.log(a))) if learned else None
-        self.log_b = nn.Parameter(self.weight.new_tensor(math.log(b))) if learned else None
+        trains = self.weight.requires_grad
+        self.log_a = nn.Parameter(self.weight.new_tensor(math.log(a)), trains) if learned else None
+        self.log_b = nn.Parameter(self.weight.new_tensor(math.log(b)), trains) if learned else None
         self.start_from(self.weight)
+
+    def share_scales(self, other: Companded) -> None:
+        """Take a and b of a layer with which this one shares its weight."""
+        self.a, self.b, self.learned = other.a, other.b, other.learned
+        self.log_a, self.log_b = other.log_a, other.log_b
 
     def _scales(self) -> tuple[Tensor | float, Tensor | float]:
         if self.log_a is None or self.log_b is None:
@@ -153,31 +159,60 @@ class WeightCompander(Norm):
         return False
 
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Compand the linear layers too; returns the same model.
+        """Compand every convolution and linear layer that is not yet, with the weights that it has.
+
+        Returns:
+            The same model.
 
         Raises:
-            ConfigError: A weight is not within the bound; the message names the layer.
+            ConfigError: A weight is not within the bound, or a convolution has a forward pass or a parametrization of
+                its own; the message names the layer.
         """
         companded: dict[int, Companded] = {}
         for path, module in model.named_modules():
-            if type(module) is not nn.Linear:
-                continue
-            # The class alone changes: hooks, shared tensors and references to the layer stay.
-            module.__class__ = CompandedLinear
-            assert isinstance(module, CompandedLinear)
-            first = companded.setdefault(id(module.weight), module)
-            if first is not module:
-                module.a, module.b, module.learned = first.a, first.b, first.learned
-                module.log_a, module.log_b = first.log_a, first.log_b
-                continue
             try:
-                module.add_scales(self.a, self.b, learned=self.learned)
+                self._compand(module, companded)
             except ConfigError as error:
                 raise ConfigError(f"Layer {path or 'the model itself'!r}: {error}") from error
-            for scale in (module.log_a, module.log_b):
-                if scale is not None:
-                    scale.requires_grad_(module.weight.requires_grad)
         return model
+
+    def _compand(self, module: nn.Module, companded: dict[int, Companded]) -> None:
+        if isinstance(module, nn.Conv2d) and type(module) not in (nn.Conv2d, CompandedConv2d):
+            raise ConfigError(
+                f"A {type(module).__name__} computes its weight or its output in a way of its own, which a companded "
+                "weight would lose. Build the model with plain nn.Conv2d layers, or use another norm."
+            )
+        if type(module) is nn.Conv2d:
+            module.__class__ = CompandedConv2d
+        elif type(module) is nn.Linear:
+            module.__class__ = CompandedLinear
+        else:
+            return
+        # The class alone has changed: hooks, shared tensors and references to the layer stay.
+        assert isinstance(module, Companded)
+        first = companded.setdefault(id(module.weight), module)
+        if first is module:
+            module.add_scales(self.a, self.b, learned=self.learned)
+        else:
+            module.share_scales(first)
+
+
+@torch.no_grad()
+def uncompand(model: nn.Module) -> nn.Module:
+    """Turn every companded layer into the plain one that computes with the same weight; returns the same model."""
+    done: set[int] = set()
+    for module in model.modules():
+        if not isinstance(module, Companded):
+            continue
+        if id(module.weight) not in done:
+            module.weight.copy_(module.computed_weight())
+            done.add(id(module.weight))
+        module.__class__ = nn.Conv2d if isinstance(module, CompandedConv2d) else nn.Linear  # type: ignore[assignment]
+        for name in ("log_a", "log_b"):
+            module._parameters.pop(name, None)
+        for name in ("a", "b", "learned"):
+            vars(module).pop(name, None)
+    return model
 
 
 SPEC = NormSpec(
