@@ -92,7 +92,7 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     before = copy.deepcopy(model.state_dict())
     converted, report = convert_with_report(model, name)
     assert report.layers == normalizing(model)
-    wanted = {"ws_group_norm": {"group_norm"}, "none": set(), "sws": set()}.get(name, {name})
+    wanted = {"ws_group_norm": {"group_norm"}, "none": set(), "sws": set(), "weight_compander": set()}.get(name, {name})
     if name == "instance_norm" and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         wanted = {"instance_norm", "layer_norm"}  # features have no positions
     assert {spec_of(converted.get_submodule(path)).name for path in normalizing(converted)} == wanted  # type: ignore[union-attr]
@@ -113,7 +113,9 @@ def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, nam
     assert missing == []
     plan = norm_plan(converted, RoleRule())
     assert [entry.key for entry in plan.entries] == list(converted.state_dict())
-    assert any(entry.kind in NORMALIZATION for entry in plan.entries) == (name not in ("none", "sws"))
+    assert any(entry.kind in NORMALIZATION for entry in plan.entries) == (
+        name not in ("none", "sws", "weight_compander")
+    )
 
 
 def test_converting_batch_norm_to_batch_norm_keeps_the_function(model: nn.Module) -> None:

@@ -465,7 +465,9 @@ def test_only_declared_scales_and_shifts_are_touched() -> None:
 # Norms that do not take the scale away.
 
 
-@pytest.mark.parametrize(("norm", "invariant"), [("dyt", False), ("seednorm", False), ("bhyt", True), ("pre_affine", True)])
+@pytest.mark.parametrize(
+    ("norm", "invariant"), [("dyt", False), ("seednorm", False), ("bhyt", True), ("pre_affine", True)]
+)
 def test_a_weight_is_hidden_only_before_a_norm_that_takes_its_scale_away(norm: str, invariant: bool) -> None:
     """Doubling the weight must not matter where it is taken for hidden, and does matter where it is not."""
     torch.manual_seed(0)

@@ -231,7 +231,7 @@ def in_double(example: Example) -> Example:
 
     if isinstance(example, dict):
         return {key: one(value) for key, value in example.items()}
-    return one(example) if isinstance(example, Tensor) else [one(value) for value in example]  # type: ignore[no-any-return]
+    return one(example) if isinstance(example, Tensor) else [one(value) for value in example]
 
 
 def call(model: nn.Module, example: Example) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ComputedWeight(nn.Module):
         return {name: value for name, value in vars(self).items() if name != _KEPT}
 
 
-def _same(one: list[tuple[Tensor, int, int]], other: list[tuple[Tensor, int, int]]) -> bool:
+def _same(one: Sequence[tuple[Tensor, int, int]], other: Sequence[tuple[Tensor, int, int]]) -> bool:
     return len(one) == len(other) and all(
         a is b and rest == now for (a, *rest), (b, *now) in zip(one, other, strict=True)
     )

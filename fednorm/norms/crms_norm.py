@@ -11,7 +11,7 @@ one works; there is no shift, so convolutions keep a bias.
 
 What it is for is the exact rewrite of a transformer that normalizes before its branches (Pre-LN):
 ``convert(model, "rms_norm", exact=True)`` and ``convert(model, "crms_norm", exact=True)``, see
-:mod:`fednorm.conversion.exact`. There the vector really has zero mean; anywhere else the layer is a norm by the formula.
+:mod:`fednorm.conversion.exact`. There the vector really has zero mean; elsewhere the layer is a norm by the formula.
 
 Federated: no statistics to disagree about; the scale is shared by FedAvg, local under FedBN's rule. Recentring is
 linear, so that it commutes with averaging: Pre-LN, Pre-RMSNorm and Pre-CRMSNorm federations stay equal.

@@ -6,7 +6,9 @@ Zhu, Chen, He, LeCun, Liu. Transformers without Normalization. CVPR 2025. https:
 
 ``alpha`` is one number a layer, shape (1,), first 0.5; ``weight`` and ``bias`` are per channel, shape (C,), first 1 and
 0. No mean, no variance: no sample and no position sees another. Train = eval; a batch of one works. The output is *not*
-independent of the input's scale: an input twice as large is squashed more.
+independent of the input's scale: an input twice as large is squashed more, and a small one is multiplied by alpha. A
+deep network with few skip connections can lose its signal at the start, as mobilenet_v2 does: give a larger
+``alpha_init``.
 
 Federated: nothing to disagree about but three learned tensors, shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but these.

@@ -137,5 +137,7 @@ SPEC = NormSpec(
     },
     verified=("the formula in float64, number by number", "torch.nn.RMSNorm before the first step"),
     reconstruction="How the gate begins (up = 0), its factor of 2, and its rank for a given width.",
-    deviations=("A factor of 2 on the gate, so that the layer begins as RMS normalization; gate_scale=1 is as printed.",),
+    deviations=(
+        "A factor of 2 on the gate, so that the layer begins as RMS normalization; gate_scale=1 is as printed.",
+    ),
 )

@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.errors import DataError
-from fednorm.norms._batch import check_spatial_dims, per_channel
+from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.norms._features import require_channels, require_features, require_numbers
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Carry, Kind
@@ -53,41 +52,46 @@ def l1_moments(x: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor
 
 
 class L1Layer(nn.Module):
-    """What the forms of L1 normalization have in common: C, eps, and a learned scale and shift per channel."""
+    """What marks the layers of L1 normalization."""
 
-    def __init__(self, num_channels: int, *, eps: float) -> None:
-        super().__init__()
-        self.num_channels = num_channels
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(num_channels))
-        self.bias = nn.Parameter(torch.zeros(num_channels))
+    weight: nn.Parameter
+    bias: nn.Parameter
+    eps: float
 
-    def affine(self, centred: Tensor, deviation: Tensor) -> Tensor:
+    def _scaled(self, centred: Tensor, deviation: Tensor) -> Tensor:
         """Return centred / (deviation + eps) * weight + bias."""
         scale = per_channel(self.weight, centred) / (deviation + self.eps)
         return torch.addcmul(per_channel(self.bias, centred), centred, scale)
 
 
-class L1BatchNorm(L1Layer):
+class L1BatchNorm(L1Layer, BatchLayer):
     """L1 normalization of each channel of (N, C) and (N, C, ...) over the batch and all positions.
 
     Args:
-        num_channels: C.
+        num_features: C.
         eps: Added to s.
-        momentum: Weight of the new batch in the running averages.
+        momentum: Weight of the new batch in the running averages. None averages all batches alike, as in PyTorch.
     """
 
     over = "batch"
 
-    def __init__(self, num_channels: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
-        super().__init__(num_channels, eps=eps)
-        self.momentum = momentum
-        self.register_buffer("running_mean", torch.zeros(num_channels))
-        self.register_buffer("running_deviation", torch.ones(num_channels))
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.long))
-        self.running_mean: Tensor
+    def __init__(self, num_features: int, *, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        del self.running_var  # PyTorch's buffer: the property takes its place
+        self.register_buffer("running_deviation", torch.ones(num_features))
         self.running_deviation: Tensor
-        self.num_batches_tracked: Tensor
+
+    @property
+    def running_var(self) -> Tensor:  # type: ignore[override]
+        """The running s, squared: what a Gaussian with that deviation has for a variance."""
+        return self.running_deviation.square()
+
+    def reset_running_stats(self) -> None:
+        """Set the running mean to 0, the running s to 1, and the count of batches to 0."""
+        if "running_deviation" in self._buffers:  # not yet while PyTorch's layer is being made
+            self.running_mean.zero_()
+            self.running_deviation.fill_(1)
+            self.num_batches_tracked.zero_()
 
     @in_full_precision
     def forward(self, x: Tensor) -> Tensor:
@@ -96,29 +100,19 @@ class L1BatchNorm(L1Layer):
         Raises:
             DataError: The input's shape is wrong, or training has one value per channel.
         """
-        require_channels(self, self.num_channels, x)
+        self._check_input_dim(x)
         if not self.training:
             mean, deviation = (per_channel(widened(t), x) for t in (self.running_mean, self.running_deviation))
-            return self.affine(x - mean, deviation)
-        if x.numel() <= self.num_channels:
-            raise DataError(
-                f"{type(self).__name__} estimates a deviation from each batch and needs more than one value per "
-                f"channel; got shape {tuple(x.shape)}. Use a batch size of at least 2, drop the last batch, or call "
-                "model.eval()."
-            )
+            return self._scaled(x - mean, deviation)
         centred, mean, deviation = l1_moments(x, (0, *range(2, x.ndim)))
         self._update(mean, deviation)
-        return self.affine(centred, deviation)
+        return self._scaled(centred, deviation)
 
     @torch.no_grad()
     def _update(self, mean: Tensor, deviation: Tensor) -> None:
-        self.num_batches_tracked.add_(1)
+        rate = self.count_batch()
         for running, batch in ((self.running_mean, mean), (self.running_deviation, deviation)):
-            running.copy_(widened(running).lerp(batch.flatten(), self.momentum))
-
-    def extra_repr(self) -> str:
-        """Return the arguments."""
-        return f"{self.num_channels}, eps={self.eps:g}, momentum={self.momentum:g}"
+            running.copy_(widened(running).lerp(batch.flatten(), rate))
 
 
 class L1LayerNorm(L1Layer):
@@ -134,8 +128,12 @@ class L1LayerNorm(L1Layer):
     """Unlike the form that the card speaks of."""
 
     def __init__(self, num_channels: int, *, over: str = "sample", eps: float = 1e-5) -> None:
-        super().__init__(num_channels, eps=eps)
+        super().__init__()
+        self.num_channels = num_channels
         self.over = over
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
 
     @in_full_precision
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +146,7 @@ class L1LayerNorm(L1Layer):
         if self.num_channels == 1:
             require_numbers("l1_norm", x)
         centred, _, deviation = l1_moments(x, (1,) if self.over == "channels" else tuple(range(1, x.ndim)))
-        return self.affine(centred, deviation)
+        return self._scaled(centred, deviation)
 
     def extra_repr(self) -> str:
         """Return the arguments."""
@@ -212,6 +210,9 @@ SPEC = NormSpec(
     },
     batch_coupled=True,
     train_eval_differ=True,
-    verified=("the formula in float64, and its gradient written out", "batch normalization of Gaussian numbers, nearly"),
+    verified=(
+        "the formula in float64, and its gradient written out",
+        "batch normalization of Gaussian numbers, nearly",
+    ),
     reconstruction="The exact L1 layer of arXiv 2411.10948; this is that of arXiv 1802.09769.",
 )

@@ -13,9 +13,9 @@ unless ``dropout`` is used; a batch of one works; no shift, so that convolutions
 Federated: no statistics to disagree about; all tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but these. The authors want weight decay on alpha and beta; ours is on everything.
 Differs: no official code is known; the formula is that of independent texts that agree. The authors' two tricks for
-vision are options that are off: ``dropout`` of the dynamic term (their drop-path rate), and ``divide``, which divides by
-the head's width; that it does so within the tanh is our guess. 16 heads are reported for ViT-B; a layer with C channels
-has the largest number of heads that divides C and is at most 16 and C / 8, unless ``num_heads`` is given.
+vision are options that are off: ``dropout`` of the dynamic term (their drop-path rate), and ``divide``, which divides
+by the head's width; that it does so within the tanh is our guess. 16 heads are reported for ViT-B; a layer with C
+channels has the largest number of heads that divides C and is at most 16 and C / 8, unless ``num_heads`` is given.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class SeeDNormLayer(nn.Module):
         """
         require_channels(self, self.num_channels, x)
         width = self.num_channels // self.num_heads
-        heads = (x * per_channel(self.beta, x)).unflatten(1, (self.num_heads, width)).sum(2)
+        weighted = x * per_channel(self.beta, x)
+        heads: Tensor = weighted.unflatten(1, (self.num_heads, width)).sum(2)  # type: ignore[no-untyped-call]
         s = (heads / width if self.divide else heads).tanh()
         dynamic = s.repeat_interleave(width, 1) * per_channel(self.alpha, x)
         if self.dropout:

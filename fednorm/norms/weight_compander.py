@@ -5,11 +5,12 @@ https://arxiv.org/abs/2306.16993
 
     w = a * arctan(v / b),      a, b > 0
 
-v, of the weight's shape, is what is learned in its place; |w| < a * pi / 2, and w = a / b * v near 0. Gradients of large
-v are small, dw/dv = (a / b) / (1 + (v / b)^2). a and b, one of each a layer, first 1, are learned with it (``learned``),
-or stay. Convolutions and linear layers, biases not. A network with given weights w starts from v = b * tan(w / a), which
-leaves its function as it is. As with ``sws``, no layer normalizes activations: every convolution has a bias. Train =
-eval; no buffers; a batch of one works. The weight is computed once a training step, and once in all while evaluating.
+v, of the weight's shape, is what is learned in its place; |w| < a * pi / 2, and w = a / b * v near 0. Gradients of
+large v are small, dw/dv = (a / b) / (1 + (v / b)^2). a and b, one of each a layer, first 1, are learned with it
+(``learned``), or stay. Convolutions and linear layers, biases not. A network with given weights w starts from
+v = b * tan(w / a), which leaves its function as it is. As with ``sws``, no layer normalizes activations: every
+convolution has a bias. Train = eval; no buffers; a batch of one works. The weight is computed once a training step, and
+once in all while evaluating.
 
 Federated: v, a and b are sent and averaged, not w: the average of arctans is not the arctan of the average.
 Continual: nothing is carried over but weights.
@@ -42,8 +43,7 @@ from fednorm.spec import Norm, NormSpec, TensorSpec
 class Companded(ComputedWeight):
     """A layer whose ``weight`` holds v, and which computes with w = a * arctan(v / b)."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
 
     def add_scales(self, a: float, b: float, *, learned: bool) -> None:
         """Give the layer its a and b, and turn its weight w into v.

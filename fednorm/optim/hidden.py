@@ -91,8 +91,9 @@ def hidden_layers(model: nn.Module) -> list[HiddenLayer]:
     """Return every weight layer that is directly followed by a normalization layer of as many channels.
 
     The normalization layer may be of any registered method whose card says that it takes the input's scale away (not
-    ``dyt``); dropout, pooling and identities may stand between the two. Left out: reparameterized weights (``sws``, ``ws_group_norm``, ``torch.nn.utils.parametrize``), whose scale is
-    another's business, and a weight that also serves where nothing normalizes it. A shared weight comes once.
+    ``dyt``); dropout, pooling and identities may stand between the two. Left out: reparameterized weights (``sws``,
+    ``ws_group_norm``, ``torch.nn.utils.parametrize``), whose scale is another's business, and a weight that also serves
+    where nothing normalizes it. A shared weight comes once.
     """
     hidden: dict[int, HiddenLayer] = {}
     elsewhere: set[int] = set()

@@ -64,14 +64,16 @@ class _Transformer(nn.Module):
 
     def __init__(self, trace: Trace) -> None:
         super().__init__()
-        sizes = [int(trace.setting(name)) for name in ("dim", "heads", "dim_head", "mlp_dim")]
+        dim, heads, dim_head, mlp_dim = (int(trace.setting(n)) for n in ("dim", "heads", "dim_head", "mlp_dim"))
         patch, eps = trace.tensor("pre_ln.patch_linear_weight"), float(trace.setting("eps_in_model"))
         self.patch_linear = nn.Linear(patch.shape[1], patch.shape[0])
         self.pos_embedding = nn.Parameter(trace.tensor("pre_ln.pos_embedding"))
         self.cls_token = nn.Parameter(trace.tensor("pre_ln.cls_token"))
-        self.blocks = nn.Sequential(*(_Block(*sizes, eps) for _ in range(int(trace.setting("depth")))))
-        self.norm = nn.LayerNorm(sizes[0], eps=eps, elementwise_affine=False)
-        self.cls_head_linear = nn.Linear(sizes[0], int(trace.setting("num_classes")))
+        self.blocks = nn.Sequential(
+            *(_Block(dim, heads, dim_head, mlp_dim, eps) for _ in range(int(trace.setting("depth"))))
+        )
+        self.norm = nn.LayerNorm(dim, eps=eps, elementwise_affine=False)
+        self.cls_head_linear = nn.Linear(dim, int(trace.setting("num_classes")))
         self.double()
         for path, layer in self.named_modules():
             if isinstance(layer, nn.Linear):

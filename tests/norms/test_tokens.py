@@ -188,7 +188,9 @@ def test_the_dynamic_scale_of_seednorm_is_dropped_out_in_training_only() -> None
     assert 0 < int(torch.isclose(trained, kept).sum()) < 24
 
 
-@pytest.mark.parametrize(("channels", "heads"), [(1, 1), (6, 1), (16, 2), (48, 6), (60, 6), (192, 16), (768, 16), (97, 1)])
+@pytest.mark.parametrize(
+    ("channels", "heads"), [(1, 1), (6, 1), (16, 2), (48, 6), (60, 6), (192, 16), (768, 16), (97, 1)]
+)
 def test_heads_of_seednorm_divide_the_channels(channels: int, heads: int) -> None:
     layer: Any = make_norm("seednorm").layer(channels, 2)
     assert layer.num_heads == heads

@@ -121,7 +121,9 @@ def test_copies_do_not_have_the_weight_that_was_kept(how: str) -> None:
 def test_a_weight_beyond_the_bound_is_refused_with_its_layer_and_the_remedy() -> None:
     model = network()
     model[4].weight.data[0, 0] = 2.0
-    words = r"Layer '4': weight_compander bounds weights by a \* pi / 2 = 1.571, .* has one of size 2. Set a to 2 or more"
+    words = (
+        r"Layer '4': weight_compander bounds weights by a \* pi / 2 = 1.571, .* has one of size 2. Set a to 2 or more"
+    )
     with pytest.raises(ConfigError, match=words):
         convert(model, "weight_compander")
     convert(model, "weight_compander", a=2.0)
