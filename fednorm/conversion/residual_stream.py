@@ -90,7 +90,8 @@ class Trial:
 
     def run(self, taps: Collection[Tap] = (), shifted: Collection[Tap] = ()) -> _Pass:
         """Run the example, with means taken off at some taps, and with numbers added to all features at others."""
-        handles = [self._hook(Tap(path, Part.OUTPUT), _FixedDropout(path)) for path in self._drop]
+        drop = [(self.modules[path], _FixedDropout(path)) for path in self._drop]
+        handles = [module.register_forward_hook(hook, prepend=True) for module, hook in drop]
         handles += [self._hook(tap, self._taken_off(tap)) for tap in taps]
         handles += [self._hook(tap, _Shift(self._axis(tap), number)) for number, tap in enumerate(shifted)]
         seen = _Pass(torch.empty(0))
@@ -305,11 +306,15 @@ class Search:
         return not (part is Part.INPUT and path in self.norms) and not isinstance(self.trial.modules[path], nn.Conv2d)
 
     def _take(self, taps: Sequence[Tap]) -> bool:
-        """Take those of some taps on whose mean nothing depends: all at once, or one by one; whether there was one."""
+        """Take those of some alike taps on whose mean nothing depends; returns whether there was one.
+
+        All at once; where that fails and not because of the first, one by one.
+        """
         taps = [tap for tap in taps if tap not in self._tried]
         self._tried.update(taps)
         if taps and not self.trial.free(taps):
-            taps = [tap for tap in taps if len(taps) > 1 and self.trial.free([tap])]
+            alone = len(taps) > 1 and self.trial.free(taps[:1])
+            taps = [taps[0], *(tap for tap in taps[1:] if self.trial.free([tap]))] if alone else []
         if taps:
             self.groups.append(list(taps))
         return bool(taps)

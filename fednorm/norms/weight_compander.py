@@ -8,7 +8,8 @@ https://arxiv.org/abs/2306.16993
 v, of the weight's shape, is what is learned in its place; |w| < a * pi / 2, and w = a / b * v near 0. Gradients of
 large v are small, dw/dv = (a / b) / (1 + (v / b)^2). a and b, one of each a layer, first 1, are learned with it
 (``learned``), or stay. Convolutions and linear layers, biases not. A network with given weights w starts from
-v = b * tan(w / a), which leaves its function as it is. As with ``sws``, no layer normalizes activations: every
+v = b * tan(w / a), which leaves its function as it is; a layer whose weights reach beyond 0.9 of the bound, as fresh
+depthwise convolutions do, has a larger a, and b with it. As with ``sws``, no layer normalizes activations: every
 convolution has a bias. Train = eval; no buffers; a batch of one works. The weight is computed once a training step, and
 once in all while evaluating.
 
@@ -39,6 +40,9 @@ from fednorm.norms._precision import widened
 from fednorm.roles import Carry, Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
+REACH = 0.9
+"""Largest share of the bound that a given weight may have: at the bound itself v would be infinite."""
+
 
 class Companded(ComputedWeight):
     """A layer whose ``weight`` holds v, and which computes with w = a * arctan(v / b)."""
@@ -46,17 +50,22 @@ class Companded(ComputedWeight):
     weight: Tensor
 
     def add_scales(self, a: float, b: float, *, learned: bool) -> None:
-        """Give the layer its a and b, and turn its weight w into v.
+        """Give the layer its a and b, and turn its weight w into v, so that it goes on computing with w.
 
-        Raises:
-            ConfigError: A weight is not within the bound.
+        Where w reaches beyond :data:`REACH` of the bound, a is what makes it reach as far as that, and b grows with it.
         """
-        self.a, self.b, self.learned = a, b, learned
+        weight = widened(self.weight.detach())
+        largest = float(weight.abs().max()) if weight.numel() and not weight.is_meta else 0.0
+        stretched = max(a, largest / (REACH * math.pi / 2))
+        self.a, self.b, self.learned = stretched, b * stretched / a, learned
         # Learned as logarithms: no step of an optimizer can make them negative.
         trains = self.weight.requires_grad
-        self.log_a = nn.Parameter(self.weight.new_tensor(math.log(a)), trains) if learned else None
-        self.log_b = nn.Parameter(self.weight.new_tensor(math.log(b)), trains) if learned else None
-        self.start_from(self.weight)
+        self.log_a = nn.Parameter(self.weight.new_tensor(math.log(self.a)), trains) if learned else None
+        self.log_b = nn.Parameter(self.weight.new_tensor(math.log(self.b)), trains) if learned else None
+        if not weight.is_meta:
+            first, second = (value.detach() if isinstance(value, Tensor) else value for value in self._scales())
+            with torch.no_grad():
+                self.weight.copy_((weight / first).tan() * second)
 
     def share_scales(self, other: Companded) -> None:
         """Take a and b of a layer with which this one shares its weight."""
@@ -72,24 +81,6 @@ class Companded(ComputedWeight):
         """Return w, of the weight's shape."""
         a, b = self._scales()
         return ((widened(self.weight) / b).atan() * a).to(self.weight.dtype)
-
-    @torch.no_grad()
-    def start_from(self, weight: Tensor) -> None:
-        """Set v to b * tan(w / a), so that the layer computes with the given w.
-
-        Raises:
-            ConfigError: An entry of w is not within the bound.
-        """
-        if weight.is_meta:
-            return
-        a, b = self._scales()
-        largest = float(weight.abs().max()) if weight.numel() else 0.0
-        if not largest < float(a) * math.pi / 2:
-            raise ConfigError(
-                f"weight_compander bounds weights by a * pi / 2 = {float(a) * math.pi / 2:.4g}, and a layer of weight "
-                f"shape {tuple(weight.shape)} has one of size {largest:.4g}. Set a to {largest:.2g} or more."
-            )
-        self.weight.copy_((widened(weight) / a).tan() * b)
 
 
 class CompandedConv2d(Companded, nn.Conv2d):
@@ -165,8 +156,7 @@ class WeightCompander(Norm):
             The same model.
 
         Raises:
-            ConfigError: A weight is not within the bound, or a convolution has a forward pass or a parametrization of
-                its own; the message names the layer.
+            ConfigError: A convolution has a forward pass or a parametrization of its own; the message names it.
         """
         companded: dict[int, Companded] = {}
         for path, module in model.named_modules():
@@ -239,5 +229,6 @@ SPEC = NormSpec(
     deviations=(
         "The paper's networks keep their batch normalization; here nothing normalizes activations, as with sws.",
         "a and b are learned as logarithms, so that they stay positive.",
+        "A layer whose given weights reach beyond 0.9 of the bound begins with a larger a, and b with it.",
     ),
 )

@@ -118,15 +118,18 @@ def test_copies_do_not_have_the_weight_that_was_kept(how: str) -> None:
     assert set(conv.state_dict()) == {"weight", "bias", "log_a", "log_b"}
 
 
-def test_a_weight_beyond_the_bound_is_refused_with_its_layer_and_the_remedy() -> None:
+def test_a_layer_whose_weights_reach_beyond_the_bound_begins_with_a_wider_one() -> None:
     model = network()
     model[4].weight.data[0, 0] = 2.0
-    words = (
-        r"Layer '4': weight_compander bounds weights by a \* pi / 2 = 1.571, .* has one of size 2. Set a to 2 or more"
-    )
-    with pytest.raises(ConfigError, match=words):
-        convert(model, "weight_compander")
-    convert(model, "weight_compander", a=2.0)
+    plain, x = convert(model, "none"), gaussian(2, 3, 4, 4)
+    companded = convert(model, "weight_compander", b=0.5)
+    torch.testing.assert_close(companded(x), plain(x), rtol=1e-6, atol=1e-6)
+    layer: Any = companded[4]  # type: ignore[index]
+    assert layer.a == pytest.approx(2 / (0.9 * math.pi / 2))
+    assert layer.b == pytest.approx(0.5 * layer.a)
+    assert layer.log_a.exp().item() == pytest.approx(layer.a)
+    other: Any = companded[0]  # type: ignore[index]
+    assert (other.a, other.b) == (1.0, 0.5)
 
 
 def test_a_convolution_of_its_own_kind_is_refused_with_its_path() -> None:
