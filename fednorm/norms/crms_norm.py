@@ -13,6 +13,8 @@ What it is for is the exact rewrite of a transformer that normalizes before its 
 ``convert(model, "rms_norm", exact=True)`` and ``convert(model, "crms_norm", exact=True)``, see
 :mod:`fednorm.conversion.exact`. There the vector really has zero mean; elsewhere the layer is a norm by the formula.
 
+Cost: some elementwise passes and two reductions, each read and written; PyTorch's layer and batch
+normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: no statistics to disagree about; the scale is shared by FedAvg, local under FedBN's rule. Recentring is
 linear, so that it commutes with averaging: Pre-LN, Pre-RMSNorm and Pre-CRMSNorm federations stay equal.
 Continual: nothing is carried over but the learned scale.

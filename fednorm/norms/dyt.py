@@ -10,6 +10,8 @@ independent of the input's scale: an input twice as large is squashed more, and 
 deep network with few skip connections can lose its signal at the start, as mobilenet_v2 does: give a larger
 ``alpha_init``.
 
+Cost: one pass for the tanh and one for the affine map, each read and written; PyTorch's layer and batch
+normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: nothing to disagree about but three learned tensors, shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but these.
 Differs: nothing for a layer. ``convert`` starts from alpha, 1 and 0, as the official conversion does: what a layer

@@ -15,6 +15,8 @@ shape (C,). The option ``over`` says what the means are over:
 * ``sample``: (C, H, W) of one sample; ``channels``: C at each position of a sample. Train = eval; no running
   statistics; a batch of one works.
 
+Cost: some elementwise passes and two reductions, each read and written; PyTorch's layer and batch
+normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: ``batch`` is averaged by FedAvg (the mean of clients' s ignores that their means differ, as with variances),
 its statistics are local under SiloBN, all of it under FedBN. The other forms have only the scale and shift.
 Continual: the running statistics of ``batch`` forget as batch normalization's do.

@@ -10,6 +10,8 @@ The mean is over the C channels of one position of one sample; ``pre_weight`` an
 activations out of the statistic without the network having to make it small. Train = eval; a batch of one works; no
 shift, so that convolutions keep a bias.
 
+Cost: some elementwise passes and one reduction, each read and written; PyTorch's layer and batch
+normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: no statistics to disagree about; both tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but the learned scales.
 Differs: no official code is known; the formula is that of four independent texts that agree.

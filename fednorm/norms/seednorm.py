@@ -10,6 +10,8 @@ shape (C,), first 1, 1 and 0: the layer begins as RMS normalization, and beta mo
 it is divided, the output keeps something of the input's length, and is *not* independent of its scale. Train = eval
 unless ``dropout`` is used; a batch of one works; no shift, so that convolutions keep a bias.
 
+Cost: some elementwise passes and two reductions, each read and written; PyTorch's layer and batch
+normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: no statistics to disagree about; all tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but these. The authors want weight decay on alpha and beta; ours is on everything.
 Differs: no official code is known; the formula is that of independent texts that agree. The authors' two tricks for
