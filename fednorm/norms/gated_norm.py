@@ -10,8 +10,8 @@ At each position of each sample by itself. ``weight`` is per channel, shape (C,)
 ``up`` (C, rank), neither with a bias. The gate gives the network a way to make all of a token small, for which it
 otherwise grows outliers. Train = eval; a batch of one works; no shift, so that convolutions keep a bias.
 
-Cost: some elementwise passes, one reduction and two small matrix products, each read and written; PyTorch's layer and batch
-normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
+Cost: some elementwise passes, one reduction and two small matrix products, each read and written; PyTorch's layer and
+batch normalization, one fused kernel each on a CPU, take a half to a tenth of its time.
 Federated: no statistics to disagree about; all tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but these.
 Differs: no official code is known. How the gate begins is not confirmed: here ``up`` = 0 and a factor of 2, so that the
