@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
     ("fednorm.limits", "fednorm.memory", "fednorm.device"),
     ("fednorm.cards",),
-    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.tensor_kinds"),
+    ("fednorm.spec", "fednorm.attention", "fednorm.options", "fednorm.config", "fednorm.tensor_kinds"),
     ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
     (
         "fednorm.data",
