@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
-from fednorm.attention import Attention
+from fednorm.blocks import Attention
 from fednorm.cards import Card
 from fednorm.roles import Carry, Kind
 
@@ -102,13 +101,19 @@ class Norm:
         """
         return [self.layer(num_channels, dims) for dims in sorted(spatial_dims)][-1]
 
-    def token_layer(self, num_channels: int) -> nn.Module:
-        """Return what normalizes a transformer's tokens: a layer for (N, C, L).
+    @property
+    def on_tokens(self) -> Norm:
+        """The method as it normalizes a transformer's tokens: itself, unless its options leave that open.
 
-        It is the layer for one spatial axis; so a method that takes statistics from the batch takes them from all
-        tokens of all samples. A method that lets its option ``over`` choose between a whole ``sample`` and the
-        ``channels`` of each position does the latter, whatever the option says of feature maps: it is what layer
-        normalization means in a transformer.
+        A method that lets one choose between moments of a whole sample and moments at each position takes the latter:
+        it is what layer normalization means in a transformer.
+        """
+        return self
+
+    def token_layer(self, num_channels: int) -> nn.Module:
+        """Return what normalizes a transformer's tokens: the layer for (N, C, L) of :attr:`on_tokens`.
+
+        A method that takes statistics from the batch takes them from all tokens of all samples.
 
         Args:
             num_channels: C, the features of a token.
@@ -116,10 +121,7 @@ class Norm:
         Raises:
             ConfigError: The method cannot be built for tokens.
         """
-        fields = {field.name for field in dataclasses.fields(self)}
-        by_itself = "over" in fields and getattr(self, "over", None) == "sample"
-        norm = dataclasses.replace(self, **{"over": "channels"}) if by_itself else self
-        return norm.layer(num_channels, 1)
+        return self.on_tokens.layer(num_channels, 1)
 
     def attention(self, width: int, heads: int, grid: tuple[int, int]) -> Attention:
         """Return a transformer's self-attention: softmax attention, unless the method brings another.
@@ -296,11 +298,11 @@ class NormSpec(Card):
         tensors: For each tensor such a layer may own, what it is.
         normalizes: True where the method's layers normalize activations, False where it reparameterizes weights or
             does nothing. A strategy about normalization layers refuses a network without any.
-        batch_coupled: True where one sample's output depends on the others in its batch (in training).
+        batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
+            which it is otherwise than its card says has an attribute of that name.
         train_eval_differ: True where evaluation computes something else than training.
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
-        trains_alone: True where a batch of one can be trained on although the samples of a batch are coupled.
         tried_on: A built-in model that has what the method acts on; not every network has attention, or branches.
     """
 
@@ -311,7 +313,6 @@ class NormSpec(Card):
     batch_coupled: bool = False
     train_eval_differ: bool = False
     scale_invariant: bool = True
-    trains_alone: bool = False
     tried_on: str = "digits_cnn"
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."

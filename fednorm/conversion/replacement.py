@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion.beside import Beside
 from fednorm.conversion.insertion import hidden_weights, insert, is_activation
 from fednorm.conversion.layout import Example, Site, require_layout, run_example, sites
 from fednorm.conversion.report import (
@@ -41,7 +42,7 @@ from fednorm.conversion.report import (
     ConversionReport,
     Left,
 )
-from fednorm.conversion.same_method import SameMethod
+from fednorm.conversion.same_method import SameMethod, normalizes_positions
 from fednorm.conversion.surroundings import (
     Surroundings,
     copy_of,
@@ -164,11 +165,13 @@ class _Conversion:
     """One walk over one model, in module order."""
 
     def __init__(self, norm: Norm, given: set[str], model: nn.Module, known: dict[int, Site]) -> None:
+        layers = norm.normalizer
         self.norm = norm
         self.report = ConversionReport(norm)
-        self.rebuilds_convolutions = type(norm).conv_layer is not Norm.conv_layer or not norm.shifts
-        self.normalizes = type(norm).layer is not Norm.layer
-        self.same = SameMethod(norm, given)
+        self.rebuilds_convolutions = type(layers).conv_layer is not Norm.conv_layer or not layers.shifts
+        self.normalizes = type(layers).layer is not Norm.layer
+        self.same = SameMethod(layers, given if layers is norm else ())
+        self.beside = Beside(norm, model, self.report)
         self.sites = known
         self.around = Surroundings(model)
         self.done: dict[int, nn.Module] = {}
@@ -183,7 +186,10 @@ class _Conversion:
             # Behind an identity it would overwrite what the layer before it left for others, e.g. a shortcut.
             vars(module)["inplace"] = False
         replace = self._replacement(module)
-        if replace is None:
+        if replace is None and (brought := self.beside.replacement(module, path)) is not None:
+            self.around.replace(module, brought, path)
+            new = brought
+        elif replace is None:
             self._look_at(module, path)
             new = self._inside(module, path, ancestors)
         else:
@@ -221,7 +227,8 @@ class _Conversion:
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
         report, unknown = self.report, self.report.unknown()
-        if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
+        replaced = report.layers or report.inserted or self.beside.replaced
+        if not replaced and (self.normalizes or not report.convolutions):
             raise ConfigError(
                 f"{type(before).__name__} has no normalization layer that {type(self.norm).__name__} could replace, so "
                 "converting it would change nothing. "
@@ -240,7 +247,7 @@ class _Conversion:
             return self._conv
         if isinstance(module, ScaledActivation):
             return self._unwrapped
-        if type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS):
+        if not self.norm.brings_activation and (type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS)):
             return self._activation
         return None
 
@@ -310,11 +317,13 @@ class _Conversion:
         channels, last = require_layout(site, old, path)
         dims = sorted({min(d, 1) for d in site.dims}) if last else site.dims
         like = self.around.like(old, ())
+        # What normalizes each position by itself is replaced by what does so too, unless the caller says otherwise.
+        each = (last or normalizes_positions(old)) and "over" not in self.same.given
         try:
             with torch.device(torch.device("cpu") if like is None else like.device):
                 if self.same.applies(site.recognition):
                     return self.same.build(old, site.recognition, channels, dims), last
-                return self.norm.layer_for(channels, dims), last
+                return (self.norm.on_tokens if each else self.norm).layer_for(channels, dims), last
         except ConfigError as error:
             hint = ""
             if len(dims) > 1 and 0 in dims:

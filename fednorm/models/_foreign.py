@@ -282,6 +282,8 @@ _REPORTED = {
     "inserted": "layers inserted before activations",
     "convolutions": "convolutions rebuilt",
     "activations": "activations scaled",
+    "attentions": "attentions replaced",
+    "residuals": "residual sums replaced",
 }
 
 

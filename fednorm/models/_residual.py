@@ -21,17 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fednorm.blocks import Sum
 from fednorm.spec import Norm
 
 Shortcut = Literal["identity", "convolution", "none"]
-
-
-class Sum(nn.Module):
-    """The ordinary residual sum, ``shortcut + branch``."""
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        """Return the sum of two tensors of one shape."""
-        return shortcut + branch
 
 
 class ScaledSum(nn.Module):

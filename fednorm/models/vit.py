@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
-from fednorm.attention import STD, linear
+from fednorm.blocks import STD, linear
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.models import ModelSpec, require_images

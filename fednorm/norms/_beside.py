@@ -1,4 +1,4 @@
-"""A method that acts beside the normalization layers, and leaves those to another method: its option ``norm``."""
+"""A method that acts beside the normalization layers, and leaves those to another method: its option ``beside``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self, cast
 
 from torch import nn
 
-from fednorm.attention import Attention
+from fednorm.blocks import Attention
 from fednorm.cards import NORMS
 from fednorm.errors import ConfigError
 from fednorm.limits import shown
@@ -20,20 +20,20 @@ class BesideNorm(Norm):
     """The base of such methods: everything is the other method's, but for what a subclass overrides.
 
     Attributes:
-        norm: Name or import path of the other method, which has its default options.
+        beside: Name or import path of the other method, which has its default options.
 
     Raises:
         ConfigError: It is no name.
         UnknownNameError: Nothing has that name.
     """
 
-    norm: str = "layer_norm"
+    beside: str = "layer_norm"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.norm, str):
-            raise ConfigError(f"norm.norm names the norm beside this one, e.g. layer_norm; got {shown(self.norm)}.")
+        if not isinstance(self.beside, str):
+            raise ConfigError(f"norm.beside names the norm beside this one, e.g. layer_norm; got {shown(self.beside)}.")
         # One object for all layers: some methods' layers share what they know by it.
-        object.__setattr__(self, "_other", NORMS[self.norm].made())
+        object.__setattr__(self, "_other", NORMS[self.beside].made())
 
     @property
     def other(self) -> Norm:
@@ -53,9 +53,10 @@ class BesideNorm(Norm):
         """Return the other method's layer."""
         return self.other.layer_for(num_channels, spatial_dims)
 
-    def token_layer(self, num_channels: int) -> nn.Module:
-        """Return the other method's layer for tokens."""
-        return self.other.token_layer(num_channels)
+    @property
+    def on_tokens(self) -> Norm:
+        """The other method as it normalizes tokens."""
+        return self.other.on_tokens
 
     def attention(self, width: int, heads: int, grid: tuple[int, int]) -> Attention:
         """Return the other method's attention."""

@@ -7,13 +7,14 @@ Attention. 2026. https://arxiv.org/abs/2602.23057
     y = [alpha(X) A + beta(X)] V
 
 with one alpha for each query and head, N the number of keys, and phi the "linear clipping" min(max(0.1 u + 0.5, 0), 1)
-or a sigmoid. ``alpha_ma`` is a running mean of alpha: in training alpha_ma <- rho alpha_ma + (1 - rho) mean(alpha),
-where rho is what is *kept*, the opposite of PyTorch's momentum; evaluation uses what is stored. No gradient goes through
-it. It follows that the weights of every query sum to alpha_ma, whatever alpha is, and that single ones can be negative:
+or a sigmoid. ``alpha_ma`` is a running mean: in training alpha_ma <- rho alpha_ma + (1 - rho) mean(alpha), where rho is
+what is *kept*, the opposite of PyTorch's momentum; evaluation uses what is stored. No gradient goes through it.
+
+It follows that the weights of every query sum to alpha_ma, whatever alpha is, and that single ones can be negative:
 what is learned is how far attention is from uniform. With the published start, alpha_ma = 0, that sum is close to 0 in
 the first steps; ``alpha_ma_init = 1`` begins with softmax attention's.
 
-It takes the place of a transformer's attention. The layers that normalize are those of the option ``norm``.
+It takes the place of a transformer's attention. The layers that normalize are those of the option ``beside``.
 
 Federated: ``alpha_ma`` is a running mean, one number a head; FedAvg averages it, which is exact for a mean, FedBN and
 SiloBN keep it local. W_a is a weight.
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fednorm import options
-from fednorm.attention import Attention, linear
+from fednorm.blocks import Attention, linear
 from fednorm.cards import Citation
 from fednorm.norms._beside import BesideNorm, require_kind
 from fednorm.norms._precision import widened
@@ -49,6 +50,9 @@ class AffineScaledAttention(Attention):
         rho: The share of ``alpha_ma`` that a training step keeps.
         alpha_ma_init: Initial ``alpha_ma``.
     """
+
+    batch_coupled = False
+    """One sample is enough for a mean: a batch of one can be trained on, though the card says that it couples."""
 
     def __init__(
         self, width: int, heads: int, grid: tuple[int, int], *, phi: str, rho: float, alpha_ma_init: float
@@ -89,7 +93,7 @@ class AffineScaled(BesideNorm):
     """Affine-scaled attention and its options.
 
     Attributes:
-        norm: The method of the layers that normalize.
+        beside: The method of the layers that normalize.
         phi: ``linear_clipping`` or ``sigmoid``.
         rho: The share of ``alpha_ma`` that a training step keeps, in [0, 1].
         alpha_ma_init: Initial ``alpha_ma``: 0 as published; 1 begins with the sum of softmax weights.
@@ -99,7 +103,7 @@ class AffineScaled(BesideNorm):
         UnknownNameError: There is no such norm.
     """
 
-    norm: str = "layer_norm"
+    beside: str = "layer_norm"
     phi: str = "linear_clipping"
     rho: float = 0.9
     alpha_ma_init: float = 0.0
@@ -165,7 +169,6 @@ SPEC = NormSpec(
     batch_coupled=True,
     train_eval_differ=True,
     scale_invariant=False,
-    trains_alone=True,
     tried_on="vit",
     verified=("The formula with its weights written out, query by query, in float64; no official code was found.",),
     reconstruction=(

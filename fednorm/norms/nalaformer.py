@@ -14,7 +14,7 @@ first half of a head's features) and column (the second), each half of phi alike
 depthwise convolution over the map of patches, LN layer normalization over all heads' features.
 
 It takes the place of a transformer's attention; LN is part of it. The layers that normalize the blocks' inputs are
-those of the option ``norm``. Train = eval; no buffers; the features phi are computed in float32 at least.
+those of the option ``beside``. Train = eval; no buffers; the features phi are computed in float32 at least.
 
 Federated: every tensor is a weight, but for LN's scale and shift, which FedBN keeps local.
 Continual: nothing is carried over but weights.
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fednorm import options
-from fednorm.attention import STD, Attention
+from fednorm.blocks import STD, Attention
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms._beside import BesideNorm
@@ -163,7 +163,7 @@ class NaLaFormer(BesideNorm):
     """Norm-aware linear attention and its options.
 
     Attributes:
-        norm: The method of the layers that normalize.
+        beside: The method of the layers that normalize.
         sharpness: The factor of the exponent, sharpness (1/2 + tanh ||q||); greater than 0.
 
     Raises:
@@ -171,7 +171,7 @@ class NaLaFormer(BesideNorm):
         UnknownNameError: There is no such norm.
     """
 
-    norm: str = "layer_norm"
+    beside: str = "layer_norm"
     sharpness: float = 3.0
 
     def __post_init__(self) -> None:
@@ -203,7 +203,7 @@ class NaLaFormer(BesideNorm):
 
 SPEC = NormSpec(
     name="nalaformer",
-    summary="Linear attention with phi(q) = [relu(±q) / ||q||]^(3 (1/2 + tanh ||q||)), phi(k) = relu(±k^3), and a gate.",
+    summary="Linear attention, phi(q) = [relu(±q) / ||q||]^(3 (1/2 + tanh ||q||)), phi(k) = relu(±k^3), and a gate.",
     citation=Citation(
         title="Norm × Direction: Restoring the Missing Query Norm in Vision Linear Attention",
         authors="Meng, Luo, Huo, Wang, Li, Zhang",
@@ -212,6 +212,7 @@ SPEC = NormSpec(
         where="ICML 2026; official code, NALA.py",
     ),
     make=NaLaFormer,
+    layers=(NormAwareLinearAttention,),
     tensors={},
     normalizes=False,
     scale_invariant=False,

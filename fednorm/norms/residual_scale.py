@@ -10,8 +10,8 @@ s is the identity, or the network's own shortcut. n is the number of branches th
 resnet18, 2 a block in the ViT. The paths through n identical branches have the weight (1 + lambda)^n in all: 2^n,
 about e^sqrt(n), less than e. With lambda = 1 the network is what it is without.
 
-The layers, convolutions, attention and nonlinearities are those of the option ``norm``, none by default, as in both
-papers; ``norm = "selu"`` is a self-normalizing residual network.
+The layers, convolutions, attention and nonlinearities are those of the option ``beside``, none by default, as in both
+papers; ``beside = "selu"`` is a self-normalizing residual network.
 
 Federated: a learned number is a weight, and averaged; there is no other tensor.
 Continual: nothing is carried over but weights.
@@ -67,7 +67,7 @@ class ResidualScale(BesideNorm):
     """Residual scaling and its options.
 
     Attributes:
-        norm: The method of everything else.
+        beside: The method of everything else.
         scale: ``1``, ``1/sqrt(n)``, ``1/n``, ``skipinit``, or a number greater than 0.
 
     Raises:
@@ -75,7 +75,7 @@ class ResidualScale(BesideNorm):
         UnknownNameError: There is no such norm.
     """
 
-    norm: str = "none"
+    beside: str = "none"
     scale: float | str = "1/sqrt(n)"
 
     def __post_init__(self) -> None:
@@ -90,8 +90,8 @@ class ResidualScale(BesideNorm):
             options.number("residual_scale", "scale", self.scale, above=0)
         if self.other.residual_alpha is not None:
             raise ConfigError(
-                f"norm {self.norm} scales the residual branches itself, so that residual_scale cannot stand beside it. "
-                f"Take norm = {self.norm!r} alone, or another beside residual_scale."
+                f"norm {self.beside} scales the residual branches itself, so that residual_scale cannot go with it. "
+                f"Take norm {self.beside} alone, or another beside residual_scale."
             )
 
     def residual(self, branches: int) -> nn.Module:

@@ -1,11 +1,12 @@
-"""Multi-head self-attention of tokens: softmax attention, and what every attention that replaces it has in common.
+"""What of a network, beside its layers, a norm may bring: its attention and its residual sums. Here are the plain ones.
 
-Vaswani et al. Attention Is All You Need. 2017. https://arxiv.org/abs/1706.03762 (Section 3.2)
+Softmax attention, after Vaswani et al. Attention Is All You Need. 2017. https://arxiv.org/abs/1706.03762 (Section 3.2)
 
     q_h, k_h, v_h = the h-th of H parts of W_qkv x + b_qkv,  each of width d = C / H
     y = W_o [softmax(q_1 k_1^T / sqrt(d)) v_1; ...; softmax(q_H k_H^T / sqrt(d)) v_H] + b_o
 
-A norm may bring another attention (:meth:`fednorm.spec.Norm.attention`), as it may bring another layer.
+A norm may bring another attention (:meth:`fednorm.spec.Norm.attention`) and another residual sum
+(:meth:`fednorm.spec.Norm.residual`), as it may bring another layer.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ def linear(features_in: int, features_out: int, *, bias: bool = True) -> nn.Line
     if bias:
         nn.init.zeros_(layer.bias)
     return layer
+
+
+class Sum(nn.Module):
+    """The ordinary residual sum, ``shortcut + branch``."""
+
+    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
+        """Return the sum of two tensors of one shape."""
+        return shortcut + branch
 
 
 class Attention(nn.Module):
