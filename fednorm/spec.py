@@ -22,6 +22,7 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "tanh": nn.Tanh,
     "leaky_relu": nn.LeakyReLU,
+    "selu": nn.SELU,
     "identity": nn.Identity,
 }
 """The nonlinearities a model may ask a norm for, by name."""

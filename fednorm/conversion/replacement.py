@@ -69,8 +69,9 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ELU: "elu",
     nn.Tanh: "tanh",
     nn.LeakyReLU: "leaky_relu",
+    nn.SELU: "selu",
 }
-_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.SELU, nn.CELU, nn.Softplus)
+_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.CELU, nn.Softplus)
 _OTHER_CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv3d,

@@ -208,10 +208,9 @@ MODEL = {"width": 8, "depth": 1}
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
 def test_a_federation_trains_it(strategy: str) -> None:
-    result = fednorm.federated(
-        model="vit", strategy=strategy, norm="layer_norm", rounds=1,
-        config={"model": MODEL, "data": {"image_size": 8, "train_per_client": 12, "test_per_domain": 6}, "train": TRAIN},
-    )  # fmt: skip
+    data = {"image_size": 8, "train_per_client": 12, "test_per_domain": 6}
+    config = {"model": MODEL, "train": TRAIN, "data": data}
+    result = fednorm.federated(model="vit", strategy=strategy, norm="layer_norm", rounds=1, config=config)
     # norm1, norm2 and fc_norm have a scale and a shift each.
     assert result["plan"]["local"] == (6 if strategy == "fedbn" else 0)
     assert 0 <= result["final"]["mean"] <= 1

@@ -66,8 +66,9 @@ def written_out(layer: AffineScaledAttention, x: Tensor, alpha_ma: Tensor) -> tu
 
 @settings(max_examples=6, deadline=None)
 @given(
-    n=st.integers(1, 3), length=st.integers(1, 5), heads=st.integers(1, 3), kind=st.sampled_from(["linear_clipping", "sigmoid"]),
-    alpha_ma=st.floats(-1, 2), rho=st.floats(0, 1), seed=st.integers(0, 99),
+    n=st.integers(1, 3), length=st.integers(1, 5), heads=st.integers(1, 3),
+    kind=st.sampled_from(["linear_clipping", "sigmoid"]), alpha_ma=st.floats(-1, 2), rho=st.floats(0, 1),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_output_and_running_mean_are_the_formulas(
     n: int, length: int, heads: int, kind: str, alpha_ma: float, rho: float, seed: int

@@ -57,7 +57,7 @@ def written_out(layer: NormAwareLinearAttention, x: Tensor) -> Tensor:
         for head in range(layer.heads):
             own = slice(head * d, (head + 1) * d)
 
-            def at(features: Tensor, token: int) -> Tensor:
+            def at(features: Tensor, token: int, others: int = others) -> Tensor:
                 return features if token < others else turned(features, *divmod(token - others, columns))
 
             keys = [((k[n, own] ** 3).clamp_min(0), (-(k[n, own] ** 3)).clamp_min(0)) for n in range(length)]
