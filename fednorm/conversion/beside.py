@@ -188,7 +188,7 @@ class Beside:
             raise self._refusal(old, path, "has keys or values of its own, or dropout of attention weights,")
         new = self._built(old, old.embed_dim, old.num_heads, _UNKNOWN_GRID, path)
         self._require_parts(new, old, path)
-        new.qkv.weight = cast(nn.Parameter, old.in_proj_weight)
+        new.qkv.weight = old.in_proj_weight
         _give_bias(new.qkv, old.in_proj_bias)
         new.proj = old.out_proj
         return MultiheadSelfAttention(new, batch_first=old.batch_first)

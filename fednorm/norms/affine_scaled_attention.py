@@ -71,11 +71,12 @@ class AffineScaledAttention(Attention):
             self._note(alpha)
         shift = self.alpha_ma[:, None, None].to(alpha.dtype) - alpha
         # beta is the same for all keys of a query, so that beta V is beta N times the mean of V.
-        return alpha * F.scaled_dot_product_attention(q, k, v) + shift * v.mean(2, keepdim=True)
+        y: Tensor = alpha * F.scaled_dot_product_attention(q, k, v) + shift * v.mean(2, keepdim=True)
+        return y
 
     def alpha(self, tokens: Tensor) -> Tensor:
         """Return alpha, (N, H, L, 1), of tokens (N, L, C)."""
-        u = self.scale(tokens).transpose(1, 2)[..., None]
+        u: Tensor = self.scale(tokens).transpose(1, 2)[..., None]
         return u.sigmoid() if self.phi == "sigmoid" else (0.1 * u + 0.5).clamp(0.0, 1.0)
 
     @torch.no_grad()

@@ -120,7 +120,7 @@ def turned(features: Tensor, turns: Tensor) -> Tensor:
         turns: The angles, (P, d / 2) with P of at most L.
     """
     others = features.shape[2] - len(turns)
-    x, y = features[:, :, others:].unflatten(-1, (-1, 2)).unbind(-1)
+    x, y = features[:, :, others:, 0::2], features[:, :, others:, 1::2]
     cos, sin = turns.cos(), turns.sin()
     both = torch.stack([x * cos - y * sin, x * sin + y * cos], -1).flatten(3)
     return torch.cat([features[:, :, :others], both], 2) if others else both
