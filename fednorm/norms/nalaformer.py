@@ -16,6 +16,9 @@ depthwise convolution over the map of patches, LN layer normalization over all h
 It takes the place of a transformer's attention; LN is part of it. The layers that normalize the blocks' inputs are
 those of the option ``beside``. Train = eval; no buffers; the features phi are computed in float32 at least.
 
+It pays where tokens are many more than a head's features. On 32×32 images with patches of 4×4 there are 64 of both, and
+on a CPU it takes about four times as long as PyTorch's fused softmax attention.
+
 Federated: every tensor is a weight, but for LN's scale and shift, which FedBN keeps local.
 Continual: nothing is carried over but weights.
 Differs from the official code (``NaLaformer/NALA.py``): a query is divided by r + 1e-6, where the code divides by 0 for
@@ -43,6 +46,7 @@ from fednorm.norms.affine_scaled_attention import require_attention
 from fednorm.spec import NormSpec
 
 _EPS = 1e-6
+_TINY = 1e-12
 _BASE = 10000.0
 _KERNEL = 5
 
@@ -96,8 +100,11 @@ class NormAwareLinearAttention(Attention):
         length = torch.linalg.vector_norm(q, dim=-1, keepdim=True)
         direction = q / (length + _EPS)
         power = self.sharpness * (0.5 + torch.tanh(length))
-        queries = [part.relu() ** power for part in (direction, -direction)]
-        keys = [part.relu() for part in (k**3, -(k**3))]
+        # Above 0, where a power of less than 1 has no finite derivative; the masks make it 0 again.
+        size = direction.abs().clamp_min(_TINY) ** power
+        queries = [size * (direction > 0), size * (direction < 0)]
+        cubes = k * k * k
+        keys = [cubes.relu(), (-cubes).relu()]
         norm = torch.cat(queries, -1) @ torch.cat(keys, -1).mean(2)[..., None]
         turns = angles(self.grid, q)
         turned_q, turned_k = (torch.cat([turned(part, turns) for part in parts], -1) for parts in (queries, keys))
@@ -221,6 +228,8 @@ SPEC = NormSpec(
     deviations=(
         "A query is divided by its length plus 1e-6; the code divides by the length.",
         "A class token is not turned and gets no convolution; the code has none.",
+        "With 64 tokens it takes about four times as long as fused softmax attention: it is linear in the tokens, not "
+        "in a head's features.",
         "The attention alone: not the backbone's convolutional position encodings, stem, head and MLP.",
     ),
 )

@@ -109,8 +109,9 @@ def test_gradients_are_those_of_the_forward_pass() -> None:
     assert torch.autograd.gradcheck(forward, (gaussian(1, 6, 8).requires_grad_(), *parameters.values()), fast_mode=True)
 
 
-def test_a_query_of_zeros_has_a_finite_output_and_gradient() -> None:
-    layer = attention()
+@pytest.mark.parametrize("sharpness", [3.0, 0.5])
+def test_a_query_of_zeros_has_a_finite_output_and_gradient(sharpness: float) -> None:
+    layer = attention(sharpness=sharpness)
     layer.qkv.bias.data.zero_()
     x = torch.zeros(1, 6, 8, dtype=torch.float64, requires_grad=True)
     y = layer(x)
@@ -118,6 +119,7 @@ def test_a_query_of_zeros_has_a_finite_output_and_gradient() -> None:
     assert y.isfinite().all()
     assert x.grad is not None
     assert x.grad.isfinite().all()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)
 
 
 def test_samples_are_apart() -> None:
