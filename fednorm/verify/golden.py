@@ -15,10 +15,14 @@ from fednorm.verify import (
     golden_adab2n,
     golden_agc,
     golden_batchrenorm,
+    golden_bcn,
     golden_cl_metrics,
     golden_cn,
     golden_fedbn,
+    golden_hybridbn,
+    golden_powernorm,
     golden_tbbn,
+    golden_un,
     golden_ws,
 )
 from fednorm.verify.golden_trace import Family, Trace, read_trace
@@ -32,6 +36,10 @@ FAMILIES: tuple[Family, ...] = (
     *golden_cn.FAMILIES,
     *golden_tbbn.FAMILIES,
     *golden_batchrenorm.FAMILIES,
+    *golden_powernorm.FAMILIES,
+    *golden_un.FAMILIES,
+    *golden_bcn.FAMILIES,
+    *golden_hybridbn.FAMILIES,
 )
 
 
