@@ -91,7 +91,9 @@ def _check_layer(layer: nn.Module, inputs: Tensor, card: NormSpec) -> None:
         once, again, alone = layer(inputs), layer(inputs), layer(inputs[:2])
     assert torch.equal(once, again), f"norm {name}: evaluation changes with its repetition"
     close = torch.allclose(once[:2], alone, rtol=1e-4, atol=1e-5)
-    assert close or card.coupled_in_evaluation, f"norm {name}: in evaluation a sample's output depends on the others in its batch"
+    assert close or card.coupled_in_evaluation, (
+        f"norm {name}: in evaluation a sample's output depends on the others in its batch"
+    )
     if not card.batch_coupled:
         layer.train()
         same = torch.allclose(layer(inputs)[:2], layer(inputs[:2]), rtol=1e-4, atol=1e-5)

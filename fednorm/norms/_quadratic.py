@@ -42,6 +42,11 @@ class QuadraticLayer(nn.Module):
         self.register_buffer("ema_gz", torch.zeros(num_features))
         self.register_buffer("iters", torch.zeros((), dtype=torch.long))
 
+    @property
+    def running_mean(self) -> Tensor:
+        """What is subtracted: zeros, (C,)."""
+        return torch.zeros_like(self.weight.detach())
+
     def reset_running_stats(self) -> None:
         """Return all that was estimated to its start."""
         getattr(self, self.running).fill_(1)

@@ -1,4 +1,4 @@
-"""Batch-channel normalization: batch normalization, then group normalization with a map per group, on standardized weights.
+"""Batch-channel normalization: batch normalization, then group normalization, on standardized weights.
 
 Qiao, Wang, Liu, Shen, Yuille. Micro-Batch Training with Batch-Channel Normalization and Weight Standardization.
 2019. https://arxiv.org/abs/1903.10520. Official code: joe-siyuan-qiao/Batch-Channel-Normalization.
@@ -70,7 +70,7 @@ class BatchChannelNormLayer(BatchLayer):
             DataError: The input's shape is wrong, or a group of a sample is a single number.
         """
         self._check_input_dim(x)
-        if x.numel() == len(x) * self.num_groups:
+        if 0 < x.numel() == len(x) * self.num_groups:
             raise DataError(
                 f"{type(self).__name__} with {self.num_groups} groups of {self.num_features} channels meets an input "
                 f"of shape {tuple(x.shape)}, one number a group: nothing is left of it. Set num_groups lower, or take "

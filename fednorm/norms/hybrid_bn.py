@@ -106,8 +106,9 @@ class HybridBNLayer(BatchLayer):
         batch_mean = x.mean(axes)
         batch_var = (x - per_channel(batch_mean, x)).square().mean(axes)
         share = 1.0 if self.momentum is None else widened(self.distribution_factor).sigmoid()
-        mean = (1 - share) * widened(self.running_mean) + share * batch_mean
-        var = (1 - share) * widened(self.running_var) + share * batch_var
+        # Copies: the backward pass needs the moments of before this batch moves them.
+        mean = (1 - share) * widened(self.running_mean).clone() + share * batch_mean
+        var = (1 - share) * widened(self.running_var).clone() + share * batch_var
         if self.estimate is not None:
             self.estimate.add(mean.detach(), var.detach(), len(x))
         elif rate := self.count_batch():

@@ -114,6 +114,11 @@ class PowerNormLayer(QuadraticLayer):
         self.warmup_iters = warmup_iters
         self.backward_scale = backward_scale
 
+    @property
+    def running_var(self) -> Tensor:
+        """The running quadratic mean: the second moment around the mean of 0 that is subtracted, (C,)."""
+        return self.running_phi
+
     def group_scaled(self, x: Tensor) -> Tensor:
         """Return ``x`` divided by the root mean square of each group of channels at each position."""
         groups = x.unflatten(1, (self.num_groups, -1))

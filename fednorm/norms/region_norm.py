@@ -28,7 +28,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.errors import ConfigError, DataError
+from fednorm.errors import DataError
 from fednorm.norms._batch import check_spatial_dims
 from fednorm.norms._features import require_features
 from fednorm.norms._precision import in_full_precision, widened

@@ -72,9 +72,7 @@ def _replay(trace: Trace, statistics: str) -> Iterator[Comparison]:
 
 
 FAMILIES = (
-    Family(
-        method="batch_channel_norm", matches=_is_batch, replay=lambda trace: _replay(trace, "batch")
-    ),
+    Family(method="batch_channel_norm", matches=_is_batch, replay=lambda trace: _replay(trace, "batch")),
     Family(
         method="batch_channel_norm (estimate)", matches=_is_estimate, replay=lambda trace: _replay(trace, "estimate")
     ),
