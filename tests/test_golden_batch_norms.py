@@ -107,7 +107,7 @@ def test_settings_are_taken_from_the_file(name: str, values: dict[str, Any], tmp
 @pytest.mark.parametrize("name", METHODS)
 def test_a_trace_that_lacks_an_array_fails_in_words(name: str, tmp_path: Path) -> None:
     arrays = read(name)
-    key = computed(name, arrays)[-1]
+    key = "round1.test_y" if name == "hybridbn_merge" else computed(name, arrays)[-1]
     del arrays[key]
     outcome = replay(written(tmp_path / "short.npz", arrays))
     assert (outcome.status, outcome.detail) == (Status.FAIL, f"cannot be replayed: the trace has no array {key!r}")

@@ -34,6 +34,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import DataError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._compile import uncompiled
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
@@ -100,6 +101,7 @@ class HybridBNLayer(BatchLayer):
             return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return self._train(x)
 
+    @uncompiled
     @in_full_precision
     def _train(self, x: Tensor) -> Tensor:
         axes = (0, *range(2, x.ndim))

@@ -39,6 +39,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._batch import check_spatial_dims, per_channel
+from fednorm.norms._compile import uncompiled
 from fednorm.norms._features import require_features
 from fednorm.norms._precision import widened
 from fednorm.norms._quadratic import QuadraticLayer, axes_of
@@ -127,6 +128,7 @@ class PowerNormLayer(QuadraticLayer):
     def _scaled(self, x: Tensor) -> Tensor:
         return self.group_scaled(x)
 
+    @uncompiled
     def _train(self, x: Tensor, square: Tensor) -> Tensor:
         of_forward = self._track(square)
         squares = of_forward, square if self.backward_scale == "batch" else of_forward

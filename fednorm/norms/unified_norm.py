@@ -33,7 +33,7 @@ fine-tuning; running_var is kept, and skip_counter, which counts outliers, shows
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,7 @@ from torch.autograd.function import once_differentiable
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.norms._batch import check_spatial_dims, per_channel
+from fednorm.norms._compile import uncompiled
 from fednorm.norms._precision import widened
 from fednorm.norms._quadratic import QuadraticLayer, axes_of
 from fednorm.roles import Carry, Kind
@@ -54,9 +55,8 @@ WITHOUT_RATIO = 1000
 """Batches for which r is 1 at least; fixed in the official code."""
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """What the forward pass of a training batch leaves to its backward pass.
+class _Batch(NamedTuple):
+    """What a training batch is normalized by, and what its backward pass needs to know.
 
     Attributes:
         inverse: 1 / sqrt(var + eps), (C,).
@@ -64,9 +64,6 @@ class _Batch:
         skipped: Whether the batch is normalized by itself as an outlier or because M is 1; boolean, ().
         by_itself: Whether gz stands for itself: early, or skipped; boolean, ().
         row: Row of the window of gradients, (1,).
-        window: The window of gradients itself, (M', C).
-        ema_gz: The running gradient statistic itself, (C,).
-        momentum: Weight of the new batch in it.
     """
 
     inverse: Tensor
@@ -74,38 +71,36 @@ class _Batch:
     skipped: Tensor
     by_itself: Tensor
     row: Tensor
-    window: Tensor
-    ema_gz: Tensor
-    momentum: float
 
 
 class _Unified(torch.autograd.Function):
     """The normalization with the published backward pass, which moves ema_gz and its window."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, batch: _Batch) -> Tensor:
-        """Divide by the root of the batch's ``var``."""
-        z = x * per_channel(batch.inverse, x)
-        ctx.save_for_backward(z, weight)
-        ctx.batch = batch
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, ema_gz: Tensor, rate: float, *batch: Tensor
+    ) -> Tensor:
+        """Divide by the root of the batch's ``var``; ``batch`` are the fields of :class:`_Batch`."""
+        z = x * per_channel(batch[0], x)
+        ctx.save_for_backward(z, weight, *batch)
+        ctx.window, ctx.ema_gz, ctx.rate = window, ema_gz, rate
         return torch.addcmul(per_channel(bias, x), z, per_channel(weight, x))
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the approximate gradients of x and weight, and the true one of bias."""
-        z, weight = ctx.saved_tensors
-        batch: _Batch = ctx.batch
-        axes, ema = axes_of(z), widened(batch.ema_gz)
-        g = gy * per_channel(weight * batch.ratio, z)
+        z, weight, inverse, ratio, skipped, by_itself, row = ctx.saved_tensors
+        axes, ema = axes_of(z), widened(ctx.ema_gz)
+        g = gy * per_channel(weight * ratio, z)
         gz = (g * z).mean(axes)
-        entry = torch.where(batch.skipped, ema, gz).to(batch.window.dtype)
-        batch.window.index_copy_(0, batch.row, entry[None])
-        mean = torch.where(batch.by_itself, gz, widened(batch.window).mean(0))
-        moved = ema.lerp(mean, batch.momentum)
-        batch.ema_gz.copy_(moved)
-        away = per_channel(torch.where(batch.skipped, mean, moved), z) * z
-        return (g - away) * per_channel(batch.inverse, z), (gy * z).sum(axes) * batch.ratio, gy.sum(axes), None
+        ctx.window.index_copy_(0, row, torch.where(skipped, ema, gz).to(ctx.window.dtype)[None])
+        mean = torch.where(by_itself, gz, widened(ctx.window).mean(0))
+        moved = ema.lerp(mean, ctx.rate)
+        ctx.ema_gz.copy_(moved)
+        away = per_channel(torch.where(skipped, mean, moved), z) * z
+        gx = (g - away) * per_channel(inverse, z)
+        return gx, (gy * z).sum(axes) * ratio, gy.sum(axes), *[None] * 8
 
 
 class UnifiedNormLayer(QuadraticLayer):
@@ -151,8 +146,11 @@ class UnifiedNormLayer(QuadraticLayer):
         for buffer in (self.buffer_x2, self.buffer_gz, self.skip_counter):
             buffer.zero_()
 
+    @uncompiled
     def _train(self, x: Tensor, square: Tensor) -> Tensor:
-        y: Tensor = _Unified.apply(x, widened(self.weight), widened(self.bias), self._track(square))
+        batch, rate = self._track(square), self.momentum or 0.0
+        weight, bias = widened(self.weight), widened(self.bias)
+        y: Tensor = _Unified.apply(x, weight, bias, self.buffer_gz, self.ema_gz, rate, *batch)
         return y
 
     @torch.no_grad()
@@ -182,9 +180,6 @@ class UnifiedNormLayer(QuadraticLayer):
             skipped=skipped,
             by_itself=skipped | early | (t <= gradients),
             row=(t % gradients).view(1),
-            window=self.buffer_gz,
-            ema_gz=self.ema_gz,
-            momentum=self.momentum or 0.0,
         )
 
     def _window(self, t: Tensor, square: Tensor, running: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,7 +191,7 @@ class UnifiedNormLayer(QuadraticLayer):
         rows = rows.index_copy(0, row, square[None])
         geometric = rows.log().mean(0).exp()
         outlier = torch.zeros((), dtype=torch.bool, device=square.device)
-        if self.outlier_filtration:
+        if self.outlier_filtration and self.momentum is not None:
             outlier = (t >= self.warmup_iters) & (rows.mean(0) - geometric > spread * count).any()
         return row, geometric, outlier
 
