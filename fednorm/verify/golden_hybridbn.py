@@ -68,7 +68,7 @@ def _replay_layer(trace: Trace) -> Iterator[Comparison]:
 # The merge ------------------------------------------------------------------------------------------------------------
 
 
-class _Net(nn.Module):
+class Network(nn.Module):
     """The network of the trace, of the shapes of its state dict."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
@@ -107,7 +107,8 @@ def _names(net: nn.Module) -> dict[str, str]:
     return names
 
 
-def _state(trace: Trace, prefix: str) -> dict[str, Tensor]:
+def state_of(trace: Trace, prefix: str) -> dict[str, Tensor]:
+    """Return every tensor whose key begins with a prefix, by the rest of its key."""
     return {name: trace.tensor(f"{prefix}{name}") for name in trace.names(prefix)}
 
 
@@ -137,7 +138,7 @@ class _Merge:
 
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
-        self.net = _Net(_state(trace, "round0.global_in."))
+        self.net = Network(state_of(trace, "round0.global_in."))
         self.plan = norm_plan(self.net, RoleRule())
         self.clients = range(len(trace.setting("sizes")))
         self.own = {i: {f"{path}.distribution_factor": torch.zeros_like(layer.weight)
@@ -155,7 +156,7 @@ class _Merge:
     def round(self, number: int) -> Iterator[Comparison]:
         """Replay one round."""
         trace, head = self.trace, f"round{number}."
-        state = _state(trace, f"{head}global_in.")
+        state = state_of(trace, f"{head}global_in.")
         if number:
             for key, value in self.after.items():
                 yield Comparison(f"{head}global_in.{key}", value, trace.tensor(f"{head}global_in.{key}"), exact=True)
@@ -172,7 +173,7 @@ class _Merge:
         names, average = _names(self.net), Average(self.plan)
         counters = {key: torch.zeros((), dtype=torch.long) for key in self.plan.by_key if key not in names}
         for i, weight in zip(self.clients, self.trace.setting("client_weights"), strict=True):
-            trained = _state(self.trace, f"{head}client{i}.trained.")
+            trained = state_of(self.trace, f"{head}client{i}.trained.")
             average.add({ours: trained[theirs] for ours, theirs in names.items()} | counters, float(weight))
             self.own[i] = {key: trained[key] for key in self.own[i]}
             for path in self.pooled:
@@ -186,7 +187,7 @@ class _Merge:
         for ours, theirs in names.items():
             yield Comparison(f"{head}global_out.{theirs}", after[ours], self.trace.tensor(f"{head}global_out.{theirs}"))
         yield from _sums_are_cleared(self.trace, f"{head}global_out.", list(self.pooled))
-        self.after = _state(self.trace, f"{head}global_out.")
+        self.after = state_of(self.trace, f"{head}global_out.")
 
     def test(self, head: str) -> Iterator[Comparison]:
         """Compare the second pass through the merged network, and the evaluation by what is pooled of it."""
