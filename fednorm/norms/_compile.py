@@ -22,11 +22,11 @@ def uncompiled(method: Method[Layer, Args]) -> Method[Layer, Args]:
     """
 
     @functools.wraps(method)
-    def wrapped(layer: Layer, *args: Args.args, **named: Args.kwargs) -> Tensor:
+    def wrapped(layer: Layer, /, *args: Args.args, **named: Args.kwargs) -> Tensor:
         if not torch.compiler.is_compiling():
             return method(layer, *args, **named)
         # Not when the module is imported: it imports the compiler.
-        outside: Callable[..., Tensor] = torch.compiler.disable(method)
+        outside: Callable[..., Tensor] = torch.compiler.disable(method)  # type: ignore[no-untyped-call]
         return outside(layer, *args, **named)
 
     return wrapped

@@ -35,7 +35,7 @@ def in_full_precision(
     """
 
     @functools.wraps(forward)
-    def wrapped(layer: Layer, x: Tensor, *more: More.args, **named: More.kwargs) -> Tensor:
+    def wrapped(layer: Layer, x: Tensor, /, *more: More.args, **named: More.kwargs) -> Tensor:
         device = x.device.type
         if x.dtype not in LOW and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return forward(layer, x, *more, **named)

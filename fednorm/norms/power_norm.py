@@ -72,7 +72,7 @@ class _Power(torch.autograd.Function):
         return torch.addcmul(per_channel(bias, u), z, per_channel(weight, u))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the approximate gradient of u, and the true ones of weight and bias."""
         z, weight, inverse = ctx.saved_tensors
@@ -122,7 +122,7 @@ class PowerNormLayer(QuadraticLayer):
 
     def group_scaled(self, x: Tensor) -> Tensor:
         """Return ``x`` divided by the root mean square of each group of channels at each position."""
-        groups = x.unflatten(1, (self.num_groups, -1))
+        groups: Tensor = x.unflatten(1, (self.num_groups, -1))  # type: ignore[no-untyped-call]
         return (groups * (groups.square().mean(2, keepdim=True) + GROUP_EPS).rsqrt()).flatten(1, 2)
 
     def _scaled(self, x: Tensor) -> Tensor:

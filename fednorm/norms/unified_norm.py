@@ -87,7 +87,7 @@ class _Unified(torch.autograd.Function):
         return torch.addcmul(per_channel(bias, x), z, per_channel(weight, x))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the approximate gradients of x and weight, and the true one of bias."""
         z, weight, inverse, ratio, skipped, by_itself, row = ctx.saved_tensors

@@ -77,7 +77,8 @@ class Network(nn.Module):
         self.hbn1 = HybridBNLayer(len(state["hbn1.weight"]), eps=1e-5, momentum=0.0)
         self.conv2 = _conv(state["conv2.weight"])
         self.hbn2 = HybridBNLayer(len(state["hbn2.weight"]), eps=1e-5, momentum=0.0)
-        self.fc = nn.Linear(*reversed(state["fc.weight"].shape))
+        classes, features = state["fc.weight"].shape
+        self.fc = nn.Linear(features, classes)
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
