@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.errors import DataError
-from fednorm.norms._batch import per_channel
+from fednorm.norms._batch import scaled_by
 from fednorm.norms._precision import in_full_precision, widened
 
 
@@ -71,8 +71,8 @@ class QuadraticLayer(nn.Module):
         x = self._scaled(x)
         if self.training:
             return self._train(x, self._square(x, pad_mask))
-        scale = widened(self.weight) * (widened(getattr(self, self.running)) + self.eps).rsqrt()
-        return torch.addcmul(per_channel(widened(self.bias), x), x, per_channel(scale, x))
+        square = widened(getattr(self, self.running))
+        return scaled_by(x, torch.zeros_like(square), square, widened(self.weight), widened(self.bias), self.eps)
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Return what comes before the division by the batch's quadratic mean; nothing unless overridden."""

@@ -38,7 +38,7 @@ from torch.autograd.function import once_differentiable
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.norms._batch import check_spatial_dims, per_channel
+from fednorm.norms._batch import check_spatial_dims, per_channel, scaled_by, scaled_by_backward
 from fednorm.norms._compile import uncompiled
 from fednorm.norms._features import require_features
 from fednorm.norms._precision import widened
@@ -49,6 +49,26 @@ from fednorm.spec import Norm, NormSpec, TensorSpec
 
 GROUP_EPS = 1e-5
 """Added to the mean square of a group; fixed in the official code."""
+
+
+class _GroupScaling(torch.autograd.Function):
+    """x / sqrt(mean of x^2 + GROUP_EPS) over axis 2, with its true gradient, in fewer passes than autograd's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Return u."""
+        scale = (x.square().mean(2, keepdim=True) + GROUP_EPS).rsqrt_()
+        u = x * scale
+        ctx.save_for_backward(u, scale)
+        return u
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gu: Tensor) -> Tensor:
+        """Return (gu - u mean of (gu u)) scale."""
+        u, scale = ctx.saved_tensors
+        along = (gu * u).mean(2, keepdim=True)
+        return torch.addcmul(gu, u, along, value=-1).mul_(scale)
 
 
 class _Power(torch.autograd.Function):
@@ -62,24 +82,37 @@ class _Power(torch.autograd.Function):
         bias: Tensor,
         squares: tuple[Tensor, Tensor],
         ema_gz: Tensor,
-        eps: float,
-        alpha: float,
+        settings: tuple[float, float],
     ) -> Tensor:
-        """Divide by the root of the first of ``squares``; the second is what the backward pass divides by."""
-        z = u * per_channel((squares[0] + eps).rsqrt(), u)
-        ctx.save_for_backward(z, weight, (squares[1] + eps).rsqrt())
-        ctx.ema_gz, ctx.alpha = ema_gz, alpha
-        return torch.addcmul(per_channel(bias, u), z, per_channel(weight, u))
+        """Normalize.
+
+        Args:
+            ctx: For the backward pass.
+            u: The group-scaled input.
+            weight: The scale.
+            bias: The shift.
+            squares: What the forward pass and what the backward pass divide by the roots of, (C,).
+            ema_gz: nu itself, which the backward pass moves.
+            settings: eps and alpha_bkw.
+        """
+        ctx.save_for_backward(u, weight, *squares)
+        ctx.ema_gz, ctx.settings = ema_gz, settings
+        return scaled_by(u, torch.zeros_like(squares[0]), squares[0], weight, bias, settings[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the approximate gradient of u, and the true ones of weight and bias."""
-        z, weight, inverse = ctx.saved_tensors
-        axes, nu = axes_of(z), widened(ctx.ema_gz)
-        a = gy * per_channel(weight, z) - per_channel((1 - ctx.alpha) * nu, z) * z
-        ctx.ema_gz.copy_(nu + (a * z).mean(axes))
-        return a * per_channel(inverse, z), (gy * z).sum(axes), gy.sum(axes), None, None, None, None
+        u, weight, square, below = ctx.saved_tensors
+        (eps, alpha), nu = ctx.settings, widened(ctx.ema_gz)
+        inverse, factor = (square + eps).rsqrt(), ((square + eps) / (below + eps)).sqrt()
+        gu, gw, gb = scaled_by_backward(gy, u, torch.zeros_like(square), square, weight * factor, eps)
+        held = (1 - alpha) * nu
+        # gw is the sum of dy z, padding included; so is the mean of z^2.
+        z_square = u.square().mean(axes_of(u)) * inverse.square()
+        ctx.ema_gz.copy_(nu + weight * gw / (u.numel() / len(weight)) - held * z_square)
+        away = held * inverse * (below + eps).rsqrt()
+        return torch.addcmul(gu, u, per_channel(away, u), value=-1), gw, gb, None, None, None
 
 
 class PowerNormLayer(QuadraticLayer):
@@ -123,7 +156,8 @@ class PowerNormLayer(QuadraticLayer):
     def group_scaled(self, x: Tensor) -> Tensor:
         """Return ``x`` divided by the root mean square of each group of channels at each position."""
         groups: Tensor = x.unflatten(1, (self.num_groups, -1))  # type: ignore[no-untyped-call]
-        return (groups * (groups.square().mean(2, keepdim=True) + GROUP_EPS).rsqrt()).flatten(1, 2)
+        scaled: Tensor = _GroupScaling.apply(groups)
+        return scaled.flatten(1, 2)
 
     def _scaled(self, x: Tensor) -> Tensor:
         return self.group_scaled(x)
@@ -133,7 +167,7 @@ class PowerNormLayer(QuadraticLayer):
         of_forward = self._track(square)
         squares = of_forward, square if self.backward_scale == "batch" else of_forward
         weight, bias = widened(self.weight), widened(self.bias)
-        y: Tensor = _Power.apply(x, weight, bias, squares, self.ema_gz, self.eps, self.alpha_bkw)
+        y: Tensor = _Power.apply(x, weight, bias, squares, self.ema_gz, (self.eps, self.alpha_bkw))
         return y
 
     @torch.no_grad()
@@ -246,6 +280,8 @@ SPEC = NormSpec(
         "Each position of a feature map is a token; the paper's tokens are words.",
         "One group by default, the official class's; its configurations have as many as there are heads.",
         "A batch with one value per channel, of which the division would leave the sign, is refused in training.",
+        "Costs 3 to 4 times nn.BatchNorm2d on a CPU at a batch of 32: the group scaling passes over its input as often "
+        "again, and no fused kernel does it.",
     ),
     verified=(
         "golden trace powernorm of sIncerass/powernorm: outputs, gradients and buffers through warm-up, with padding.",

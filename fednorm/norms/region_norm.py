@@ -203,6 +203,8 @@ SPEC = NormSpec(
         "Without running moments a sample's output depends on its batch in evaluation too, as published; over='sample' "
         "takes each sample's own moments.",
         "Features without positions fall back to layer normalization.",
+        "Costs 15 to 25 times nn.BatchNorm2d on a CPU: two masked moments with their gradients, and three 7 x 7 "
+        "convolutions of maps, for none of which there is a fused kernel.",
     ),
     verified=("its formula in float64, and the official code's arithmetic written out: a batch norm of a filled map.",),
 )

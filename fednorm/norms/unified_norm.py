@@ -41,10 +41,10 @@ from torch.autograd.function import once_differentiable
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.norms._batch import check_spatial_dims, per_channel
+from fednorm.norms._batch import check_spatial_dims, per_channel, scaled_by, scaled_by_backward
 from fednorm.norms._compile import uncompiled
 from fednorm.norms._precision import widened
-from fednorm.norms._quadratic import QuadraticLayer, axes_of
+from fednorm.norms._quadratic import QuadraticLayer
 from fednorm.roles import Carry, Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -59,14 +59,14 @@ class _Batch(NamedTuple):
     """What a training batch is normalized by, and what its backward pass needs to know.
 
     Attributes:
-        inverse: 1 / sqrt(var + eps), (C,).
+        var: What the batch is divided by the root of, (C,).
         ratio: r, (C,).
         skipped: Whether the batch is normalized by itself as an outlier or because M is 1; boolean, ().
         by_itself: Whether gz stands for itself: early, or skipped; boolean, ().
         row: Row of the window of gradients, (1,).
     """
 
-    inverse: Tensor
+    var: Tensor
     ratio: Tensor
     skipped: Tensor
     by_itself: Tensor
@@ -78,29 +78,44 @@ class _Unified(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, window: Tensor, ema_gz: Tensor, rate: float, *batch: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running: tuple[Tensor, Tensor],
+        settings: tuple[float, float],
+        *batch: Tensor,
     ) -> Tensor:
-        """Divide by the root of the batch's ``var``; ``batch`` are the fields of :class:`_Batch`."""
-        z = x * per_channel(batch[0], x)
-        ctx.save_for_backward(z, weight, *batch)
-        ctx.window, ctx.ema_gz, ctx.rate = window, ema_gz, rate
-        return torch.addcmul(per_channel(bias, x), z, per_channel(weight, x))
+        """Divide by the root of ``batch``'s var.
+
+        Args:
+            ctx: For the backward pass.
+            x: The input.
+            weight: The scale.
+            bias: The shift.
+            running: The window of gradients and ema_gz themselves, which the backward pass moves.
+            settings: eps, and the weight of the new batch in ema_gz.
+            *batch: The fields of :class:`_Batch`.
+        """
+        ctx.save_for_backward(x, weight, *batch)
+        ctx.running, ctx.settings = running, settings
+        var = batch[0]
+        return scaled_by(x, torch.zeros_like(var), var, weight, bias, settings[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         """Return the approximate gradients of x and weight, and the true one of bias."""
-        z, weight, inverse, ratio, skipped, by_itself, row = ctx.saved_tensors
-        axes, ema = axes_of(z), widened(ctx.ema_gz)
-        g = gy * per_channel(weight * ratio, z)
-        gz = (g * z).mean(axes)
-        ctx.window.index_copy_(0, row, torch.where(skipped, ema, gz).to(ctx.window.dtype)[None])
-        mean = torch.where(by_itself, gz, widened(ctx.window).mean(0))
-        moved = ema.lerp(mean, ctx.rate)
-        ctx.ema_gz.copy_(moved)
-        away = per_channel(torch.where(skipped, mean, moved), z) * z
-        gx = (g - away) * per_channel(inverse, z)
-        return gx, (gy * z).sum(axes) * ratio, gy.sum(axes), *[None] * 8
+        x, weight, var, ratio, skipped, by_itself, row = ctx.saved_tensors
+        (window, ema_gz), (eps, rate) = ctx.running, ctx.settings
+        gx, gw, gb = scaled_by_backward(gy, x, torch.zeros_like(var), var, weight * ratio, eps)
+        gz, ema = weight * ratio * gw / (x.numel() / len(weight)), widened(ema_gz)  # gw is the sum of dy z
+        window.index_copy_(0, row, torch.where(skipped, ema, gz).to(window.dtype)[None])
+        mean = torch.where(by_itself, gz, widened(window).mean(0))
+        moved = ema.lerp(mean, rate)
+        ema_gz.copy_(moved)
+        away = torch.where(skipped, mean, moved) / (var + eps)
+        return torch.addcmul(gx, x, per_channel(away, x), value=-1), gw * ratio, gb, *[None] * 7
 
 
 class UnifiedNormLayer(QuadraticLayer):
@@ -150,7 +165,7 @@ class UnifiedNormLayer(QuadraticLayer):
     def _train(self, x: Tensor, square: Tensor) -> Tensor:
         batch, rate = self._track(square), self.momentum or 0.0
         weight, bias = widened(self.weight), widened(self.bias)
-        y: Tensor = _Unified.apply(x, weight, bias, self.buffer_gz, self.ema_gz, rate, *batch)
+        y: Tensor = _Unified.apply(x, weight, bias, (self.buffer_gz, self.ema_gz), (self.eps, rate), *batch)
         return y
 
     @torch.no_grad()
@@ -167,15 +182,14 @@ class UnifiedNormLayer(QuadraticLayer):
         skipped = outlier | (count <= 1) | (self.momentum is None)
         early = t < self.warmup_iters
         var = torch.where(skipped | early | (t <= count), square, geometric)
-        root, before = (var + self.eps).sqrt(), (running + self.eps).sqrt()
-        ratio = (root / before).clamp_(1 / LARGEST_RATIO, LARGEST_RATIO)
+        ratio = ((var + self.eps).sqrt() / (running + self.eps).sqrt()).clamp_(1 / LARGEST_RATIO, LARGEST_RATIO)
         if self.momentum is None:
             self.running_var.copy_(running + (square - running) / t)
         else:
             self.running_var.copy_(running.lerp(var, self.momentum))
         gradients = len(self.buffer_gz)
         return _Batch(
-            inverse=root.reciprocal(),
+            var=var,
             ratio=torch.where(skipped | (t <= max(WITHOUT_RATIO, self.warmup_iters)), 1.0, ratio),
             skipped=skipped,
             by_itself=skipped | early | (t <= gradients),
@@ -285,6 +299,7 @@ SPEC = NormSpec(
         "Outliers are looked for by default, which the authors advise for images; the official class's default is not.",
         "Each position of a feature map is a token.",
         "A batch with one value per channel, of which the division would leave the sign, is refused in training.",
+        "Costs about twice nn.BatchNorm2d on a CPU at a batch of 32, and 4 times at a batch of 1: the window's own steps.",
     ),
     verified=(
         "golden traces un_nofilter and un_filter of hikvision-research/Unified-Normalization: outputs, gradients and "

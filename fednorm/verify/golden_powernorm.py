@@ -65,7 +65,7 @@ def _state(layer: PowerNormLayer, trace: Trace, step: str) -> Iterator[Compariso
 def _group_scaling(layer: PowerNormLayer, trace: Trace) -> Iterator[Comparison]:
     x = trace.tensor("groupscaling.x").requires_grad_()
     y = layer.group_scaled(channels_second(x)).permute(2, 0, 1)
-    (y * trace.tensor("groupscaling.gy")).sum().backward()
+    (y * trace.tensor("groupscaling.gy")).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None
     for name, value in (("y", y.detach()), ("grad_x", x.grad)):
         yield Comparison(f"groupscaling.{name}", value, trace.tensor(f"groupscaling.{name}"))
