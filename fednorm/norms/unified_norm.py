@@ -299,7 +299,7 @@ SPEC = NormSpec(
         "Outliers are looked for by default, which the authors advise for images; the official class's default is not.",
         "Each position of a feature map is a token.",
         "A batch with one value per channel, of which the division would leave the sign, is refused in training.",
-        "Costs about twice nn.BatchNorm2d on a CPU at a batch of 32, and 4 times at a batch of 1: the window's own steps.",
+        "Costs about twice nn.BatchNorm2d on a CPU at a batch of 32, and 4 times at a batch of 1, the window's.",
     ),
     verified=(
         "golden traces un_nofilter and un_filter of hikvision-research/Unified-Normalization: outputs, gradients and "
