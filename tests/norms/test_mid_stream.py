@@ -100,6 +100,7 @@ def test_a_batch_of_one_map_works(case: str) -> None:
     assert layer.eval()(torch.randn(1, 6, 4, 5)).isfinite().all()
 
 
+@pytest.mark.slow
 @every_case
 def test_an_exported_layer_evaluates_the_same(case: str) -> None:
     layer = layer_for(case)
