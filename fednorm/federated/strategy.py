@@ -36,7 +36,7 @@ from fednorm.federated.wire import nbytes, pack, unpack
 from fednorm.places import patterns_of
 from fednorm.plan import NormPlan, norm_plan
 from fednorm.rng import stream
-from fednorm.roles import RoleRule
+from fednorm.roles import LEARNED, Role, RoleRule
 
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
@@ -110,6 +110,7 @@ class Common(TypedDict, total=False):
     min_nodes: int
     max_update_norm: float
     local: str
+    frozen: frozenset[str]
 
 
 class NormStrategy(Strategy):
@@ -127,6 +128,7 @@ class NormStrategy(Strategy):
             (running statistics included), is longer; 0 for no limit.
         local: What stays on its client besides what the strategy keeps there: patterns (:mod:`fednorm.places`),
             separated by commas, e.g. ``head`` or ``fc3.*``.
+        frozen: Keys of what the run never trains (``train.trainable``): constants, which are not sent.
 
     Attributes:
         local: The class of the clients' side (:mod:`fednorm.federated.local`).
@@ -154,6 +156,7 @@ class NormStrategy(Strategy):
         min_nodes: int = 1,
         max_update_norm: float = 0.0,
         local: str = "",
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction is the share of clients sampled each round, in (0, 1]; got {fraction}.")
@@ -175,7 +178,7 @@ class NormStrategy(Strategy):
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
         self.check(model)
-        self.plan: NormPlan = norm_plan(model, self.role_rule().keeping(*patterns_of(local)))
+        self.plan: NormPlan = norm_plan(model, self.role_rule().keeping(*patterns_of(local)).freezing(frozen))
         self._require_something_to_send()
         self._constants = constant_prints(model, self.plan)
         self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
@@ -227,11 +230,18 @@ class NormStrategy(Strategy):
             )
 
     def _require_something_to_send(self) -> None:
-        if not self.plan.sent and not self.silent:
+        if self.plan.sent or self.silent:
+            return
+        if any(entry.role is Role.CONSTANT and entry.kind in LEARNED for entry in self.plan.entries):
             raise RoleError(
-                f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
-                " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
+                f"{type(self).__name__} keeps at the clients all that train.trainable trains: nothing would be averaged. "
+                "Train the head as well, which is then what is sent (train.trainable = 'norm,head'), take a strategy "
+                "that shares what is trained, such as 'fedavg', or strategy 'local', which means it."
             )
+        raise RoleError(
+            f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
+            " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
+        )
 
     # Flower's verbs ---------------------------------------------------------------------------------------------
 

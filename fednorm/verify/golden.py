@@ -13,6 +13,7 @@ from pathlib import Path
 from fednorm.errors import DataError
 from fednorm.verify import (
     golden_adab2n,
+    golden_adamp,
     golden_agc,
     golden_batchrenorm,
     golden_cl_metrics,
@@ -32,6 +33,7 @@ FAMILIES: tuple[Family, ...] = (
     *golden_cn.FAMILIES,
     *golden_tbbn.FAMILIES,
     *golden_batchrenorm.FAMILIES,
+    *golden_adamp.FAMILIES,
 )
 
 
