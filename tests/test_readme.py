@@ -28,7 +28,7 @@ def test_ci_runs_the_test_line() -> None:
 
 
 def test_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
-    from fednorm.commands.report import run_report
+    from fednorm.cli.report import run_report
 
     summaries = sorted((ROOT / ".records").glob("*.json"))
     assert summaries, "the README's tables are made from summaries in .records"
@@ -46,7 +46,7 @@ def test_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]
 def test_commands_and_options_exist() -> None:
     from typer.main import get_command
 
-    from fednorm.cli import app
+    from fednorm.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     for line in re.findall(r"^(?:\.venv/bin/)?fednorm (.+)$", README, flags=re.MULTILINE):

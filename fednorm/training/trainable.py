@@ -27,11 +27,11 @@ from fednorm.config import TrainConfig
 from fednorm.config.trainable import ALL, HEAD, NORM
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
-from fednorm.places import HEAD as LAST_LAYER
-from fednorm.places import head_of, keys_at, patterns_of
+from fednorm.recognition.places import HEAD as LAST_LAYER
+from fednorm.recognition.places import head_of, keys_at, patterns_of
+from fednorm.recognition.structure import normalizes, per_channel
+from fednorm.recognition.tensor_kinds import declared_tensors
 from fednorm.roles import LEARNED, NORMALIZATION, Kind
-from fednorm.structure import normalizes, per_channel
-from fednorm.tensor_kinds import declared_tensors
 
 OF_NORMS = LEARNED & NORMALIZATION
 """The kinds that training normalization layers alone trains: scale, shift, gate."""
