@@ -179,8 +179,8 @@ def _with_optimizer(train: TrainConfig) -> TrainConfig:
         if option not in card.declared:
             having = ", ".join(other.name for other in OPTIMIZERS if option in other.declared)
             raise ConfigError(
-                f"train.{option} is an option of {having}, and optimizer {train.optimizer} does without; got {value!r}. "
-                f"Leave it out, or take one of these: train.optimizer."
+                f"train.{option} is an option of {having}, and optimizer {train.optimizer} does without; got "
+                f"{value!r}. Leave it out, or set train.optimizer to one of these."
             )
     if train.nesterov and card.has_momentum and not train.momentum:
         raise ConfigError("train.nesterov looks ahead along the momentum, and train.momentum is 0. Set it, e.g. 0.9.")

@@ -150,7 +150,10 @@ class TrainConfig(Section, name="train"):
         0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=FEDERATED
     )
     linear_probe_epochs: int = key(
-        0, "First epochs of each experience, in which the head alone is trained; less than epochs.", ge=0, kinds=CONTINUAL
+        0,
+        "First epochs of each experience, in which the head alone is trained; less than epochs.",
+        ge=0,
+        kinds=CONTINUAL,
     )
     redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0)
     redo_tau: float = key(
@@ -161,15 +164,21 @@ class TrainConfig(Section, name="train"):
     )
 
     def model_post_init(self, context: object) -> None:
-        """Refuse what would write to weights that are to stay as they are."""
+        """Refuse a head that nobody asks for, and what would write to weights that are to stay as they are."""
         del context
+        probes = self.linear_probe_rounds or self.linear_probe_epochs
+        if self.head != "head" and "head" not in self.trainable.split(",") and not probes:
+            raise ConfigError(
+                f"train.head = {self.head!r} names the head for train.trainable = 'head' or 'norm,head' and for the "
+                "linear probe (train.linear_probe_rounds, train.linear_probe_epochs), and none of them is set."
+            )
         if self.trainable == "all":
             return
         for name in ("redo_every", "perturb"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"train.{name} sets weights anew, and train.trainable = {self.trainable!r} leaves them as they are. "
-                    f"Leave train.{name} at 0, or train all."
+                    f"train.{name} sets weights anew, and train.trainable = {self.trainable!r} leaves them as they "
+                    f"are. Leave train.{name} at 0, or train all."
                 )
 
     def of_optimizer(self) -> dict[str, object]:

@@ -23,7 +23,8 @@ def spelled_out(text: str) -> str:
     for part in parts:
         if part not in (ALL, NORM, HEAD):
             raise ConfigError(
-                f"train.trainable is all, norm, head, or norm,head; got {shown(part)}.{nearest(part, (ALL, NORM, HEAD))}"
+                f"train.trainable is all, norm, head, or norm,head; got {shown(part)}."
+                f"{nearest(part, (ALL, NORM, HEAD))}"
             )
     if len(set(parts)) < len(parts) or (ALL in parts and len(parts) > 1):
         raise ConfigError(f"train.trainable names each part once, and all alone; got {shown(text)}.")

@@ -322,7 +322,6 @@ def _refuse_frozen(plan: NormPlan, rule: RoleRule, places: Mapping[str, Role]) -
         return
     keys = ", ".join(entry.key for entry in meant[:3])
     raise RoleError(
-        f"{rule.why or 'The strategy'} treats {len(meant)} tensors apart ({keys}, …), and train.trainable leaves all of "
-        "them as they are: it would silently be FedAvg. Train them too (train.trainable = 'norm,head', or 'all'), or "
-        "take strategy 'fedavg'."
+        f"{rule.why or 'This rule'}; train.trainable leaves all {len(meant)} such tensors ({keys}, …) as they are: it "
+        "would silently be FedAvg. Train them too (train.trainable = 'norm,head', or 'all'), or take strategy 'fedavg'."
     )

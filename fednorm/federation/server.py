@@ -228,6 +228,8 @@ class _Journal:
         config, found = self._bench.config.evaluate, {}
         if report.evaluate and config.diagnostics:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        if self._bench.trainee.trainable.head:
+            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
         line = round_line(report, self._bench.strategy.expected) | finite(found)
         self.lines.append(line)
         if self._record:

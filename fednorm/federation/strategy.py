@@ -124,8 +124,8 @@ class NormStrategy(Strategy):
         weighting: ``examples`` or ``equal``.
         seed: Of the stream that samples clients.
         min_nodes: Nodes to wait for before the first round.
-        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels
-            (running statistics included), is longer; 0 for no limit.
+        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every float tensor that travels, is
+            longer; 0 for no limit.
         local: What stays on its client besides what the strategy keeps there: patterns
             (:mod:`fednorm.federation.places`), separated by commas, e.g. ``head`` or ``fc3.*``.
         frozen: Keys of what the run never trains (``train.trainable``): constants, which are not sent.
@@ -232,15 +232,12 @@ class NormStrategy(Strategy):
     def _require_something_to_send(self) -> None:
         if self.plan.sent or self.silent:
             return
+        what, remedy = "every tensor of this model", "Keep fewer (strategy.local), use a model with more layers"
         if any(entry.role is Role.CONSTANT and entry.kind in LEARNED for entry in self.plan.entries):
-            raise RoleError(
-                f"{type(self).__name__} keeps at the clients all that train.trainable trains: nothing would be averaged. "
-                "Train the head as well, which is then what is sent (train.trainable = 'norm,head'), take a strategy "
-                "that shares what is trained, such as 'fedavg', or strategy 'local', which means it."
-            )
+            what, remedy = "all that train.trainable trains", "Train the head too (train.trainable = 'norm,head')"
         raise RoleError(
-            f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
-            " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
+            f"{type(self).__name__} would keep {what} on its client: nothing would be averaged. {remedy}, or strategy "
+            "'local', which means it."
         )
 
     # Flower's verbs ---------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ class Workbench:
     def _require_phases(self, clients: Sequence[Client]) -> None:
         """Refuse a strategy whose clients train nothing of what the run trains, or nothing while the head is probed."""
         train, trainable = self.config.train, self.trainee.trainable
-        if train.trainable == "all" and not train.linear_probe_rounds or not clients:
+        if (train.trainable == "all" and not train.linear_probe_rounds) or not clients:
             return
         if train.linear_probe_rounds >= self.config.rounds.num_rounds:
             raise ConfigError(

@@ -54,9 +54,10 @@ class OptimizerSpec(Card):
     def declared(self) -> Mapping[str, Option]:
         """Those of :data:`~fednorm.config.sections.OF_OPTIMIZERS` that it has."""
         try:
-            return {name: option for name, option in options_of(self.make, frozenset()).items() if name in OF_OPTIMIZERS}
+            declared = options_of(self.make, frozenset())
         except ValueError:  # a stranger's callable need not tell its parameters
             return {}
+        return {name: option for name, option in declared.items() if name in OF_OPTIMIZERS}
 
     @classmethod
     def adopt(cls, method: Any, reference: str) -> Self | None:

@@ -103,9 +103,7 @@ def _make(
     wd_ratio: float = 0.1,
 ) -> torch.optim.Optimizer:
     del momentum
-    return AdamP(
-        list(parameters), lr=lr, weight_decay=weight_decay, nesterov=nesterov, delta=delta, wd_ratio=wd_ratio
-    )
+    return AdamP(list(parameters), lr=lr, weight_decay=weight_decay, nesterov=nesterov, delta=delta, wd_ratio=wd_ratio)
 
 
 SPEC = OptimizerSpec(

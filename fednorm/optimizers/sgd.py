@@ -1,6 +1,8 @@
 """sgd: stochastic gradient descent with PyTorch's momentum; weight decay is added to the gradient.
 
-g <- gradient + weight_decay * w,   b <- momentum * b + g,   w <- w - lr * b;   with Nesterov, w <- w - lr (g + momentum b)
+g <- gradient + weight_decay * w,   b <- momentum * b + g,   w <- w - lr * b
+
+With ``train.nesterov``, w <- w - lr * (g + momentum * b).
 """
 
 from __future__ import annotations

@@ -16,11 +16,11 @@ statistics, and these stay as they are. (The paper fits a logistic regression to
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from fednorm.config import TrainConfig
@@ -130,15 +130,20 @@ class Trainable:
         finally:
             self.set_probing(False)
 
-    @torch.no_grad()
-    def head_norm(self, model: nn.Module | None = None) -> float:
+    def head_norm(self, tensors: Mapping[str, Tensor]) -> float | None:
         """Return the Euclidean norm of all the head's parameters together.
 
         Args:
-            model: A network of the same keys; the trained one if None.
+            tensors: Some entries of a state dict by key.
+
+        Returns:
+            None where the head is not, or not whole, among them.
         """
-        parameters = dict((model or self._model).named_parameters())
-        norms = [parameters[key].detach().double().norm() for key in sorted(self.head & parameters.keys())]
+        keys = sorted(self.head & self._parameters.keys())
+        if not keys or not tensors.keys() >= set(keys):
+            return None
+        # In one order whatever the layout: a checkpoint does not keep that.
+        norms = [tensors[key].detach().cpu().double().contiguous().norm() for key in keys]
         return float(torch.stack(norms).norm())
 
 
@@ -158,9 +163,9 @@ def _norm_keys(model: nn.Module) -> frozenset[str]:
         keys |= {f"{path}.{name}" if path else name for name in own if kinds.get(name) in OF_NORMS}
     if not keys:
         raise ConfigError(
-            f"train.trainable = 'norm' trains the scales and shifts of normalization layers, and {type(model).__name__} "
-            "has none. Take a norm that has them, such as batch_norm (norm.name; for a network of your own "
-            "fednorm.convert(model, 'batch_norm')), or train.trainable = 'all'."
+            "train.trainable = 'norm' trains the scales and shifts of normalization layers, and "
+            f"{type(model).__name__} has none. Take a norm that has them, such as batch_norm (norm.name; for a network "
+            "of your own fednorm.convert(model, 'batch_norm')), or train.trainable = 'all'."
         )
     return frozenset(keys)
 

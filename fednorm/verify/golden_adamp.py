@@ -71,9 +71,7 @@ def _view(parameter: nn.Parameter, settings: Mapping[str, Any]) -> Tensor:
     """Return the view in which a parameter's coming update is projected; 0 for none."""
     weight, gradient = parameter.detach(), parameter.grad
     assert gradient is not None
-    view = remove_radial(
-        torch.zeros_like(weight), weight, gradient, delta=settings["delta"], eps=settings["eps"]
-    )
+    view = remove_radial(torch.zeros_like(weight), weight, gradient, delta=settings["delta"], eps=settings["eps"])
     return torch.tensor(view)
 
 
