@@ -112,5 +112,10 @@ SPEC = NormSpec(
     make=LayerNorm,
     layers=(SampleLayerNorm, nn.LayerNorm),
     tensors={"weight": TensorSpec(Kind.SCALE), "bias": TensorSpec(Kind.SHIFT)},
+    verified=(
+        "torch.nn.LayerNorm on features, torch.nn.GroupNorm(1, C) on maps",
+        "timm's LayerNorm2d (over='channels')",
+        "the formula in float64",
+    ),
     deviations=("The affine map of a feature map is per channel, so that a network takes any image size.",),
 )

@@ -118,5 +118,9 @@ SPEC = NormSpec(
     make=RMSNorm,
     layers=(RMSNormLayer, nn.RMSNorm),
     tensors={"weight": TensorSpec(Kind.SCALE)},
+    verified=(
+        "torch.nn.RMSNorm on features, and on maps over the same axes",
+        "the formula in float64, number by number",
+    ),
     deviations=("The scale of a feature map is per channel, so that a network takes any image size.",),
 )

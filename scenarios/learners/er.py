@@ -45,4 +45,5 @@ SPEC = LearnerSpec(
         arxiv="1902.10486",
     ),
     make=ER,
+    verified=("Its steps in plain PyTorch; no official code, as the method is older than its papers.",),
 )

@@ -170,4 +170,7 @@ SPEC = LearnerSpec(
     ),
     make=EWC,
     deviations=("The Fisher information is estimated from at most fisher_samples samples of each experience.",),
+    verified=(
+        "The Fisher information in closed form and by a loop over samples; the penalty as the sum that it stands for.",
+    ),
 )

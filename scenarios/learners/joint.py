@@ -30,4 +30,5 @@ SPEC = LearnerSpec(
     ),
     make=Joint,
     joint=True,
+    verified=("It is naive on the union of all experiences, whose images it is shown to see.",),
 )

@@ -27,4 +27,5 @@ SPEC = LearnerSpec(
         where="the strategy Naive",
     ),
     make=Naive,
+    verified=("Avalanche's own Naive, with the same weights in the end.",),
 )
