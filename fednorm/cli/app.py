@@ -425,6 +425,21 @@ def bench_continual(
         run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
 
 
+@bench_app.command("layers")
+def bench_layers(
+    norm: Annotated[str, typer.Option(help="Norms, separated by commas; all of them by default.")] = "",
+    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure time and memory of every norm beside nn.BatchNorm2d and nn.LayerNorm on the same tensors."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler tells of each of its starts
+    with starting():
+        from fednorm.cli.bench_layers import run_bench_norms
+
+    run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
+
+
 @verify_app.command("golden")
 def verify_golden(
     folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
