@@ -49,7 +49,7 @@ CONTINUAL: Mapping[str, Any] = {
 """A stream that takes a second."""
 
 
-SHAPES = ((3, 8, 3, 4), (3, 8, 5), (5, 8))
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 8, 3, 4), (3, 8, 5), (5, 8))
 """Inputs on which a norm's layers are checked: maps, sequences, features."""
 
 
@@ -73,8 +73,8 @@ def check_norm(norm: Any) -> None:
     with torch_seeded(0, "testing"):
         for shape in ((6, 8), (6, 8, 5), (6, 8, 5, 5)):
             _check_layer(card.name, made.layer(8, len(shape) - 2), torch.randn(shape), coupled=card.batch_coupled)
-    for shape, check in itertools.product(SHAPES, CHECKS_OF_LAYERS.values()):
-        check(Case(card, made, shape))
+    for inputs, check in itertools.product(SHAPES, CHECKS_OF_LAYERS.values()):
+        check(Case(card, made, inputs))
     model = make_model("digits_cnn", made, num_classes=10, width=4)
     plan = norm_plan(model, RoleRule())
     assert len(plan.entries) == len(model.state_dict()), "every entry of the state dict has a kind"

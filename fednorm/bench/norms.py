@@ -218,7 +218,7 @@ def peak_bytes(step: LayerPass) -> int:
 def _changes(profiler: torch.profiler.profile) -> Iterator[int]:
     """Yield the bytes that were allocated, and as negative numbers those given back, in order."""
     results = profiler.profiler.kineto_results if profiler.profiler else None
-    events = [event for event in results.events() if event.name() == "[memory]"] if results else []
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"] if results else []
     yield from (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
 
 

@@ -59,7 +59,7 @@ def run_list(what: str, *, every: bool = False, as_json: bool) -> None:
     if what and what not in kinds:
         raise unknown_name("list", what, kinds)
     found = {kind: _studies() if kind == "studies" else _cards(kind) for kind in ((what,) if what else kinds)}
-    absent = [
+    absent: list[Row] = [
         {"name": paper.name, "why": paper.why, "citation": dataclasses.asdict(paper.citation)}
         for paper in NOT_APPLICABLE
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fednorm.cards import STRATEGIES
@@ -11,8 +11,8 @@ from fednorm.spec import NormSpec
 
 Row = dict[str, Any]
 
-STRATEGIES_SHOWN = ("fedavg", "fedbn", "silobn")
-"""The strategies under which a norm's card says what becomes of each tensor: share all, keep norms, keep statistics."""
+STRATEGIES_SHOWN: Mapping[str, str] = {"fedavg": "FedAvg", "fedbn": "FedBN", "silobn": "SiloBN"}
+"""The strategies under which a norm's card says what becomes of each tensor (share all, keep norms, keep statistics)."""
 
 BOUNDARY: Mapping[str, str] = {
     "keep": "kept",
@@ -99,16 +99,6 @@ def _tensors(card: Row) -> Iterator[str]:
     if not card["tensors"]:
         yield "Tensors: none of its own."
         return
-    names = [STRATEGIES_SHOWN_AS[name] for name in STRATEGIES_SHOWN]
-    table: list[Sequence[str]] = [("tensor", "kind", *names, "at a boundary")]
     for key, tensor in card["tensors"].items():
-        roles = [tensor["roles"][name] for name in STRATEGIES_SHOWN]
-        table.append((key, tensor["kind"], *roles, BOUNDARY.get(tensor["carry"], tensor["carry"])))
-    widths = [max(len(row[column]) for row in table) for column in range(len(table[0]))]
-    yield "Tensors:"
-    for row in table:
-        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-STRATEGIES_SHOWN_AS: Mapping[str, str] = {"fedavg": "FedAvg", "fedbn": "FedBN", "silobn": "SiloBN"}
-"""How the strategies are written at the head of the table."""
+        roles = ", ".join(f"{title} {tensor['roles'][name]}" for name, title in STRATEGIES_SHOWN.items())
+        yield f"Tensor {key}: {tensor['kind']}; {roles}; at a boundary {BOUNDARY.get(tensor['carry'], tensor['carry'])}"

@@ -223,7 +223,7 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, {}
+        config, found = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:

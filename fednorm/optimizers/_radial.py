@@ -14,7 +14,7 @@ pass, the whole tensor. Tensors of fewer than two axes are never projected. As i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -114,8 +114,9 @@ class Projected(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameter in _with_gradients(group["params"]):
-                self.step_of(parameter, parameter.grad, group)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.step_of(parameter, parameter.grad, group)
         return loss
 
     def step_of(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -127,7 +128,3 @@ class Projected(torch.optim.Optimizer):
             group: The options of its group.
         """
         raise NotImplementedError
-
-
-def _with_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:
-    return [parameter for parameter in parameters if parameter.grad is not None]
