@@ -110,7 +110,7 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (TrainConfig, "final_rate", (-0.1, 1.1), (0.0, 1.0)),
         (TrainConfig, "wd_ratio", (-0.1, 1.1), (0.0, 1.0)),
         (TrainConfig, "delta", (-0.1,), (0.0, 9.0)),
-        (TrainConfig, "trainable", ("nrm", "all,norm", "norm,norm", ""), ("all", "norm", "head", "head, norm")),
+        (TrainConfig, "trainable", ("nrm", "all,norm", "norm,norm", ""), ("all", "norm", "head", "norm,head")),
         (TrainConfig, "linear_probe_epochs", (-1,), (0, 3)),
         (TrainConfig, "redo_every", (-1,), (0,)),
         (TrainConfig, "redo_tau", (-0.1,), (0.0,)),

@@ -12,7 +12,7 @@ from fednorm.spec import NormSpec
 Row = dict[str, Any]
 
 STRATEGIES_SHOWN: Mapping[str, str] = {"fedavg": "FedAvg", "fedbn": "FedBN", "silobn": "SiloBN"}
-"""The strategies under which a norm's card says what becomes of each tensor (share all, keep norms, keep statistics)."""
+"""Strategies under which a norm's card says what becomes of each tensor: share all, keep norms, keep statistics."""
 
 BOUNDARY: Mapping[str, str] = {
     "keep": "kept",
