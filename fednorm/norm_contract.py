@@ -20,12 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fednorm.errors import FedNormError
+from fednorm.cards import MODELS
+from fednorm.errors import ConfigError, FedNormError
 from fednorm.federation.plan import norm_plan
+from fednorm.models import make_model
 from fednorm.norms import spec_of
 from fednorm.rng import torch_seeded, torch_stream
 from fednorm.roles import LEARNED, STATISTICS, Kind, RoleRule
 from fednorm.spec import HookedLayer, Norm, NormSpec
+from fednorm.training.step import TrainingStep
 
 INPUTS = 4
 """Channels or features that go into the convolution or linear layer before a norm's layer."""
@@ -382,3 +385,58 @@ def check_program(case: Case, how: str) -> None:
     found = case.run(made, inputs)
     close = torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
     assert close, f"{case.name}: torch.{how} makes a program of it that computes something else"
+
+
+def check_network(card: NormSpec, seed: int = 0) -> None:
+    """In a whole network, where the method may act on more than layers: roles, resumption, copies, autocast.
+
+    The network is a small one that has what the method acts on: the card's ``tried_on``, where it names one.
+
+    Args:
+        card: The method's card.
+        seed: Of weights and images.
+    """
+    network = str(getattr(card, "tried_on", "") or "digits_cnn")
+    size = MODELS[network].input_size
+    generator = torch_stream(seed, "contract", "images")
+    images = torch.randn(4, 4, 3, size, size, generator=generator)
+    labels = torch.arange(4) % 5
+    whole, first = _network(card, network, seed)
+    cut, second = _network(card, network, seed)
+    plan = norm_plan(whole, RoleRule())
+    assert [entry.key for entry in plan.entries] == list(whole.state_dict()), f"{card.name}: a tensor has no role"
+    for number in range(4):
+        _step(whole, first, images[number], labels, (seed, number))
+    for number in range(2):
+        _step(cut, second, images[number], labels, (seed, number))
+    resumed, third = _network(card, network, seed)
+    resumed.load_state_dict({key: tensor.clone() for key, tensor in cut.state_dict().items()})
+    third.load_state_dict(copy.deepcopy(second.state_dict()))
+    for number in range(2, 4):
+        _step(resumed, third, images[number], labels, (seed, number))
+    other = [key for key, tensor in whole.state_dict().items() if not torch.equal(tensor, resumed.state_dict()[key])]
+    assert not other, f"norm {card.name} on {network}: a training cut short ends with another {', '.join(other[:5])}"
+    with torch.no_grad():
+        expected = whole.eval()(images[0])
+        for how, copied in (("deep copy", copy.deepcopy(whole)), ("pickle", pickle.loads(pickle.dumps(whole)))):
+            assert torch.equal(copied.eval()(images[0]), expected), f"norm {card.name} on {network}: a {how} differs"
+        with torch.autocast("cpu", torch.bfloat16):
+            finite = bool(whole(images[0]).isfinite().all())
+    assert finite, f"norm {card.name} on {network}: a value is not finite under autocast"
+
+
+def _network(card: NormSpec, network: str, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Return a small network in training mode, and its optimizer."""
+    made: nn.Module | None = None
+    for width in (4, 12, 48):  # heads, or groups, divide one of these
+        with contextlib.suppress(ConfigError):
+            made = made or make_model(network, card.made(), num_classes=5, width=width, seed=seed)
+    made = made or make_model(network, card.made(), num_classes=5, seed=seed)
+    return made.train(), torch.optim.SGD(made.parameters(), lr=0.01, momentum=0.9)
+
+
+def _step(
+    network: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, names: tuple[int, int]
+) -> None:
+    with torch_seeded(names[0], "contract", "step", names[1]):
+        TrainingStep(network.train(), optimizer)(images, labels)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import NORMS
 from fednorm.errors import ConfigError
-from fednorm.norm_contract import CHECKS, Case, check_program
+from fednorm.norm_contract import CHECKS, Case, check_network, check_program
 from fednorm.recognition.tensor_kinds import declare_tensors, forget_tensors
 from fednorm.spec import Norm, NormSpec
 
@@ -72,6 +72,18 @@ def test_every_norm_keeps_the_contract_on_many_shapes(name: str, check: str, sha
 def test_programs_can_be_made_of_every_norm(name: str, shape: tuple[int, ...], how: str) -> None:
     if takes(name, shape):
         check_program(case_of(name, shape), how)
+
+
+ELSEWHERE = [name for name in NORMS.names if getattr(NORMS[name], "tried_on", "digits_cnn") != "digits_cnn"]
+"""Norms that act on what a plain network has not: attention, residual branches."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in (*ELSEWHERE, "batch_norm") else pytest.mark.slow) for name in NORMS.names],
+)
+def test_every_norm_keeps_the_contract_in_a_network(name: str) -> None:
+    check_network(NORMS[name])
 
 
 # A broken norm is seen -----------------------------------------------------------------------------------------------
