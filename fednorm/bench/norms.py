@@ -74,6 +74,8 @@ class OfTokens(nn.Module):
 def place_on_maps(norm: Norm) -> Place | None:
     """Return what a method puts after a convolution's feature maps; None where that is nothing of its own."""
     channels = MAPS[0]
+    if _stands_beside(norm):
+        return None
 
     def layer() -> nn.Module:
         return norm.layer(channels, 2)
@@ -102,12 +104,20 @@ def place_on_tokens(norm: Norm) -> Place | None:
             lambda: plain.attention(features, HEADS, GRID),  # type: ignore[attr-defined]
         )
 
+    if _stands_beside(norm):
+        return None
+
     def layer() -> nn.Module:
         return norm.token_layer(features) if hasattr(norm, "token_layer") else norm.layer(features, 1)
 
     if isinstance(layer(), nn.Identity):
         return None
     return Place("nn.LayerNorm", lambda: OfTokens(layer()), lambda: nn.LayerNorm(features))
+
+
+def _stands_beside(norm: Norm) -> bool:
+    """Return whether a method's layers are another method's, which is measured under its own name."""
+    return getattr(norm, "normalizer", norm) is not norm
 
 
 KINDS: Mapping[str, tuple[Shape, Callable[[Norm], Place | None]]] = {
