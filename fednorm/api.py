@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fednorm.cards import DATA
 from fednorm.config import ONLINE, merge, require_online, resolve, with_references
 from fednorm.errors import StudyError
+from fednorm.records.result import FederatedResult, StreamResult
 
 if TYPE_CHECKING:
     import polars
@@ -32,7 +33,7 @@ def federated(
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
-) -> dict[str, Any]:
+) -> FederatedResult:
     """Run a federation in this process.
 
         fednorm.federated(data={"a": (images, labels), "b": (images, labels)})       # arrays or tensors, by domain
@@ -62,8 +63,8 @@ def federated(
         observer: Is told how the run goes.
 
     Returns:
-        The result: ``plan``, ``rounds``, ``final`` (``per_domain``, ``mean``, ``worst``), ``evaluation``, ``run``,
-        ``config``.
+        The result, a dictionary with attributes: ``plan``, ``rounds``, ``final`` (``per_domain``, ``mean``,
+        ``worst``), ``evaluation``, ``run``, ``config``; ``frame()``, ``plot()``, ``model(client=3)``.
 
     Raises:
         FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
@@ -80,7 +81,7 @@ def federated(
     resolved = resolve(merge(named, config or {}), only="federated")
     from fednorm.federation.simulate import simulate  # takes seconds; a mistake is told before
 
-    return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
+    return FederatedResult(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
 
 
 def continual(
@@ -97,7 +98,7 @@ def continual(
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: StreamObserver | None = None,
-) -> dict[str, Any]:
+) -> StreamResult:
     """Train a learner on a stream in this process.
 
     Args:
@@ -117,8 +118,8 @@ def continual(
         observer: Is told how the run goes.
 
     Returns:
-        The result: ``accuracy_matrix``, ``final`` (``average_accuracy``, ``forgetting_max_minus_last``, ...),
-        ``experiences``, ``run``, ``config``.
+        The result, a dictionary with attributes: ``accuracy_matrix``, ``final`` (``average_accuracy``,
+        ``forgetting_max_minus_last``, ...), ``experiences``, ``run``, ``config``; ``frame()``, ``plot()``, ``model()``.
 
     Raises:
         FedNormError: The configuration cannot be run (as ``online`` with more than one epoch), or the record cannot be
@@ -141,7 +142,7 @@ def continual(
         require_online(resolved)
     from fednorm.streams.simulate import simulate  # takes seconds; a mistake is told before
 
-    return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
+    return StreamResult(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
 
 
 def compare(

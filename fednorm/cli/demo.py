@@ -11,6 +11,7 @@ from fednorm.cli.standing import saying_what_stands
 from fednorm.config import resolve
 from fednorm.federation.simulate import simulate
 from fednorm.limits import require_path
+from fednorm.records.result import result_of
 from fednorm.records.results import Loaded
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
@@ -98,7 +99,7 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
     for table in tables(results):
         show(table)
     folder = Path(results[0]["run"]).parent
-    write_page(folder / "page.html", Loaded(results, [], []))
+    write_page(folder / "page.html", Loaded([result_of(result) for result in results], [], []))
     out().print(f"page: {folder / 'page.html'}", markup=False, soft_wrap=True)
     out().print(f"records: {folder}", markup=False, soft_wrap=True)
     return None
