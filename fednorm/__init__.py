@@ -17,11 +17,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fednorm.api import compare, continual, federated, load
-    from fednorm.conversion import convert
-    from fednorm.declaration import declare
+    from fednorm.conversion import convert, declare
     from fednorm.export import load_model
-    from fednorm.inspection import check
-    from fednorm.tensor_kinds import declare_tensors
+    from fednorm.inspection.model import check
+    from fednorm.recognition.tensor_kinds import declare_tensors
 
 __all__ = [
     "__version__",
@@ -42,10 +41,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     homes = {
-        "check": "fednorm.inspection",
+        "check": "fednorm.inspection.model",
         "convert": "fednorm.conversion",
-        "declare": "fednorm.declaration",
-        "declare_tensors": "fednorm.tensor_kinds",
+        "declare": "fednorm.conversion",
+        "declare_tensors": "fednorm.recognition.tensor_kinds",
         "load_model": "fednorm.export",
     } | dict.fromkeys(("compare", "continual", "federated", "load"), "fednorm.api")
     if name not in homes:

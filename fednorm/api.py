@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import polars
     from torch import nn
 
-    from fednorm.continual.simulate import StreamObserver
-    from fednorm.federated.server import Observer
+    from fednorm.federation.server import Observer
+    from fednorm.streams.simulate import StreamObserver
 
 
 def federated(
@@ -78,7 +78,7 @@ def federated(
         **({"model": {"name": model}} if model is not None else {}),
     }
     resolved = resolve(merge(named, config or {}), only="federated")
-    from fednorm.federated.simulate import simulate  # takes seconds; a mistake is told before
+    from fednorm.federation.simulate import simulate  # takes seconds; a mistake is told before
 
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
 
@@ -139,7 +139,7 @@ def continual(
     resolved = resolve(merge(named, config or {}), only="continual")
     if online:
         require_online(resolved)
-    from fednorm.continual.simulate import simulate  # takes seconds; a mistake is told before
+    from fednorm.streams.simulate import simulate  # takes seconds; a mistake is told before
 
     return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
 
@@ -212,8 +212,8 @@ def load(*paths: str | Path) -> polars.DataFrame:
     Raises:
         RecordError: A path does not exist, or there is no finished run in any.
     """
+    from fednorm.records.results import load as load_results
     from fednorm.report.frame import frame
-    from fednorm.study.results import load as load_results
 
     loaded = load_results([Path(path) for path in paths])
     for problem in loaded.problems:

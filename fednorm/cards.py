@@ -38,13 +38,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 from fednorm.errors import ConfigError, canonical, unknown_name
 
 if TYPE_CHECKING:
-    from fednorm.continual.learner import LearnerSpec
-    from fednorm.continual.spec import ScenarioSpec
     from fednorm.data.benchmarks import Benchmark
-    from fednorm.federated.spec import StrategySpec
+    from fednorm.federation.spec import StrategySpec
     from fednorm.models import ModelSpec
     from fednorm.optimizers import OptimizerSpec
     from fednorm.spec import NormSpec
+    from fednorm.streams.learner import LearnerSpec
+    from fednorm.streams.spec import ScenarioSpec
 
 Scalar = bool | int | float | str
 
@@ -294,10 +294,12 @@ MODELS: Family[ModelSpec] = Family(
     "fednorm.models:ModelSpec",
     {"timm": "fednorm.models._zoo:timm_card", "torchvision": "fednorm.models._zoo:torchvision_card"},
 )
-STRATEGIES: Family[StrategySpec] = Family("strategy", "strategies", "strategies", "fednorm.federated.spec:StrategySpec")
-SCENARIOS: Family[ScenarioSpec] = Family("scenario", "scenarios", "scenarios", "fednorm.continual.spec:ScenarioSpec")
+STRATEGIES: Family[StrategySpec] = Family(
+    "strategy", "strategies", "strategies", "fednorm.federation.spec:StrategySpec"
+)
+SCENARIOS: Family[ScenarioSpec] = Family("scenario", "scenarios", "scenarios", "fednorm.streams.spec:ScenarioSpec")
 LEARNERS: Family[LearnerSpec] = Family(
-    "learner", "learners", "scenarios.learners", "fednorm.continual.learner:LearnerSpec"
+    "learner", "learners", "scenarios.learners", "fednorm.streams.learner:LearnerSpec"
 )
 DATA: Family[Benchmark] = Family("benchmark", "data", "fednorm.data.sets", "fednorm.data.benchmarks:Benchmark")
 OPTIMIZERS: Family[OptimizerSpec] = Family(

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig, resolve
 from fednorm.errors import ConfigError, RecordError
 from fednorm.models import chosen_model
+from fednorm.records.results import load
 from fednorm.report.files import write_whole
 from fednorm.roles import Kind, Role
 from fednorm.spec import Norm
-from fednorm.study.results import load
 
 SUFFIXES = (".pt2", ".safetensors", ".pt")
 """What an exported model's file ends in: a program that needs no fednorm, or a state dict in one of two forms."""

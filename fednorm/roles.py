@@ -87,8 +87,8 @@ class RoleRule:
     Attributes:
         roles: The role of each kind that is not simply shared.
         why: What the rule is for, in the strategy's words; quoted when the rule would do nothing.
-        local_modules: Patterns (:mod:`fednorm.places`) of what stays on its client, whatever it is: ``("head",)`` for
-            the last weight layer.
+        local_modules: Patterns (:mod:`fednorm.federation.places`) of what stays on its client, whatever it is:
+            ``("head",)`` for the last weight layer.
         reset_modules: Patterns of what starts from its initial value every round.
     """
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from fednorm.cards import DATA, LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.config import DataConfig, merge, resolve
 from fednorm.data.benchmarks import Reader
+from fednorm.federation.plan import norm_plan
 from fednorm.models import make_model
 from fednorm.norms import spec_of
-from fednorm.plan import norm_plan
 from fednorm.rng import torch_seeded
 from fednorm.roles import RoleRule
 
@@ -243,9 +243,9 @@ def _run(values: Mapping[str, Any], runs: Path, stop_after: int = 0) -> tuple[st
     config = resolve(values)
     observer: Any = _Stop(stop_after) if stop_after else None
     if config.kind == "federated":
-        from fednorm.federated.simulate import simulate
+        from fednorm.federation.simulate import simulate
     else:
-        from fednorm.continual.simulate import simulate  # type: ignore[assignment]
+        from fednorm.streams.simulate import simulate  # type: ignore[assignment]
     try:
         result = simulate(config, runs=runs, observer=observer)
     except KeyboardInterrupt:

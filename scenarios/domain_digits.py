@@ -12,13 +12,13 @@ though, which the stream's notes say where it matters.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, deal, load, seed_of_order
-from fednorm.continual.spec import ScenarioSpec
-from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.errors import ConfigError
 from fednorm.options import one_of
 from fednorm.rng import stream
+from fednorm.streams.dealing import Limits, deal, load, seed_of_order
+from fednorm.streams.spec import ScenarioSpec
+from fednorm.streams.stream import Experience, Stream
 
 
 def make(

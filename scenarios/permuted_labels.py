@@ -12,12 +12,12 @@ from __future__ import annotations
 import torch
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, kept_inputs, relabelled, seed_of_order
-from fednorm.continual.spec import ScenarioSpec
-from fednorm.continual.stream import Experience, Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.options import whole
 from fednorm.rng import stream
+from fednorm.streams.dealing import Limits, kept_inputs, relabelled, seed_of_order
+from fednorm.streams.spec import ScenarioSpec
+from fednorm.streams.stream import Experience, Stream
 
 
 def make(

@@ -5,7 +5,7 @@ Neural Networks. 2013. https://arxiv.org/abs/1312.6211 (the Permuted MNIST of la
 every image is the original's pixel ``pi_t(p)``, with pi_t a random permutation of the H * W places, the first
 experience included and the channels kept together; labels stay.
 
-Pixels are moved when a batch is taken (:class:`fednorm.continual.stream.PermutedSplit`); the array is shared.
+Pixels are moved when a batch is taken (:class:`fednorm.streams.stream.PermutedSplit`); the array is shared.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import torch
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import Limits, kept_inputs, seed_of_order
-from fednorm.continual.spec import ScenarioSpec
-from fednorm.continual.stream import Experience, PermutedSplit, Stream
 from fednorm.data.benchmarks import Reader
 from fednorm.options import whole
 from fednorm.rng import stream
+from fednorm.streams.dealing import Limits, kept_inputs, seed_of_order
+from fednorm.streams.spec import ScenarioSpec
+from fednorm.streams.stream import Experience, PermutedSplit, Stream
 
 
 def make(

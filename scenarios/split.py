@@ -15,8 +15,8 @@ and no augmentation: whether an image may be mirrored depends on what it shows.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import splits
-from fednorm.continual.spec import ScenarioSpec
+from fednorm.streams.dealing import splits
+from fednorm.streams.spec import ScenarioSpec
 
 SPEC = ScenarioSpec(
     name="split",

@@ -14,8 +14,8 @@ Brings along the slim ResNet-18 of online continual learning (20 channels) and i
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import splits
-from fednorm.continual.spec import ScenarioSpec
+from fednorm.streams.dealing import splits
+from fednorm.streams.spec import ScenarioSpec
 
 SPEC = ScenarioSpec(
     name="split_cifar10",

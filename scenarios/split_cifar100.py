@@ -8,8 +8,8 @@ usual one, of five classes each.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import splits
-from fednorm.continual.spec import ScenarioSpec
+from fednorm.streams.dealing import splits
+from fednorm.streams.spec import ScenarioSpec
 
 SPEC = ScenarioSpec(
     name="split_cifar100",

@@ -9,8 +9,8 @@ It is a stand-in: its numbers are not Split MNIST's. Every experience has images
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.dealing import splits
-from fednorm.continual.spec import ScenarioSpec
+from fednorm.streams.dealing import splits
+from fednorm.streams.spec import ScenarioSpec
 
 SPEC = ScenarioSpec(
     name="split_digits",

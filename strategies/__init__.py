@@ -4,7 +4,7 @@ from strategies.fedbn import FedBN
 strategy = FedBN(model, fraction=0.5, seed=1)
 strategy.start(grid, strategy.initial_arrays(model), num_rounds=10)
 
-What a strategy adds to its clients' training is in the same file, a :class:`~fednorm.federated.local.Local`.
+What a strategy adds to its clients' training is in the same file, a :class:`~fednorm.federation.local.Local`.
 """
 
 from __future__ import annotations

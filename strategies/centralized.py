@@ -18,8 +18,8 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 
 
 class Centralized(NormStrategy):
@@ -27,7 +27,7 @@ class Centralized(NormStrategy):
 
     Args:
         model: The network.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: Something is to stay on the clients, of which only one trains.

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.local import Local, Phase, Turn
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
-from fednorm.plan import NormPlan
+from fednorm.federation.local import Local, Phase, Turn
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 
 
 class Personal(Local):
@@ -66,7 +66,7 @@ class Ditto(NormStrategy):
         model: The network.
         lambd: lambda, how strongly v_k is held near w_t, 0 or more; 0 is training alone.
         personal_epochs: Passes over a client's images for v_k a round, greater than 0.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range.

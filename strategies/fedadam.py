@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.server_optimizer import ServerOptimizer
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common
+from fednorm.federation.server_optimizer import ServerOptimizer
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common
 
 CITATION = Citation(
     title="Adaptive Federated Optimization",
@@ -45,7 +45,7 @@ class FedAdam(ServerOptimizer):
         beta_1: Decay of the first moment, in [0, 1).
         beta_2: Decay of the second moment, in [0, 1).
         tau: Degree of adaptivity, positive.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range.

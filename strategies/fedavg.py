@@ -21,8 +21,8 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.config import choose
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 from fednorm.roles import Kind, Role, RoleRule
 
 POOLED = RoleRule({Kind.MEAN: Role.POOLED, Kind.VAR: Role.POOLED}, why="FedAvg with moments='pool'")
@@ -34,7 +34,7 @@ class FedAvg(NormStrategy):
     Args:
         model: The network.
         moments: ``average`` running means and variances, as published, or ``pool`` them.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: ``moments`` is neither.

@@ -18,9 +18,9 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.local import Local, Phase, Turn
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
+from fednorm.federation.local import Local, Phase, Turn
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 
 
 class FineTuned(Local):
@@ -37,7 +37,7 @@ class FedAvgFT(NormStrategy):
     Args:
         model: The network.
         finetune_epochs: tau, passes over a client's training images before its evaluation, 0 or more; 0 is FedAvg.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: ``finetune_epochs`` is negative.

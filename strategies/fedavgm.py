@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.server_optimizer import ServerOptimizer
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common
+from fednorm.federation.server_optimizer import ServerOptimizer
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common
 
 
 class FedAvgM(ServerOptimizer):
@@ -30,7 +30,7 @@ class FedAvgM(ServerOptimizer):
         model: The network.
         server_learning_rate: eta.
         server_momentum: beta, in [0, 1).
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range.

@@ -19,10 +19,10 @@ from typing import Unpack
 from torch import nn
 
 from fednorm.cards import Citation
-from fednorm.federated.local import Phase, Turn, learned_keys
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
-from fednorm.places import keys_at
+from fednorm.federation.local import Phase, Turn, learned_keys
+from fednorm.federation.places import keys_at
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 from fednorm.roles import RoleRule
 from strategies.fedavg_ft import FineTuned, require_epochs
 from strategies.fedper import require_head
@@ -41,9 +41,10 @@ class FedBABU(NormStrategy):
 
     Args:
         model: The network.
-        head: The head: patterns (:mod:`fednorm.places`), separated by commas; ``head`` is the last weight layer.
+        head: The head: patterns (:mod:`fednorm.federation.places`), separated by commas; ``head`` is the last weight
+        layer.
         finetune_epochs: tau_f, passes over a client's training images before its evaluation, 0 or more.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range, or a pattern matches nothing.

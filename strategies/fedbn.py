@@ -16,8 +16,8 @@ equal size, so that it makes no difference there.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import NormStrategy
 from fednorm.roles import NORMALIZATION, Role, RoleRule
 
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
-from fednorm.places import patterns_of
+from fednorm.federation.places import patterns_of
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 from fednorm.roles import RoleRule
 
 
@@ -29,9 +29,9 @@ class FedPer(NormStrategy):
 
     Args:
         model: The network.
-        head: The layers that stay: patterns (:mod:`fednorm.places`), separated by commas; ``head`` is the last weight
-            layer.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        head: The layers that stay: patterns (:mod:`fednorm.federation.places`), separated by commas; ``head`` is the
+            last weight layer.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: There is no pattern, or one matches nothing.

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.local import Local, Turn
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
+from fednorm.federation.local import Local, Turn
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 
 
 class ProximalTerm:
@@ -75,7 +75,7 @@ class FedProx(NormStrategy):
     Args:
         model: The network.
         mu: Factor of the proximal term, 0 or more; 0 is FedAvg exactly. FedBN's code uses 0.01 on digits.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: ``mu`` is negative.

@@ -20,10 +20,10 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.local import Local, Phase, Turn, learned_keys
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common
-from fednorm.places import keys_at
+from fednorm.federation.local import Local, Phase, Turn, learned_keys
+from fednorm.federation.places import keys_at
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common
 from strategies.fedper import FedPer
 
 
@@ -44,7 +44,7 @@ class FedRep(FedPer):
         head: As for :class:`~strategies.fedper.FedPer`.
         head_epochs: tau_h, passes over a client's images for the head, greater than 0; the representation has the
             run's ``train.local_epochs`` or ``local_steps``. The paper's experiments have 10.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range, or a pattern matches nothing.

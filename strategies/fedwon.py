@@ -17,8 +17,8 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import RoleError
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import NormStrategy
 from fednorm.norms import spec_of
 
 

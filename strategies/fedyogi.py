@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fednorm.federated.spec import StrategySpec
+from fednorm.federation.spec import StrategySpec
 from strategies.fedadam import CITATION, FedAdam
 
 

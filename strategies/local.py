@@ -10,8 +10,8 @@ Nothing is sent. With ``rounds.fraction`` 1, R rounds are R times ``train.local_
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import NormStrategy
 from fednorm.roles import Kind, Role, RoleRule
 
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federated.local import Local, Turn
-from fednorm.federated.replies import Form
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import Common, NormStrategy
-from fednorm.plan import NormPlan
+from fednorm.federation.local import Local, Turn
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.replies import Form
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import Common, NormStrategy
 from fednorm.roles import LEARNED, Role
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class Scaffold(NormStrategy):
     Args:
         model: The network.
         server_learning_rate: eta_g, greater than 0.
-        common: See :class:`~fednorm.federated.strategy.NormStrategy`.
+        common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 
     Raises:
         ConfigError: An argument is out of range.

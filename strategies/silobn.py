@@ -10,8 +10,8 @@ client has, the paper recomputes the statistics on that domain's own images (Ada
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.federated.spec import StrategySpec
-from fednorm.federated.strategy import NormStrategy
+from fednorm.federation.spec import StrategySpec
+from fednorm.federation.strategy import NormStrategy
 from fednorm.roles import STATISTICS, Role, RoleRule
 
 

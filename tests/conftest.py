@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 
-import fednorm.study.record as record
+import fednorm.records.record as record
 from fednorm.errors import FedNormError
 
 torch.set_num_threads(1)
@@ -175,7 +175,7 @@ class Launcher:
 @pytest.fixture
 def own_declarations() -> Iterator[None]:
     """Forget, after a test, the layers that it declared."""
-    from fednorm.recognition import DECLARED
+    from fednorm.recognition.layers import DECLARED
 
     before = dict(DECLARED)
     yield

@@ -17,54 +17,29 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals", "fednorm._package"),
+    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals"),
     ("fednorm.limits", "fednorm.memory", "fednorm.device"),
     ("fednorm.cards",),
-    ("fednorm.spec", "fednorm.options", "fednorm.config", "fednorm.tensor_kinds"),
-    ("fednorm.probing", "fednorm.recognition", "fednorm.inputs", "fednorm.buffers", "fednorm.structure"),
-    (
-        "fednorm.data",
-        "fednorm.norms",
-        "fednorm.declaration",
-        "fednorm.optim",
-        "fednorm.optimizers",
-        "fednorm.diagnostics",
-    ),
-    ("fednorm.surroundings",),
-    ("fednorm.layout", "fednorm.insertion", "fednorm.same_method", "fednorm.conversion_report"),
-    (
-        "fednorm.models",
-        "fednorm.footprint",
-        "fednorm.conversion",
-        "fednorm.plan",
-        "fednorm.places",
-        "fednorm.constants",
-    ),
+    ("fednorm.spec", "fednorm.options", "fednorm.config"),
+    ("fednorm.recognition",),
+    ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers"),
+    ("fednorm.conversion",),
+    ("fednorm.models",),
     ("fednorm.registry",),
-    ("fednorm.training", "fednorm.recalibration"),
-    (
-        "fednorm.study.record",
-        "fednorm.study.formats",
-        "fednorm.study.integrity",
-        "fednorm.study.files",
-        "fednorm.study.leftovers",
-        "fednorm.study.versions",
-    ),
-    ("fednorm.federated", "fednorm.continual", "fednorm.avalanche"),
+    ("fednorm.training",),
+    ("fednorm.records",),
+    ("fednorm.federation", "fednorm.streams", "fednorm.avalanche"),
     ("strategies", "scenarios"),
-    ("fednorm.study", "fednorm.api", "fednorm.strangers", "fednorm.inspection", "fednorm.survey"),
+    ("fednorm.study", "fednorm.api", "fednorm.inspection"),
     ("fednorm.report",),
     ("fednorm.verify", "fednorm.bench", "fednorm.export", "fednorm.testing"),
-    ("fednorm.console",),
-    ("fednorm.commands",),
-    ("fednorm.cli",),
+    ("fednorm.cli", "fednorm.__main__"),
 )
 """Modules import their own layer and those above; the longest prefix counts."""
 
 LATER: dict[str, str] = {
     "fednorm.cards": "the one table of names: a method is imported when it is asked for",
     "fednorm.study.worker": "a run's process imports what trains only then",
-    "fednorm._package": "a package answers the call of the function of its name",
     "fednorm.api": "so that importing fednorm stays quick",
     "fednorm": "so that importing fednorm stays quick",
 }
@@ -144,12 +119,12 @@ def _imports_late(path: Path) -> bool:
 
 def test_the_test_would_see_an_arrow_that_goes_back(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
-    path.write_text("from fednorm.report import table\ndef f():\n    import fednorm.cli")
+    path.write_text("from fednorm.report import table\ndef f():\n    import fednorm.cli.app")
     assert imports(path, now=True) == {"fednorm.report", "fednorm.report.table"}
-    assert imports(path) == {"fednorm.report", "fednorm.report.table", "fednorm.cli"}
+    assert imports(path) == {"fednorm.report", "fednorm.report.table", "fednorm.cli.app"}
     assert (
-        (layer("fednorm.study.record") or 0)
-        < (layer("fednorm.federated.server") or 0)
+        (layer("fednorm.records.record") or 0)
+        < (layer("fednorm.federation.server") or 0)
         < (layer("fednorm.study.grid") or 0)
     )
 
@@ -160,7 +135,7 @@ def test_only_the_table_of_cards_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.cards"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.cards", "fednorm.commands.catalogue", "fednorm.strangers",
+        "fednorm", "fednorm.cards", "fednorm.cli.catalogue", "fednorm.inspection.strangers",
     }  # fmt: skip
 
 
@@ -170,20 +145,20 @@ def test_strategies_and_scenarios_do_not_know_each_other() -> None:
 
 
 def test_nothing_imports_the_command_line() -> None:
-    assert importers("fednorm.cli") == set()
-    assert all(within(name, "fednorm.commands") or name == "fednorm.cli" for name in importers("fednorm.commands"))
+    assert importers("fednorm.cli.app") == {"fednorm.__main__"}
+    assert all(within(name, "fednorm.cli") for name in importers("fednorm.cli") - {"fednorm.__main__"})
 
 
 def test_flower_and_avalanche_stay_in_their_places() -> None:
-    homes = ("fednorm.federated", "strategies", "fednorm.bench")
+    homes = ("fednorm.federation", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
     homes = (
         "fednorm.avalanche",
-        "fednorm.continual.avalanche_benchmark",
-        "fednorm.continual.foreign",
-        "fednorm.continual.learner",
-        "fednorm.continual.passes",
-        "fednorm.continual.reading",
+        "fednorm.streams.avalanche_benchmark",
+        "fednorm.streams.foreign",
+        "fednorm.streams.learner",
+        "fednorm.streams.passes",
+        "fednorm.streams.reading",
         "scenarios.learners",
         "fednorm.bench",
     )
@@ -195,7 +170,7 @@ def test_flower_and_avalanche_stay_in_their_places() -> None:
         for name in imports(path)
         if within(name, "flwr") and not any(within(name, package) for package in public)
     }
-    assert private == {"fednorm.federated.flower_private"}
+    assert private == {"fednorm.federation.flower_private"}
 
 
 def test_models_do_not_name_norms() -> None:
@@ -255,7 +230,7 @@ def test_public_names_are_there() -> None:
 
 def test_importing_fednorm_is_quick() -> None:
     code = (
-        "import sys, fednorm, fednorm.cli; heavy = {'torch', 'flwr', 'avalanche', 'ray', 'sklearn', 'matplotlib'};"
+        "import sys, fednorm, fednorm.cli.app; heavy = {'torch', 'flwr', 'avalanche', 'ray', 'sklearn', 'matplotlib'};"
         "sys.exit(', '.join(heavy & set(sys.modules)) or 0)"
     )
     done = subprocess.run(

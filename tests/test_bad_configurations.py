@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from fednorm import memory
 from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.config import RunConfig, override, read_config, resolve
-from fednorm.continual.simulate import plan as plan_stream
 from fednorm.data.cache import cache_folder
 from fednorm.errors import FedNormError
-from fednorm.federated.simulate import plan as plan_federation
-from fednorm.study.record import RunRecord
+from fednorm.federation.simulate import plan as plan_federation
+from fednorm.records.record import RunRecord
+from fednorm.streams.simulate import plan as plan_stream
 from fednorm.study.study import make_study
 
 SECONDS = 60  # the embedded images of a new size take ten, on a machine with other work twenty

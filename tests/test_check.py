@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import fednorm
 from fednorm.cards import NORMS, STRATEGIES
-from fednorm.cli import app
+from fednorm.cli.app import app
 from fednorm.errors import ConfigError, FedNormError, UnknownNameError
-from fednorm.inspection import NO_VALUES, check
-from fednorm.strangers import load_model
-from fednorm.survey import check_row, markdown_page, markdown_row, surveyed
+from fednorm.inspection.model import NO_VALUES, check
+from fednorm.inspection.strangers import load_model
+from fednorm.inspection.survey import check_row, markdown_page, markdown_row, surveyed
 
 MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 

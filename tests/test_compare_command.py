@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.commands import compare
+from fednorm.cli.app import compare
 from fednorm.errors import AggregationError, ConfigError, DataError, UnknownNameError
 from fednorm.study.estimate import Estimate
 
@@ -67,7 +67,7 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, Any, st
 
 def failing_with(error: Exception, where: Callable[[Any], bool]) -> Callable[..., Any]:
     """Return a simulation that fails where it is told to."""
-    from fednorm.federated.simulate import simulate
+    from fednorm.federation.simulate import simulate
 
     def run(config: Any, **options: Any) -> Mapping[str, Any]:
         if where(config):
@@ -153,7 +153,7 @@ def test_failures_are_named_at_the_end_and_the_others_are_shown(
     study: Callable[[str], None], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = failing_with(DataError("its data is gone"), lambda config: config.seed == 2)
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", broken)
+    monkeypatch.setattr("fednorm.federation.simulate.simulate", broken)
     study(STUDY)
     code, document, err = call(as_json=True)
     assert code == 2
@@ -172,7 +172,7 @@ def test_a_configuration_that_diverges_in_the_search_is_no_failure(
     study: Callable[[str], None], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = failing_with(AggregationError("NaN"), lambda config: config.train.learning_rate == 0.1)
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", broken)
+    monkeypatch.setattr("fednorm.federation.simulate.simulate", broken)
     study(STUDY + SEARCH)
     code, text, err = call(markdown=True)
     assert code == 0
@@ -186,7 +186,7 @@ def test_a_study_that_is_stopped_says_how_far_it_is(
     study: Callable[[str], None], call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = failing_with(KeyboardInterrupt(), lambda config: config.seed == 2)  # type: ignore[arg-type]
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", stopped)
+    monkeypatch.setattr("fednorm.federation.simulate.simulate", stopped)
     study(STUDY)
     code, document, err = call(as_json=True)
     assert code == 130

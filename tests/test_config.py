@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fednorm.cards import STRATEGIES
-from fednorm.commands.options import collect, nested
+from fednorm.cli.options import collect, nested
 from fednorm.config import (
     EVALUATIONS,
     DataConfig,

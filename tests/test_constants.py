@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fednorm
-from fednorm.buffers import observe
-from fednorm.constants import constant_prints, differing
 from fednorm.errors import ConfigError, RoleError, UnknownNameError
-from fednorm.federated.grid import InProcessGrid
-from fednorm.inputs import Example
-from fednorm.plan import norm_plan
+from fednorm.federation.constants import constant_prints, differing
+from fednorm.federation.grid import InProcessGrid
+from fednorm.federation.plan import norm_plan
+from fednorm.recognition.buffers import observe
+from fednorm.recognition.inputs import Example
+from fednorm.recognition.tensor_kinds import declared_tensors, forget_tensors
 from fednorm.roles import Kind, Role, RoleRule
-from fednorm.tensor_kinds import declared_tensors, forget_tensors
 from strategies.fedavg import FedAvg
 from strategies.fedbn import FedBN
 from strategies.silobn import SiloBN

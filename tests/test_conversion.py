@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm.cards import NORMS
-from fednorm.conversion import ConversionReport, convert, convert_with_report
+from fednorm.conversion.replacement import ConversionReport, convert, convert_with_report
 from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.federation.plan import norm_plan
 from fednorm.norms import make_norm, spec_of
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
-from fednorm.plan import norm_plan
 from fednorm.roles import NORMALIZATION, RoleRule
 
 

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fednorm.conversion import convert_with_report
+from fednorm.conversion.replacement import convert_with_report
 from fednorm.errors import ConfigError
 from fednorm.norms import recognition_of
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fednorm import diagnostics as d
 from fednorm.errors import ConfigError, DataError
 from fednorm.rng import torch_stream
+from fednorm.training import diagnostics as d
 
 
 def with_singular_values(values: list[float], rows: int = 7, columns: int = 5) -> torch.Tensor:

@@ -22,7 +22,7 @@ SUMMARIES = sorted((ROOT / ".records").glob("*.json"))
 
 @pytest.mark.parametrize("path", SUMMARIES, ids=lambda path: path.stem)
 def test_a_page_s_tables_are_what_their_command_prints(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from fednorm.commands.report import run_report
+    from fednorm.cli.report import run_report
 
     page = results.shown()[path.stem]
     text = page.read_text(encoding="utf-8")

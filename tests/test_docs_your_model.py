@@ -20,7 +20,7 @@ BLOCKS = re.findall(
 
 @pytest.mark.slow
 def test_the_pages_blocks_run(tmp_path: Path) -> None:
-    cli = f'{sys.executable} -P -c "from fednorm.cli import main; main()"'
+    cli = f'{sys.executable} -P -c "from fednorm.cli.app import main; main()"'
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
     assert [language for _, language, _ in BLOCKS].count("bash") == 4
     for file, language, code in BLOCKS:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import fednorm
 from fednorm.config import resolve
-from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.data import load_federation
 from fednorm.data.domain import Split, pixels
 from fednorm.errors import ConfigError, RecordError
 from fednorm.export import export
-from fednorm.federated.simulate import simulate
+from fednorm.federation.simulate import simulate
+from fednorm.streams.workbench import ContinualWorkbench
 
 NETS = """
 from torch import nn

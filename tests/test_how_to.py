@@ -66,7 +66,7 @@ COMMANDS = [line for code in blocks("") for line in code.splitlines() if line.st
 def test_command_lines_run(line: str, tmp_path: Path) -> None:
     for name, code in modules().items():
         (tmp_path / name).write_text(code, encoding="utf-8")
-    done = run("-c", "from fednorm.cli import main; main()", *line.split()[1:], cwd=tmp_path)
+    done = run("-c", "from fednorm.cli.app import main; main()", *line.split()[1:], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

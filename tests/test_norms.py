@@ -18,8 +18,8 @@ from torch.nn import functional
 
 from fednorm.cards import NORMS
 from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.federation.plan import norm_plan
 from fednorm.norms import make_norm, spec_of
-from fednorm.plan import norm_plan
 from fednorm.roles import LEARNED, STATISTICS, Kind, RoleRule
 from fednorm.spec import Norm
 

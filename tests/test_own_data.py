@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import fednorm
-from fednorm.cli import main
+from fednorm.cli.app import main
 from fednorm.config import resolve
 from fednorm.errors import ConfigError, RecordError
-from fednorm.federated.simulate_flower import simulate_flower
+from fednorm.federation.simulate_flower import simulate_flower
 
 SMALL: dict[str, Any] = {
     "data": {"image_size": 8},

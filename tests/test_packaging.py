@@ -18,13 +18,13 @@ PACKAGES = {"fednorm", "strategies", "scenarios"}
 def test_the_project_names_its_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert set(project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]) == PACKAGES
-    assert project["project"]["scripts"] == {"fednorm": "fednorm.cli:main"}
+    assert project["project"]["scripts"] == {"fednorm": "fednorm.cli.app:main"}
     for package in PACKAGES:
         assert (ROOT / package / "__init__.py").is_file()
     components = project["tool"]["flwr"]["app"]["components"]
     assert components == {
-        "serverapp": "fednorm.federated.server:app",
-        "clientapp": "fednorm.federated.client:app",
+        "serverapp": "fednorm.federation.server:app",
+        "clientapp": "fednorm.federation.client:app",
     }
 
 

@@ -11,10 +11,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from fednorm.conversion import convert
+from fednorm.conversion.replacement import convert
 from fednorm.errors import RoleError
+from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.norms import make_norm
-from fednorm.plan import NormPlan, norm_plan
 from fednorm.roles import Kind, Role, RoleRule
 from strategies.fedavg import FedAvg
 from strategies.fedbn import FedBN

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fednorm.config import RunConfig, merge, resolve
-from fednorm.federated.simulate import simulate
+from fednorm.federation.simulate import simulate
 
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "protocols.md"
 BLOCKS = re.findall(r"```toml\n# ([\w-]+)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

@@ -84,7 +84,7 @@ def test_an_answer_is_what_its_interval_says(low: float | None, high: float | No
 def test_commands_and_options_exist() -> None:
     from typer.main import get_command
 
-    from fednorm.cli import app
+    from fednorm.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert re.findall(r"`fednorm (\w+)", README)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fednorm.cards import NORMS
+from fednorm.federation.plan import norm_plan
 from fednorm.models import make_model
 from fednorm.norms import make_norm
-from fednorm.plan import norm_plan
-from fednorm.recalibration import Statistics, batch_layers, in_batches, reestimate
 from fednorm.roles import STATISTICS, RoleRule
+from fednorm.training.recalibration import Statistics, batch_layers, in_batches, reestimate
 
 TRACKING = tuple(name for name in NORMS.names if list(make_norm(name).layer(4, 2).buffers()))
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fednorm.commands import recipes as command
-from fednorm.commands.compare import run_compare
+from fednorm.cli.app import recipes as command
+from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
 from fednorm.study import estimate

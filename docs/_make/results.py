@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from _make.blocks import DOCS, ROOT, filled, names
-from fednorm.commands.report import tables
+from fednorm.cli.report import tables
 from fednorm.report.comparison import Comparison, Method, comparisons, signed
-from fednorm.study.results import Loaded, load
+from fednorm.records.results import Loaded, load
 
 PAGES = DOCS / "results"
 CURVE = "-curve"

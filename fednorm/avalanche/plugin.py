@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.cards import NORMS
-from fednorm.continual.quietly import avalanche_imports
-from fednorm.continual.reading import number_of
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
 from fednorm.optim.projection import WeightProjection
 from fednorm.spec import HookedLayer, Norm
+from fednorm.streams.quietly import avalanche_imports
+from fednorm.streams.reading import number_of
 from fednorm.training.step import announce
 
 with avalanche_imports():

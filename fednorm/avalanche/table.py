@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fednorm.avalanche.plugin import NormPlugin
-from fednorm.continual.avalanche_benchmark import to_avalanche
-from fednorm.continual.quietly import avalanche_imports
-from fednorm.continual.stream import Experience, Stream
-from fednorm.conversion import convert
+from fednorm.conversion.replacement import convert
 from fednorm.data.domain import Split, pixels
 from fednorm.rng import torch_seeded, torch_stream
+from fednorm.streams.avalanche_benchmark import to_avalanche
+from fednorm.streams.quietly import avalanche_imports
+from fednorm.streams.stream import Experience, Stream
 
 with avalanche_imports():
     from avalanche import models, training

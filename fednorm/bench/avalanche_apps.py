@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from torchvision import transforms
 
 from fednorm.bench.stream_case import StreamCase
-from fednorm.continual.quietly import avalanche_imports
-from fednorm.continual.stream import Stream
 from fednorm.data.domain import Split, pixels
+from fednorm.streams.quietly import avalanche_imports
+from fednorm.streams.stream import Stream
 
 with avalanche_imports():
     from avalanche.benchmarks import (

@@ -10,7 +10,7 @@ import torch
 from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.errors import unknown_name
-from fednorm.federated.workbench import Workbench
+from fednorm.federation.workbench import Workbench
 from fednorm.rng import stream
 
 NUM_CLASSES = 10

@@ -28,9 +28,9 @@ from fednorm.bench.bare_stream import PaddedImages, experience_replay_ace
 from fednorm.bench.stream_case import NUM_CLASSES, StreamCase, stream_case_of
 from fednorm.config import choose
 from fednorm.errors import ConfigError
+from fednorm.records.versions import versions
 from fednorm.report.table import Table
 from fednorm.rng import torch_seeded
-from fednorm.study.versions import versions
 from fednorm.threads import torch_threads
 
 THREADS = 1

@@ -25,10 +25,10 @@ from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
 from fednorm.config import choose
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
-from fednorm.federated.flower_runtime import run_with_flower, write_app
-from fednorm.federated.simulate import simulate
+from fednorm.federation.flower_runtime import run_with_flower, write_app
+from fednorm.federation.simulate import simulate
+from fednorm.records.versions import versions
 from fednorm.report.table import Table
-from fednorm.study.versions import versions
 from fednorm.threads import torch_threads
 
 THREADS = 1

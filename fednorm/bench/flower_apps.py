@@ -13,10 +13,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fednorm.bench.case import Case
-from fednorm.federated.client import make_client_app
-from fednorm.federated.server import serve
-from fednorm.federated.workbench import Workbench
-from fednorm.study.record import RunRecord
+from fednorm.federation.client import make_client_app
+from fednorm.federation.server import serve
+from fednorm.federation.workbench import Workbench
+from fednorm.records.record import RunRecord
 
 STAMPS = "stamps.txt"
 """The file of the run's folder that says when each round ended, in seconds since the epoch, a line a round."""

@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 from torch import Tensor
 
-from fednorm.federated.workbench import Workbench
+from fednorm.federation.workbench import Workbench
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from fednorm.config import RunConfig, resolve
-from fednorm.continual.stream import Experience, Stream
-from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.data.domain import Split
 from fednorm.errors import unknown_name
 from fednorm.rng import stream
+from fednorm.streams.stream import Experience, Stream
+from fednorm.streams.workbench import ContinualWorkbench
 
 NUM_CLASSES = 10
 

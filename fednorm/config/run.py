@@ -22,11 +22,11 @@ from fednorm.errors import ConfigError
 from fednorm.limits import shown
 
 if TYPE_CHECKING:
-    from fednorm.continual.learner import LearnerSpec
-    from fednorm.continual.spec import ScenarioSpec
-    from fednorm.federated.spec import StrategySpec
+    from fednorm.federation.spec import StrategySpec
     from fednorm.models import ModelSpec
     from fednorm.spec import NormSpec
+    from fednorm.streams.learner import LearnerSpec
+    from fednorm.streams.spec import ScenarioSpec
 
 C = TypeVar("C", bound=Card)
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fednorm.conversion import ConversionReport, convert_with_report
+from fednorm.conversion.replacement import ConversionReport, convert_with_report
 from fednorm.errors import ConfigError, FedNormError, canonical
 from fednorm.models import Built, ModelSpec, Order
 from fednorm.models._weights import Weights, head_of, weights_file

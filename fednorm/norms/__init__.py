@@ -10,7 +10,7 @@ from torch import nn
 
 from fednorm.cards import NORMS
 from fednorm.config import checked_options
-from fednorm.recognition import Recognition, recognize
+from fednorm.recognition.layers import Recognition, recognize
 from fednorm.spec import Norm, NormSpec
 
 
@@ -35,7 +35,7 @@ def spec_of(module: nn.Module) -> NormSpec | None:
     """Return the card of the method that speaks for a module, or None.
 
     A descendant of a known layer counts where it computes what its ancestor does, up to an activation inside; so does
-    a foreign class that computes a known formula, and a class that was declared: see :mod:`fednorm.recognition`.
+    a foreign class that computes a known formula, and a class that was declared: see :mod:`fednorm.recognition.layers`.
     """
     recognition = recognition_of(module)
     return None if recognition is None else recognition.spec

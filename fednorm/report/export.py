@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.errors import ConfigError
+from fednorm.records.results import FORMAT
 from fednorm.report._common import Result
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import kind_of
 from fednorm.report.text import in_csv
-from fednorm.study.results import FORMAT
 
 SUFFIXES = (".csv", ".parquet")
 """What an export's name ends in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fednorm.errors import RecordError
-from fednorm.study.files import replacing
+from fednorm.records.files import replacing
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

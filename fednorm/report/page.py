@@ -20,7 +20,7 @@ from fednorm.report.files import write_whole
 from fednorm.report.page_data import document
 
 if TYPE_CHECKING:
-    from fednorm.study.results import Loaded
+    from fednorm.records.results import Loaded
 
 SCRIPTS = (
     "dom.js",

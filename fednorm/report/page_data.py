@@ -18,7 +18,7 @@ from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
 
 if TYPE_CHECKING:
-    from fednorm.study.results import Loaded
+    from fednorm.records.results import Loaded
 
 Document = dict[str, Any]
 

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from fednorm.report._common import known
 
 if TYPE_CHECKING:
-    from fednorm.continual.workbench import ContinualWorkbench
-    from fednorm.federated.workbench import Workbench
+    from fednorm.federation.workbench import Workbench
+    from fednorm.streams.workbench import ContinualWorkbench
 
 
 class _Bars:

@@ -17,9 +17,6 @@ import torch
 
 from fednorm.cards import DATA
 from fednorm.config import MACHINE, DataConfig, RunConfig
-from fednorm.continual import estimate as of_streams
-from fednorm.continual.stream import Stream
-from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.data import load_federation
 from fednorm.data.benchmarks import Reader
 from fednorm.data.domain import Client, Domain, Federation, Split
@@ -27,10 +24,13 @@ from fednorm.data.partition import Share, deal, draw_test, merged_split
 from fednorm.data.sets.digits import DIGITS_FIVE
 from fednorm.data.source import Rows, Source
 from fednorm.errors import DataError
-from fednorm.federated import estimate as of_rounds
-from fednorm.federated.workbench import Workbench
+from fednorm.federation import estimate as of_rounds
+from fednorm.federation.workbench import Workbench
 from fednorm.memory import require_memory
 from fednorm.rng import stream
+from fednorm.streams import estimate as of_streams
+from fednorm.streams.stream import Stream
+from fednorm.streams.workbench import ContinualWorkbench
 from fednorm.threads import torch_threads
 
 T = TypeVar("T")

@@ -23,12 +23,12 @@ from typing import Any
 
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
+from fednorm.records.files import is_there, replacing
+from fednorm.records.formats import FORMAT, Unfit, manifest
+from fednorm.records.integrity import read_document, reason, sealed
+from fednorm.records.leftovers import not_there, remove_empty
+from fednorm.records.results import MANIFEST
 from fednorm.study.cases import Choice, Study
-from fednorm.study.files import is_there, replacing
-from fednorm.study.formats import FORMAT, Unfit, manifest
-from fednorm.study.integrity import read_document, reason, sealed
-from fednorm.study.leftovers import not_there, remove_empty
-from fednorm.study.results import MANIFEST
 
 Document = dict[str, Any]
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 from fednorm.config import RunConfig
 from fednorm.errors import AggregationError, ConfigError, DivergedError, RecordError
+from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, exit_code, raising
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import labels
-from fednorm.study.record import RunRecord
 from fednorm.study.worker import Ended, Progress, Worker, attempt
 
 __all__ = [

@@ -26,8 +26,8 @@ from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
 
 if TYPE_CHECKING:
-    from fednorm.continual.workbench import ContinualWorkbench
-    from fednorm.federated.workbench import Workbench
+    from fednorm.federation.workbench import Workbench
+    from fednorm.streams.workbench import ContinualWorkbench
 
 log = logging.getLogger("fednorm")
 
@@ -93,10 +93,10 @@ def attempt(config: RunConfig, runs: Path, tell: Tell) -> Ended:
 def _simulate(config: RunConfig, runs: Path, tell: Tell) -> dict[str, Any]:
     """Run a configuration of either kind; what trains is imported only here, in the run's own process."""
     if config.kind == "continual":
-        from fednorm.continual.simulate import simulate as simulate_stream
+        from fednorm.streams.simulate import simulate as simulate_stream
 
         return simulate_stream(config, runs=runs, observer=_Steps(tell))
-    from fednorm.federated.simulate import simulate
+    from fednorm.federation.simulate import simulate
 
     return simulate(config, runs=runs, observer=_Rounds(tell))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fednorm.continual import metrics
+from fednorm.streams import metrics
 from fednorm.verify.golden_trace import Comparison, Family, Trace
 
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fednorm.cards import STRATEGIES
 from fednorm.errors import DataError
-from fednorm.federated.aggregation import Average
-from fednorm.federated.strategy import NormStrategy
-from fednorm.federated.workbench import received
-from fednorm.plan import NormPlan
+from fednorm.federation.aggregation import Average
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.strategy import NormStrategy
+from fednorm.federation.workbench import received
 from fednorm.roles import Role
 from fednorm.verify.golden_trace import Comparison, Family, Trace
 

@@ -26,10 +26,10 @@ from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import LearnerOptions, LearnerSpec
-from fednorm.continual.replay import ReplayLearner, ReplayOptions
 from fednorm.errors import ConfigError
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import LearnerOptions, LearnerSpec
+from fednorm.streams.replay import ReplayLearner, ReplayOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from fednorm.cards import Citation
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import LearnerSpec
-from fednorm.continual.replay import ReplayLearner
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import LearnerSpec
+from fednorm.streams.replay import ReplayLearner
 
 
 class ER(ReplayLearner):

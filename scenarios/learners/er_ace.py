@@ -26,9 +26,9 @@ from torch import Tensor
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import LearnerOptions, LearnerSpec, Tensors
-from fednorm.continual.replay import ReplayLearner, ReplayOptions
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import LearnerOptions, LearnerSpec, Tensors
+from fednorm.streams.replay import ReplayLearner, ReplayOptions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,9 +39,9 @@ from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 from fednorm.rng import torch_stream
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class EWC(Learner):
     """Learns from new samples, held by a spring for every parameter.
 
     Args:
-        **template: As for :class:`~fednorm.continual.learner.Learner`; ``options`` are :class:`EWCOptions`.
+        **template: As for :class:`~fednorm.streams.learner.Learner`; ``options`` are :class:`EWCOptions`.
 
     Attributes:
         trained: The P numbers that are trained, as the parameters that hold them.

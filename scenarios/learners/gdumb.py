@@ -37,10 +37,10 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.continual.buffer import BalancedBuffer, Samples
-from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 from fednorm.errors import ConfigError
 from fednorm.rng import reseed, stream_seed, torch_stream
+from fednorm.streams.buffer import BalancedBuffer, Samples
+from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ class GDumb(Learner):
     """Remembers as new samples come, and learns when an experience ends.
 
     Args:
-        **template: As for :class:`~fednorm.continual.learner.Learner`; ``options`` are :class:`GDumbOptions`. The model
+        **template: As for :class:`~fednorm.streams.learner.Learner`; ``options`` are :class:`GDumbOptions`. The model
             must be as it was initialised, and the optimizer at its learning rate.
     """
 

@@ -11,11 +11,11 @@ training step. A stream in which one image has several labels has no union (``St
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.learner import Learner, LearnerSpec
+from fednorm.streams.learner import Learner, LearnerSpec
 
 
 class Joint(Learner):
-    """Trains on the one experience of :func:`~fednorm.continual.avalanche_benchmark.joint_to_avalanche`."""
+    """Trains on the one experience of :func:`~fednorm.streams.avalanche_benchmark.joint_to_avalanche`."""
 
 
 SPEC = LearnerSpec(

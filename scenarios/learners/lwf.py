@@ -29,8 +29,8 @@ from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import Learner, LearnerOptions, LearnerSpec, Tensors
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class LwF(Learner):
     """Learns from new samples their labels and what the last experience's network made of them.
 
     Args:
-        **template: As for :class:`~fednorm.continual.learner.Learner`; ``options`` are :class:`LwFOptions`.
+        **template: As for :class:`~fednorm.streams.learner.Learner`; ``options`` are :class:`LwFOptions`.
 
     Attributes:
         teacher: g, in evaluation mode; None in the first experience.

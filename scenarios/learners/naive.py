@@ -9,7 +9,7 @@ Avalanche's ``Naive``, through fednorm's training step.
 from __future__ import annotations
 
 from fednorm.cards import Citation
-from fednorm.continual.learner import Learner, LearnerSpec
+from fednorm.streams.learner import Learner, LearnerSpec
 
 
 class Naive(Learner):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-import fednorm.cli as cli
+import fednorm.cli.app as cli
 
 SMALL = (
     *("--set", "model.width=4", "--train-per-client", "16", "--set", "data.test_per_domain=10"),

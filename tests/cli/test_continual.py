@@ -19,8 +19,8 @@ from torch import nn
 import fednorm
 from fednorm.cards import LEARNERS
 from fednorm.config import resolve
-from fednorm.continual.learner import Learner
 from fednorm.errors import ConfigError
+from fednorm.streams.learner import Learner
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -90,7 +90,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = call("continual", "--json", *SMALL).document
-    monkeypatch.setattr("fednorm.commands.continual.simulate", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("fednorm.cli.continual.simulate", lambda *_, **__: pytest.fail("it trained"))
     dry = call("continual", "--json", "--dry-run", "--runs", tmp_path / "dry", *SMALL)
     document = dry.document
     assert document == {key: whole[key] for key in document}

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-import fednorm.cli as cli
+import fednorm
 from fednorm.cards import DATA, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.config import SECTION_VALUES as SECTIONS
 from fednorm.config import resolve
-from fednorm.federated import client
+from fednorm.federation import client
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -57,7 +57,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Small
 ) -> None:
     whole = call("federated", "--json", *small).document
-    monkeypatch.setattr("fednorm.commands.federated.simulate", lambda *_, **__: pytest.fail("it trained"))
+    monkeypatch.setattr("fednorm.cli.federated.simulate", lambda *_, **__: pytest.fail("it trained"))
     dry = call("federated", "--json", "--dry-run", "--runs", tmp_path / "dry", *small)
     assert dry.code == 0
     document = dry.document
@@ -89,7 +89,7 @@ def test_a_dry_run_shows_the_plan_entry_by_entry(call: Call, small: Small) -> No
         ("models", list(MODELS.names)),
         ("data", list(DATA.names)),
         ("scenarios", list(SCENARIOS.names)),
-        ("studies", sorted(path.stem for path in (Path(cli.__file__).parent / "recipes").glob("*.toml"))),
+        ("studies", sorted(path.stem for path in (Path(fednorm.__file__).parent / "recipes").glob("*.toml"))),
     ],
 )
 def test_list_names_everything(what: str, names: list[str], call: Call) -> None:
@@ -157,7 +157,7 @@ def test_names_are_read_with_dashes_and_underscores(call: Call, small: Small) ->
 
 def test_the_console_script_s_exit_codes_and_streams(tmp_path: Path, small: Small) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fednorm.cli"]
+    command = [sys.executable, "-m", "fednorm.cli.app"]
 
     def process(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fednorm.cards import Family
 from fednorm.errors import ConfigError
-from fednorm.federated import client
+from fednorm.federation import client
 
 Call = Callable[..., Any]
 Refused = Callable[..., None]
@@ -184,7 +184,7 @@ def test_a_package_of_the_same_name_is_not_taken_for_ours(monkeypatch: pytest.Mo
     stranger = type(sys)("strategies")
     stranger.__file__ = "/somewhere/strategies/__init__.py"
     monkeypatch.setitem(sys.modules, "strategies", stranger)
-    first = Family("strategy", "strategies", "strategies", "fednorm.federated.spec:StrategySpec")
+    first = Family("strategy", "strategies", "strategies", "fednorm.federation.spec:StrategySpec")
     with pytest.raises(ConfigError, match=r"/somewhere/strategies/__init__\.py is not fednorm's"):
         _ = first.names
 

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from fednorm import signals
-from fednorm.commands.standing import run_stands
+from fednorm.cli.standing import run_stands
 from fednorm.config import resolve
-from fednorm.federated import client
-from fednorm.study.record import CHECKPOINT, RunRecord
+from fednorm.federation import client
+from fednorm.records.record import CHECKPOINT, RunRecord
 
 SMALL = ("--set", "model.width=4", "--set", "evaluate.batch_size=64")
 ENDLESS: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ STANDS = {
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "fednorm.cli", *arguments],
+        [sys.executable, "-m", "fednorm.cli.app", *arguments],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, sys.path))},
         stdout=subprocess.PIPE,

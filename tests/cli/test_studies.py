@@ -58,7 +58,7 @@ def test_compare_runs_a_grid_reads_it_back_and_report_makes_its_tables(
     assert [run["hash"] for run in dry] == [result["hash"] for result in first.document["results"]]
     assert first.document["failures"] == []
 
-    monkeypatch.setattr("fednorm.federated.server._serve", lambda *_: pytest.fail("a run was run again"))
+    monkeypatch.setattr("fednorm.federation.server._serve", lambda *_: pytest.fail("a run was run again"))
     again = call("compare", study, "--jobs", "1", "--out", tmp_path / "out", "--json")
     assert again.document == first.document
     results = first.document["results"]

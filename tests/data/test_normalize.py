@@ -13,18 +13,18 @@ from torch import Tensor
 from torchvision.transforms.functional import normalize
 
 from fednorm.config import resolve
-from fednorm.continual.evaluation import accuracy
-from fednorm.continual.probe import probe_images
-from fednorm.continual.workbench import ContinualWorkbench
 from fednorm.data import load_federation, pixels
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.data.normalize import measured, normalized
 from fednorm.data.scaling import HALF, UNIT, Scaling
 from fednorm.errors import ConfigError, DataError
-from fednorm.federated.client import fit, reestimate_on, score
-from fednorm.federated.simulate import simulate
-from fednorm.federated.workbench import Workbench
+from fednorm.federation.client import fit, reestimate_on, score
+from fednorm.federation.simulate import simulate
+from fednorm.federation.workbench import Workbench
 from fednorm.rng import torch_stream
+from fednorm.streams.evaluation import accuracy
+from fednorm.streams.probe import probe_images
+from fednorm.streams.workbench import ContinualWorkbench
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 12, "test_per_domain": 6},

@@ -70,7 +70,7 @@ def test_compile_where_nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_command_ends_with_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fednorm.cli import main
+    from fednorm.cli.app import main
 
     for command in ("federated", "continual"):
         for words in (["--device", "cuda:7"], ["--device", "nonsense"], ["--amp", "fp8"]):

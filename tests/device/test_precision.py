@@ -13,7 +13,7 @@ from torch import Tensor
 import fednorm
 from fednorm import device as devices
 from fednorm.config import merge, resolve
-from fednorm.federated.workbench import Workbench
+from fednorm.federation.workbench import Workbench
 from fednorm.report._common import by_method
 from fednorm.report.table import method_name
 

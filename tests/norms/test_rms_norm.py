@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fednorm.conversion import convert
+from fednorm.conversion.replacement import convert
 from fednorm.errors import DataError
 from fednorm.norms import make_norm, spec_of
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.diagnostics import dormant_units
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.optim.redo import ReDo, chain
 from fednorm.rng import torch_seeded
+from fednorm.training.diagnostics import dormant_units
 from fednorm.training.step import TrainingStep
 
 Optimizer = Callable[[nn.Module], torch.optim.Optimizer]

@@ -15,10 +15,10 @@ from polars.testing import assert_frame_equal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fednorm.errors import ConfigError, RecordError
+from fednorm.records.results import load
 from fednorm.report.export import export, write_summary
 from fednorm.report.frame import TIDY, records
 from fednorm.report.tensorboard import write_events
-from fednorm.study.results import load
 
 Make = Callable[..., dict[str, Any]]
 

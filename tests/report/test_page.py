@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from fednorm.config import RunConfig
 from fednorm.errors import RecordError
+from fednorm.records.results import Loaded
 from fednorm.report import page_data
 from fednorm.report.comparison import comparisons
 from fednorm.report.page import SCRIPTS, embeddable, page, write_page
 from fednorm.report.page_data import document, number
-from fednorm.study.results import Loaded
 
 LAYERS = ("norm1", "norm2")
 TENSORS = [

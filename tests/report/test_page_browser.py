@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from fednorm.config import RunConfig
+from fednorm.records.results import Loaded
 from fednorm.report.page import write_page
-from fednorm.study.results import Loaded
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from fednorm.commands.report import run_report
+from fednorm.cli.report import run_report
 from fednorm.config import resolve
 from fednorm.errors import ConfigError, FedNormError, RecordError, UnknownNameError
+from fednorm.records.integrity import sealed
+from fednorm.records.results import FORMAT, load
 from fednorm.report.comparison import comparison_table, comparisons, paper_table
 from fednorm.report.frame import frame, records
 from fednorm.report.stream_table import average_table, drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.report.table import accuracy_table
-from fednorm.study.integrity import sealed
-from fednorm.study.results import FORMAT, load
 
 Make = Callable[..., dict[str, Any]]
 Report = Callable[..., str]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fednorm.config import resolve
-from fednorm.federated.simulate import simulate
+from fednorm.federation.simulate import simulate
 from fednorm.report._common import Table, interval, percent
 from fednorm.report.latex import CHARACTERS, escaped
 from fednorm.report.table import accuracy_table

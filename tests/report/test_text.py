@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fednorm.errors import RecordError
+from fednorm.records.formats import Unfit, migrated
 from fednorm.report._common import Table
 from fednorm.report.export import export, write_summary
 from fednorm.report.files import write_whole
 from fednorm.report.text import file_name, in_csv, in_markdown, one_line, printable
-from fednorm.study.formats import Unfit, migrated
 
 NASTY = st.text(
     st.sampled_from("abc \x1b[]()<>|&`$*#_=+-@\\\n\r\t\x07\x9b\u202e\ud800é–−0123456789") | st.characters(), max_size=30

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fednorm.cards import SCENARIOS
 from fednorm.config import DataConfig
-from fednorm.continual.stream import Stream
+from fednorm.streams.stream import Stream
 
 Make = Callable[..., Stream]
 CLASSES = {"cifar10": 10, "cifar100": 100}

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from fednorm.cards import SCENARIOS
-from fednorm.commands.catalogue import run_explain, run_list
+from fednorm.cli.catalogue import run_explain, run_list
 from fednorm.config import DataConfig
-from fednorm.continual.stream import Experience, PermutedSplit, Stream
 from fednorm.data.domain import Split
 from fednorm.errors import ConfigError, DataError, UnknownNameError
+from fednorm.streams.stream import Experience, PermutedSplit, Stream
 
 Make = Callable[..., Stream]
 NAMES = SCENARIOS.names

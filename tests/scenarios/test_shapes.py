@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from fednorm.cards import SCENARIOS
 from fednorm.config import DataConfig, resolve
-from fednorm.continual import dealing
-from fednorm.continual.dealing import class_counts, seed_of_order, stratified
-from fednorm.continual.stream import Stream
 from fednorm.data.benchmarks import Loaded, Reader
 from fednorm.data.domain import Domain, Split
 from fednorm.errors import ConfigError
+from fednorm.streams import dealing
+from fednorm.streams.dealing import class_counts, seed_of_order, stratified
+from fednorm.streams.stream import Stream
 
 
 @dataclass(frozen=True)

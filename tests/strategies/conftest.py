@@ -13,10 +13,10 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fednorm.cards import STRATEGIES
-from fednorm.federated.grid import InProcessGrid
-from fednorm.federated.replies import EXTRA
-from fednorm.federated.strategy import NormStrategy
-from fednorm.federated.wire import pack, unpack
+from fednorm.federation.grid import InProcessGrid
+from fednorm.federation.replies import EXTRA
+from fednorm.federation.strategy import NormStrategy
+from fednorm.federation.wire import pack, unpack
 from fednorm.norms import make_norm
 from fednorm.rng import torch_seeded
 from fednorm.roles import Kind

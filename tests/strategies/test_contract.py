@@ -18,11 +18,11 @@ from torch import Tensor
 
 from fednorm.cards import STRATEGIES
 from fednorm.errors import AggregationError, ConfigError, IncompleteError
-from fednorm.federated.grid import InProcessGrid
-from fednorm.federated.local import Local
-from fednorm.federated.server_optimizer import ServerOptimizer
-from fednorm.federated.strategy import NormStrategy
-from fednorm.federated.wire import pack, unpack
+from fednorm.federation.grid import InProcessGrid
+from fednorm.federation.local import Local
+from fednorm.federation.server_optimizer import ServerOptimizer
+from fednorm.federation.strategy import NormStrategy
+from fednorm.federation.wire import pack, unpack
 from fednorm.roles import LEARNED, Kind
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES.names)
@@ -366,7 +366,7 @@ def test_round_one_waits_for_every_node(lab: Any) -> None:
 
 
 def test_nodes_that_never_come_end_the_wait(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fednorm.federated.strategy.NODE_SECONDS", 0.0)
+    monkeypatch.setattr("fednorm.federation.strategy.NODE_SECONDS", 0.0)
     strategy = lab.make("fedavg", min_nodes=3)
     update = lab.update(strategy, 0)
     with pytest.raises(AggregationError, match=r"has 3 clients, and 2 nodes came"):

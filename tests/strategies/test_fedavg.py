@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from torch import nn
 
 from fednorm.errors import ConfigError
-from fednorm.federated.wire import pack, unpack
+from fednorm.federation.wire import pack, unpack
 from fednorm.roles import Role
 from strategies.fedavg import FedAvg
 

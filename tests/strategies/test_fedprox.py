@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord
 from torch import nn
 
 from fednorm.errors import ConfigError
-from fednorm.federated.wire import pack
+from fednorm.federation.wire import pack
 from fednorm.training.step import TrainingStep
 from strategies.fedprox import ProximalTerm
 

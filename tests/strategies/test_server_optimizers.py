@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedYogi as FlowerFedYogi
 from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
-from fednorm.federated.wire import pack, unpack
+from fednorm.federation.wire import pack, unpack
 from fednorm.roles import LEARNED
 from strategies.fedadam import FedAdam
 from strategies.fedavgm import FedAvgM

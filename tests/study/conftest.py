@@ -20,8 +20,8 @@ SMALL: dict[str, Any] = {
 }
 
 KIND = """
-import fednorm.federated.client as client
-from fednorm.federated.simulate import simulate
+import fednorm.federation.client as client
+from fednorm.federation.simulate import simulate
 from fednorm.config import resolve
 
 UNIT, ROOM = "round", 20_000

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from fednorm.config import merge, resolve
 from fednorm.errors import RecordError
-from fednorm.study.integrity import digest_of
-from fednorm.study.results import load
+from fednorm.records.integrity import digest_of
+from fednorm.records.results import load
 
 FEDERATED: dict[str, Any] = {
     "data": {"train_per_client": 8, "test_per_domain": 5, "domains": ["scans", "photo"]},
@@ -95,13 +95,13 @@ def timeless(value: Any) -> Any:
 
 def make(kind: str, root: Path) -> Made:
     if kind == "federated":
-        from fednorm.federated.simulate import simulate as simulate_federation
+        from fednorm.federation.simulate import simulate as simulate_federation
 
         simulate: Any = simulate_federation
         base, states = FEDERATED, {"interrupted": 2, "earlier": 1}
     else:
         pytest.importorskip("avalanche")
-        from fednorm.continual.simulate import simulate as simulate_stream
+        from fednorm.streams.simulate import simulate as simulate_stream
 
         simulate, base, states = simulate_stream, CONTINUAL, {"interrupted": 5, "earlier": 3}
     config = resolve(base)

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 
 from fednorm.config import DataConfig, merge, resolve
-from fednorm.continual import estimate as of_streams
-from fednorm.continual.simulate import simulate as simulate_stream
 from fednorm.data import load_federation
 from fednorm.errors import DataError
-from fednorm.federated import estimate as of_rounds
-from fednorm.federated.simulate import simulate as simulate_rounds
-from fednorm.federated.workbench import Workbench
+from fednorm.federation import estimate as of_rounds
+from fednorm.federation.simulate import simulate as simulate_rounds
+from fednorm.federation.workbench import Workbench
+from fednorm.streams import estimate as of_streams
+from fednorm.streams.simulate import simulate as simulate_stream
 from fednorm.study import estimate
 from fednorm.study.estimate import estimate_seconds, seconds_at_once
 

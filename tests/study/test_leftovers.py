@@ -9,9 +9,9 @@ import pytest
 
 from fednorm.config import resolve
 from fednorm.errors import RecordError
-from fednorm.federated import simulate as simulate_module
-from fednorm.federated.simulate import simulate
-from fednorm.study.record import RunRecord
+from fednorm.federation import simulate as simulate_module
+from fednorm.federation.simulate import simulate
+from fednorm.records.record import RunRecord
 
 CONFIG = resolve(
     {

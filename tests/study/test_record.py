@@ -22,14 +22,14 @@ from safetensors.torch import load_file, save_file
 
 from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import AggregationError, DivergedError, RecordError
-from fednorm.federated import client, server
-from fednorm.federated.simulate import simulate
-from fednorm.federated.workbench import Workbench
-from fednorm.study import record as record_module
-from fednorm.study.formats import FORMAT
-from fednorm.study.integrity import unsealed
-from fednorm.study.record import Checkpoint, RunRecord
-from fednorm.study.versions import versions
+from fednorm.federation import client, server
+from fednorm.federation.simulate import simulate
+from fednorm.federation.workbench import Workbench
+from fednorm.records import record as record_module
+from fednorm.records.formats import FORMAT
+from fednorm.records.integrity import unsealed
+from fednorm.records.record import Checkpoint, RunRecord
+from fednorm.records.versions import versions
 
 Make = Callable[..., RunConfig]
 

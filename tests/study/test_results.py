@@ -12,8 +12,8 @@ import pytest
 
 from fednorm.config import resolve
 from fednorm.errors import RecordError
-from fednorm.study.integrity import sealed
-from fednorm.study.results import FORMAT, load
+from fednorm.records.integrity import sealed
+from fednorm.records.results import FORMAT, load
 
 Make = Callable[..., dict[str, Any]]
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from fednorm.config import resolve
 from fednorm.errors import RecordError
-from fednorm.federated import server
-from fednorm.federated.simulate import simulate
-from fednorm.federated.workbench import Workbench
+from fednorm.federation import server
+from fednorm.federation.simulate import simulate
+from fednorm.federation.workbench import Workbench
 
 METHODS: dict[str, dict[str, Any]] = {
     "client's local tensors": {"evaluate": {"kinds": ["own", "cross", "pooled"]}},

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import ConfigError, FedNormError
-from fednorm.federated.simulate import simulate
+from fednorm.federation.simulate import simulate
 from fednorm.study import runner, worker
 from fednorm.study.grid import expand
 from fednorm.study.runner import Failure, Progress, default_jobs, execute, run_study
@@ -119,7 +119,7 @@ def test_processes_do_what_one_does_and_a_run_that_fails_or_is_killed_stops_no_o
 
 COMMAND = """
 import sys
-from fednorm.cli import main
+from fednorm.cli.app import main
 if __name__ == "__main__":
     sys.argv = ["fednorm", "compare", "study.toml", "--out", "out", "--jobs", "2"]
     main()
@@ -227,7 +227,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     A rate of 9 diverges; a rate of 8 is a mistake of ours.
     """
     from fednorm.errors import AggregationError
-    from fednorm.study.record import RunRecord
+    from fednorm.records.record import RunRecord
 
     ran: list[RunConfig] = []
 
@@ -250,7 +250,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         record.finish(result, {})
         return {**result, "run": str(record.folder)}
 
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", run)
+    monkeypatch.setattr("fednorm.federation.simulate.simulate", run)
     return ran
 
 
@@ -406,6 +406,6 @@ def test_a_failure_of_the_user_s_making_is_a_reason(tmp_path: Path, monkeypatch:
     def fail(*_: Any, **__: Any) -> None:
         raise FedNormError("because")
 
-    monkeypatch.setattr("fednorm.federated.simulate.simulate", fail)
+    monkeypatch.setattr("fednorm.federation.simulate.simulate", fail)
     config = resolve(merge({}, {}))
     assert worker.attempt(config, tmp_path, lambda _: None) == worker.Ended(None, "because", "FedNormError")

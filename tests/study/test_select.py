@@ -166,7 +166,7 @@ def test_the_sentence_names_the_images_and_a_choice_on_test_images_is_called_one
 
 @pytest.mark.parametrize("scenario", SCENARIOS.names)
 def test_what_a_configuration_is_about_is_known_before_it_is_run(scenario: str) -> None:
-    from fednorm.continual.workbench import ContinualWorkbench
+    from fednorm.streams.workbench import ContinualWorkbench
 
     values = {"kind": "continual", "scenario": {"name": scenario}, "learner": {"name": "naive"}}
     config: Any = resolve(values)

@@ -11,9 +11,9 @@ import pytest
 
 from fednorm.config import merge
 from fednorm.errors import ConfigError, RecordError
+from fednorm.records.integrity import unsealed
 from fednorm.study import manifest
 from fednorm.study.cases import Study
-from fednorm.study.integrity import unsealed
 from fednorm.study.study import make_study, read_study
 
 SEARCHED: dict[str, Any] = {

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.avalanche_benchmark import to_avalanche
-from fednorm.continual.buffer import Samples
-from fednorm.continual.learner import Learner
-from fednorm.continual.stream import Stream
 from fednorm.models import make_model
 from fednorm.norms import make_norm
+from fednorm.streams.avalanche_benchmark import to_avalanche
+from fednorm.streams.buffer import Samples
+from fednorm.streams.learner import Learner
+from fednorm.streams.stream import Stream
 
 Build = Callable[..., Learner]
 Bare = Callable[..., tuple[nn.Module, torch.optim.Optimizer]]

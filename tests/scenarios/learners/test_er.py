@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.buffer import ReservoirBuffer, Samples
-from fednorm.continual.stream import Stream
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
+from fednorm.streams.buffer import ReservoirBuffer, Samples
+from fednorm.streams.stream import Stream
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

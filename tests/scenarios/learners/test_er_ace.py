@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.buffer import ReservoirBuffer, Samples
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
+from fednorm.streams.buffer import ReservoirBuffer, Samples
 
 
 def masked_cross_entropy(logits: Tensor, labels: Tensor, allowed: set[int]) -> Tensor:

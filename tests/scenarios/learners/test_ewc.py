@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fednorm.continual.buffer import Samples
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.rng import torch_seeded
+from fednorm.streams.buffer import Samples
 
 
 def vector(model: nn.Module) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
-from fednorm.continual.buffer import BalancedBuffer
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.rng import torch_stream
+from fednorm.streams.buffer import BalancedBuffer
 from fednorm.training.schedule import Schedule
 from scenarios.learners.gdumb import GDumbOptions
 

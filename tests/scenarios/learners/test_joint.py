@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from fednorm.continual.avalanche_benchmark import joint_to_avalanche
-from fednorm.continual.stream import Stream
 from fednorm.errors import ConfigError
+from fednorm.streams.avalanche_benchmark import joint_to_avalanche
+from fednorm.streams.stream import Stream
 from scenarios.learners import joint, naive
 
 

@@ -13,9 +13,9 @@ from avalanche.training.plugins import LwFPlugin
 from avalanche.training.regularization import LearningWithoutForgetting
 from torch import Tensor, nn
 
-from fednorm.continual.buffer import Samples
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
+from fednorm.streams.buffer import Samples
 
 
 class InOurOrder(AvalancheNaive):

@@ -10,9 +10,9 @@ import torch
 from avalanche.training import Naive as AvalancheNaive
 from torch import Tensor, nn
 
-from fednorm.continual.buffer import Samples
-from fednorm.continual.stream import Stream
 from fednorm.data.domain import pixels
+from fednorm.streams.buffer import Samples
+from fednorm.streams.stream import Stream
 
 
 class InOurOrder(AvalancheNaive):

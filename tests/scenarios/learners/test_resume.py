@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load, save
 
 from fednorm.cards import LEARNERS
-from fednorm.continual.avalanche_benchmark import joint_to_avalanche
-from fednorm.continual.stream import Stream
+from fednorm.streams.avalanche_benchmark import joint_to_avalanche
+from fednorm.streams.stream import Stream
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "er": {"memory_size": 30},

@@ -1,0 +1,481 @@
+"""The command line: ``fednorm`` and a command: demo, federated, continual, compare, recipes, report, export, and more.
+
+Results go to standard output, all else to standard error; with ``--json`` standard output holds one JSON document. A
+user's mistake ends with exit code 2 and a sentence, never with a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from fednorm.signals import raising, starting
+
+try:
+    import typer
+
+    from fednorm.cli.console import fail
+    from fednorm.errors import ConfigError, FedNormError
+except KeyboardInterrupt:  # before anything has begun there is nothing to tell
+    raise SystemExit(130) from None
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
+    "on Flower and continual streams with Avalanche, and compare.",
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the real data.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
+AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
+CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
+]
+
+ScheduleOption = Annotated[
+    str | None, typer.Option(help="Of the learning rate: constant, linear, cosine, step or exponential.")
+]
+AugmentOption = Annotated[
+    str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
+]
+
+
+def _whole(number: float | None) -> float | int | None:
+    """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
+    return int(number) if number is not None and number.is_integer() else number
+
+
+@app.command()
+def demo(
+    runs: RunsOption = Path("runs/demo"),
+    rounds: Annotated[int, typer.Option(help="Rounds of each strategy.")] = 20,
+    images: Annotated[int, typer.Option(help="Training images of an experience of the streams; 0 for all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of every random stream.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Strategies on embedded multi-domain digits, then norms on streams of them: no data folder, no network."""
+    with starting():
+        from fednorm.cli.demo import run_demo
+
+    run_demo(runs=runs, rounds=rounds, images=images, seed=seed, as_json=as_json)
+
+
+@app.command()
+def federated(  # noqa: PLR0913 - one parameter an option
+    config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
+    data: Annotated[str | None, typer.Option(help="Benchmark (fednorm list data), or package.module:yours.")] = None,
+    data_dir: DataDirOption = None,
+    domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
+    images: Annotated[int | None, typer.Option("--train-per-client", help="Most training images a client.")] = None,
+    clients: Annotated[int | None, typer.Option("--clients-per-domain", help="Clients that share a domain.")] = None,
+    partition: Annotated[str | None, typer.Option(help="iid, dirichlet or shards.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients.")] = None,
+    schedule: ScheduleOption = None,
+    augment: AugmentOption = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
+    local_epochs: Annotated[float | None, typer.Option(help="Epochs of a client a round; 0.5 is half of one.")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Any of own,cross,averaged,pooled,reestimated,unseen; separated by commas.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    device: DeviceOption = None,
+    amp: AmpOption = None,
+    compiled: CompileOption = None,
+    settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one federation, or go on with one that was cut short."""
+    with starting():
+        from fednorm.cli.federated import run_federated
+        from fednorm.cli.options import collect
+
+    flags = {
+        "data.name": data,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.domains": domains,
+        "data.held_out": held_out,
+        "data.train_per_client": images,
+        "data.clients_per_domain": clients,
+        "data.partition": partition,
+        "data.alpha": alpha,
+        "data.download": download,
+        "strategy.name": strategy,
+        "norm.name": norm,
+        "model.name": model,
+        "rounds.num_rounds": rounds,
+        "rounds.fraction": fraction,
+        "train.optimizer": optimizer,
+        "train.learning_rate": learning_rate,
+        "train.schedule": schedule,
+        "train.augment": augment,
+        "train.batch_size": batch_size,
+        "train.local_epochs": _whole(local_epochs),
+        "evaluate.kinds": evaluate,
+        "seed": seed,
+        "device": device,
+        "amp": amp,
+        "compile": compiled,
+    }
+    resolved = collect(config, flags, settings or [])
+    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
+
+
+@app.command()
+def continual(  # noqa: PLR0913 - one parameter an option
+    config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
+    scenario: Annotated[str | None, typer.Option(help="Scenario: fednorm list scenarios.")] = None,
+    data: Annotated[str | None, typer.Option(help="Data, where the scenario leaves a choice.")] = None,
+    data_dir: DataDirOption = None,
+    download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
+    experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
+    learner: Annotated[str | None, typer.Option(help="Learner: fednorm list learners.")] = None,
+    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
+    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    ] = None,
+    online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
+    epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    schedule: ScheduleOption = None,
+    augment: AugmentOption = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
+    device: DeviceOption = None,
+    amp: AmpOption = None,
+    compiled: CompileOption = None,
+    settings: SetOption = None,
+    runs: RunsOption = Path("runs"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a learner on a stream of experiences, or go on with a run that was cut short."""
+    with starting():
+        from fednorm.cli.continual import collect_continual, run_continual
+
+    flags = {
+        "scenario.name": scenario,
+        "scenario.num_experiences": experiences,
+        "data.name": data,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.download": download,
+        "learner.name": learner,
+        "learner.memory_size": memory_size,
+        "norm.name": norm,
+        "model.name": model,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.optimizer": optimizer,
+        "train.learning_rate": learning_rate,
+        "train.schedule": schedule,
+        "train.augment": augment,
+        "seed": seed,
+        "device": device,
+        "amp": amp,
+        "compile": compiled,
+    }
+    resolved = collect_continual(config, flags, settings or [], online=online)
+    run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def compare(
+    study: Annotated[str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm recipes.")],
+    data_dir: DataDirOption = None,
+    runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(help="Runs at a time, each in a process of its own; as many as there are cores.")
+    ] = None,
+    settings: SetOption = None,
+    select_on_test: Annotated[
+        bool, typer.Option("--select-on-test", help="Choose by test images; every table will say so.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
+    with starting():
+        from fednorm.cli.compare import run_compare
+
+    run_compare(
+        study,
+        data_dir=data_dir,
+        runs=runs,
+        jobs=jobs,
+        settings=settings or [],
+        select_on_test=select_on_test,
+        dry_run=dry_run,
+        markdown=markdown,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def recipes(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
+    """List the studies that ship, what they cost on this machine, and the papers they follow."""
+    with starting():
+        from fednorm.cli.recipes import run_recipes
+
+    run_recipes(data_dir, as_json=as_json)
+
+
+@app.command()
+def report(  # noqa: PLR0913 - one parameter an option
+    runs: Annotated[list[Path], typer.Argument(help="Records, folders of records, or summaries (.json).")],
+    page: Annotated[Path | None, typer.Option("--out", help="Write one self-contained page (.html).")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the tables in LaTeX, for booktabs.")] = False,
+    baseline: Annotated[str | None, typer.Option(help="The method that the others are compared with, by name.")] = None,
+    interval: Annotated[str, typer.Option(help="95 % interval over seeds: t or bootstrap.")] = "t",
+    select: Annotated[bool, typer.Option("--select", help="Show each method's best configuration only.")] = False,
+    curve: Annotated[bool, typer.Option("--curve", help="Also show the accuracy after every evaluated round.")] = False,
+    export: Annotated[
+        list[Path] | None, typer.Option(help="Write all measured numbers to this .csv or .parquet; repeatable.")
+    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Write TensorBoard event files to this folder.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Write figures to this folder.")] = None,
+    figure_format: Annotated[str, typer.Option(help="pdf, svg or png.")] = "pdf",
+    summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make tables, figures and one page from records."""
+    with starting():
+        from fednorm.cli.report import run_report
+
+    if markdown and latex:
+        raise ConfigError("--markdown and --latex are two forms of the same tables: choose one.")
+    run_report(
+        runs,
+        style="markdown" if markdown else "latex" if latex else "table",
+        select=select,
+        curve=curve,
+        summary=summary,
+        page=page,
+        export=export or [],
+        tensorboard=tensorboard,
+        figures=figures,
+        figure_format=figure_format,
+        baseline=baseline,
+        interval=interval,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The record of a finished run.")],
+    to: Annotated[Path, typer.Option(help="The file: .pt2 (torch.export), .safetensors or .pt (a state dict).")],
+    client: Annotated[int | None, typer.Option(help="The client whose model it is; the server's by default.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's trained model to a file that plain PyTorch reads."""
+    from fednorm.cli.export import run_export
+
+    run_export(run, to=to, client=client, as_json=as_json)
+
+
+@app.command("list")
+def list_names(
+    what: Annotated[str, typer.Argument(help="norms, strategies, models, data, scenarios, learners or studies.")],
+    as_json: JsonOption = False,
+) -> None:
+    """List what is there, a line each."""
+    with starting():
+        from fednorm.cli.catalogue import run_list
+
+    run_list(what, as_json=as_json)
+
+
+@app.command()
+def data(
+    name: Annotated[
+        str, typer.Argument(metavar="DATA", help="Benchmark (fednorm list data), or package.module:yours.")
+    ] = "digits_mini",
+    data_dir: DataDirOption = None,
+    domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
+    image_size: Annotated[int, typer.Option(help="Height and width to decode to, in pixels.")] = 28,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show who holds what: images and labels of every client."""
+    with starting():
+        from fednorm.cli.data import run_data
+        from fednorm.cli.options import collect
+
+    flags = {
+        "data.name": name,
+        "data.dir": None if data_dir is None else str(data_dir),
+        "data.domains": domains,
+        "data.image_size": image_size,
+    }
+    run_data(collect(None, flags, settings or []), as_json=as_json)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="A norm, strategy, model, benchmark or configuration section.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Explain a method: formula, paper, options, what each of its tensors is, where we differ."""
+    with starting():
+        from fednorm.cli.catalogue import run_explain
+
+    run_explain(name, as_json=as_json)
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str | None, typer.Argument(help="torchvision:NAME, timm:NAME, a name of ours, or PACKAGE.MODULE:NAME.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Check torchvision's classifiers and many of timm's.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With --all: print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what every strategy and every conversion would make of a model, and try a training step of each."""
+    from fednorm.cli.check import run_check
+
+    run_check(model, every=every, markdown=markdown, as_json=as_json)
+
+
+@app.command()
+def new(
+    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
+    name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
+) -> None:
+    """Write a commented file of a method of your own, which keeps its family's contract as it is."""
+    from fednorm.cli.new import run_new
+
+    run_new(what, name, folder)
+
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
+verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
+app.add_typer(bench_app, name="bench")
+app.add_typer(verify_app, name="verify")
+
+
+@bench_app.command("engine")
+def bench_engine(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
+    with starting():
+        from fednorm.cli.bench import run_bench_engine
+
+    run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
+@bench_app.command("continual")
+def bench_continual(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas; all of them by default.")
+    ] = "",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time normalization layers beside nn.BatchNorm2d instead of whole steps.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a step on a stream beside a bare PyTorch loop and Avalanche's own ER_ACE and Replay."""
+    with starting():
+        from fednorm.cli.bench_continual import run_bench_continual, run_bench_layers
+
+    if layers and (case or against):
+        raise ConfigError("--layers times layers alone: leave --case and --against out, or --layers.")
+    if layers:
+        run_bench_layers(repeats, markdown=markdown, as_json=as_json)
+    else:
+        run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
+@verify_app.command("golden")
+def verify_golden(
+    folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
+) -> None:
+    """Replay traces recorded from official implementations with our own classes."""
+    with starting():
+        from fednorm.cli.verify import run_golden
+
+    run_golden(folder, as_json=as_json)
+
+
+@verify_app.command("determinism")
+def verify_determinism(
+    config: Annotated[Path | None, typer.Argument(help="Configuration file (TOML); a small run by default.")] = None,
+    data_dir: DataDirOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
+    with starting():
+        from fednorm.cli.verify import run_determinism
+
+    run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
+
+
+def main() -> None:
+    """Run the command line."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    with raising():
+        try:
+            app(standalone_mode=True)
+        except FedNormError as error:
+            message = str(error.args[0]) if error.args else type(error).__name__
+            fail(message if not isinstance(error, ConfigError) else str(error))
+        except BrokenPipeError:
+            sys.stderr.close()
+            raise SystemExit(141) from None
+        except OSError as error:
+            if error.errno == errno.EIO and not sys.stderr.isatty():  # the terminal was closed under us
+                raise SystemExit(128 + signal.SIGHUP) from None
+            fail(_of_the_system(error))
+        except MemoryError:
+            fail("This machine's memory does not suffice. Take fewer or smaller images, a smaller batch or model.")
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported for its name's sake
+                raise
+            fail("The device's memory does not suffice. Take a smaller batch or model, or device cpu.")
+
+
+def _of_the_system(error: OSError) -> str:
+    """Return the sentence for what the operating system refuses: a name that is too long, a full disk."""
+    where = f" ({str(error.filename)[:200]})" if error.filename else ""
+    return f"The system refuses: {error.strerror or error}{where}. Mend that or name another path, then call again."
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""``fednorm list`` and ``fednorm explain``: what is there, from the methods' own cards."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from importlib import import_module
+from typing import Any
+
+from fednorm.cards import FAMILIES, Card, is_path
+from fednorm.cli.console import out, print_json
+from fednorm.config import SECTION_VALUES, read_config
+from fednorm.config.schema import kinds_of
+from fednorm.errors import ConfigError, FedNormError, canonical, unknown_name
+from fednorm.streams.learner import LearnerSpec
+from fednorm.study.recipes import find_study, recipe_names
+
+Row = dict[str, Any]
+
+
+def _studies() -> list[Row]:
+    about = {name: read_config(find_study(name)).get("study", {}) for name in recipe_names()}
+    return [{"name": name, "summary": table.get("title", "")} for name, table in about.items()]
+
+
+def _cards(what: str) -> list[Row]:
+    return [
+        {"name": card.name, "summary": card.summary, **({"note": card.note} if hasattr(card, "note") else {})}
+        for card in FAMILIES[what]
+    ]
+
+
+def run_list(what: str, *, as_json: bool) -> None:
+    """List the names of a kind with a line each."""
+    what = canonical(what)
+    if what not in (*FAMILIES, "studies"):
+        raise unknown_name("list", what, (*FAMILIES, "studies"))
+    rows = _studies() if what == "studies" else _cards(what)
+    if as_json:
+        return print_json({what: rows})
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        lines = [row.get("summary", ""), row.get("note", "")]
+        out().print(f"{row['name']:<{width}}  {' '.join(line for line in lines if line)}", markup=False, soft_wrap=True)
+    if not rows:
+        out().print(f"There are no {what} yet.")
+    return None
+
+
+def run_explain(name: str, *, as_json: bool) -> None:
+    """Explain one name, wherever it is registered, or what an import path names."""
+    found = _section(canonical(name)) if canonical(name) in SECTION_VALUES else _described(name)
+    if as_json:
+        return print_json(found)
+    out().print(_text(found), markup=False, soft_wrap=True)
+    return None
+
+
+def _described(name: str) -> Row:
+    """Return what the first family that has a name says of it."""
+    if is_path(name):
+        return _of_path(name)
+    for family in FAMILIES.values():
+        if canonical(name) in family.names:
+            return _card(family.noun, family[name])
+    known = [*SECTION_VALUES, *(known for family in FAMILIES.values() for known in family.names)]
+    raise unknown_name(
+        "norm, strategy, scenario, learner, model, benchmark, optimizer or section", canonical(name), known
+    )
+
+
+def _of_path(name: str) -> Row:
+    reasons = []
+    for family in FAMILIES.values():
+        try:
+            return _card(family.noun, family[name])
+        except FedNormError as error:
+            reasons.append(str(error))
+    raise ConfigError(reasons[0])
+
+
+def _card(what: str, card: Card) -> Row:
+    """Return everything that a card declares, as plain values."""
+    citation = dataclasses.asdict(card.citation) if card.citation else None
+    named = {"what": what, "name": card.name, "summary": card.summary, "citation": citation}
+    rest = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name not in named}
+    facts = {key: _plain(value) for key, value in rest.items() if key not in ("make", "load", "layers", "origin")}
+    return {**named, "options": _plain(card.options), "about": _about(card), **facts}
+
+
+def _about(card: Card) -> str:
+    """Return the text at the head of the method's file, and that of its options' records."""
+    module = sys.modules.get(card.origin) or import_module(card.origin)
+    about = [inspect.cleandoc(module.__doc__ or "")]
+    if isinstance(card, LearnerSpec):
+        # A record of options documents its own and leaves the rest to the one that it extends.
+        records = [cls for cls in reversed(card.maker.__mro__) if dataclasses.is_dataclass(cls) and card.declared]
+        about += [inspect.getdoc(record) or "" for record in records if dataclasses.fields(record)]
+    return "\n\n".join(about).strip()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "items"):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list | frozenset) else value
+
+
+def _section(name: str) -> Row:
+    """Return the keys of a section: type, default, meaning, which runs have it."""
+    section = SECTION_VALUES[name]
+    lines = [f"{key} ({', '.join(kinds_of(info))}): {info.description}" for key, info in section.model_fields.items()]
+    return {
+        "what": "section of the configuration",
+        "name": name,
+        "options": {key: info.default for key, info in section.model_fields.items()},
+        "about": "\n".join([inspect.getdoc(section) or "", "", *lines]),
+    }
+
+
+def _text(card: Row) -> str:
+    lines = [f"{card['name']} ({card['what']})", "", card.get("about") or card["summary"], ""]
+    if card.get("options"):
+        lines.append("Options: " + ", ".join(f"{key} = {value}" for key, value in card["options"].items()))
+    for key, tensor in card.get("tensors", {}).items():
+        lines.append(f"Tensor {key}: {tensor['kind']}")
+    if card.get("defaults"):
+        lines.append(f"Brings along: {card['defaults']}")
+    lines.extend(f"Differs: {deviation}" for deviation in card.get("deviations", []))
+    if card.get("note"):
+        lines.append(card["note"])
+    return "\n".join(lines).strip()

@@ -1,0 +1,104 @@
+"""``fednorm demo``: three strategies on embedded digits, then streams of them; tables, and a page of all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fednorm.cli.console import err, out, print_json
+from fednorm.cli.report import show, tables
+from fednorm.cli.standing import saying_what_stands
+from fednorm.config import resolve
+from fednorm.federation.simulate import simulate
+from fednorm.limits import require_path
+from fednorm.records.results import Loaded
+from fednorm.report.page import write_page
+from fednorm.report.progress import RoundProgress, StreamProgress
+from fednorm.streams.simulate import simulate as simulate_stream
+
+STRATEGIES = ("fedavg", "fedbn", "fedwon")
+LEARNING_RATE = 0.03
+
+STREAM_NORMS = ("batch_norm", "adab2n", "continual_norm", "group_norm")
+"""Norms of the class-incremental stream, learned online with ER-ACE."""
+
+MEMORIZATION_NORMS = ("none", "layer_norm", "nap")
+"""Norms of the random-label stream: plain, normalized, normalized and projected."""
+
+
+def demo_values(strategy: str, *, rounds: int, seed: int) -> dict[str, Any]:
+    """Return the configuration of one of the demo's federations: FedBN's network at a quarter of its width."""
+    return {
+        "seed": seed,
+        "data": {"name": "digits_mini"},
+        "model": {"name": "digits_cnn", "width": 16},
+        "strategy": {"name": strategy},
+        "train": {"learning_rate": LEARNING_RATE},
+        "rounds": {"num_rounds": rounds, "evaluate_every": 5},
+    }
+
+
+def stream_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
+    """Return the configuration of one of the demo's class-incremental streams."""
+    return {
+        "kind": "continual",
+        "seed": seed,
+        "scenario": {"name": "split_digits", "train_per_experience": images},
+        "learner": {"name": "er_ace", "memory_size": 200},
+        "norm": {"name": norm},
+        "train": {"epochs": 1, "batch_size": 10, "learning_rate": LEARNING_RATE},
+    }
+
+
+def memorization_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
+    """Return the configuration of one of the demo's random-label streams: a rate at which a plain network dies.
+
+    The rate falls to zero in each experience, as NaP needs it: its effective rate does not fall by itself.
+    """
+    return {
+        "kind": "continual",
+        "seed": seed,
+        "scenario": {"name": "random_labels", "num_experiences": 8, "train_per_experience": images or 200},
+        "model": {"name": "mlp", "width": 64},
+        "norm": {"name": norm},
+        "train": {
+            "optimizer": "adam",
+            "learning_rate": 0.003,
+            "schedule": "linear",
+            "schedule_over": "experience",
+            "batch_size": 20,
+            "epochs": 30,
+        },
+    }
+
+
+def _run_all(results: list[dict[str, Any]], runs: Path, *, rounds: int, images: int, seed: int) -> None:
+    """Run strategies and streams one after the other; each result is added as soon as there is one."""
+    with RoundProgress(err()) as progress:
+        for strategy in STRATEGIES:
+            config = resolve(demo_values(strategy, rounds=rounds, seed=seed))
+            results.append(simulate(config, runs=runs, observer=progress))
+    streams = [stream_values(norm, images=images, seed=seed) for norm in STREAM_NORMS]
+    streams += [memorization_values(norm, images=images, seed=seed) for norm in MEMORIZATION_NORMS]
+    with StreamProgress(err()) as progress_of_streams:
+        for values in streams:
+            results.append(simulate_stream(resolve(values), runs=runs, observer=progress_of_streams))
+
+
+def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
+    """Run strategies and streams one after the other and print their tables."""
+    require_path(runs, "--runs")
+    results: list[dict[str, Any]] = []
+    planned = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
+    again = "The same command goes on with the others, from their checkpoints."
+    with saying_what_stands(lambda: f"Finished and whole: {len(results)} of the demo's {planned} runs. {again}"):
+        _run_all(results, runs, rounds=rounds, images=images, seed=seed)
+    if as_json:
+        return print_json({"results": results})
+    for table in tables(results):
+        show(table)
+    folder = Path(results[0]["run"]).parent
+    write_page(folder / "page.html", Loaded(results, [], []))
+    out().print(f"page: {folder / 'page.html'}", markup=False, soft_wrap=True)
+    out().print(f"records: {folder}", markup=False, soft_wrap=True)
+    return None

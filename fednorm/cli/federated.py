@@ -1,0 +1,108 @@
+"""``fednorm federated``: one run, its plan before it and its tables after it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fednorm.cli.console import err, out, print_json
+from fednorm.cli.standing import run_stands, saying_what_stands
+from fednorm.config import RunConfig, choose
+from fednorm.federation.estimate import estimate_seconds
+from fednorm.federation.server import Observer, read_back
+from fednorm.federation.simulate import plan, simulate
+from fednorm.federation.simulate_flower import simulate_flower
+from fednorm.federation.workbench import Workbench
+from fednorm.limits import require_path
+from fednorm.records.record import RunRecord
+from fednorm.report.progress import RoundProgress
+from fednorm.report.table import accuracy_table, evaluation_table, plan_table
+from fednorm.threads import torch_threads
+
+
+def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool, layers: bool, as_json: bool) -> None:
+    """Show the plan, run (unless it is a dry run), show the result."""
+    runtime = runtime.replace("_", "-")
+    choose("--runtime", runtime, ("in-process", "flower"))
+    require_path(runs, "--runs")
+    if not dry_run and (finished := read_back(RunRecord(runs, config), config)):
+        err().print(
+            f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
+        )
+        return show_result(finished, as_json=as_json)
+    bench = Workbench(config)
+    document = plan(config, bench)
+    if layers:
+        document["entries"] = [
+            {**dataclasses.asdict(entry), "kind": entry.kind.value, "role": entry.role.value}
+            for entry in bench.plan.entries
+        ]
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
+    if dry_run and as_json:
+        return print_json(document)
+    show_plan(document, out() if dry_run else err())
+    if dry_run:
+        return None
+    here = runtime == "in-process"
+    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
+        result = _run(config, bench, runs, runtime, progress)
+    return show_result(result, as_json=as_json)
+
+
+def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:
+    if runtime == "flower":
+        return simulate_flower(config, runs=runs, observer=observer)
+    return simulate(config, runs=runs, observer=observer, bench=bench)
+
+
+def show_plan(document: Mapping[str, Any], console: Console) -> None:
+    """Print what is known before training."""
+    config, counts, data = document["config"], document["plan"], document["data"]
+    console.print(
+        f"[bold]{config['strategy']['name']}[/] with norm {config['norm']['name']} on {data['title']}: model "
+        f"{config['model']['name']}, {document['parameters']:,} parameters"
+    )
+    for note in document["model"]["notes"]:
+        console.print(f"  {note}", markup=False, soft_wrap=True)
+    constant = ("constant",) if counts.get("constant") else ()
+    roles = ", ".join(f"{counts[role]} {role}" for role in ("shared", "local", "pooled", "reset", *constant))
+    console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
+    if places := config["strategy"].get("local"):
+        console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
+        members = [client for client in data["clients"] if client["domain"] == domain]
+        train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
+        held = "held out, " if members[0]["held_out"] else ""
+        console.print(
+            f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
+        )
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
+    if "entries" in document:
+        console.print(plan_table(document["entries"]).rich())
+
+
+def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print a result: its tables, or the document."""
+    if as_json:
+        return print_json(result)
+    console = out()
+    console.print(accuracy_table([result]).rich())
+    if set(result["evaluation"]) - {"own"}:
+        console.print(evaluation_table([result]).rich())
+    if missing := result["final"].get("missing"):
+        whom = ", ".join(missing["domains"]) or f"client {', '.join(map(str, missing['clients']))}"
+        share = f"{100 * result['final']['answered']:.0f} %"
+        console.print(
+            f"INCOMPLETE: {share} of the clients answered the last evaluation; missing: {whom}.", markup=False
+        )
+    if result["rejected_updates"]:
+        console.print(f"{result['rejected_updates']} updates were rejected; see rounds.jsonl.")
+    console.print(f"record: {result['run']}", markup=False, soft_wrap=True)
+    return None

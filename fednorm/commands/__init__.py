@@ -1,1 +1,0 @@
-"""What each command does; ``fednorm.cli`` reads the options and calls these."""

@@ -1,0 +1,130 @@
+"""Averaging what clients sent, by what each tensor is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.pooling import pool_moments
+from fednorm.roles import Role
+
+HALF = (torch.float16, torch.bfloat16)
+"""Types whose sums are held in float64: they have too few bits, and too small a range, for a sum."""
+
+SCALE = 2.0**-100
+"""What weights are multiplied by where a sum could leave float64's range; a power of two costs no bit."""
+
+
+class Average:
+    """A running weighted average of clients' tensors, one client in memory at a time.
+
+        w = sum_k n_k w_k / sum_k n_k
+
+    Shared floats are averaged in their own precision, added in the order given; half-precision ones in float64. An
+    average of finite values is finite, so a tensor whose sum *could* leave the range of its type (by the largest
+    values seen) is summed in float64 from there on. Pooled moments are combined in float64 by
+    :func:`~fednorm.federation.pooling.pool_moments`; a pooled quadratic mean has no variance beside it, and its
+    weighted average *is* the pooled one. Integers are the first client's.
+    """
+
+    def __init__(self, plan: NormPlan) -> None:
+        """Prepare for the tensors that ``plan`` sends."""
+        self._plan = plan
+        self._pairs = [pair for pair in plan.moments() if plan.by_key[pair[1]].role is Role.POOLED]
+        self._pooled = {key for pair in self._pairs for key in pair}
+        self._types: dict[str, torch.dtype] = {}
+        self._integers: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._wide: dict[str, tuple[Tensor, float]] = {}
+        self._bounds: dict[str, float] = {}
+        self._moments: list[dict[str, Tensor]] = []
+        self._weights: list[float] = []
+
+    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Add one client's tensors with a weight > 0; the tensors are not changed."""
+        first = not self._weights
+        if first:
+            self._integers = {k: tensors[k].clone() for k in self._plan.sent if not tensors[k].is_floating_point()}
+            floats = [k for k in self._plan.sent if k not in self._integers and k not in self._pooled]
+            self._types = {key: tensors[key].dtype for key in floats}
+        self._widen(tensors, weight)
+        narrow = [key for key in self._types if key not in self._wide]
+        if first:
+            self._sums = dict(zip(narrow, _products(tensors, narrow, weight), strict=True))
+        elif narrow:
+            torch._foreach_add_([self._sums[key] for key in narrow], [tensors[key] for key in narrow], alpha=weight)
+        for key, (total, scale) in self._wide.items():
+            total.add_(tensors[key].to(torch.float64), alpha=weight * scale)
+        self._moments.append({key: tensors[key] for key in self._pooled})
+        self._weights.append(weight)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the average, in the plan's order; call it once."""
+        if self._sums:
+            torch._foreach_div_(list(self._sums.values()), sum(self._weights))
+        averaged = self._sums | self._narrowed() | self._integers | self._pool()
+        return {key: averaged[key] for key in self._plan.sent}
+
+    def _widen(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Go over to float64 with every tensor whose sum may not fit its type with this client's added."""
+        for key, dtype in self._types.items():
+            if key in self._wide or not tensors[key].numel():
+                continue
+            self._bounds[key] = self._bounds.get(key, 0.0) + weight * _largest(tensors[key])
+            fits = 2 * self._bounds[key] < torch.finfo(dtype).max  # 2: sums are rounded
+            if dtype in HALF or not fits:
+                scale = SCALE if dtype is torch.float64 else 1.0
+                so_far = self._sums.pop(key, None)
+                total = torch.zeros_like(tensors[key], dtype=torch.float64) if so_far is None else so_far.double()
+                self._wide[key] = (total * scale, scale)
+
+    def _narrowed(self) -> dict[str, Tensor]:
+        """Return the averages that were summed in float64, in their own types."""
+        narrowed = {}
+        for key, (total, scale) in self._wide.items():
+            dtype = self._types[key]
+            most = torch.finfo(dtype).max
+            narrowed[key] = total.div_(sum(self._weights) * scale).clamp_(-most, most).to(dtype)
+        return narrowed
+
+    def _pool(self) -> dict[str, Tensor]:
+        pooled: dict[str, Tensor] = {}
+        for mean_key, var_key in self._pairs:
+            means = [moments[mean_key] for moments in self._moments]
+            variances = [moments[var_key] for moments in self._moments]
+            mean, var = pool_moments(means, variances, self._weights)
+            pooled[mean_key], pooled[var_key] = mean.to(means[0].dtype), var.to(variances[0].dtype)
+        return pooled
+
+
+def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> float:
+    """Return sum_k n_k v_k / sum_k n_k; NaN where all weights are zero.
+
+    A mean of finite numbers is finite: where the plain sums overflow, each weight is made a share first.
+    """
+    total = sum(weights)
+    if not total:
+        return float("nan")
+    plain = sum(n * v for n, v in zip(weights, values, strict=True)) / total
+    return plain if abs(plain) < float("inf") else sum((n / total) * v for n, v in zip(weights, values, strict=True))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether every value of every tensor is finite; a finite sum proves it in one cheap pass."""
+    return all(
+        bool(tensor.sum().isfinite()) or bool(torch.isfinite(tensor).all())
+        for tensor in tensors
+        if tensor.is_floating_point()
+    )
+
+
+def _products(tensors: Mapping[str, Tensor], keys: Sequence[str], weight: float) -> list[Tensor]:
+    return list(torch._foreach_mul([tensors[key] for key in keys], weight)) if keys else []
+
+
+def _largest(tensor: Tensor) -> float:
+    low, high = torch.aminmax(tensor)
+    return max(-low.item(), high.item())

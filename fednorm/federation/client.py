@@ -1,0 +1,213 @@
+"""The ClientApp: one client's training and evaluation, on any of Flower's runtimes.
+
+Messages:
+
+* ``train``: tensors of the server and the round's settings in; the shared tensors and metrics out. Local tensors go to
+  ``Context.state`` and nowhere else.
+* ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
+  ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
+  unlabelled test images).
+* ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any.
+* ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
+  never sends them; this does, once, after training, when the user asks for that evaluation.
+* ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
+  record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
+
+What the strategy adds to a client's training, and does before its evaluation, is its :class:`Local`
+(:mod:`fednorm.federation.local`); what that remembers is in ``Context.state`` too.
+
+A client that has never trained evaluates with freshly initialised local tensors whose statistics are first estimated
+on its own training images; it keeps nothing of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from torch import Tensor
+from torch.nn import functional
+
+from fednorm.config import TrainConfig
+from fednorm.data.domain import Client, Split
+from fednorm.device import wide
+from fednorm.federation.constants import constant_prints
+from fednorm.federation.local import Turn
+from fednorm.federation.replies import EXTRA
+from fednorm.federation.wire import pack
+from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
+from fednorm.training.recalibration import in_batches, reestimate
+
+
+def make_client_app(bench_of: BenchSource) -> ClientApp:
+    """Return a ClientApp whose processes find their workbench with ``bench_of``."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return Message(_trained(bench_of(context), message, context), reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return Message(_evaluated(bench_of(context), message, context), reply_to=message)
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return Message(_described(bench_of(context), context), reply_to=message)
+
+    @app.query("local")
+    def local(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+        if LOCAL_RECORD in context.state.array_records:
+            reply["arrays"] = context.state.array_records[LOCAL_RECORD]
+        return Message(reply, reply_to=message)
+
+    @app.query("statistics")
+    def statistics(message: Message, context: Context) -> Message:
+        bench = bench_of(context)
+        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+        if LOCAL_RECORD in context.state.array_records:
+            own = context.state.array_records[LOCAL_RECORD]
+            keys = (key for pair in bench.plan.moments() for key in pair)
+            reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
+        return Message(reply, reply_to=message)
+
+    return app
+
+
+def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Train as the message's round has it; keep what is the client's own, and return what is sent."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    bench.receive(message.content.array_records["arrays"], context.state)
+    bench.begin_turn(context.state)
+    turn = bench.turn(client, _int(config, "server-round"), message, context)
+    metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    bench.keep_local(context.state, turn.state)
+    reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
+    if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
+        reply[EXTRA] = pack(turn.reply)
+    return reply
+
+
+def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    complete = bench.receive(message.content.array_records["arrays"], context.state)
+    if config.get("mode") == "reestimated":
+        reestimate_on(bench, client.test, _int(config, "images"))
+    elif not client.held_out:
+        if not complete:
+            reestimate_on(bench, client.train, len(client.train))
+        if config.get("mode", "own") == "own":
+            turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
+            bench.strategy.local(bench.strategy).before_evaluation(turn)
+    scores = _scores(bench, client, in_a_round="mode" not in config)
+    return RecordDict({"metrics": MetricRecord(dict(scores))})
+
+
+def _described(bench: Workbench, context: Context) -> RecordDict:
+    """Return what a client says of itself, and prints of its model's constants, where it has any, to be compared."""
+    client = bench.client(context)
+    about = ConfigRecord(
+        {
+            "partition-id": client.partition_id,
+            "domain": client.domain,
+            "held-out": client.held_out,
+            "train": len(client.train),
+            "validation": len(client.validation),
+            "test": len(client.test),
+        }
+    )
+    prints = constant_prints(bench.model, bench.plan)
+    constants = {"constants": MetricRecord(dict(prints))} if prints else {}
+    return RecordDict({"client": about, **constants})
+
+
+def fit(
+    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
+) -> dict[str, float]:
+    """Train the workbench's model on a client's images for a round, as the strategy's clients do.
+
+    The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
+    A batch of one image is left out where the model's layers estimate variances from the batch.
+
+    Args:
+        bench: Its model holds the client's tensors, and is changed.
+        client: The client.
+        server_round: The round; batches are drawn from the stream (seed, client, round).
+        turn: What the message and the client's state bring along; nothing if None.
+        steps: How many of each phase, for timing; 0 for those of the configuration.
+
+    Returns:
+        ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
+    """
+    turn = turn or bench.turn(client, server_round)
+    turn.limit = steps
+    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
+
+
+def steps_of_round(train: TrainConfig, count: int) -> int:
+    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
+
+    A part of a pass is made of whole batches, one at least.
+    """
+    batches = -(-count // train.batch_size)
+    return train.local_steps or max(1, round(train.local_epochs * batches))
+
+
+def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for rows in torch.split(torch.arange(len(split)), size) if len(split) else ():
+        yield split.inputs(rows)
+
+
+@torch.no_grad()
+def score(bench: Workbench, split: Split) -> dict[str, float]:
+    """Evaluate the workbench's model on some images.
+
+    Args:
+        bench: Its model holds the tensors to evaluate.
+        split: The images; may be empty.
+
+    Returns:
+        ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
+    """
+    bench.model.eval()
+    device = bench.trainee.device
+    loss, hits = torch.zeros((), dtype=wide(device), device=device), 0
+    for images, labels in _batches(split, bench.config.evaluate.batch_size):
+        logits = bench.model(images)
+        loss += functional.cross_entropy(logits, labels, reduction="sum").to(loss.dtype)
+        hits += int((logits.argmax(1) == labels).sum())
+    count = len(split)
+    return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
+
+
+def _scores(bench: Workbench, client: Client, *, in_a_round: bool) -> dict[str, float]:
+    """Return a client's scores, in a round those on its images held back too where these choose the best round."""
+    evaluate = bench.config.evaluate
+    scores = score(bench, client.validation if evaluate.split == "validation" else client.test)
+    if evaluate.best_round and in_a_round:
+        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation).items()}
+    return scores
+
+
+def reestimate_on(bench: Workbench, split: Split, count: int) -> None:
+    """Replace the model's running statistics by those of the first ``count`` images of a split (AdaBN).
+
+    Batches have at most ``evaluate.batch_size`` images (3 where it is less) and are as equal as can be. From a single
+    image nothing can be estimated: it leaves the initial statistics.
+    """
+    images, _ = split.inputs(torch.arange(min(count, len(split))))
+    size = bench.config.evaluate.batch_size
+    reestimate(bench.model, in_batches(images, size) if len(images) > 1 else ())
+
+
+def _int(config: ConfigRecord, key: str) -> int:
+    return int(str(config.get(key, 0)))
+
+
+app = make_client_app(process_workbench)
+"""The ClientApp that Flower's runtimes load."""

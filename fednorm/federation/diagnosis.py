@@ -1,0 +1,147 @@
+"""What a round did to the network: how far clients' statistics are from the joint ones, and how its weights stand.
+
+Made in rounds that are evaluated. Statistics that travel are taken from the clients' replies; those that stay on the
+clients are asked for (``query.statistics``), for the record and not for training: the bytes of it are in no count.
+``evaluate.diagnostics = false`` leaves all of it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fednorm.federation.nodes import Node
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.pooling import pool_moments
+from fednorm.federation.replies import UnfitReply, in_order, read_statistics
+from fednorm.federation.strategy import RoundReport
+from fednorm.federation.wire import unpack
+from fednorm.roles import Role
+from fednorm.training.diagnostics import Moments, rates_of_norms, wasserstein_drifts, weight_layers
+
+if TYPE_CHECKING:
+    from fednorm.federation.workbench import Workbench
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """One client's running statistics after its training.
+
+    Attributes:
+        domain: The client's domain.
+        examples: Its training images, which weigh it among the joint statistics.
+        tensors: Running means and variances by their keys in the state dict.
+    """
+
+    domain: str
+    examples: float
+    tensors: Mapping[str, Tensor]
+
+
+def diagnose(bench: Workbench, grid: Grid, report: RoundReport, arrays: ArrayRecord) -> dict[str, Any]:
+    """Return the diagnostics of one round.
+
+    Args:
+        bench: The run's workbench.
+        grid: The way to the clients.
+        report: The round, with the statistics that travelled; clients whose statistics do not fit are taken down in it.
+        arrays: The server's tensors after it.
+
+    Returns:
+        ``drift`` (:func:`drift_by_domain`), ``weight_norm`` and ``effective_learning_rate`` of the server's weights,
+        by layer.
+    """
+    norms = server_weight_norms(bench, unpack(arrays))
+    return {
+        "drift": drift_by_domain(_statistics(bench, grid, report), bench.plan),
+        "weight_norm": norms,
+        "effective_learning_rate": rates_of_norms(norms, bench.config.train.learning_rate, optimizer="sgd"),
+    }
+
+
+def drift_by_domain(clients: Iterable[ClientStatistics], plan: NormPlan) -> dict[str, dict[str, float]]:
+    """Return how far the statistics of each domain's clients are from the joint ones, by domain and layer.
+
+    The joint statistics of a layer are those of all the clients pooled by the law of total variance, weighted by
+    training images (:func:`~fednorm.federation.pooling.pool_moments`); the distance is
+    :func:`~fednorm.training.diagnostics.wasserstein_drift`, in the joint standard deviations, averaged over a domain's
+    clients.
+
+    Args:
+        clients: Their statistics. Clients without those of a layer are left out of it.
+        plan: Which tensors are a layer's mean and variance.
+
+    Returns:
+        An empty dictionary where there are no running statistics.
+    """
+    clients = list(clients)
+    drifts: dict[str, dict[str, list[float]]] = {}
+    for mean_key, var_key in plan.moments():
+        having = [client for client in clients if mean_key in client.tensors and var_key in client.tensors]
+        if not having:
+            continue
+        moments = [Moments(client.tensors[mean_key], client.tensors[var_key]) for client in having]
+        joint = pool_moments([m.mean for m in moments], [m.var for m in moments], [c.examples for c in having])
+        layer = plan.by_key[mean_key].layer
+        for client, drift in zip(having, wasserstein_drifts(moments, Moments(*joint)), strict=True):
+            drifts.setdefault(client.domain, {}).setdefault(layer, []).append(drift)
+    return {
+        domain: {layer: mean(values) for layer, values in layers.items()} for domain, layers in sorted(drifts.items())
+    }
+
+
+def server_weight_norms(bench: Workbench, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the Frobenius norm of each layer's weight among the server's tensors, by the layer's path."""
+    held = {
+        path: tensors[f"{path}.weight"].contiguous()  # sums depend on the order, which a checkpoint does not keep
+        for path in weight_layers(bench.model)
+        if f"{path}.weight" in tensors
+    }
+    norms = torch._foreach_norm(list(held.values())) if held else ()
+    return {path: norm.item() for path, norm in zip(held, norms, strict=True)}
+
+
+def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[ClientStatistics]:
+    plan = bench.plan
+    keys = [key for pair in plan.moments() for key in pair]
+    local = any(plan.by_key[key].role is Role.LOCAL for key in keys)
+    nodes = {node.partition_id: node for node in bench.strategy.nodes}
+    asked = [nodes[client.partition_id] for client in report.train] if local else []
+    kept = _ask(grid, asked, plan, report)
+    return [
+        ClientStatistics(
+            client.domain,
+            client.metrics["num-examples"],
+            {
+                key: tensor
+                for key, tensor in (kept.get(client.partition_id, {}) | report.statistics[client.partition_id]).items()
+                if key in keys
+            },
+        )
+        for client in report.train
+    ]
+
+
+def _ask(grid: Grid, nodes: Sequence[Node], plan: NormPlan, report: RoundReport) -> dict[int, dict[str, Tensor]]:
+    """Return the statistics that each client keeps, by partition id; a client without good ones is left out."""
+    ask = "query.statistics"
+    messages = [Message(RecordDict(), dst_node_id=node.node_id, message_type=ask) for node in nodes]
+    awaited = [node.partition_id for node in nodes]
+    kept = {}
+
+    def reject(partition_id: int | None, unfit: UnfitReply) -> None:
+        report.reject(partition_id, unfit, during=ask)
+
+    for node, reply in in_order(grid.send_and_receive(messages) if messages else (), nodes, awaited, reject):
+        try:
+            kept[node.partition_id] = read_statistics(reply, plan)
+        except UnfitReply as unfit:
+            reject(node.partition_id, unfit)
+    return kept

@@ -1,0 +1,419 @@
+"""Run a Flower app with Flower's own simulation runtime (SuperLink, SuperExec, Ray), and tell how it went.
+
+``flwr run`` alone has five traps, each closed here (met on 1.41.0; 1.39.0 and 1.42.0 are alike):
+
+* It talks to whatever answers on the local default port, also to a SuperLink that another checkout left
+  behind with another environment. Here each run starts a SuperLink of its own on a free port, addressed
+  explicitly by a configuration in its own ``FLWR_HOME``, and asserts that *that* process holds the port.
+* It leaves the SuperLink and its SuperExec running. Here all that was started is ended, by process id.
+* Its exit status is that of the submission: a run that failed exits 0. Here the run's status is asked for.
+* Its Ray listens on all interfaces, to whoever asks. Here all that was started listens on 127.0.0.1 alone.
+* It looks up its helpers on ``PATH``, downloads the app's dependencies, and sends telemetry. Here the helpers
+  are those of this Python, and nothing is downloaded or sent.
+
+The simulation sees this process's import path, so that apps need not be installed. Ray likewise gets a folder
+of its own: it would otherwise join a cluster that someone has started on this machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+import tomllib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from typing import IO, Any
+
+import psutil
+
+from fednorm.errors import AggregationError, ConfigError
+from fednorm.federation.flower_app import ConfigValue, toml_lines, write_app
+from fednorm.signals import held, raising
+
+__all__ = ["ConfigValue", "FlowerRun", "run_with_flower", "write_app"]
+
+_COMPLETED = "finished:completed"
+_START_SECONDS = 30.0
+_START_ATTEMPTS = 3
+_STATUS_SECONDS = 60.0
+_TAIL_LINES = 25
+_POLITE_SECONDS = 3.0
+_ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+_OBJECT_STORE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class FlowerRun:
+    """A run that Flower has finished.
+
+    Attributes:
+        run_id: Flower's number of the run.
+        status: What the SuperLink said of it, ``"finished:completed"``; any other status is raised, not returned.
+        exit_code: The exit status of ``flwr run``, which says nothing about the run.
+        log_path: What ``flwr run`` printed, the apps' output included.
+        seconds: Wall-clock time from the start of the SuperLink to the run's end.
+    """
+
+    run_id: str
+    status: str
+    exit_code: int
+    log_path: Path
+    seconds: float
+
+
+def run_with_flower(
+    app_dir: Path,
+    *,
+    num_supernodes: int,
+    run_config: Mapping[str, ConfigValue],
+    home: Path,
+    client_cpus: int = 1,
+    client_gpus: float = 0.0,
+    timeout: float,
+    on_line: Callable[[str], None] | None = None,
+) -> FlowerRun:
+    """Run a Flower app on a SuperLink of its own, wait for it, and end all that was started.
+
+    Nothing is left running: not on success, failure or time-out, nor when this process is interrupted or
+    terminated (only ``SIGKILL`` leaves no chance). Clients that fail do not fail a run of Flower's: it is up
+    to the ServerApp to raise when too few replies are good.
+
+    Args:
+        app_dir: The app's folder, with a ``pyproject.toml`` (see :func:`write_app`).
+        num_supernodes: The number of simulated clients.
+        run_config: Values for keys that the app's ``[tool.flwr.app.config]`` has. Any text survives.
+        home: Where this run's ``FLWR_HOME`` and logs go; outside ``app_dir``, which Flower packs.
+        client_cpus: CPU cores that one client holds. As many clients train at once as fit the machine.
+        client_gpus: The share of a GPU that one client holds. With 0, Ray hides the GPUs from the clients.
+        timeout: Seconds until the run is given up, start and end of the runtime included.
+        on_line: Called with each line of the log as it comes, without colours.
+
+    Returns:
+        The run, which Flower reports as completed.
+
+    Raises:
+        ConfigError: When the simulation extra is missing, or the arguments do not fit each other or the machine.
+        AggregationError: When the run failed, stopped or timed out; with the reason and the end of the log.
+    """
+    app_dir, home = app_dir.resolve(), home.resolve()
+    parallel_cpus = _check_request(app_dir, home, num_supernodes, run_config, client_cpus)
+    federation = (
+        f"num-supernodes={num_supernodes} init-args-num-cpus={parallel_cpus} "
+        f"client-resources-num-cpus={client_cpus} client-resources-num-gpus={float(client_gpus)}"
+    )
+    command = [_command("flwr"), "run", str(app_dir), "--stream", "--federation-config", federation]
+    home.mkdir(parents=True, exist_ok=True)
+    if run_config:
+        overrides = home / "run-config.toml"
+        overrides.write_text("\n".join(toml_lines(run_config)) + "\n", encoding="utf-8")
+        command += ["--run-config", str(overrides)]
+
+    started = time.monotonic()
+    log_path = home / "flower.log"
+    with _own_processes(home) as (tree, environment):
+        superlink = _start_superlink(tree, home, environment)
+        exit_code, reason = _stream(tree, command, superlink, environment, log_path, started + timeout, on_line)
+        run = {} if reason else _ask_status(environment)
+    status = str(run.get("status", "never submitted"))
+    if status != _COMPLETED:
+        reason = reason or f"Flower reports it as {status!r} ({run.get('status-details', 'no details')})"
+        raise AggregationError(
+            f"The run on Flower's simulation runtime did not complete: {reason}.\n"
+            f"The end of its log, {log_path}:\n{_tail(log_path)}"
+        )
+    return FlowerRun(str(run["run-id"]), status, exit_code, log_path, time.monotonic() - started)
+
+
+def _check_request(
+    app_dir: Path, home: Path, num_supernodes: int, run_config: Mapping[str, ConfigValue], client_cpus: int
+) -> int:
+    """Refuse what cannot run, and return the number of CPU cores that Ray shall hand out."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            "Flower's simulation runtime needs Ray, which is not installed. Install it with "
+            "pip install 'fednorm[simulation]' (it is pip install 'flwr[simulation]'), or leave --runtime out: "
+            "the in-process runtime needs no Ray and computes the same numbers."
+        )
+    if num_supernodes < 1:
+        raise ConfigError(f"num_supernodes must be at least 1, got {num_supernodes}.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= client_cpus <= cores:
+        raise ConfigError(f"client_cpus must be between 1 and this machine's {cores} cores, got {client_cpus}.")
+    if home.is_relative_to(app_dir):
+        raise ConfigError(f"home ({home}) lies inside the app ({app_dir}), which Flower packs. Name a folder outside.")
+    project = app_dir / "pyproject.toml"
+    if not project.is_file():
+        raise ConfigError(f"A Flower app has a pyproject.toml, and {app_dir} has none. Make one with write_app.")
+    app = tomllib.loads(project.read_text(encoding="utf-8")).get("tool", {}).get("flwr", {}).get("app", {})
+    known = set(_flat_keys(app.get("config", {})))
+    if unknown := sorted(set(run_config) - known):
+        raise ConfigError(
+            f"Flower overrides only keys that the app declares: [tool.flwr.app.config] of {project} has "
+            f"{', '.join(sorted(known)) or 'none'}, not {', '.join(unknown)}. Declare them there."
+        )
+    # Ray would start an actor for each share of the cores, also when there are fewer clients.
+    return min(cores // client_cpus, num_supernodes) * client_cpus
+
+
+def _flat_keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield a table's keys as Flower spells them: nested ones joined by dots."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat_keys(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+@contextmanager
+def _own_processes(home: Path) -> Iterator[tuple[_ProcessTree, dict[str, str]]]:
+    """Hand out a process tree and the environment for it; end the one and remove the other's temporary files.
+
+    Ctrl-C, ``SIGTERM``, ``SIGHUP`` and ``SIGQUIT`` end the block by an exception; none of them cuts the cleaning short.
+    """
+    # Ray's sockets lie in this folder, and a socket's path may have 103 characters at most.
+    short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 or os.name != "posix" else "/tmp"
+    tree, ray_dir = _ProcessTree(), ""
+    with raising():
+        try:
+            with held():
+                ray_dir = tempfile.mkdtemp(prefix="fednorm-", dir=short)
+            yield tree, _environment(home, ray_dir)
+        finally:
+            with held():
+                tree.end()
+                shutil.rmtree(ray_dir, ignore_errors=True)
+
+
+def _environment(home: Path, ray_dir: str) -> dict[str, str]:
+    """Return the environment of everything that this launch starts."""
+    environment = dict(os.environ)
+    no_proxy = ",".join(filter(None, [environment.get("NO_PROXY"), "127.0.0.1", "localhost"]))
+    environment.update(
+        FLWR_HOME=str(home / "flwr"),
+        FLWR_TELEMETRY_ENABLED="0",
+        FLWR_DISABLE_UPDATE_CHECK="1",
+        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
+        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.05",
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_ADDRESS="local",
+        # Else Ray listens on all of this machine's interfaces, and runs what it is sent there without asking who sends
+        # it. The name is Ray's, and does on Linux what it does on the systems that it is named after.
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+        RAY_TMPDIR=ray_dir,
+        NO_PROXY=no_proxy,
+        no_proxy=no_proxy,
+        PYTHONUNBUFFERED="1",
+        PYTHONPATH=os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        PATH=os.pathsep.join([*_script_folders(), environment.get("PATH", os.defpath)]),
+    )
+    environment.setdefault("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(_OBJECT_STORE_BYTES))
+    return environment
+
+
+def _script_folders() -> list[str]:
+    """Return where this Python's console scripts may lie, the likeliest first."""
+    folders = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
+    folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
+    return list(dict.fromkeys(folders))
+
+
+def _command(name: str) -> str:
+    """Return the path of one of Flower's commands: this Python's own, or else the first on PATH."""
+    found = shutil.which(name, path=os.pathsep.join(_script_folders())) or shutil.which(name)
+    if found is None:
+        raise ConfigError(
+            f"The command {name} was not found beside {sys.executable}, nor on PATH. Flower's package installs it: "
+            "pip install --force-reinstall 'flwr[simulation]'."
+        )
+    return found
+
+
+def _free_port() -> int:
+    """Return a port of 127.0.0.1 that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _start_superlink(tree: _ProcessTree, home: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a SuperLink, point this ``FLWR_HOME`` at it, and return it once it listens."""
+    flower_home = Path(environment["FLWR_HOME"])
+    flower_home.mkdir(parents=True, exist_ok=True)
+    log_path = home / "superlink.log"
+    for _ in range(_START_ATTEMPTS):
+        port = _free_port()
+        command = [_command("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+        with log_path.open("wb") as log:
+            superlink = tree.start([*command, "--port", str(port)], environment, stdout=log)
+        if _listens(tree, superlink, port):
+            (flower_home / "config.toml").write_text(
+                f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
+                encoding="utf-8",
+            )
+            return superlink
+    raise AggregationError(
+        f"Flower's SuperLink did not start in {_START_ATTEMPTS} attempts. The end of its log, {log_path}:\n"
+        f"{_tail(log_path)}"
+    )
+
+
+def _listens(tree: _ProcessTree, superlink: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until this very process listens on the port; ``False`` when it ends or stays silent instead."""
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and superlink.poll() is None:
+        if tree.listens(superlink, port):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _stream(
+    tree: _ProcessTree,
+    command: list[str],
+    superlink: subprocess.Popen[bytes],
+    environment: Mapping[str, str],
+    log_path: Path,
+    deadline: float,
+    on_line: Callable[[str], None] | None,
+) -> tuple[int, str]:
+    """Submit the run and follow its log to the end; return the exit status and, if it was cut short, why."""
+    client = tree.start(command, environment, stdout=subprocess.PIPE)
+    assert client.stdout is not None
+    lines: Queue[str | None] = Queue()
+    threading.Thread(target=_pump, args=(client.stdout, lines), daemon=True).start()
+    with log_path.open("w", encoding="utf-8") as log:
+        while True:
+            if time.monotonic() > deadline:
+                return -1, "it was still running when its time was up (raise the timeout, or run fewer rounds)"
+            if superlink.poll() is not None:
+                return -1, f"its SuperLink ended with exit status {superlink.returncode} (see superlink.log beside)"
+            try:
+                line = lines.get(timeout=0.5)
+            except Empty:
+                tree.refresh()
+                continue
+            if line is None:
+                return client.wait(), ""
+            log.write(line + "\n")
+            log.flush()
+            if on_line is not None:
+                on_line(line)
+
+
+def _pump(stream: IO[bytes], lines: Queue[str | None]) -> None:
+    """Put a stream's lines into a queue, then ``None``."""
+    with stream:
+        for raw in stream:
+            lines.put(_ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip("\r\n"))
+    lines.put(None)
+
+
+def _ask_status(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Return what our SuperLink says of its only run; empty when it has none."""
+    command = [_command("flwr"), "list", "--format", "json"]
+    try:
+        answer = subprocess.run(command, env=environment, capture_output=True, timeout=_STATUS_SECONDS, check=False)
+        runs = json.loads(answer.stdout)["runs"]
+    except (subprocess.TimeoutExpired, ValueError, KeyError) as error:
+        return {"status": "unknown", "status-details": f"`flwr list` gave no answer: {type(error).__name__}"}
+    return dict(runs[0]) if runs else {}
+
+
+def _tail(path: Path) -> str:
+    """Return a log's last lines, indented."""
+    with path.open(encoding="utf-8", errors="replace") as log:
+        return "".join(f"    {line.rstrip()}\n" for line in deque(log, maxlen=_TAIL_LINES)).rstrip()
+
+
+class _ProcessTree:
+    """All processes that descend from those started here, also those that have moved to a session of their own.
+
+    A process is remembered by its id *and* its start time (psutil compares both), so that a number which the
+    system has given to a stranger meanwhile is never touched. A descendant whose parent ends is remembered if
+    :meth:`refresh` has seen it before.
+    """
+
+    def __init__(self) -> None:
+        self._roots: list[subprocess.Popen[bytes]] = []
+        self._known: dict[int, psutil.Process] = {}
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], *, stdout: int | IO[bytes]
+    ) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, so that an interrupt from the terminal reaches only us."""
+        with held():  # a process is known from its first moment on
+            process = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._roots.append(process)
+            self._known[process.pid] = psutil.Process(process.pid)
+        return process
+
+    def listens(self, process: subprocess.Popen[bytes], port: int) -> bool:
+        """Say whether this very process, and not another on the machine, listens on a TCP port."""
+        try:
+            connections = self._known[process.pid].net_connections(kind="tcp")
+        except psutil.Error:
+            return False
+        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
+
+    def refresh(self) -> list[psutil.Process]:
+        """Look for new descendants; return all that are alive."""
+        alive = {pid: process for pid, process in self._known.items() if _is_alive(process)}
+        for process in list(alive.values()):
+            with suppress(psutil.NoSuchProcess):
+                children = [] if process.ppid() in alive else process.children(recursive=True)
+                alive.update((child.pid, child) for child in children if _is_alive(child))
+        self._known = alive
+        return list(alive.values())
+
+    def end(self) -> None:
+        """End every process of the tree: first by asking those started here, then by asking all, at last by force."""
+        self.refresh()
+        for root in reversed(self._roots):
+            root.terminate()
+        requests: list[Callable[[psutil.Process], None]] = [psutil.Process.terminate, *[psutil.Process.kill] * 3]
+        for request in requests:
+            if not self._wait(_POLITE_SECONDS):
+                break
+            for process in self.refresh():
+                with suppress(psutil.NoSuchProcess):
+                    request(process)
+        self._wait(_POLITE_SECONDS)
+        for root in self._roots:  # a zombie with threads still ending cannot be reaped at once
+            with suppress(subprocess.TimeoutExpired):
+                root.wait(_POLITE_SECONDS)
+
+    def _wait(self, seconds: float) -> list[psutil.Process]:
+        """Wait for the whole tree to end; return what is still alive."""
+        deadline = time.monotonic() + seconds
+        while (alive := self.refresh()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return alive
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """Say whether a process still runs; one that only waits to be reaped by its parent does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

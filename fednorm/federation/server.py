@@ -1,0 +1,395 @@
+"""The ServerApp: rounds, checkpoints, the evaluation matrix and the result, on any of Flower's runtimes."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from flwr.app import ArrayRecord, ConfigRecord, Context
+from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
+
+from fednorm.config import RunConfig
+from fednorm.device import described
+from fednorm.errors import IncompleteError
+from fednorm.federation.answers import answers, enough, require_answered
+from fednorm.federation.best_round import best_round, held_back_scores
+from fednorm.federation.diagnosis import diagnose
+from fednorm.federation.grid import InProcessGrid
+from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
+from fednorm.federation.replies import Expected, Form
+from fednorm.federation.strategy import ClientReport, RoundReport, mean_metric, shown
+from fednorm.federation.wire import pack, unpack
+from fednorm.federation.workbench import (
+    LOCAL_RECORD,
+    STATE_RECORD,
+    TRAINEE_RECORD,
+    BenchSource,
+    Workbench,
+    process_workbench,
+)
+from fednorm.records.formats import finite
+from fednorm.records.record import Checkpoint, RunRecord
+
+Document = dict[str, Any]
+
+log = logging.getLogger("flwr")
+
+
+class Observer(Protocol):
+    """What wants to know how a run goes, e.g. a progress bar."""
+
+    def begin(self, bench: Workbench, first_round: int) -> None:
+        """Called before the first round that is run."""
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        """Called after every round with its line of the record."""
+
+
+def make_server_app(
+    bench_of: BenchSource,
+    record_of: Callable[[Context, Workbench], RunRecord | None],
+    observer: Observer | None = None,
+    on_result: Callable[[Document], None] | None = None,
+) -> ServerApp:
+    """Return a ServerApp.
+
+    Args:
+        bench_of: Finds the workbench of the run.
+        record_of: Finds the run's record, or None to write nothing.
+        observer: Is told how the run goes.
+        on_result: Is given the result.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        bench = bench_of(context)
+        result = serve(grid, bench, record_of(context, bench), observer)
+        if on_result:
+            on_result(result)
+
+    return app
+
+
+def serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
+    """Run a federation from its checkpoint, if any, to its result.
+
+    Raises:
+        FedNormError: The configuration cannot be run, too few clients answered, or the record cannot be written.
+    """
+    check(bench)
+    if record is None:
+        return _serve(grid, bench, None, observer)
+    with record.locked():
+        return read_back(record, bench.config) or _serve(grid, bench, record, observer)
+
+
+def read_back(record: RunRecord, config: RunConfig) -> Document | None:
+    """Return the result of a run that has finished, or None.
+
+    Raises:
+        IncompleteError: It was finished with fewer clients than ``rounds.min_answered`` asks for now.
+        RecordError: It cannot be read.
+    """
+    result = record.result()
+    if result is not None and not enough(result["final"], config.rounds.min_answered):
+        missing = result["final"]["missing"]
+        raise IncompleteError(
+            f"The run in {record.folder} has finished without {', '.join(missing['domains']) or 'some clients'} "
+            f"(clients {', '.join(map(str, missing['clients']))} did not answer), and rounds.min_answered asks for "
+            "more now. --set rounds.min_answered=0 reads its result back; without result.json there it runs anew."
+        )
+    return result
+
+
+def check(bench: Workbench) -> None:
+    """Refuse what could only fail after training."""
+    config = bench.config
+    check_evaluations(config.evaluate, bench.plan, bench.federation, config.strategy.name)
+
+
+def describe(bench: Workbench) -> Document:
+    """Return what is known before training: the plan, who holds what, what a table must say."""
+    federation = bench.federation
+    clients = [
+        {
+            "client": client.partition_id,
+            "domain": client.domain,
+            "train": len(client.train),
+            "validation": len(client.validation),
+            "test": len(client.test),
+            "held_out": client.held_out,
+        }
+        for client in federation.clients
+    ]
+    sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
+    summary, strategy = bench.plan.summary(sampled), bench.strategy
+    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
+    summary["bytes_per_round"] += sampled * sum(form.nbytes for form in beside)
+    return {
+        "plan": {
+            **summary,
+            "bytes": bench.plan.bytes_by_role(),
+            "tensors": bench.plan.tensors(),
+        },
+        "model": bench.about_model,
+        "norm": {"name": bench.config.norm.name, **dataclasses.asdict(bench.norm)},
+        "strategy": {"name": bench.config.strategy.name, **_options(bench)},
+        "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
+        **described(bench.config, bench.trainee.device),
+        "data": {
+            "title": federation.title,
+            "notes": list(federation.notes),
+            "clients": clients,
+            "digest": federation.digest(),
+        },
+    }
+
+
+def expected_of(bench: Workbench) -> dict[int, Expected]:
+    """Return what a run knows of its clients before they answer, by partition id."""
+    scored = bench.config.evaluate.split
+    return {
+        client.partition_id: Expected(client.domain, client.held_out, len(client.train), len(getattr(client, scored)))
+        for client in bench.federation.clients
+    }
+
+
+def _options(bench: Workbench) -> Document:
+    return bench.config.strategy.values
+
+
+def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
+    config, about = bench.config, describe(bench)
+    bench.strategy.expected = expected_of(bench)
+    journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
+    arrays, first_round = journal.open()
+    if record:
+        record.describe(about)
+    try:
+        result = bench.strategy.start(
+            grid,
+            arrays,
+            num_rounds=config.rounds.num_rounds,
+            first_round=first_round,
+            evaluate_every=config.rounds.evaluate_every,
+            on_round=journal.round,
+        )
+        if first_round > config.rounds.num_rounds and "missing" in journal.lines[-1]:
+            journal.evaluate_again(arrays)
+    finally:
+        journal.close()
+    document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
+    if record:
+        record.finish(document, unpack(result.arrays), _kept(grid, LOCAL_RECORD))
+    return document
+
+
+class _Journal:
+    """Takes down every round: its line, now and then a checkpoint, a word to the observer.
+
+    Clients' local tensors live outside this process on Flower's own runtimes: there, no checkpoint is written.
+
+    Attributes:
+        lines: Every round's line so far.
+    """
+
+    def __init__(
+        self, grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None, data: str
+    ) -> None:
+        self.lines: list[Document] = []
+        self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
+        self._data = data
+        self._pending: Checkpoint | None = None
+
+    def open(self) -> tuple[ArrayRecord, int]:
+        """Return the tensors to start from and the first round, from the checkpoint if there is one."""
+        arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
+        if self._record and not isinstance(self._grid, InProcessGrid):
+            self._record.start_over()
+        elif self._record and (checkpoint := self._record.load_checkpoint()):
+            self._record.require_data(checkpoint.data, self._data)
+            with self._record.restoring():
+                arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
+            self.lines = self._record.lines()
+            trained = self.lines[-1].get("clients", {}).get("train", ()) if self.lines else ()
+            self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
+        if self._observer:
+            self._observer.begin(self._bench, first_round)
+        return arrays, first_round
+
+    def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
+        """Take down one round."""
+        config, found = self._bench.config.evaluate, {}
+        if report.evaluate and config.diagnostics:
+            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        line = round_line(report, self._bench.strategy.expected) | finite(found)
+        self.lines.append(line)
+        if self._record:
+            self._record.append_line(line)
+            if isinstance(self._grid, InProcessGrid):
+                self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid, self._data)
+                if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
+                    self.close()
+        if self._observer:
+            self._observer.round(line)
+
+    def evaluate_again(self, arrays: ArrayRecord) -> None:
+        """Evaluate the last round once more, whose evaluation lacked clients when the run was cut short by it."""
+        strategy, last = self._bench.strategy, self.lines.pop()
+        report = strategy.report = RoundReport(last["round"])
+        messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
+        strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
+        made = round_line(report, strategy.expected)
+        kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
+        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        line = {key: value for key, value in last.items() if key not in SCORES}
+        line |= {key: made[key] for key in SCORES if key in made}
+        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        if self._record:
+            self._record.keep_lines(len(self.lines) - 1)
+            self._record.append_line(self.lines[-1])
+
+    def close(self) -> None:
+        """Write the last round's checkpoint where that is not done: a run that ends, well or not, keeps its rounds."""
+        if self._record and self._pending:
+            checkpoint, self._pending = self._pending, None
+            self._record.save_checkpoint(checkpoint)
+
+
+def _document(
+    grid: Grid, bench: Workbench, record: RunRecord | None, about: Document, lines: list[Document], arrays: ArrayRecord
+) -> Document:
+    last = lines[-1]
+    require_answered(last, bench.config.rounds.min_answered, lines, bench.strategy.remedy(last["round"]))
+    if not last.get("per_domain"):
+        reasons = shown((r["client"], r["reason"]) for r in last["rejected"])
+        raise IncompleteError(
+            f"No client could be evaluated after the last round ({reasons or 'there are no images to score'}). The "
+            "record keeps the round."
+        )
+    own = {key: last[key] for key in ("per_domain", "mean", "worst")}
+    bench.strategy.discover(grid)
+    standing = {key: last[key] for key in ("answered", "missing") if key in last}
+    least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
+    matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, known, min_answered=least)
+    evaluation = matrix.run()
+    return {
+        "kind": "federated",
+        **about,
+        "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
+        "final": {
+            **own,
+            **standing,
+            "round": last["round"],
+            "selection": f"last round, {bench.config.evaluate.split} images",
+            **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
+        },
+        "evaluation": evaluation,
+        **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
+        "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,
+        "seconds": sum(line["seconds"] for line in lines),
+        "rejected_updates": sum(len(line["rejected"]) for line in lines),
+        "run": str(record.folder) if record else None,
+        "hash": bench.config.hash,
+        "config": bench.config.to_dict(),
+    }
+
+
+SCORES = ("per_domain", "mean", "worst", "validation", "answered", "missing")
+"""What a round's line says of its evaluation."""
+
+
+def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = None) -> Document:
+    """Return one round as a line of the record; numbers that are none are null."""
+    line: Document = {
+        "round": report.server_round,
+        "sampled": list(report.sampled),
+        "train_loss": mean_metric(report.train, "loss"),
+        "train_accuracy": mean_metric(report.train, "accuracy"),
+        "rejected": [{"client": partition_id, "reason": reason} for partition_id, reason in report.rejected],
+        "bytes_down": report.bytes_down,
+        "bytes_up": report.bytes_up,
+        "seconds": round(report.seconds, 4),
+        "clients": {
+            "train": [_of_client(r) for r in report.train],
+            "evaluate": [_of_client(r) for r in report.evaluate],
+        },
+    }
+    if report.evaluate:
+        scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
+        line |= summarize(by_domain(scored))
+        line |= held_back_scores(report.evaluate)
+    if report.evaluated:
+        line |= answers(expected or {}, {r.partition_id for r in report.evaluate}).document()
+    return typing.cast(Document, finite(line))
+
+
+def _of_client(report: ClientReport) -> Document:
+    own: Document = {"client": report.partition_id, "domain": report.domain}
+    if report.update_norm is not None:
+        own["update_norm"] = report.update_norm
+    return own | {key: value for key, value in report.metrics.items() if key not in own}
+
+
+def _kept(grid: Grid, record: str) -> dict[int, dict[str, Tensor]]:
+    """Return what each client keeps in a record of its state, where the clients live in this process."""
+    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
+    return {
+        int(context.node_config["partition-id"]): unpack(context.state.array_records[record])
+        for context in contexts
+        if record in context.state.array_records
+    }
+
+
+def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
+    return Checkpoint(
+        server_round,
+        unpack(arrays),
+        bench.strategy.state_dict(),
+        clients=_kept(grid, LOCAL_RECORD),
+        remembered=_kept(grid, TRAINEE_RECORD),
+        states=_kept(grid, STATE_RECORD),
+        data=data,
+    )
+
+
+def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecord:
+    bench.strategy.load_state_dict(checkpoint.strategy)
+    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
+    for context in contexts:
+        number = int(context.node_config["partition-id"])
+        for record, tensors in (
+            (LOCAL_RECORD, checkpoint.clients),
+            (TRAINEE_RECORD, checkpoint.remembered),
+            (STATE_RECORD, checkpoint.states),
+        ):
+            if number in tensors:
+                context.state[record] = pack(tensors[number])
+    return pack(checkpoint.server)
+
+
+def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None:
+    runs = str(context.run_config.get("runs", ""))
+    return RunRecord(Path(runs), bench.config) if runs else None
+
+
+class _Log:
+    """Tells Flower's log how a run goes; ``flwr run --stream`` shows it."""
+
+    def begin(self, bench: Workbench, first_round: int) -> None:
+        config = bench.config
+        log.info("fednorm: %s + %s from round %d", config.strategy.name, config.norm.name, first_round)
+
+    def round(self, line: Mapping[str, Any]) -> None:
+        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst", "missing") if key in line}
+        log.info("fednorm: round %d: %s", line["round"], shown)
+
+
+app = make_server_app(process_workbench, _record_from_context, _Log())
+"""The ServerApp that Flower's runtimes load."""

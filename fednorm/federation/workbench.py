@@ -1,0 +1,277 @@
+"""What a process needs to act as any client of a run: the data, one model, the plan, the strategy.
+
+Made once a process and configuration; clients take turns on the one model. Nothing a client leaves in it reaches the
+next: every turn begins by writing every entry of the state dict.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, RecordDict
+from torch import Tensor
+
+from fednorm import device as devices
+from fednorm.config import RunConfig, resolve
+from fednorm.data import load_federation
+from fednorm.data.domain import Client, Federation, pooled
+from fednorm.data.moving import moved
+from fednorm.data.normalize import normalized
+from fednorm.errors import ConfigError
+from fednorm.federation.local import Turn, held
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.replies import EXTRA
+from fednorm.federation.strategy import Common, NormStrategy
+from fednorm.federation.wire import pack, unpack
+from fednorm.memory import require_memory
+from fednorm.roles import LEARNED, STATISTICS, Role
+from fednorm.spec import Norm
+from fednorm.training.footprint import require_footprint
+from fednorm.training.trainee import Trainee
+
+LOCAL_RECORD = "fednorm.local"
+"""The record of a client's ``Context.state`` that holds its local tensors."""
+
+TRAINEE_RECORD = "fednorm.trainee"
+"""The record of a client's ``Context.state`` that holds what its optimizer and effects remember between rounds."""
+
+STATE_RECORD = "fednorm.state"
+"""The record of a client's ``Context.state`` that holds what the strategy's client side keeps under its own names."""
+
+
+class Workbench:
+    """The data, the model and the strategy of a run, in this process.
+
+    Attributes:
+        config: The run's configuration.
+        federation: Every client's data.
+        norm: The normalization method with its options.
+        about_model: What the record says of the model.
+        model: The one model; whose tensors it holds changes with every turn.
+        strategy: The run's strategy.
+        plan: The strategy's norm plan.
+        trainee: What trains: the model, its optimizer, the effects around an update.
+        schedule: Of the learning rate, over the rounds.
+    """
+
+    def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
+        """Load the data (unless given) and build the model and the strategy.
+
+        Raises:
+            FedNormError: Something in the configuration does not fit the rest.
+        """
+        self.config = config
+        devices.device_of(config)  # before data are read
+        input_size = config.model.card.input_size
+        loaded = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
+        if config.strategy.card.pooled and config.data.normalize == "domain":
+            raise ConfigError(
+                f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
+                "'domain', which scales each domain's in its own way. Take 'global'."
+            )
+        scaled = normalized(loaded, config.data.normalize)
+        self.federation = pooled(scaled) if config.strategy.card.pooled else scaled
+        self.norm: Norm = config.norm.card.made(config.norm.options)
+        self._require_memory()
+        self.trainee = Trainee(
+            config, self.norm, num_classes=self.federation.num_classes, image_size=self.federation.image_size
+        )
+        self.federation = moved(self.federation, self.trainee.device)
+        self.about_model, self.model = self.trainee.about_model, self.trainee.model
+        self.schedule = self.trainee.schedule(config.rounds.num_rounds)
+        common = Common(
+            fraction=config.rounds.fraction,
+            weighting=config.rounds.weighting,
+            seed=config.seed,
+            min_nodes=len(self.federation.clients),
+        )
+        if limit := config.rounds.max_update_norm:  # a stranger's strategy may not know it
+            common["max_update_norm"] = limit
+        # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
+        away = self.trainee.device.type != "cpu"
+        model = copy.deepcopy(self.model).cpu() if away else self.model
+        self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
+        self.plan: NormPlan = self.strategy.plan
+        self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
+        self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
+        self._learned = {
+            key: parameter
+            for key, parameter in self.model.named_parameters()
+            if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
+        }
+        self.strategy.local(self.strategy).check(self.trainee)
+        clients = self.federation.training_clients
+        self.trainee.require_batches(
+            (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
+        )
+        self._require_memory_of_clients()
+
+    def _require_memory(self) -> None:
+        """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
+        clients = self.federation.clients
+        require_footprint(
+            self.config,
+            self.norm,
+            num_classes=self.federation.num_classes,
+            image_size=self.federation.image_size,
+            copies=5 + bool(self.config.train.momentum),  # gradients, the initial, the server's, the average's
+            train_images=max((len(client.train) for client in clients), default=0),
+            test_images=max((len(client.test) for client in clients), default=0),
+        )
+
+    def _require_memory_of_clients(self) -> None:
+        """Refuse more clients than this machine can hold the local tensors of."""
+        count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
+        each += self.strategy.local(self.strategy).state_bytes(self.plan)
+        require_memory(
+            count * each,
+            f"The local tensors of {count:,} clients",
+            "Lower data.clients_per_domain or model.width, or take a strategy that keeps less on its clients.",
+        )
+
+    def client(self, context: Context) -> Client:
+        """Return the client that a node's context stands for."""
+        return self.federation.clients[int(context.node_config["partition-id"])]
+
+    @property
+    def shared_parameters(self) -> tuple[Tensor, ...]:
+        """Return the learned tensors that are shared: those a term of a strategy's client side acts on."""
+        return tuple(self._learned.values())
+
+    def turn(
+        self,
+        client: Client,
+        server_round: int,
+        message: Message | None = None,
+        context: Context | None = None,
+        *,
+        evaluating: bool = False,
+    ) -> Turn:
+        """Return a client's turn at the model, which holds its tensors already.
+
+        Args:
+            client: The client.
+            server_round: The round.
+            message: What the server sent; None for what the strategy would send besides its tensors.
+            context: Where the client's state is; None for none.
+            evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
+        """
+        content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
+        own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
+        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
+        if message is None:
+            beside = dict(self.strategy.extra_to_send())
+        of_round = ("evaluation",) if evaluating else ("round", server_round)
+        return Turn(
+            trainee=self.trainee,
+            client=client,
+            plan=self.plan,
+            server_round=server_round,
+            rate=self.schedule.at(max(server_round, 1) - 1, 0, 1),  # some evaluations, and a trial, are of no round
+            tensors=self._state,
+            shared=self._learned,
+            names=("client", client.partition_id, *of_round),
+            received=unpack(content.array_records["arrays"]) if message else {},
+            extra=held(beside, "A strategy sends"),
+            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            state=held(own, "A client keeps"),
+        )
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """Return the keys of the running statistics."""
+        return tuple(entry.key for entry in self.plan.entries if entry.kind in STATISTICS)
+
+    def receive(self, arrays: ArrayRecord, state: RecordDict) -> bool:
+        """Write one client's model, as :func:`received` puts it together.
+
+        Args:
+            arrays: What the server sent. It may hold local tensors too: an evaluation under given statistics.
+            state: The client's ``Context.state``.
+
+        Returns:
+            Whether every local running statistic came from the message or the client's state; False for a client that
+            has never trained.
+        """
+        sent = unpack(arrays)
+        own = unpack(state.array_records[LOCAL_RECORD]) if LOCAL_RECORD in state.array_records else {}
+        self.write(received(self.plan, sent, own, self._initial))
+        return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
+
+    @torch.no_grad()
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors into the model.
+
+        Raises:
+            KeyError: An entry of the state dict is missing; that is our own mistake.
+        """
+        targets = list(self._state.values())
+        torch._foreach_copy_(targets, [tensors[key] for key in self._state])
+
+    def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Return copies of some of the model's tensors, on the CPU."""
+        return {key: self._state[key].to("cpu", copy=True) for key in keys}
+
+    def begin_turn(self, state: RecordDict) -> None:
+        """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
+        self.trainee.begin_turn(unpack(state.array_records[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
+
+    def keep_local(self, state: RecordDict, own: Mapping[str, Tensor] | None = None) -> None:
+        """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.
+
+        Tensors of a training that diverged are not kept: the server rejects its update, and the client's next round
+        starts from what it had before.
+
+        Args:
+            state: The client's ``Context.state``.
+            own: What the strategy's client side keeps under names of its own.
+        """
+        kept, own = self.read(self.plan.local), held(own or {}, "turn.state keeps")
+        floats = [tensor for tensor in (*kept.values(), *own.values()) if tensor.is_floating_point()]
+        if floats and not torch.stack(torch._foreach_norm(floats, math.inf)).isfinite().all():
+            return
+        if kept:
+            state[LOCAL_RECORD] = pack(kept)
+        if own or STATE_RECORD in state:
+            state[STATE_RECORD] = pack(own)
+        if remembered := self.trainee.end_turn():
+            state[TRAINEE_RECORD] = pack(remembered)
+
+
+def received(
+    plan: NormPlan, sent: Mapping[str, Tensor], own: Mapping[str, Tensor], initial: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return one client's whole model: what the server sent, its own tensors, initial values for the rest.
+
+    A client that keeps a batch counter of its own goes on with it, as in FedBN's code, also where the server sends
+    one; a client that keeps nothing yet takes the server's.
+
+    Args:
+        plan: Which of the tensors are counters.
+        sent: What the server sent.
+        own: What the client keeps.
+        initial: Initial values of the tensors that the server need not send.
+    """
+    counters = {key: own[key] for key in plan.counters if key in own}
+    return {**initial, **own, **sent, **counters}
+
+
+BenchSource = Callable[[Context], Workbench]
+"""How an app finds the workbench of the run that a context belongs to."""
+
+
+@lru_cache(maxsize=2)
+def _workbench(config: str) -> Workbench:
+    bench = Workbench(resolve(json.loads(config or "{}")))
+    torch.set_num_threads(bench.config.threads)  # Flower's processes are ours alone
+    return bench
+
+
+def process_workbench(context: Context) -> Workbench:
+    """Return this process's workbench for a run of Flower's runtimes, made at the first call."""
+    return _workbench(str(context.run_config.get("config", "")))

@@ -1,0 +1,1 @@
+"""``check``: what every strategy and every conversion would make of a model."""

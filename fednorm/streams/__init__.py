@@ -1,0 +1,1 @@
+"""Continual runs: streams of experiences, learners' common base, buffers, metrics."""

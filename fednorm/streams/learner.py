@@ -1,0 +1,496 @@
+"""What every learner shares: an Avalanche template that trains on whole batches with fednorm's training step.
+
+A learner is an ``avalanche.training.templates.SupervisedTemplate``: ``learner.train(experience)`` and
+``learner.eval(stream)`` work as there, plugins and evaluators are called at Avalanche's own places. What differs from
+Avalanche's own training loop: batches are cut out of the stream's uint8 arrays, without a loader and without a loop
+over samples, and augmented together (:mod:`fednorm.streams.reading` has what other experiences are read by); the norm
+is told every sample's task; and everything that the rest of the training depends on can be taken as plain tensors in
+the middle of an experience, and put back. A plugin that replaces what is not there, such as the loader, is refused
+(:mod:`fednorm.streams.foreign`).
+
+Tasks are numbered in the order in which their experiences came first, so that one that comes again is the task that it
+was, and the number of tasks seen is counted.
+
+Random numbers are derived from the seed and the number of the step, so that there is no generator to restore.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fednorm.cards import Card
+from fednorm.data.augment import Augmentation
+from fednorm.data.scaling import HALF, Scaling
+from fednorm.device import on_cpu, place_of, wide
+from fednorm.errors import DataError, RecordError
+from fednorm.norms import spec_of
+from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
+from fednorm.streams.anytime import modes_kept
+from fednorm.streams.buffer import Samples
+from fednorm.streams.foreign import Hooks, require_model, require_plugins
+from fednorm.streams.passes import Passes
+from fednorm.streams.quietly import avalanche_imports
+from fednorm.streams.reading import LoadedSplit, read, require_classes, tell_how
+from fednorm.streams.stream import Experience
+from fednorm.training.schedule import Schedule
+from fednorm.training.step import TrainingStep, batch_coupled
+
+with avalanche_imports():
+    from avalanche.training.plugins import EvaluationPlugin
+
+Tensors = dict[str, Tensor]
+Effect = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerOptions:
+    """The options of a learner that has none."""
+
+    def batch_ratio(self, batch_size: int) -> int:
+        """Return the number of new samples for each memory sample of a batch; 0 for no memory, or no such integer."""
+        del batch_size
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerSpec(Card):
+    """The identity card of a learner.
+
+    Attributes:
+        make: The :class:`Learner` subclass; the fields of its ``Options`` are the options.
+        joint: True where it is given all experiences at once.
+    """
+
+    make: type[Learner]
+    joint: bool = False
+
+    expects: ClassVar[str] = "A learner is a subclass of Learner, or a LearnerSpec beside it."
+
+    @classmethod
+    def adopt(cls, method: Any, reference: str) -> Self | None:
+        """Return the card that stands beside a subclass of :class:`Learner`, or one made for it."""
+        if not (inspect.isclass(method) and issubclass(method, Learner)):
+            return None
+        beside = vars(sys.modules[method.__module__]).values()
+        own = next((card for card in beside if isinstance(card, cls) and card.make is method), None)
+        return own or cls(name=reference, summary=(method.__doc__ or "").strip().partition("\n")[0], make=method)
+
+    @property
+    def maker(self) -> type[LearnerOptions]:
+        """The record of the learner's options."""
+        return self.make.Options
+
+    def check(self, options: Mapping[str, Any]) -> None:
+        """Refuse options out of range."""
+        self.made_options(options)
+
+    def made_options(self, options: Mapping[str, Any] | None = None) -> LearnerOptions:
+        """Return the record of the learner's options.
+
+        Raises:
+            ConfigError: There is no such option, or its value is out of range.
+        """
+        return self.make.Options(**(options or {}))
+
+
+@dataclass
+class Progress:
+    """Where a learner is.
+
+    Attributes:
+        step: Batches so far, over all experiences.
+        ended: Experiences that have ended.
+        begun: Whether one has begun and not ended.
+        epoch: Passes over it that are finished.
+        batch: Batches of the present pass that are finished.
+    """
+
+    step: int = 0
+    ended: int = 0
+    begun: bool = False
+    epoch: int = 0
+    batch: int = 0
+
+
+class Learner(Passes):
+    """An Avalanche template over a stream's arrays.
+
+    A method overrides :meth:`observe`, and where it remembers something :meth:`begin_experience`,
+    :meth:`end_experience`, :meth:`own_tensors` and :meth:`load_own_tensors`.
+
+    Args:
+        model: The network.
+        optimizer: Of its parameters.
+        num_classes: K, the number of the network's outputs.
+        options: The method's options; its defaults if None.
+        train_mb_size: New samples a step.
+        train_epochs: Passes over each experience.
+        eval_mb_size: Samples a forward pass of Avalanche's ``eval``.
+        seed: Of every random stream.
+        augment: Names of augmentations, separated by commas (:mod:`fednorm.data.augment`), or an ``Augmentation``.
+        scaling: From pixels to what the network is given; of several groups, group k is task k's.
+        schedule: Of the learning rate; the optimizer's own, constant, if None.
+        begin: Called with the number of every experience that begins, e.g. shrink and perturb.
+        adjust: Effects between backward pass and update.
+        after: Effects after the update.
+        plugins: Avalanche plugins.
+        evaluator: An Avalanche evaluation plugin; none by default.
+        criterion: Takes the cross-entropy's place in every loss: logits and labels to a scalar.
+        device: Where the network is; samples are moved there.
+        eval_every: As in Avalanche: after how many epochs (or iterations) ``eval_streams`` are evaluated; -1 for never.
+        peval_mode: ``epoch`` or ``iteration``.
+        online: Whether those counts are of the ``train`` step's own logits, or of ``eval``: a forward pass in
+            evaluation mode before it, on the images without augmentation.
+
+    Attributes:
+        met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
+            passes they are new no more.
+        hits: How many of those the model got right just before it was trained on them, int64.
+        hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
+        seen: New samples of the present experience in all passes so far.
+        loss_sum: The sum over those of the loss before the update, float64 where the device has it.
+        tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
+            number is its place here.
+
+    Raises:
+        ConfigError: A plugin or a module of the network needs what fednorm's learners do not have.
+    """
+
+    Options: ClassVar[type[LearnerOptions]] = LearnerOptions
+    _stop_training: bool
+
+    def __init__(  # noqa: PLR0913 - Avalanche's arguments and ours, by name only
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        num_classes: int,
+        options: LearnerOptions | None = None,
+        train_mb_size: int = 32,
+        train_epochs: int = 1,
+        eval_mb_size: int = 256,
+        seed: int = 0,
+        augment: str | Augmentation = "none",
+        scaling: Scaling = HALF,
+        schedule: Schedule | None = None,
+        begin: Sequence[Callable[[int], None]] = (),
+        adjust: Sequence[Effect] = (),
+        after: Sequence[Effect] = (),
+        plugins: Sequence[Any] | None = None,
+        evaluator: Any = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+        device: str | torch.device = "cpu",
+        eval_every: int = -1,
+        peval_mode: str = "epoch",
+        online: str = "train",
+    ) -> None:
+        require_model(model)
+        device = place_of(model, device)
+        super().__init__(
+            model=model,
+            optimizer=optimizer,
+            criterion=criterion or nn.CrossEntropyLoss(),
+            train_mb_size=train_mb_size,
+            train_epochs=train_epochs,
+            eval_mb_size=eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=evaluator or _silent(),
+            eval_every=eval_every,
+            peval_mode=peval_mode,
+        )
+        require_plugins(self.plugins, scheduled=schedule is not None)
+        self.options = options or type(self).Options()
+        self.num_classes, self.seed, self.scaling = num_classes, seed, scaling
+        self.augment = Augmentation.of(augment) if isinstance(augment, str) else augment
+        self.schedule, self.begin, self.online = schedule, tuple(begin), online
+        self.effects = (*adjust, *after)
+        self.step = TrainingStep(
+            model, optimizer, adjust=(*adjust, self._backward_done), after=(*after, self._after_update)
+        )
+        self.progress = Progress()
+        self.batch_coupled = batch_coupled(model, spec_of)
+        self.source: Experience | None = None
+        self.tasks_seen: list[int] = []
+        self._task_of_row = torch.empty(0, dtype=torch.int64)
+        self._current_task = 0
+        self._hooks = Hooks(self.plugins)
+        self._told_how = False
+        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self.loss_sum = torch.zeros((), dtype=wide(device), device=device)
+        self.seen = self.met = 0
+        self._augmenting = torch.Generator()
+
+    # What a method overrides ------------------------------------------------------------------------------------------
+
+    def observe(self, new: Samples) -> Tensor:
+        """Learn from one batch, and return the logits of its samples, shape (n, K), before the update."""
+        (logits,) = self.pass_forward(new)
+        self.descend(self.loss_of(logits, new))
+        return logits
+
+    def begin_experience(self) -> None:
+        """Be told that :attr:`source` begins."""
+
+    def end_experience(self) -> None:
+        """Be told that :attr:`source` has ended."""
+
+    def own_tensors(self) -> Tensors:
+        """Return what the method remembers."""
+        return {}
+
+    def load_own_tensors(self, tensors: Tensors) -> None:
+        """Take back what :meth:`own_tensors` gave."""
+
+    @contextmanager
+    def for_evaluation(self) -> Iterator[nn.Module]:
+        """Give the model to evaluate, in evaluation mode."""
+        self.model.eval()
+        yield self.model
+
+    # What a method uses -----------------------------------------------------------------------------------------------
+
+    @property
+    def experience_number(self) -> int:
+        """Return the number of the present experience, from 0."""
+        assert self.source is not None
+        return self.source.number
+
+    # Avalanche's loop -------------------------------------------------------------------------------------------------
+
+    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
+        """Train on Avalanche experiences, as in Avalanche.
+
+        Args:
+            experiences: One, or several in order, of any benchmark whose data sets give samples and labels.
+            eval_streams: What is evaluated in between, as often as ``eval_every`` says; nothing by default.
+            **kwargs: Of Avalanche's loader ``shuffle`` and ``drop_last`` count; there is none for the others. Plugins
+                are given all.
+
+        Raises:
+            DataError: An experience has no samples, or some that cannot be read.
+            ConfigError: A plugin needs what fednorm's learners do not have.
+        """
+        require_plugins(self.plugins, scheduled=self.schedule is not None)
+        self._hooks = Hooks(self.plugins)
+        # Avalanche's own default evaluates the training experiences as a stream; ours evaluates nothing.
+        return super().train(experiences, [] if eval_streams is None else eval_streams, **kwargs)
+
+    def eval(self, exp_list: Any, **kwargs: Any) -> Any:
+        """Evaluate on experiences, as in Avalanche, under the model of :meth:`for_evaluation`."""
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            with self.for_evaluation():
+                return super().eval(exp_list, **kwargs)
+        finally:  # in the middle of training the network goes on as it was
+            for module, training in modes.items():
+                module.training = training
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Take the experience's data set, in Avalanche's transform group for training where it has such groups."""
+        del kwargs
+        dataset = getattr(self.experience, "dataset", None)
+        self.adapted_dataset = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Do without a loader."""
+        del kwargs
+        self.dataloader = self._hooks.no_loader
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Leave model and optimizer as they are: all K outputs are there from the start."""
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        del eval_streams
+        self._hooks.require_untouched(self)
+        self._take(experience)
+        progress = self.progress
+        with torch_seeded(self.seed, "learner"):
+            if not progress.begun:
+                self._begin()
+            while progress.epoch < self.train_epochs and not self._stop_training:
+                self._before_training_epoch(**kwargs)
+                self.training_epoch(**kwargs)
+                self._after_training_epoch(**kwargs)
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._stop_training = False
+            self.end_experience()
+        self.step.end_experience()
+        self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+
+    def _take(self, experience: Any) -> None:
+        """Read an experience, or what a plugin has made of its data set, and count its tasks."""
+        source = read(experience, self.adapted_dataset, unnamed=max(self.tasks_seen, default=-1) + 1)
+        self.source, train = source, source.train
+        if isinstance(train, LoadedSplit) and self.augment:
+            raise DataError(
+                f"augment = {self.augment.text!r} is for arrays of pixels, and the samples of {train.name} come from "
+                "its own data set. Use augment = 'none' and let the data set's transforms augment."
+            )
+        if not isinstance(train, LoadedSplit):
+            require_classes(train.targets, self.num_classes, f"Experience {source.number}")
+        if not self._told_how:
+            self._told_how = isinstance(train, LoadedSplit)
+            tell_how(source)
+        numbers = source.tasks_of(torch.arange(len(train)))
+        own = sorted(set(numbers.tolist()))
+        self.tasks_seen += [number for number in own if number not in self.tasks_seen]
+        places = {number: place for place, number in enumerate(self.tasks_seen)}
+        own_places = [places[number] for number in numbers.tolist()]
+        self._task_of_row = torch.tensor(own_places, dtype=torch.int64, device=self.device)
+        self._current_task = places[own[0]] if len(own) == 1 else len(places) - 1
+
+    def _begin(self) -> None:
+        if self.progress.ended:
+            for effect in self.begin:
+                effect(self.experience_number)
+        self.hits.zero_()
+        self.hits_of_all.zero_()
+        self.loss_sum.zero_()
+        self.seen = self.met = 0
+        self.begin_experience()
+        self.progress.begun = True
+
+    def training_epoch(self, **kwargs: Any) -> None:
+        """Train on what is left of the present pass over the experience."""
+        assert self.source is not None
+        progress, count = self.progress, len(self.source.train)
+        names = ("experience", progress.ended, "epoch", progress.epoch, "order")
+        order = torch.randperm(count, generator=torch_stream(self.seed, *names))
+        if not kwargs.get("shuffle", True):
+            order = torch.arange(count)
+        batches = torch.split(order, self.train_mb_size)
+        if kwargs.get("drop_last", False) and len(batches[-1]) < self.train_mb_size:
+            batches = batches[:-1]
+        for rows in batches[progress.batch :]:
+            if self._stop_training:
+                break
+            if len(rows) > 1 or not self.batch_coupled:
+                self._set_rate(progress.epoch * len(batches) + progress.batch, self.train_epochs * len(batches))
+                self._train_on(self.source, rows, **kwargs)
+            progress.step += 1
+            progress.batch += 1
+            self._after_training_iteration(**kwargs)
+
+    def _set_rate(self, step: int, steps: int) -> None:
+        if self.schedule is not None:
+            rate = self.schedule.at(self.progress.step, step, steps)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+
+    def _train_on(self, source: Experience, rows: Tensor, **kwargs: Any) -> None:
+        step = self.progress.step
+        guesses = self._guess(source, rows) if self.online == "eval" else None
+        reseed(stream_seed(self.seed, "model", step))
+        self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
+        images, labels = self._batch(source, rows)
+        if isinstance(source.train, LoadedSplit):
+            require_classes(labels, self.num_classes, source.train.name)
+        new = Samples(images, labels, self._task_of_row[rows.to(self.device)], None)
+        self._hooks.clear()
+        if self._hooks.at_iteration:
+            self._show(new, **kwargs)
+        else:
+            self.mbatch = [images, labels, torch.zeros_like(labels)]
+            self._before_training_iteration(**kwargs)
+        self._hooks.require_untouched(self)
+        logits = self.observe(new).detach()
+        right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
+        self.hits_of_all += right
+        if not self.progress.epoch:
+            self.hits += right
+            self.met += len(rows)
+        self.loss_sum += self.loss.detach() * len(rows)
+        self.seen += len(rows)
+
+    def _batch(self, source: Experience, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return samples and labels of some rows on the learner's device."""
+        images, labels = source.train.batch(rows)
+        return images.to(self.device), labels.to(self.device)
+
+    @torch.no_grad()
+    def _guess(self, source: Experience, rows: Tensor) -> Tensor:
+        """Return the logits of some rows in evaluation mode; nothing that trains is changed by it."""
+        with modes_kept(self.model):
+            self.model.eval()
+            logits: Tensor = self.model(self.as_input(self._batch(source, rows)[0], self._task_of_row[rows]))
+        return logits
+
+    # Checkpoints ------------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> Tensors:
+        """Return every tensor that the rest of the training depends on, by a path; all on the CPU."""
+        found = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        for number, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
+        for place, effect in enumerate(self.effects):
+            if hasattr(effect, "state_dict"):
+                found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
+        found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
+        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.cpu().double()}
+        return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
+
+    def state(self) -> dict[str, Any]:
+        """Return what goes with :meth:`tensors`, for JSON."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {
+            "progress": asdict(self.progress),
+            "seen": self.seen,
+            "met": self.met,
+            "rates": rates,
+            "tasks": list(self.tasks_seen),
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
+
+        Raises:
+            RecordError: They were taken in the middle of an experience by a version with one online accuracy only.
+        """
+        progress, seen = Progress(**state["progress"]), int(state["seen"])
+        if progress.epoch and ("met" not in state or "count/hits_of_all" not in tensors):
+            raise RecordError(
+                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that had one "
+                "online accuracy, of the first pass or of all"
+            )
+        self.model.load_state_dict(_below("model", tensors))
+        moments: dict[int, Tensors] = {}
+        for path, tensor in _below("optimizer", tensors).items():
+            number, key = path.split("/", 1)
+            moments.setdefault(int(number), {})[key] = tensor.clone()  # PyTorch goes on with the very tensors it gets
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for group, rate in zip(self.optimizer.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        for place, effect in enumerate(self.effects):
+            if hasattr(effect, "load_state_dict"):
+                effect.load_state_dict(_below(f"effect/{place}", tensors))
+        self.load_own_tensors({key: tensor.to(self.device) for key, tensor in _below("own", tensors).items()})
+        self.hits.copy_(tensors["count/hits"])
+        self.hits_of_all.copy_(tensors.get("count/hits_of_all", tensors["count/hits"]))
+        self.loss_sum.copy_(tensors["count/loss_sum"])
+        self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
+        # Earlier versions went by the number of experiences, which came in order.
+        self.tasks_seen = [int(number) for number in state.get("tasks", range(progress.ended))]
+
+
+def _silent() -> Any:
+    """Return an evaluation plugin that measures and says nothing; Avalanche warns where it is given none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "No loggers specified", UserWarning)
+        return EvaluationPlugin()
+
+
+def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
+    """Return the tensors whose path begins with a folder, by the rest of their path."""
+    start = f"{folder}/"
+    return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}

@@ -1,0 +1,197 @@
+"""What a continual run is made of: the stream, the model with its norm, the optimizer with its effects, the learner."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from statistics import mean
+from typing import Any
+
+from fednorm import device as devices
+from fednorm.config import RunConfig
+from fednorm.data.moving import moved
+from fednorm.data.scaling import Scaling
+from fednorm.errors import ConfigError
+from fednorm.spec import Norm
+from fednorm.streams.avalanche_benchmark import joint_to_avalanche, to_avalanche
+from fednorm.streams.evaluation import split_of
+from fednorm.streams.learner import Learner, LearnerOptions
+from fednorm.streams.normalize import normalized_stream
+from fednorm.streams.stream import Experience, Stream
+from fednorm.training.footprint import require_footprint
+from fednorm.training.trainee import Trainee
+
+
+class ContinualWorkbench:
+    """Everything of a run but what it writes down.
+
+    Attributes:
+        config: The run's configuration.
+        stream: The stream.
+        norm: The normalization method, fitted to the stream and the learner.
+        trainee: What trains: the network, its optimizer, the effects around an update.
+        about_model: What the record says of the network.
+        model: The network.
+        learner: The learner.
+        joint: Whether the learner is given all experiences at once.
+        training: The Avalanche experiences that it is trained on, in order.
+        steps: Batches of each of them.
+        schedule: Of the learning rate.
+    """
+
+    def __init__(self, config: RunConfig, stream: Stream | None = None) -> None:
+        """Build the stream (unless given), the model and the learner.
+
+        Raises:
+            FedNormError: Something in the configuration does not fit the rest.
+        """
+        self.config = config
+        devices.device_of(config)  # before data are read
+        self.stream = normalized_stream(stream or self._made_stream(), config.data.normalize)
+        spec = config.learner.card
+        options = spec.made_options(config.learner.options)
+        ratio = options.batch_ratio(config.train.batch_size)
+        norm = config.norm.card.made(config.norm.options)
+        self.norm: Norm = norm.for_stream(num_tasks=len(self.stream), batch_ratio=ratio)
+        self._require_memory()
+        self.trainee = Trainee(
+            config, self.norm, num_classes=self.stream.num_classes, image_size=self.stream.image_size
+        )
+        self.model = self.trainee.model
+        self.about_model = self.trainee.about_model
+        self.stream = moved(self.stream, self.trainee.device)
+        self.joint = spec.joint
+        make = joint_to_avalanche if spec.joint else to_avalanche
+        self.training: list[Any] = list(make(self.stream).train_stream)
+        self._check(sources := [self.source(experience) for experience in self.training])
+        train = config.train
+        self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in sources]
+        self.schedule = self.trainee.schedule(sum(self.steps))
+        self.learner: Learner = spec.make(
+            model=self.model,
+            optimizer=self.trainee.optimizer,
+            num_classes=self.stream.num_classes,
+            options=options,
+            train_mb_size=train.batch_size,
+            train_epochs=train.epochs,
+            eval_mb_size=config.evaluate.batch_size,
+            seed=config.seed,
+            augment=self.trainee.augmentation,
+            scaling=Scaling.stack(experience.train.scaling for experience in self.stream),
+            schedule=self.schedule,
+            begin=[self.trainee.begin_anew],
+            adjust=self.trainee.adjust,
+            after=self.trainee.after,
+            online=config.evaluate.online,
+            device=self.trainee.device,
+            criterion=self.trainee.loss if train.label_smoothing else None,
+        )
+        self._require_parts(norm, options)
+
+    def _made_stream(self) -> Stream:
+        config, scenario = self.config, self.config.scenario
+        stream: Stream = scenario.card.stream(
+            config.data, image_size=config.model.card.input_size, seed=config.seed, options=scenario.options
+        )
+        return stream
+
+    def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
+        """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
+
+        Raises:
+            ConfigError: It would be batch normalization bit for bit, under its own name.
+        """
+        config, batch = self.config, self.config.train.batch_size
+
+        def fits(changed: LearnerOptions, size: int) -> bool:
+            ratio = changed.batch_ratio(size)
+            return norm.divides(size, size // ratio if ratio else 0)
+
+        if not hasattr(options, "memory_batch") or not hasattr(options, "passes") or fits(options, batch):
+            return
+        for size in range(batch, 2 * batch + 5):
+            given = {"memory_batch": 1, "passes": "joint"}
+            fitting = [
+                n for n in range(1, size + 1) if fits(dataclasses.replace(options, **given | {"memory_batch": n}), size)
+            ]
+            if fitting:
+                break
+        remedy = f"learner.memory_batch to one of {', '.join(map(str, fitting))}"
+        remedy = remedy if size == batch else f"train.batch_size to {size} and {remedy}"
+        raise ConfigError(
+            f"norm {config.norm.name} puts the memory's samples beside parts of the new ones: it takes one pass over "
+            "both, and a whole multiple of the memory's samples, two or more, that are new. Learner "
+            f"{config.learner.name} with passes {options.passes!r}, {batch} new samples "
+            f"(train.batch_size) and memory_batch {options.memory_batch} makes no such batch, so that each would be "
+            f"normalized as batch_norm does, under another name. Set {remedy}"
+            f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
+        )
+
+    @staticmethod
+    def source(experience: Any) -> Experience:
+        """Return what one of :attr:`training` was made of."""
+        source: Experience = experience.dataset.source
+        return source
+
+    def mean_rate(self, place: int) -> float:
+        """Return the mean learning rate over the steps of one of :attr:`training`, as the schedule has it.
+
+        Exact before it is rounded, so that it is the rate itself where that is constant. The rate of the last step
+        would tell of the schedule's end alone.
+
+        Args:
+            place: Which of :attr:`training`, from 0.
+        """
+        before, steps = sum(self.steps[:place]), self.steps[place]
+        return mean(self.schedule.at(before + step, step, steps) for step in range(steps))
+
+    def _require_memory(self) -> None:
+        """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
+        train = self.config.train
+        require_footprint(
+            self.config,
+            self.norm,
+            num_classes=self.stream.num_classes,
+            image_size=self.stream.image_size,
+            copies=3 + (bool(train.momentum) if train.optimizer == "sgd" else 2),  # gradients, a checkpoint
+            train_images=sum(len(experience.train) for experience in self.stream),
+            test_images=max((len(experience.test) for experience in self.stream), default=0),
+        )
+
+    def _check(self, sources: list[Experience]) -> None:
+        """Refuse what could only fail after training."""
+        config = self.config
+        for experience in self.stream:
+            split_of(experience, config.evaluate.split)
+        self.trainee.require_batches((f"Experience {source.number}", len(source.train)) for source in sources)
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """What is known before training, for the record; made once, because the digest reads every row's label."""
+        config = self.config
+        experiences = [
+            {
+                "experience": experience.number,
+                "title": experience.title,
+                "classes": list(experience.classes),
+                **{name: len(split) for name, split in (("train", experience.train), ("test", experience.test))},
+                "validation": len(experience.validation),
+            }
+            for experience in self.stream
+        ]
+        return {
+            "model": self.about_model,
+            "norm": {"name": config.norm.name, **dataclasses.asdict(self.norm)},
+            "learner": {"name": config.learner.name, **dataclasses.asdict(self.learner.options)},
+            "scenario": {"name": config.scenario.name, **config.scenario.values},
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "steps": sum(self.steps),
+            **devices.described(config, self.trainee.device),
+            "data": {
+                "title": self.stream.title,
+                "notes": list(self.stream.notes),
+                "memorization": self.stream.memorization,
+                "digest": self.stream.digest(),
+                "experiences": experiences,
+            },
+        }

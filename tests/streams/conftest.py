@@ -1,0 +1,184 @@
+"""Runs of a few steps on every scenario, and what their children may die of."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fednorm.cards import MODELS, SCENARIOS
+from fednorm.config import RunConfig, merge, resolve
+from fednorm.streams.simulate import simulate
+from fednorm.streams.stream import Stream
+from fednorm.streams.workbench import ContinualWorkbench
+
+Values = dict[str, Any]
+
+LEARNER: dict[str, Values] = {
+    "er": {"memory_size": 20},
+    "er_ace": {"memory_size": 20},
+    "derpp": {"memory_size": 20},
+    "ewc": {"fisher_samples": 3, "strength": 0.1},
+    "gdumb": {"memory_size": 20, "memory_epochs": 3},
+}
+
+
+def write_images(path: Path, num_classes: int, each: int) -> None:
+    """Write random 8x8 images, as many of each class, in the columns of a data set of the hub."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(num_classes + each)
+    images = []
+    for array in rng.integers(0, 256, (each * num_classes, 8, 8, 3), dtype=np.uint8):
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "PNG")
+        images.append({"bytes": buffer.getvalue(), "path": None})
+    labels = [row % num_classes for row in range(each * num_classes)]
+    pq.write_table(pa.table({"img": images, "label": labels}), path)
+
+
+class Toy:
+    """Runs that take some hundredths of a second: two experiences of 12 images, 8x8, in batches of 4 new ones.
+
+    Args:
+        folder: Where tiny look-alikes of CIFAR and decoded arrays are kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._streams: dict[str, Stream] = {}
+        for name, num_classes in (("cifar10", 10), ("cifar100", 100)):
+            for split, each in (("train", 3), ("test", 2)):
+                write_images(folder / name / f"{split}-00000-of-00001.parquet", num_classes, each)
+
+    def values(self, scenario: str = "split_digits", learner: str = "naive", norm: str = "batch_norm") -> Values:
+        """Return what a user would write for one of the runs."""
+        small = {"train_per_experience": 12, "test_per_experience": 6, "num_experiences": 2}
+        options = {key: small[key] for key in small if key in SCENARIOS[scenario].options}
+        own = {"name": learner, **LEARNER.get(learner, {})}
+        if scenario == "split_cifar100" and "memory_size" in own:
+            own["memory_size"] = 100  # room for every class
+        if norm == "task_balanced_norm" and learner == "derpp":
+            own["memory_batch"] = 2  # two draws of them, as many as there are new samples
+        return {
+            "kind": "continual",
+            "scenario": {"name": scenario, **options},
+            "data": {
+                "image_size": 8,
+                "dir": str(self.folder) if "cifar" in scenario else "",
+                "domains": ["scans", "photo"] if scenario == "domain_digits" else [],
+            },
+            "model": {"name": "digits_cnn", "width": 4},
+            "norm": {"name": norm},
+            "learner": own,
+            "train": {"batch_size": 4, "epochs": 1},
+            "evaluate": {"probe_images": 8},
+        }
+
+    def config(
+        self, scenario: str = "split_digits", learner: str = "naive", norm: str = "batch_norm", /, **changes: Any
+    ) -> RunConfig:
+        """Return the configuration of one of the runs, some keys changed."""
+        return resolve(merge(self.values(scenario, learner, norm), changes))
+
+    def bench(self, config: RunConfig) -> ContinualWorkbench:
+        """Return a run's workbench; what has the same stream shares it."""
+        plain = config.to_dict()
+        key = json.dumps([plain["scenario"], plain["data"], config.seed, config.model.name])
+        if key not in self._streams:
+            self._streams[key] = SCENARIOS[config.scenario.name].stream(
+                config.data,
+                image_size=MODELS[config.model.name].input_size,
+                seed=config.seed,
+                options=config.scenario.options,
+                cache_dir=self.folder / "cache",
+            )
+        return ContinualWorkbench(config, self._streams[key])
+
+    def run(self, config: RunConfig) -> tuple[dict[str, Any], ContinualWorkbench]:
+        """Return the result of a run and the workbench that it has left."""
+        bench = self.bench(config)
+        return simulate(config, runs=None, bench=bench), bench
+
+    @staticmethod
+    def timeless(document: Any) -> Any:
+        """Return a document without what depends on the time and the place of a run."""
+        if isinstance(document, dict):
+            return {k: Toy.timeless(v) for k, v in document.items() if k not in ("seconds", "run")}
+        return [Toy.timeless(value) for value in document] if isinstance(document, list) else document
+
+    @staticmethod
+    def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
+        """Return the keys of the tensors that differ in a single bit."""
+        assert one.keys() == other.keys()
+        return [key for key in one if one[key].numpy().tobytes() != other[key].numpy().tobytes()]
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    return Toy(tmp_path_factory.mktemp("toy"))
+
+
+# Processes that die ---------------------------------------------------------------------------------------------------
+
+KIND = """
+from fednorm.streams.learner import Learner
+from fednorm.streams.simulate import simulate
+from fednorm.config import resolve
+
+UNIT, ROOM = "experience", 10_000
+
+
+def arm_own(where, n):
+    if where == "in the step":
+        before(Learner, "_train_on", lambda self, *_: self.progress.step + 1 == n, die)
+    elif where == "in an update":
+        before(Learner, "_backward_done", lambda self: self.progress.step == n, die)
+    elif where == "before the checkpoint":
+        ended = lambda self, tensors, state: not state["progress"]["begun"] and state["experiences"] == n + 1
+        before(record.RunRecord, "save_state", ended, die)
+"""
+
+
+@pytest.fixture(scope="session")
+def launcher(launch: Any, toy: Toy) -> Any:
+    """Runs that die, besides, ``after the step`` n or in it, ``in an update``, ``before the checkpoint`` of an end."""
+    return launch(KIND, toy.values())
+
+
+class Written:
+    """What a finished run left on disk, without the time it took."""
+
+    def __init__(self, folder: Path) -> None:
+        assert not (folder / "checkpoint.safetensors").exists()
+        assert not list(folder.glob("*.part"))
+        self.model = load_file(folder / "model.safetensors")
+        lines = (folder / "experiences.jsonl").read_text().splitlines()
+        self.lines = [self._content(line) for line in lines]
+        self.result = self._content((folder / "result.json").read_text())
+
+    @staticmethod
+    def _content(text: str) -> Any:
+        """Return what a line or a result tells, without digests, which are of times too."""
+        return Toy.timeless({key: value for key, value in json.loads(text).items() if key not in ("digest", "files")})
+
+    def __eq__(self, other: object) -> bool:
+        assert isinstance(other, Written)
+        assert not Toy.differing(self.model, other.model)
+        assert self.lines == other.lines
+        assert self.result == other.result
+        return True
+
+
+@pytest.fixture(scope="session")
+def written() -> Callable[[Path], Written]:
+    return Written

@@ -1,0 +1,547 @@
+"""A run that is killed anywhere goes on from its last checkpoint and ends with the very same numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from fednorm.config import merge, resolve
+from fednorm.errors import RecordError
+from fednorm.records.formats import FORMAT
+from fednorm.records.integrity import tensors_metadata, unsealed
+from fednorm.records.record import CHECKPOINT_VERSION, RunRecord
+from fednorm.streams import simulate as module
+from fednorm.streams.simulate import simulate
+from fednorm.streams.workbench import ContinualWorkbench
+
+Values = dict[str, Any]
+
+# Five experiences of 4 steps each; checkpoints after each third step, and at the ends.
+SMALL: Values = {
+    "scenario": {"num_experiences": 5, "train_per_experience": 8},
+    "train": {"epochs": 2, "checkpoint_every": 3, "augment": "crop_flip", "momentum": 0.9},
+}
+STEPS = 20
+
+METHODS: dict[str, tuple[str, str, Values]] = {
+    "memory, generators, norm counters, psi": ("er_ace", "adab2n", {}),
+    "stored logits": ("derpp", "batch_renorm", {"learner": {"passes": "separate"}}),
+    "springs": ("ewc", "batch_norm", {"learner": {"mode": "separate"}}),
+    "teacher": ("lwf", "batch_norm_corrected", {}),
+    "balanced memory": ("gdumb", "batch_norm", {}),
+    "balanced statistics": ("er", "task_balanced_norm", {"learner": {"statistics": "balanced"}}),
+    "moments, radii, count of projections": (
+        "er",
+        "nap",
+        {"norm": {"every": 4, "affine": "joint"}, "train": {"optimizer": "adam", "momentum": 0}},
+    ),
+    "projection of any norm": (
+        "naive",
+        "batch_norm",
+        {"train": {"project": True, "optimizer": "adamw", "momentum": 0}},
+    ),
+    "count of updates between resets": ("naive", "none", {"train": {"redo_every": 5, "redo_tau": 0.9}}),
+    "initial weights": ("naive", "layer_norm", {"train": {"l2_init": 0.1, "agc": 0.01}}),
+    "what an experience begins with": (
+        "er",
+        "batch_norm",
+        {"train": {"shrink": 0.8, "perturb": 0.2, "reset_optimizer": True}},
+    ),
+    "learning rate": ("naive", "batch_norm", {"train": {"schedule": "cosine", "warmup_steps": 3}}),
+    "all experiences at once": ("joint", "adab2n", {}),
+}
+FIRST = next(iter(METHODS))
+
+
+@pytest.fixture(scope="module")
+def small(toy: Any) -> Callable[..., Values]:
+    """Return what a user would write for a small run of one of the methods."""
+
+    def values(method: str = FIRST, **changes: Any) -> Values:
+        learner, norm, own = METHODS[method]
+        return merge(merge(merge(toy.values("split_digits", learner, norm), SMALL), own), changes)
+
+    return values
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, written: Any) -> Callable[[Values], Any]:
+    """Return what the uninterrupted run of some values leaves, run once."""
+    made: dict[str, Any] = {}
+
+    def reference(values: Values) -> Any:
+        config = resolve(values)
+        if config.hash not in made:
+            made[config.hash] = written(Path(simulate(config, runs=tmp_path_factory.mktemp("whole"))["run"]))
+        return made[config.hash]
+
+    return reference
+
+
+class Watch:
+    """Remembers at which step a run went on, and what it did from there."""
+
+    def __init__(self, interrupt: int = 0) -> None:
+        self.interrupt = interrupt
+        self.first = -1
+        self.steps: list[int] = []
+        self.experiences: list[int] = []
+
+    def begin(self, bench: Any, first_step: int, total_steps: int) -> None:
+        assert (total_steps, bench.config.train.checkpoint_every) == (STEPS, 3)
+        self.first = first_step
+
+    def step(self, done: int) -> None:
+        self.steps.append(done)
+        if done == self.interrupt:
+            raise KeyboardInterrupt
+
+    def experience(self, line: Any) -> None:
+        self.experiences.append(line["experience"])
+
+
+def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
+    watch = Watch()
+    return Path(simulate(resolve(values), runs=runs, observer=watch)["run"]), watch
+
+
+# Anywhere -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("place", "n", "first"),
+    [
+        ("in the step", 2, 0),  # before the first checkpoint
+        ("after the step", 3, 3),
+        ("in the step", 8, 6),  # between a checkpoint and the experience's end
+        ("after the step", 12, 12),  # the last step has a checkpoint, what the end does is still to come
+        ("before the line", 0, 3),
+        ("in the line", 2, 12),
+        ("before the checkpoint", 0, 3),  # the line is there
+        ("before the checkpoint", 4, 18),
+        ("in the checkpoint", 2, 3),  # of the first end, half written
+        ("after the experience", 0, 4),
+        ("before the result", 0, STEPS),
+        ("in the result", 0, STEPS),
+    ],
+)
+def test_a_run_killed_anywhere_goes_on(
+    place: str, n: int, first: int, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    _, how = launcher.run(values, tmp_path, place, n)
+    assert how == -signal.SIGKILL
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == first
+    assert watch.steps == list(range(first + 1, STEPS + 1))
+    assert written(folder) == whole(values)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("place", "n", "first"), [("in the step", 8, 6), ("after the step", 12, 12)])
+def test_every_kind_of_state_is_restored(
+    method: str, place: str, n: int, first: int, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small(method)
+    _, how = launcher.run(values, tmp_path, place, n)
+    assert how == -signal.SIGKILL
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == first
+    assert written(folder) == whole(values)
+
+
+def test_a_memory_that_was_being_learned_is_learned_again(
+    small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    """GDumb trains when an experience has ended, from its first weights."""
+    values = small("balanced memory")
+    _, how = launcher.run(values, tmp_path, "in an update", 8)
+    assert how == -signal.SIGKILL
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 6
+    assert written(folder) == whole(values)
+
+
+def test_a_run_may_be_killed_again_and_again(
+    small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    for place, n in (("in the step", 5), ("before the line", 1), ("after the step", 9), ("in the checkpoint", 2)):
+        assert launcher.run(values, tmp_path, place, n)[1] == -signal.SIGKILL
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 12
+    assert written(folder) == whole(values)
+
+
+@pytest.mark.parametrize(("step", "first"), [(2, 0), (6, 6), (17, 16)])
+def test_an_interrupted_run_goes_on_in_the_same_process(
+    step: int, first: int, small: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(resolve(values), runs=tmp_path, observer=Watch(step))
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == first
+    assert written(folder) == whole(values)
+
+
+def test_how_often_checkpoints_are_taken_changes_nothing_and_may_change(
+    small: Any, whole: Any, written: Any, tmp_path: Path, toy: Any
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        simulate(resolve(small()), runs=tmp_path, observer=Watch(10))
+    other = resolve(small(train={"checkpoint_every": 7}))
+    found, expected = written(Path(simulate(other, runs=tmp_path)["run"])), whole(small())
+    assert found.lines == expected.lines
+    assert not toy.differing(found.model, expected.model)
+
+
+# What a checkpoint is -------------------------------------------------------------------------------------------------
+
+LOST = {
+    "memory, generators, norm counters, psi": (
+        "own/buffer/labels",
+        "own/buffer/insert",
+        "num_batches_tracked",
+        "task_",
+    ),
+    "stored logits": ("own/buffer/logits", "running_mean"),
+    "springs": ("own/importance", "own/centre"),
+    "teacher": ("own/teacher", "own/old_classes"),
+    "balanced memory": ("own/buffer/images",),
+    "moments, radii, count of projections": ("optimizer/", "exp_avg", "effect/"),
+    "count of updates between resets": ("effect/",),
+    "learning rate": ("optimizer/", "count/hits"),
+}
+
+
+@pytest.mark.parametrize(("method", "lost"), [(method, lost) for method, parts in LOST.items() for lost in parts])
+def test_the_comparison_would_notice_lost_state(
+    method: str, lost: str, small: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = small(method)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(resolve(values), runs=tmp_path, observer=Watch(8))
+    load = RunRecord.load_state
+
+    def forgetful(record: RunRecord) -> Any:
+        loaded = load(record)
+        assert loaded is not None
+        forgotten = [tensor for key, tensor in loaded[0].items() if lost in key]
+        for tensor in forgotten:
+            tensor.fill_(0 if tensor.ndim else 3)
+            if lost.endswith("insert"):
+                tensor.copy_(torch.Generator().manual_seed(0).get_state())
+        assert forgotten
+        return loaded
+
+    monkeypatch.setattr(RunRecord, "load_state", forgetful)
+    folder, _ = go_on(values, tmp_path)
+    with pytest.raises(AssertionError):
+        assert written(folder) == whole(values)
+
+
+def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_path: Path, toy: Any) -> None:
+    launcher.run(small(), tmp_path, "in the step", 8)
+    path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        assert set(file.metadata()) == {"state", "shapes", "hash", "journal", "record_format", "digest"}
+        state, shapes = (json.loads(file.metadata()[key]) for key in ("state", "shapes"))
+    assert shapes == {key: list(tensor.shape) for key, tensor in tensors.items()}
+    assert state["version"] == CHECKPOINT_VERSION
+    assert state["experiences"] == 1
+    assert state["progress"] == {"step": 6, "ended": 1, "begun": True, "epoch": 0, "batch": 2}
+    model = toy.bench(resolve(small())).model.state_dict()
+    assert {f"model/{key}" for key in model} == {key for key in tensors if key.startswith("model/")}
+    assert int(tensors["model/norm1.num_batches_tracked"]) == 6
+    assert tensors["model/norm1.task_weight"].any()
+    assert {key for key in tensors if key.startswith("own/")} == {
+        "own/seen_classes",
+        *(f"own/buffer/{key}" for key in ("capacity", "num_seen", "insert", "draw", "images", "labels", "tasks")),
+    }
+    assert int(tensors["own/buffer/num_seen"]) == 24
+    assert tensors["own/buffer/images"].dtype == torch.uint8
+    assert {key for key in tensors if key.startswith("optimizer/")} == {
+        f"optimizer/{number}/momentum_buffer"
+        for number in range(len(list(toy.bench(resolve(small())).model.parameters())))
+    }
+
+
+def reseal(path: Path, tensors: dict[str, torch.Tensor], **about: str) -> None:
+    """Write a checkpoint of a run again, with a digest of what it now holds."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    about = {"journal": metadata["journal"], **about}
+    save_file(tensors, path, tensors_metadata(tensors, metadata["hash"], about))
+
+
+def damage(path: Path, how: str) -> None:
+    content, tensors = path.read_bytes(), load_file(path)
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+    if how == "cut short":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "something else":
+        path.write_text("not a checkpoint")
+    elif how == "no state":
+        reseal(path, tensors)
+    elif how == "another's":
+        reseal(path, tensors, round="3")
+    elif how == "no version":
+        reseal(path, tensors, state=json.dumps({key: state[key] for key in state if key != "version"}))
+    elif how == "half a state":
+        reseal(path, tensors, state=json.dumps(state)[:50])
+    else:
+        reseal(path, tensors, state=json.dumps({**state, "version": how}))
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        *((how, "is damaged") for how in ("cut short", "empty", "something else", "no state", "another's")),
+        *((how, "is damaged") for how in ("no version", "half a state")),
+        (CHECKPOINT_VERSION + 1, f"has version {CHECKPOINT_VERSION + 1}, and this fednorm reads {CHECKPOINT_VERSION}"),
+        (0, "has version 0"),
+        (True, "has version True"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
+    how: Any, words: str, small: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(resolve(values), runs=tmp_path, observer=Watch(9))
+    path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
+    damage(path, how)
+    before = path.read_bytes()
+    with pytest.raises(RecordError, match=r"[Rr]emove the file to start this run over") as caught:
+        go_on(values, tmp_path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+    path.unlink()
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 0
+    assert written(folder) == whole(values)
+
+
+@pytest.fixture(scope="module")
+def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], tuple[Values, Path]]:
+    """Copy the record of a method's run that ended after step 10, in the third experience, and name its checkpoint."""
+    made: dict[str, Path] = {}
+
+    def copy(method: str, runs: Path) -> tuple[Values, Path]:
+        values = small(method)
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("cut")
+            with pytest.raises(KeyboardInterrupt):
+                simulate(resolve(values), runs=made[method], observer=Watch(10))
+        shutil.copytree(made[method], runs, dirs_exist_ok=True)
+        return values, next(runs.iterdir()) / "checkpoint.safetensors"
+
+    return copy
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], Any], *, manifest: bool = True) -> None:
+    """Write a checkpoint again, its tensors and its state changed in place, its digest left or made to fit."""
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = json.loads(metadata["state"])
+    change(tensors, state)
+    if manifest:
+        save_file(tensors, path, {**metadata, "state": json.dumps(state)})
+    else:
+        reseal(path, tensors, state=json.dumps(state))
+
+
+PARTS = {
+    FIRST: ("model/norm1.running_mean", "own/buffer/labels", "own/seen_classes", "count/hits"),
+    "springs": ("own/centre",),
+    "moments, radii, count of projections": ("optimizer/3/exp_avg_sq", "effect/"),
+}
+
+
+@pytest.mark.parametrize("how", ["is lost", "has another shape"])
+@pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
+def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
+    how: str, method: str, part: str, cut: Any, tmp_path: Path
+) -> None:
+    """A moment that is lost would be no error for PyTorch, which would begin it anew, to other numbers."""
+    values, path = cut(method, tmp_path)
+    key = min(key for key in load_file(path) if key.startswith(part))
+
+    def change(tensors: dict[str, Any], _: Any) -> None:
+        tensors[key] = torch.cat([tensors[key].flatten()] * 2)
+        if how == "is lost":
+            del tensors[key]
+
+    rewrite(path, change)
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(RecordError, match=r"is damaged.*Remove the file to start this run over") as caught:
+        go_on(values, tmp_path)
+    assert str(path) in str(caught.value)
+    assert key in str(caught.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("lost", "of"),
+    [("model/norm1.weight", "tensors"), ("own/buffer/draw", "tensors"), ("own/seen_classes", "tensors"),
+     ("count/loss_sum", "tensors"), ("untrained", "state"), ("progress", "state"), ("rates", "state")],
+)  # fmt: skip
+def test_what_another_version_has_not_written_is_named(lost: str, of: str, cut: Any, tmp_path: Path) -> None:
+    """Nor told of: the learner itself finds it missing."""
+    values, path = cut(FIRST, tmp_path)
+    rewrite(path, lambda tensors, state: (tensors if of == "tensors" else state).pop(lost), manifest=False)
+    with pytest.raises(RecordError, match=r"The checkpoint .*Remove the file to start this run over") as caught:
+        go_on(values, tmp_path)
+    assert str(path) in str(caught.value)
+    assert lost.rsplit("/", 1)[-1] in str(caught.value)
+
+
+def test_a_run_does_not_go_on_with_other_data(cut: Any, whole: Any, written: Any, toy: Any, tmp_path: Path) -> None:
+    values, path = cut(FIRST, tmp_path)
+    config = resolve(values)
+    theirs = toy.bench(resolve(merge(values, {"seed": 2}))).stream
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with pytest.raises(RecordError, match=r"other data.*--data-dir.*--runs.*remove the file") as caught:
+        simulate(config, runs=tmp_path, bench=ContinualWorkbench(config, theirs))
+    for word in (str(path), theirs.digest(), toy.bench(config).stream.digest()):
+        assert word in str(caught.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 9
+    assert written(folder) == whole(values)
+
+
+def older(state: dict[str, Any]) -> None:
+    """Leave out what the first checkpoints did not say."""
+    for key in ("data", "met"):
+        del state[key]
+
+
+def test_an_older_checkpoint_goes_on(cut: Any, whole: Any, written: Any, tmp_path: Path) -> None:
+    values, path = cut(FIRST, tmp_path)
+    rewrite(path, lambda _, state: older(state), manifest=False)
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 9
+    assert written(folder) == whole(values)
+
+
+def test_an_older_checkpoint_that_counted_later_passes_is_refused(cut: Any, tmp_path: Path) -> None:
+    """Its online accuracy would be of all passes, in one experience among others that count the first."""
+    values, path = cut(FIRST, tmp_path)
+
+    def change(_: Any, state: dict[str, Any]) -> None:
+        older(state)
+        state["progress"] |= {"epoch": 1, "batch": 0}
+
+    rewrite(path, change, manifest=False)
+    with pytest.raises(RecordError, match=r"cannot be gone on from \(it is from pass 2 over.*Remove the file"):
+        go_on(values, tmp_path)
+
+
+@pytest.mark.parametrize("lost", ["all", "the last", "half of the last"])
+def test_lost_lines_are_noticed(lost: str, small: Any, tmp_path: Path) -> None:
+    values = small()
+    with pytest.raises(KeyboardInterrupt):
+        simulate(resolve(values), runs=tmp_path, observer=Watch(15))
+    path = next(tmp_path.iterdir()) / "experiences.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 3
+    two = "".join(lines[:2])
+    path.write_text({"all": "", "the last": two, "half of the last": two + lines[2][:50]}[lost])
+    found = 0 if lost == "all" else 2
+    with pytest.raises(RecordError, match=rf"has the lines of {found} experiences.*after experience 3. Remove"):
+        go_on(values, tmp_path)
+
+
+# Other processes, other times -----------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_write_to_one_record(
+    small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    pid, how = launcher.run(values, tmp_path, "stop", 1)
+    try:
+        assert how == "stopped"
+        with pytest.raises(RecordError, match="Another process is running this run now"):
+            go_on(values, tmp_path)
+        folder = next(tmp_path.iterdir())
+        assert len((folder / "experiences.jsonl").read_text().splitlines()) == 2
+        os.kill(pid, signal.SIGCONT)
+        deadline = time.monotonic() + 60
+        while not (folder / "result.json").exists() or (folder / "checkpoint.safetensors").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    assert written(folder) == whole(values)
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(
+    small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values = small()
+    _, how = launcher.run(values, tmp_path, "disk full", 1)  # no file of more than 10 kB from then on
+    assert how == 3
+    message = (tmp_path / "error.txt").read_text()
+    assert message.startswith("RecordError: Cannot write checkpoint.safetensors in ")
+    folder = next(path for path in tmp_path.iterdir() if path.is_dir())
+    assert not list(folder.glob("*.part"))
+    folder, watch = go_on(values, tmp_path)
+    assert watch.first == 8
+    assert written(folder) == whole(values)
+
+
+def test_a_finished_run_is_read_back_and_not_run_again(
+    small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = simulate(resolve(small()), runs=tmp_path)
+    monkeypatch.setattr(module, "ContinualWorkbench", lambda *_: pytest.fail("the run was made again"))
+    before = {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir()}
+    assert simulate(resolve(small()), runs=tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(first["run"]).iterdir()} == before
+    assert {path.name for path in before} == {
+        ".lock", "run.json", "experiences.jsonl", "model.safetensors", "result.json"
+    }  # fmt: skip
+
+
+def test_a_record_that_was_moved_says_where_it_is(small: Any, tmp_path: Path) -> None:
+    first = simulate(resolve(small()), runs=tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    again = simulate(resolve(small()), runs=tmp_path / "there")
+    assert again == {**first, "run": str(tmp_path / "there" / Path(first["run"]).name)}
+
+
+def test_a_record_tells_what_was_run(small: Any, tmp_path: Path) -> None:
+    config = resolve(small())
+    result = simulate(config, runs=tmp_path)
+    folder = Path(result["run"])
+    assert folder.name == f"er_ace-adab2n-split_digits-seed1-{config.hash}"
+    about = unsealed(json.loads((folder / "run.json").read_text()))
+    assert resolve(about["config"]) == config
+    assert about["versions"]["torch"] == version("torch")
+    assert about["data"] == result["data"]
+    written = unsealed(json.loads((folder / "result.json").read_text()))
+    assert set(written.pop("files")) == {"run.json", "experiences.jsonl", "model.safetensors"}
+    assert written.pop("format") == FORMAT
+    assert written == result
+    assert RunRecord(tmp_path, config).lines() == result["experiences"]
