@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-import fednorm
+import fednorm  # noqa: E402 - from this checkout
 
 project = "fednorm"
 author = "The fednorm developers"
@@ -18,7 +18,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_co
 exclude_patterns = ["_build", "_make"]
 templates_path: list[str] = []
 
-# Pages are MyST Markdown. Dollars are text; formulas are ```{math} and {math}`…`, set as MathML, which needs no network.
+# Pages are MyST Markdown. Dollars are text; formulas are ```{math} and {math}`…`, set as MathML: no network is needed.
 myst_enable_extensions = ["colon_fence", "deflist", "attrs_inline"]
 myst_heading_anchors = 3
 suppress_warnings: list[str] = []

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from _make.blocks import DOCS, ROOT, filled, names
 from fednorm.cli.report import tables
-from fednorm.report.comparison import Comparison, Method, comparisons, signed
 from fednorm.records.results import Loaded, load
+from fednorm.report.comparison import Comparison, Method, comparisons, signed
 
 PAGES = DOCS / "results"
 CURVE = "-curve"
@@ -22,6 +22,12 @@ CURVE = "-curve"
 def summary(name: str) -> Loaded:
     """Return what a summary in ``.records`` holds."""
     return load([ROOT / ".records" / f"{name}.json"])
+
+
+def compared(name: str) -> list[Comparison]:
+    """Return the comparisons of a summary."""
+    loaded = summary(name)
+    return comparisons(loaded.results, studies=loaded.studies)
 
 
 def tables_of(name: str, *, curve: bool = False) -> str:
@@ -108,11 +114,11 @@ def answers() -> str:
 
 def _row(question: Question) -> str:
     loaded = summary(question.study)
-    (compared,) = comparisons(loaded.results, studies=loaded.studies, baseline=question.against or None)
-    method = next(m for m in compared.methods if m.label == question.method)
-    other = next(m for m in compared.methods if m.label == method.baseline)
-    answer, difference = verdict(method, compared)
-    scores = " / ".join(f"{100 * m.scores[compared.headline].mean:.1f}" for m in (method, other))
+    (side_by_side,) = comparisons(loaded.results, studies=loaded.studies, baseline=question.against or None)
+    method = next(m for m in side_by_side.methods if m.label == question.method)
+    other = next(m for m in side_by_side.methods if m.label == method.baseline)
+    answer, difference = verdict(method, side_by_side)
+    scores = " / ".join(f"{100 * m.scores[side_by_side.headline].mean:.1f}" for m in (method, other))
     command = f"`fednorm compare {question.study} --data-dir DIR`"
     page = f"docs/results/{question.study}.md"
     return f"| [{question.text}]({page}) | {answer} | {scores} | {difference} | {command} |"
