@@ -102,7 +102,7 @@ def _reconstruction(card: Card) -> str:
 
 def _paper(card: Card) -> str:
     cited = card.citation
-    if cited is None:
+    if cited is None or (cited.arxiv and cited.arxiv in _docstring(card)):  # which cites it, and says more
         return ""
     at = ", ".join(part for part in (cited.where, str(cited.year)) if part)
     arxiv = f" [arXiv {cited.arxiv}](https://arxiv.org/abs/{cited.arxiv})." if cited.arxiv else ""
@@ -110,8 +110,12 @@ def _paper(card: Card) -> str:
 
 
 def _about(card: Card) -> str:
+    return prose.markdown(_docstring(card))
+
+
+def _docstring(card: Card) -> str:
     module = sys.modules.get(card.origin) or import_module(card.origin)
-    return prose.markdown(module.__doc__ or "")
+    return module.__doc__ or ""
 
 
 def rules() -> dict[str, RoleRule]:

@@ -23,7 +23,7 @@ def markdown(docstring: str) -> str:
 def _blocks(text: str) -> Iterator[list[str]]:
     """Yield the blocks that empty lines separate; neighbouring preformatted ones are one."""
     kept: list[str] = []
-    for lines in (block.split("\n") for block in re.split(r"\n\s*\n", text) if block.strip()):
+    for lines in _paragraphs(text):
         if kept and _is_formula(kept) and _is_formula(lines):
             kept += ["", *lines]
             continue
@@ -32,6 +32,13 @@ def _blocks(text: str) -> Iterator[list[str]]:
         kept = list(lines)
     if kept:
         yield kept
+
+
+def _paragraphs(text: str) -> Iterator[list[str]]:
+    """Yield what empty lines separate, and what begins as such sentences of our files do."""
+    for block in re.split(r"\n\s*\n", text):
+        if block.strip():
+            yield from (part.split("\n") for part in re.split(r"\n(?=(?:Federated|Continual|Differs)\b)", block))
 
 
 def _is_formula(lines: list[str]) -> bool:

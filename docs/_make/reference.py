@@ -167,8 +167,8 @@ def records() -> str:
         prose.markdown(record.__doc__ or ""),
         "## Reading them",
         "`fednorm.load(FOLDER)` returns a data frame, a row a run ([how to](../how-to/read-records.md)); "
-        "`fednorm report FOLDER --export numbers.parquet` writes every measured number. What is damaged, or of a newer format than "
-        f"{formats.FORMAT}, is named and left out.",
+        "`fednorm report FOLDER --export numbers.parquet` writes every measured number. What is damaged, or of a newer "
+        f"format than {formats.FORMAT}, is named and left out.",
     ]
     for kind, result in first.items():
         needed = formats.NEEDED[kind]

@@ -16,6 +16,9 @@ from fednorm.report.page import write_page
 MADE = DOCS / "_made"
 """Figures; like the made pages it is not kept in the repository."""
 
+FIGURES: dict[str, list[tuple[Path, str]]] = {}
+"""The figures of each summary, with what they show."""
+
 WITHOUT_PAGE = ("matrix", "digits_tuning", "online_cifar10_tuning")
 """Summaries for which no interactive page is written: tables say it all."""
 
@@ -33,7 +36,8 @@ def write_pages(_app: Sphinx) -> None:
     figures.architecture_figure(MADE / "architecture.svg")
     for name in results.shown():
         if name not in WITHOUT_PAGE:
-            write_figures(MADE / "results" / name, results.compared(name), figure_format="svg")
+            folder = MADE / "results" / name
+            FIGURES[name] = list(write_figures(folder, results.compared(name), figure_format="svg"))
 
 
 def _write(path: Path, text: str) -> None:
@@ -47,9 +51,9 @@ def add_figures(_app: Sphinx, docname: str, source: list[str]) -> None:
     folder, _, name = docname.partition("/")
     if folder != "results" or name in WITHOUT_PAGE or name not in results.shown():
         return
-    found = sorted((MADE / "results" / name).glob("*.svg"))
     images = [
-        f"![{path.stem.replace('-', ': ').replace('_', ' ')}](../_made/results/{name}/{path.name})" for path in found
+        f"```{{figure}} ../_made/results/{name}/{path.name}\n:alt: {shows}\n\n{shows[0].upper()}{shows[1:]}.\n```"
+        for path, shows in FIGURES[name]
     ]
     link = f'<a class="external" href="../pages/{name}.html">The interactive page</a>'
     about = "sorts, filters, opens seeds, and shows curves by domain, layer by layer."

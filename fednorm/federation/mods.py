@@ -25,8 +25,7 @@ def keep_local(plan: NormPlan, model: nn.Module) -> Mod:
 
     Before the app, the tensors that the server did not send are put beside those that it sent: the client's own, or,
     before it has trained, the model's initial ones. After training, local tensors go from the reply into the node's
-    state, which Flower keeps between rounds, and never travel. The query ``describe`` is answered too, with the node's
-    partition id, so that our strategies know which client is which, and Flower logs no missing query.
+    state, which Flower keeps between rounds, and never travel.
 
     Args:
         plan: The strategy's plan: which tensors travel.
@@ -41,12 +40,12 @@ def keep_local(plan: NormPlan, model: nn.Module) -> Mod:
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         kind = message.metadata.message_type
-        if kind == "query.describe":
-            return Message(_description(context), reply_to=message)
         name = _record(message.content, travels)
         if name is None:
             return call_next(message, context)
-        message.content[name] = pack({**initial, **_own(context), **unpack(message.content.array_records[name])})
+        sent = unpack(message.content.array_records[name])
+        whole = pack({**initial, **_own(context), **sent})
+        message.content = RecordDict({**message.content, name: whole})  # other nodes' messages may share the old one
         reply = call_next(message, context)
         if kind.partition(".")[0] == "train" and reply.has_content():
             _keep(plan, reply.content, context)
@@ -55,10 +54,16 @@ def keep_local(plan: NormPlan, model: nn.Module) -> Mod:
     return mod
 
 
-def _description(context: Context) -> RecordDict:
+def describe(message: Message, context: Context) -> Message:
+    """Answer which client a node is, by its partition id; our strategies ask for it before the first round.
+
+        app.query("describe")(describe)
+
+    Without it nodes are numbered in the order of their registration, and Flower logs a missing query for each.
+    """
     number = int(context.node_config["partition-id"])
     about = {"partition-id": number, "domain": f"client {number}", "held-out": False}
-    return RecordDict({"client": ConfigRecord(about)})
+    return Message(RecordDict({"client": ConfigRecord(about)}), reply_to=message)
 
 
 def _own(context: Context) -> dict[str, Tensor]:
