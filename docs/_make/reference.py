@@ -195,7 +195,7 @@ def _schema(value: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, st
 
 def _is_by_name(place: str) -> bool:
     """Return whether a table's keys are names of domains, layers or tensors rather than words of the schema."""
-    return place.split(".")[-1] in ("per_domain", "sources", "layers", "versions", "own")
+    return place.split(".")[-1] in ("per_domain", "evaluation", "sources", "layers", "versions")
 
 
 def _words(value: Any) -> str:
