@@ -73,8 +73,8 @@ def _outputs(model: nn.Module, size: int) -> list[int]:
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(note) for module in leaves]
     for layer in model.modules():
-        if isinstance(layer, HookedLayer):  # shapes are of no task; without a word it would warn of that
-            layer.set_tasks(None, 1)
+        if isinstance(layer, HookedLayer):
+            layer.set_tasks(None, 1)  # nothing is trained, so that it need not ask for them
     try:
         model(torch.empty(2, 3, size, size, device="meta"))
     except Exception:
