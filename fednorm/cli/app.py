@@ -24,7 +24,6 @@ except KeyboardInterrupt:  # before anything has begun there is nothing to tell
     raise SystemExit(130) from None
 
 app = typer.Typer(
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
@@ -47,6 +46,18 @@ ScheduleOption = Annotated[
 AugmentOption = Annotated[
     str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
 ]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version or context.invoked_subcommand is None:
+        from fednorm.cli.welcome import say_version, say_welcome
+
+        say_version() if version else say_welcome()
+        raise typer.Exit
 
 
 def _whole(number: float | None) -> float | int | None:
