@@ -71,9 +71,15 @@ def write_interactive_pages(app: Sphinx, error: Exception | None) -> None:
             write_page(folder / f"{name}.html", results.summary(name))
 
 
+def results_again(_app: Sphinx, env: Any, *_changes: Any) -> list[str]:
+    """Have the results' pages read again in every build: their figures are no part of their files."""
+    return [name for name in env.found_docs if name.startswith("results/")]
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Let Sphinx know."""
     app.connect("builder-inited", write_pages)
+    app.connect("env-get-outdated", results_again)
     app.connect("source-read", add_figures)
     app.connect("build-finished", write_interactive_pages)
     app.connect("autodoc-process-docstring", docstrings.formulas_apart, priority=400)
