@@ -272,7 +272,8 @@ def cost_ratios() -> dict[str, str]:
     text = (DOCS / "trust/speed.md").read_text(encoding="utf-8")
     table = text.partition("<!-- bench_layers -->")[2].partition("<!-- /bench_layers -->")[0]
     cells = ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|"))
-    return {row[0]: row[2] for row in cells if len(row) > 2 and row[2].endswith("×")}
+    ratios = {row[0]: row[2] for row in cells if len(row) > 2 and row[2].endswith("×")}
+    return {"batch_norm": ratios["nn.BatchNorm2d"], **ratios}
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------

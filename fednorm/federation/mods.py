@@ -62,8 +62,8 @@ def describe(message: Message, context: Context) -> Message:
     Without it nodes are numbered in the order of their registration, and Flower logs a missing query for each.
     """
     number = int(context.node_config["partition-id"])
-    about = {"partition-id": number, "domain": f"client {number}", "held-out": False}
-    return Message(RecordDict({"client": ConfigRecord(about)}), reply_to=message)
+    about = ConfigRecord({"partition-id": number, "domain": f"client {number}", "held-out": False})
+    return Message(RecordDict({"client": about}), reply_to=message)
 
 
 def _own(context: Context) -> dict[str, Tensor]:
