@@ -228,7 +228,8 @@ class NormSpec(Card):
         tensors: For each tensor such a layer may own, what it is.
         normalizes: True where the method's layers normalize activations, False where it reparameterizes weights or
             does nothing. A strategy about normalization layers refuses a network without any.
-        batch_coupled: True where one sample's output depends on the others in its batch (in training).
+        batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
+            which it is otherwise than its card says has an attribute of that name.
         train_eval_differ: True where evaluation computes something else than training.
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.

@@ -19,6 +19,7 @@ from fednorm.errors import ConfigError, UnknownNameError
 from fednorm.federation.plan import norm_plan
 from fednorm.norms import make_norm, spec_of
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
+from fednorm.norms.weight_compander import Companded
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.roles import NORMALIZATION, RoleRule
 
@@ -92,14 +93,18 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     before = copy.deepcopy(model.state_dict())
     converted, report = convert_with_report(model, name)
     assert report.layers == normalizing(model)
-    wanted = {"ws_group_norm": {"group_norm"}, "none": set(), "sws": set()}.get(name, {name})
+    wanted = {"ws_group_norm": {"group_norm"}, "none": set(), "sws": set(), "weight_compander": set()}.get(name, {name})
     if name == "instance_norm" and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
         wanted = {"instance_norm", "layer_norm"}  # features have no positions
     assert {spec_of(converted.get_submodule(path)).name for path in normalizing(converted)} == wanted  # type: ignore[union-attr]
     after = converted.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            assert torch.equal(after[f"{path}.weight"], before[f"{path}.weight"])
+            layer, weight = converted.get_submodule(path), before[f"{path}.weight"]
+            if isinstance(layer, Companded):  # which keeps what it computes with
+                torch.testing.assert_close(layer.computed_weight(), weight, rtol=1e-5, atol=1e-6)
+            else:
+                assert torch.equal(after[f"{path}.weight"], weight)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items()), "the input was changed"
     assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
 
@@ -113,7 +118,9 @@ def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, nam
     assert missing == []
     plan = norm_plan(converted, RoleRule())
     assert [entry.key for entry in plan.entries] == list(converted.state_dict())
-    assert any(entry.kind in NORMALIZATION for entry in plan.entries) == (name not in ("none", "sws"))
+    assert any(entry.kind in NORMALIZATION for entry in plan.entries) == (
+        name not in ("none", "sws", "weight_compander")
+    )
 
 
 def test_converting_batch_norm_to_batch_norm_keeps_the_function(model: nn.Module) -> None:

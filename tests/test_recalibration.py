@@ -75,7 +75,8 @@ def test_nothing_else_changes_and_momenta_are_as_they_were(norm: str) -> None:
     reestimate(model, [images(8), images(8, seed=3)])
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert {kinds[key] for key in changed} <= STATISTICS
-    assert {f"norm{i}.running_{what}" for i in range(1, 6) for what in ("mean", "var")} <= changed
+    spread = "deviation" if norm == "l1_norm" else "var"
+    assert {f"norm{i}.running_{what}" for i in range(1, 6) for what in ("mean", spread)} <= changed
     assert [layer.momentum for layer in batch_layers(model).values()] == momenta
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion.exact import rewrite
 from fednorm.conversion.insertion import hidden_weights, insert, is_activation
 from fednorm.conversion.layout import Example, Site, require_layout, run_example, sites
 from fednorm.conversion.report import (
@@ -53,8 +54,10 @@ from fednorm.conversion.surroundings import (
 from fednorm.errors import ConfigError
 from fednorm.norms import make_norm, specs_by_layer
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
+from fednorm.norms.weight_compander import CompandedConv2d, WeightCompander, uncompand
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import anchor_of, declaration_of, own_forward, own_vectors, recognize
+from fednorm.recognition.tensor_kinds import declared_tensors
 from fednorm.rng import torch_seeded
 from fednorm.spec import Norm
 
@@ -106,7 +109,9 @@ class ChannelsLast(nn.Module):
         return f"batch_axis={self.batch_axis}" if self.batch_axis else ""
 
 
-def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any) -> nn.Module:
+def convert(
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
+) -> nn.Module:
     """Return a copy of a model with its normalization replaced by another method.
 
     Args:
@@ -114,6 +119,8 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         norm: Name of the method, or a configured :class:`~fednorm.spec.Norm`.
         example_inputs: An input (a tensor, a list of arguments or a dictionary of keyword arguments), for models
             whose layers do not show which inputs they get: it is run through the model, and through the result.
+        exact: Keep the function of a pre-norm transformer, which ``rms_norm`` and ``crms_norm`` can do: outputs and
+            gradients stay (:mod:`fednorm.conversion.exact`).
         **options: The method's options, where ``norm`` is a name. A layer that is of the method already keeps its own
             for those that are not given (of a configured norm: those that are at their defaults).
 
@@ -130,11 +137,11 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         >>> fednorm.convert(model, "group_norm", num_groups=4)[1].num_groups
         4
     """
-    return convert_with_report(model, norm, example_inputs=example_inputs, **options)[0]
+    return convert_with_report(model, norm, example_inputs=example_inputs, exact=exact, **options)[0]
 
 
 def convert_with_report(
-    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
 ) -> tuple[nn.Module, ConversionReport]:
     """Do what :func:`convert` does, and say what was done.
 
@@ -154,7 +161,9 @@ def convert_with_report(
     else:
         given = {f.name for f in dataclasses.fields(norm) if getattr(norm, f.name) != f.default}
     require_convertible(model)
-    before = copy_of(model)
+    if exact:
+        return rewrite(model, norm, example_inputs)
+    before = copy_of(model) if isinstance(norm, WeightCompander) and not given else uncompand(copy_of(model))
     conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
     with torch_seeded(0, "convert"):
@@ -284,7 +293,7 @@ class _Conversion:
         site = self.sites[id(old)]
         known = site.recognition
         self.report.layers.append(path)
-        if self.same.applies(known) and self.same.settle(old, known):
+        if self.same.applies(old, known) and self.same.settle(old, known):
             return self._inside(old, path, ancestors)
         self._require_accounted(old, path, site)
         core, last = self._core(old, path, site)
@@ -317,7 +326,7 @@ class _Conversion:
         like = self.around.like(old, ())
         try:
             with torch.device(torch.device("cpu") if like is None else like.device):
-                if self.same.applies(site.recognition):
+                if self.same.applies(old, site.recognition):
                     return self.same.build(old, site.recognition, channels, dims), last
                 return self.norm.layer_for(channels, dims), last
         except ConfigError as error:
@@ -334,6 +343,7 @@ class _Conversion:
         """
         known = site.recognition
         spoken = set(own_tensors(old)) if known.spec is None or known.declared else set(known.spec.tensors)
+        spoken |= set(declared_tensors(type(old)))
         more = [*(set(own_tensors(old)) - spoken), *([] if known.fused else [n for n, _ in old.named_children()])]
         if is_parametrized(old):
             more = []  # refused with its own words
@@ -387,7 +397,7 @@ class _Conversion:
                 )
         except ConfigError as error:
             raise ConfigError(f"Convolution {path or 'the model itself'!r}: {error}") from error
-        if type(new) is nn.Conv2d and not isinstance(old, SWSConv2d | WSConv2d):
+        if type(new) in (nn.Conv2d, CompandedConv2d) and not isinstance(old, SWSConv2d | WSConv2d):
             self._look_at(old, path)
             if old.bias is None and new.bias is not None:
                 old.bias = _zero_bias(old)

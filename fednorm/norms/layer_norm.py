@@ -11,8 +11,10 @@ names different functions; the option ``over`` says which is meant:
   federated comparisons call LN.
 * ``channels``: moments over C at each position, ConvNeXt's LayerNorm2d (arXiv 2201.03545).
 
-For an input (N, C) both are the paper's layer normalization over the features. ``nn.LayerNorm([C, H, W])``, with an
-affine weight per position, is not offered: it ties the network to one image size. Train = eval; a batch of one works.
+The second has a name of its own too, ``layer_norm_channels``, for tables; ``group_norm`` with ``num_groups=1`` is the
+first. For an input (N, C) both are the paper's layer normalization over the features. A third function of that name,
+``nn.LayerNorm([C, H, W])`` with an affine weight per position (AdaB2N's comparisons have it), is not offered: it ties
+the network to one image size. Train = eval; a batch of one works.
 
 Federated: no statistics to disagree about; both tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but the learned scale and shift.
@@ -112,5 +114,13 @@ SPEC = NormSpec(
     make=LayerNorm,
     layers=(SampleLayerNorm, nn.LayerNorm),
     tensors={"weight": TensorSpec(Kind.SCALE), "bias": TensorSpec(Kind.SHIFT)},
-    deviations=("The affine map of a feature map is per channel, so that a network takes any image size.",),
+    verified=(
+        "torch.nn.LayerNorm on features, torch.nn.GroupNorm(1, C) on maps",
+        "timm's LayerNorm2d (over='channels')",
+        "the formula in float64",
+    ),
+    deviations=(
+        "The affine map of a feature map is per channel, so that a network takes any image size; "
+        "nn.LayerNorm([C, H, W]), whose affine map is per element, is not offered.",
+    ),
 )

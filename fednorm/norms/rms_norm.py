@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.errors import DataError
 from fednorm.norms._batch import per_channel
+from fednorm.norms._features import require_channels
 from fednorm.norms._precision import in_full_precision
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
@@ -59,9 +59,7 @@ class RMSNormLayer(nn.Module):
         Raises:
             DataError: The input's shape is wrong.
         """
-        if x.ndim < 2 or x.shape[1] != self.num_channels:
-            name = type(self).__name__
-            raise DataError(f"{name} expects an input (N, {self.num_channels}, ...); got shape {tuple(x.shape)}.")
+        require_channels(self, self.num_channels, x)
         if self.over == "channels":
             square = x.square().mean(1, keepdim=True)
         else:
@@ -118,5 +116,10 @@ SPEC = NormSpec(
     make=RMSNorm,
     layers=(RMSNormLayer, nn.RMSNorm),
     tensors={"weight": TensorSpec(Kind.SCALE)},
+    verified=(
+        "torch.nn.RMSNorm on features, and on maps over the same axes",
+        "the formula in float64, number by number",
+        "the golden traces pre_rmsnorm and zero_mean_linear of the official Pre-RMSNorm code",
+    ),
     deviations=("The scale of a feature map is per channel, so that a network takes any image size.",),
 )
