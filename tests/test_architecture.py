@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.signals"),
     ("fednorm.limits", "fednorm.memory", "fednorm.device"),
     ("fednorm.cards",),
-    ("fednorm.spec", "fednorm.options", "fednorm.config"),
+    ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),
     ("fednorm.recognition",),
     ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers"),
     ("fednorm.conversion",),

@@ -25,6 +25,7 @@ from fednorm.spec import Norm
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adab2n": ("adab2n", {}),
+    "affine_scaled_attention": ("affine_scaled_attention", {}),
     "batch_norm": ("batch_norm", {}),
     "batch_norm_corrected": ("batch_norm_corrected", {}),
     # r and d are constant for the gradient: bounds that stay at 1 and 0 leave the plain derivative to compare.
@@ -42,6 +43,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer_norm": ("layer_norm", {}),
     "layer_norm-channels": ("layer_norm", {"over": "channels"}),
     "layer_norm_channels": ("layer_norm_channels", {}),
+    "nalaformer": ("nalaformer", {}),
     "nap": ("nap", {}),
     "nap-channels": ("nap", {"over": "channels", "offset": False}),
     "nap-rms_norm": ("nap", {"statistics": "rms_norm", "offset": False}),
@@ -51,6 +53,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "rms_norm-channels": ("rms_norm", {"over": "channels"}),
     "seednorm": ("seednorm", {}),
     "seednorm-3": ("seednorm", {"num_heads": 3, "divide": True}),
+    "residual_scale": ("residual_scale", {}),
+    "selu": ("selu", {}),
     "sws": ("sws", {}),
     "sws-add": ("sws", {"floor": "add", "eps": 1e-6}),
     "sws-unbiased": ("sws", {"unbiased": True, "gain": False, "activation_gain": False}),
@@ -63,6 +67,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "adab2n": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9, "lambd": 0.5, "num_tasks": 3, "ada_t0": 1, "corrected": True},
+    "affine_scaled_attention": {"beside": "rms_norm", "phi": "sigmoid", "rho": 0.5, "alpha_ma_init": 1.0},
     "batch_norm": {"eps": 0.5, "momentum": 0.7},
     "batch_norm_corrected": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9},
     "batch_renorm": {"eps": 0.5, "momentum": 0.7, "r_max": 1.0, "d_max": 0.0, "growth": 0.1},
@@ -76,6 +81,7 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "l1_norm": {"over": "sample", "eps": 0.5, "momentum": 0.7},
     "layer_norm": {"eps": 0.5, "over": "channels"},
     "layer_norm_channels": {"eps": 0.5},
+    "nalaformer": {"beside": "batch_norm", "sharpness": 1.0},
     "nap": {
         "statistics": "rms_norm",
         "over": "channels",
@@ -89,6 +95,8 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "pre_affine": {"eps": 0.5},
     "rms_norm": {"eps": 0.5, "over": "channels"},
     "seednorm": {"num_heads": 3, "alpha_init": 0.5, "divide": True, "dropout": 0.5, "eps": 0.5},
+    "residual_scale": {"beside": "layer_norm", "scale": "skipinit"},
+    "selu": {"dropout": 0.5, "initialization": "model"},
     "sws": {"eps": 50.0, "floor": "add", "unbiased": True, "gain": False, "activation_gain": False, "alpha": 0.0},
     "switch_norm": {"eps": 0.5, "momentum": 0.7},
     "task_balanced_norm": {"eps": 0.5, "momentum": 0.7, "batch_ratio": 1},
@@ -100,11 +108,15 @@ NEEDS_TASKS = {
     ("adab2n", "lambd"), ("adab2n", "num_tasks"), ("adab2n", "ada_t0"), ("adab2n", "corrected"),
     ("task_balanced_norm", "batch_ratio"), ("nap", "affine"), ("nap", "decay"), ("nap", "every"),
     ("weight_compander", "learned"),
+    ("affine_scaled_attention", "phi"), ("affine_scaled_attention", "rho"), ("selu", "initialization"),
+    ("affine_scaled_attention", "alpha_ma_init"), ("nalaformer", "sharpness"), ("residual_scale", "scale"),
 }  # fmt: skip
-"""Options that act through the training step; the methods' own tests show that each does."""
+"""Options that act through the training step, attention, residual sums or initial weights; the methods' own tests show
+that each does."""
 
 UNSHIFTED = frozenset({
-    "bhyt", "crms_norm", "gated_norm", "none", "pre_affine", "rms_norm", "seednorm", "sws", "weight_compander",
+    "bhyt", "crms_norm", "gated_norm", "none", "pre_affine", "residual_scale", "rms_norm", "seednorm", "selu", "sws",
+    "weight_compander",
 })  # fmt: skip
 """Methods that put no shift after a convolution."""
 
@@ -129,6 +141,26 @@ def unit(norm: Norm, spatial_dims: int = 2) -> nn.Sequential:
     module = nn.Sequential(before, norm.layer(C, spatial_dims), norm.activation("gelu")).double()
     for parameter in module.parameters():  # away from the initial ones and zeros, which hide errors
         parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+class OnMaps(nn.Module):
+    """Attention between the positions of a map."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x.flatten(2).mT)
+        return y.mT.reshape(x.shape)
+
+
+def whole(norm: Norm) -> nn.Sequential:
+    """Build a unit, behind attention where the method brings one."""
+    module = unit(norm)
+    if norm.brings_attention:
+        module.insert(0, OnMaps(norm.attention(C_IN, 1, (4, 4))).double())
     return module
 
 
@@ -282,6 +314,7 @@ LAYER_REFERENCES: dict[str, Reference] = {
     "weight_compander": identity,
     "weight_compander-fixed": identity,
     "adab2n": reference_batch_norm,
+    "affine_scaled_attention": reference_groups(1),
     "batch_norm": reference_batch_norm,
     "batch_norm_corrected": reference_batch_norm,
     "batch_renorm": reference_batch_norm,
@@ -294,12 +327,15 @@ LAYER_REFERENCES: dict[str, Reference] = {
     "instance_norm": reference_instance,
     "layer_norm": reference_groups(1),
     "layer_norm-channels": reference_channels,
+    "nalaformer": reference_groups(1),
     "nap": reference_sample(centred=True, eps=1e-8),
     "nap-channels": reference_position(centred=True, eps=1e-8),
     "nap-rms_norm": reference_sample(centred=False, eps=1e-8),
     "rms_norm": reference_sample(centred=False, eps=1e-5),
     "rms_norm-channels": reference_position(centred=False, eps=1e-5),
     "none": identity,
+    "residual_scale": identity,
+    "selu": identity,
     "sws": identity,
     "sws-add": identity,
     "sws-unbiased": identity,
@@ -344,7 +380,8 @@ def test_matches_its_formula_on_images(variant: str, n: int, height: int, width:
     torch.testing.assert_close(conv(x), convolved, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer(convolved), LAYER_REFERENCES[variant](convolved, layer), rtol=1e-8, atol=1e-10)
     gamma = 1.7015043497085571 if variant in ("sws", "sws-add") else 1.0
-    torch.testing.assert_close(activation(x), gamma * functional.gelu(x), rtol=1e-14, atol=0)
+    expected = functional.selu(x) if variant == "selu" else gamma * functional.gelu(x)
+    torch.testing.assert_close(activation(x), expected, rtol=1e-14, atol=0)
 
 
 @settings(deadline=None, max_examples=15)
@@ -434,13 +471,17 @@ def test_every_declared_tensor_exists(name: str) -> None:
     if name == "instance_norm":  # running moments come only with foreign models
         owners.append(nn.InstanceNorm2d(C, affine=True, track_running_stats=True))
     owners.append(make_norm(name).conv(C, C, 3, bias=True))
+    owners += [make_norm(name).attention(4, 1, (2, 2))]
+    if "scale" in spec.options:
+        owners += [m for m in [make_norm(name, {"scale": "skipinit"}).residual(3)] if m is not None]
     own = [m for m in owners if spec_of(m) is spec]
     assert bool(own) == bool(spec.layers)
-    assert {key for module in own for key in module.state_dict()} == set(spec.tensors)
+    tensors = [*(m.named_parameters(recurse=False) for m in own), *(m.named_buffers(recurse=False) for m in own)]
+    assert {key for named in tensors for key, _ in named} == set(spec.tensors)
 
 
 def test_declared_batch_coupling_is_true_in_fact(norm: Norm) -> None:
-    module = unit(norm).train()
+    module = whole(norm).train()
     x = images()
     other = x.clone()
     other[0] += 1
@@ -449,10 +490,10 @@ def test_declared_batch_coupling_is_true_in_fact(norm: Norm) -> None:
 
 
 def test_declared_difference_of_training_and_evaluation_is_true_in_fact(norm: Norm) -> None:
-    module = unit(norm).train()
+    module = whole(norm)
     x = images()
-    trained = module(x)
-    assert (not torch.allclose(trained, module.eval()(x))) == card(norm).train_eval_differ
+    evaluated = module.eval()(x)  # before training, which moves statistics towards those of this very batch
+    assert (not torch.allclose(module.train()(x), evaluated)) == card(norm).train_eval_differ
 
 
 def test_declared_scale_invariance_is_true_in_fact(norm: Norm) -> None:
@@ -466,7 +507,7 @@ def test_declared_scale_invariance_is_true_in_fact(norm: Norm) -> None:
 
 
 def test_forward_passes_change_declared_statistics_in_training_and_nothing_else(norm: Norm) -> None:
-    module = unit(norm)
+    module = whole(norm)
 
     def changed() -> set[str]:
         before = copy.deepcopy(module.state_dict())
@@ -481,9 +522,9 @@ def test_forward_passes_change_declared_statistics_in_training_and_nothing_else(
 
 
 def test_pickle_deepcopy_and_state_dict_keep_the_function(norm: Norm) -> None:
-    module = unit(norm).eval()
+    module = whole(norm).eval()
     y = module(images())
-    loaded = unit(norm).eval()
+    loaded = whole(norm).eval()
     loaded.load_state_dict(module.state_dict())
     for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
         assert torch.equal(clone(images()), y)

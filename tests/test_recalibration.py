@@ -142,7 +142,7 @@ def fail_on(model: nn.Module) -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("norm", NORMS.names)
+@pytest.mark.parametrize("norm", [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"])
 @pytest.mark.parametrize("block", [train_on, fail_on])
 def test_statistics_come_back_counters_included(norm: str, block: Callable[[nn.Module], None]) -> None:
     model = network(norm)

@@ -26,9 +26,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion.beside import Beside
+from fednorm.conversion.channels_last import ChannelsLast
 from fednorm.conversion.exact import rewrite
 from fednorm.conversion.insertion import hidden_weights, insert, is_activation
 from fednorm.conversion.layout import Example, Site, require_layout, run_example, sites
@@ -42,7 +44,7 @@ from fednorm.conversion.report import (
     ConversionReport,
     Left,
 )
-from fednorm.conversion.same_method import SameMethod
+from fednorm.conversion.same_method import SameMethod, normalizes_positions
 from fednorm.conversion.surroundings import (
     Surroundings,
     copy_of,
@@ -71,8 +73,9 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ELU: "elu",
     nn.Tanh: "tanh",
     nn.LeakyReLU: "leaky_relu",
+    nn.SELU: "selu",
 }
-_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.SELU, nn.CELU, nn.Softplus)
+_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.CELU, nn.Softplus)
 _OTHER_CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv3d,
@@ -80,33 +83,6 @@ _OTHER_CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-
-
-class ChannelsLast(nn.Module):
-    """Applies a layer for (N, C) and (N, C, L) to an input whose channels are last: (N, C) or (N, ..., C).
-
-    Args:
-        layer: The layer.
-        batch_axis: 1 for inputs (L, N, C), as transformers without ``batch_first`` have them.
-    """
-
-    def __init__(self, layer: nn.Module, batch_axis: int = 0) -> None:
-        super().__init__()
-        self.layer = layer
-        self.batch_axis = batch_axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of the shape of ``x``."""
-        if x.ndim == 2:
-            features: Tensor = self.layer(x)
-            return features
-        moved = x.movedim(self.batch_axis, 0)
-        flat: Tensor = self.layer(moved.flatten(1, -2).transpose(1, 2))
-        return flat.transpose(1, 2).reshape(moved.shape).movedim(0, self.batch_axis)
-
-    def extra_repr(self) -> str:
-        """Return the batch's axis where it is not the first."""
-        return f"batch_axis={self.batch_axis}" if self.batch_axis else ""
 
 
 def convert(
@@ -178,11 +154,13 @@ class _Conversion:
     """One walk over one model, in module order."""
 
     def __init__(self, norm: Norm, given: set[str], model: nn.Module, known: dict[int, Site]) -> None:
+        layers = norm.normalizer
         self.norm = norm
         self.report = ConversionReport(norm)
-        self.rebuilds_convolutions = type(norm).conv_layer is not Norm.conv_layer or not norm.shifts
-        self.normalizes = type(norm).layer is not Norm.layer
-        self.same = SameMethod(norm, given)
+        self.rebuilds_convolutions = type(layers).conv_layer is not Norm.conv_layer or not layers.shifts
+        self.normalizes = type(layers).layer is not Norm.layer
+        self.same = SameMethod(layers, given if layers is norm else ())
+        self.beside = Beside(norm, model, self.report)
         self.sites = known
         self.around = Surroundings(model)
         self.done: dict[int, nn.Module] = {}
@@ -197,7 +175,10 @@ class _Conversion:
             # Behind an identity it would overwrite what the layer before it left for others, e.g. a shortcut.
             vars(module)["inplace"] = False
         replace = self._replacement(module)
-        if replace is None:
+        if replace is None and (brought := self.beside.replacement(module, path)) is not None:
+            self.around.replace(module, brought, path)
+            new = brought
+        elif replace is None:
             self._look_at(module, path)
             new = self._inside(module, path, ancestors)
         else:
@@ -235,7 +216,8 @@ class _Conversion:
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
         report, unknown = self.report, self.report.unknown()
-        if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
+        replaced = report.layers or report.inserted or self.beside.replaced
+        if not replaced and (self.normalizes or not report.convolutions):
             raise ConfigError(
                 f"{type(before).__name__} has no normalization layer that {type(self.norm).__name__} could replace, so "
                 "converting it would change nothing. "
@@ -254,7 +236,7 @@ class _Conversion:
             return self._conv
         if isinstance(module, ScaledActivation):
             return self._unwrapped
-        if type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS):
+        if not self.norm.brings_activation and (type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS)):
             return self._activation
         return None
 
@@ -324,11 +306,13 @@ class _Conversion:
         channels, last = require_layout(site, old, path)
         dims = sorted({min(d, 1) for d in site.dims}) if last else site.dims
         like = self.around.like(old, ())
+        # What normalizes each position by itself is replaced by what does so too, unless the caller says otherwise.
+        each = (last or normalizes_positions(old)) and "over" not in self.same.given
         try:
             with torch.device(torch.device("cpu") if like is None else like.device):
                 if self.same.applies(old, site.recognition):
                     return self.same.build(old, site.recognition, channels, dims), last
-                return self.norm.layer_for(channels, dims), last
+                return (self.norm.on_tokens if each else self.norm).layer_for(channels, dims), last
         except ConfigError as error:
             hint = ""
             if len(dims) > 1 and 0 in dims:

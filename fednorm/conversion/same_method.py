@@ -109,6 +109,11 @@ class SameMethod:
         return norm
 
 
+def normalizes_positions(layer: nn.Module) -> bool:
+    """Return whether a layer is layer or RMS normalization over the channels of each position by itself."""
+    return isinstance(layer, nn.LayerNorm | nn.RMSNorm) or getattr(layer, "over", "") == "channels"
+
+
 def _omit(new: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Leave out of a layer what the old one did not have: scale, shift, running statistics."""
     for name in [name for name in new._parameters if name not in tensors]:

@@ -23,7 +23,7 @@ Differs from the paper: eps, which the paper does not have, is PyTorch's 1e-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,6 +94,11 @@ class LayerNorm(Norm):
     def __post_init__(self) -> None:
         options.one_of("layer_norm", "over", self.over, ("sample", "channels"))
         options.number("layer_norm", "eps", self.eps, above=0)
+
+    @property
+    def on_tokens(self) -> LayerNorm:
+        """The method with moments over the features of each token by itself."""
+        return replace(self, over="channels")
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
         """Return a layer normalization over C channels; it takes any number of spatial axes.

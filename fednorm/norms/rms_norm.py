@@ -22,7 +22,7 @@ machine epsilon. There is no learned offset, as in PyTorch's layer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,11 @@ class RMSNorm(Norm):
     def __post_init__(self) -> None:
         options.one_of("rms_norm", "over", self.over, ("sample", "channels"))
         options.number("rms_norm", "eps", self.eps, above=0)
+
+    @property
+    def on_tokens(self) -> RMSNorm:
+        """The method with moments over the features of each token by itself."""
+        return replace(self, over="channels")
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
         """Return an RMS normalization over C channels; it takes any number of spatial axes."""
