@@ -161,6 +161,9 @@ def test_the_python_page_has_every_public_name() -> None:
         ("One.\n\n    y = x * 2\n\n    z\n\nTwo.", "One.\n\n```text\ny = x * 2\n\nz\n```\n\nTwo."),
         ("See :class:`~a.b.C` and ``x_1``.", "See ``C`` and ``x_1``."),
         ("a < b, [c] https://x.org/y.", "a \\< b, \\[c] <https://x.org/y>."),
+        ("The *raw* w * x, **bold b**; a*b.", "The *raw* w \\* x, **bold b**; a\\*b."),
+        ("**Bold over\ntwo lines** * 2", "**Bold over\ntwo lines** \\* 2"),
+        ("* one ``x * y``\n* two", "* one ``x * y``\n* two"),
         ("Text.\nFederated: a.\nDiffers: b.", "Text.\n\nFederated: a.\n\nDiffers: b."),
     ],
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from _make.blocks import ROOT
 from fednorm.cards import NORMS
 from fednorm.rng import torch_seeded
+from fednorm.spec import HookedLayer
 
 mpl.use("Agg")
 
@@ -48,6 +49,9 @@ def norm_block(name: str) -> nn.Module:
 def norm_figure(name: str, path: Path) -> None:
     """Draw how two domains are distributed before and after a norm, in training and in evaluation."""
     block = norm_block(name)
+    for layer in block.modules():
+        if isinstance(layer, HookedLayer):
+            layer.set_tasks(None, 1)  # all samples are of one task
     both = domains(0)
     shown = {"input": torch.cat(list(both.values()))}
     with torch.no_grad():

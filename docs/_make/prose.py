@@ -9,6 +9,8 @@ from collections.abc import Iterator
 _CODE = re.compile(r"(``.+?``|`[^`]+`)", flags=re.DOTALL)
 _ROLE = re.compile(r":(?:py:)?\w+:`~?([^`<]+?)(?: <[^`]+>)?`")
 _LINK = re.compile(r"(?<![<(\w/])(https?://[^\s)>,]+[^\s)>,.;])")
+_EMPHASIS = re.compile(r"((?<![\w*])\*{1,2}[^\s*](?:[^*]*[^\s*])?\*{1,2}(?![\w*]))")
+_STAR = re.compile(r"(?<!^)\*|^\*(?! )", flags=re.MULTILINE)  # but for those that begin an item
 _ARXIV = re.compile(r"\barXiv:? ?(\d{4}\.\d{4,5})")
 
 
@@ -52,7 +54,7 @@ def _block(lines: list[str]) -> str:
     head, *body = lines
     if head.endswith(":") and body and _is_formula(body):  # Args: and the like
         return f"**{head}**\n\n" + "\n".join(_items(body))
-    return "\n".join(map(text, lines))
+    return text("\n".join(lines))
 
 
 def _items(lines: list[str]) -> Iterator[str]:
@@ -75,6 +77,7 @@ def text(line: str) -> str:
 
 def _plain(part: str) -> str:
     part = part.replace("\\", "\\\\").replace("<", "\\<").replace("[", "\\[")
-    part = re.sub(r"(?<=\w)\*|\*(?=\w)", lambda star: star[0] if star[0] == "*" and "**" in part else "\\*", part)
+    pieces = _EMPHASIS.split(part)
+    part = "".join(piece if k % 2 else _STAR.sub(r"\\*", piece) for k, piece in enumerate(pieces))
     part = _LINK.sub(r"<\1>", part)
     return _ARXIV.sub(r"[arXiv \1](https://arxiv.org/abs/\1)", part)
