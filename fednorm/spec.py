@@ -301,10 +301,13 @@ class NormSpec(Card):
             does nothing. A strategy about normalization layers refuses a network without any.
         batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
             which it is otherwise than its card says has an attribute of that name.
+        coupled_in_evaluation: True where it does so in evaluation too.
         train_eval_differ: True where evaluation computes something else than training.
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
         tried_on: A built-in model that has what the method acts on; not every network has attention, or branches.
+        exact_backward: False where the backward pass is, by the method, not the derivative of the forward pass: an
+            approximation (as power_norm's), or with factors that count as constants (as batch_renorm's r and d).
     """
 
     make: type[Norm]
@@ -312,9 +315,11 @@ class NormSpec(Card):
     tensors: Mapping[str, TensorSpec]
     normalizes: bool = True
     batch_coupled: bool = False
+    coupled_in_evaluation: bool = False
     train_eval_differ: bool = False
     scale_invariant: bool = True
     tried_on: str = "digits_cnn"
+    exact_backward: bool = True
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
 
