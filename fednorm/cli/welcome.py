@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from rich.table import Table
+from typing import Annotated
+
+import typer
 
 import fednorm
 from fednorm.cli.console import out
@@ -20,8 +22,24 @@ JOBS: tuple[tuple[str, str, str], ...] = (
 """A job, what to type, and what comes of it."""
 
 
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    """Answer a call without a command: what fednorm does, or its version."""
+    if version:
+        say_version()
+    elif context.invoked_subcommand is None:
+        say_welcome()
+    else:
+        return
+    raise typer.Exit
+
+
 def say_welcome() -> None:
     """Print what fednorm is for, and an example of each of its jobs."""
+    from rich.table import Table
+
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(no_wrap=True)
