@@ -68,6 +68,14 @@ def federated(
 
     Raises:
         FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> result = fednorm.federated(strategy="fedbn", rounds=1, seed=1, config=small)
+        >>> sorted(result["final"]["per_domain"])
+        ['faint', 'fonts', 'photo', 'scans', 'street']
+        >>> result["plan"]["shared"], result["plan"]["local"]
+        (12, 25)
     """
     named: dict[str, Any] = {
         "seed": seed,
@@ -124,6 +132,12 @@ def continual(
     Raises:
         FedNormError: The configuration cannot be run (as ``online`` with more than one epoch), or the record cannot be
             written.
+
+    Example:
+        >>> small = {"scenario": {"train_per_experience": 10}, "model": {"width": 4}}
+        >>> result = fednorm.continual(learner="naive", norm="group_norm", online=True, seed=1, config=small)
+        >>> len(result["accuracy_matrix"])
+        5
     """
     where = {"name": None if data is None else DATA.add(data), "dir": None if data_dir is None else str(data_dir)}
     named: dict[str, Any] = {
@@ -176,6 +190,15 @@ def compare(
         FedNormError: The study is wrong.
         StudyError: A run failed; all others have finished.
         KeyboardInterrupt: The user stopped it; the same call goes on.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> study = {
+        ...     "base": {**small, "rounds": {"num_rounds": 1}},
+        ...     "points": [{"strategy": {"name": "fedavg"}}, {"strategy": {"name": "fedbn"}}],
+        ... }
+        >>> fednorm.compare(study, runs=folder, jobs=1)["method"].to_list()
+        ['fedavg', 'fedbn']
     """
     from fednorm.report.frame import frame
     from fednorm.study.recipes import find_study
@@ -212,6 +235,12 @@ def load(*paths: str | Path) -> polars.DataFrame:
 
     Raises:
         RecordError: A path does not exist, or there is no finished run in any.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> _ = fednorm.federated(strategy="fedavg", rounds=1, config=small, runs=folder)
+        >>> fednorm.load(folder)["method"].to_list()
+        ['fedavg']
     """
     from fednorm.records.results import load as load_results
     from fednorm.report.frame import frame
