@@ -12,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -154,7 +155,8 @@ def require_model(model: nn.Module) -> None:
             )
 
 
-def replaced(kind: type) -> set[str]:
+@cache  # reading the source again for every learner would take a quarter of a short run
+def replaced(kind: type) -> frozenset[str]:
     """Return the attributes of a strategy that a plugin's methods assign, as far as their source says."""
     names: set[str] = set()
     for ancestor in kind.__mro__:
@@ -163,7 +165,7 @@ def replaced(kind: type) -> set[str]:
         for method in vars(ancestor).values():
             if inspect.isfunction(method):
                 names.update(_assigned(method))
-    return names
+    return frozenset(names)
 
 
 def _assigned(method: Any) -> Iterator[str]:
