@@ -5,11 +5,13 @@ One thread, because the last bits of sums depend on the number, and because two 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,38 @@ def pytest_sessionstart() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the slow tier what ``@pytest.mark.cover(n)`` does not need of a product of parameters.
+
+    What stays in the default tier holds every n values of different parameters together: with 1 each value, with 2
+    each pair.
+    """
+    products: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("cover") and not item.get_closest_marker("slow"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in products.values():
+        (n,) = cases[0].get_closest_marker("cover").args
+        for case in _beyond_a_covering(cases, n):
+            case.add_marker(pytest.mark.slow)
+
+
+def _beyond_a_covering(cases: list[Any], n: int) -> list[Any]:
+    """Return the cases whose every n values are those of other cases too, taken greedily."""
+    values = [sorted((name, repr(value)) for name, value in case.callspec.params.items()) for case in cases]
+    held = [set(itertools.combinations(each, n)) for each in values]
+    missing, chosen, used = set().union(*held), set(), Counter[Any]()
+    while missing:
+        # Of those that add as much, one whose values were taken least.
+        gain = [(len(each & missing), -sum(used[value] for value in each)) for each in held]
+        best = gain.index(max(gain))
+        chosen.add(best)
+        missing -= held[best]
+        used.update(held[best])
+    return [case for number, case in enumerate(cases) if number not in chosen]
 
 
 LAUNCHER = """

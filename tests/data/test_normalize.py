@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ SMALL: dict[str, Any] = {
     "train": {"batch_size": 6},
     "rounds": {"num_rounds": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDNORM_CACHE", str(shared_cache))
 
 
 def some(n: int, seed: int, channels: int = 3, low: int = 0, high: int = 256) -> Tensor:

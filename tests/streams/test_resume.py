@@ -28,6 +28,12 @@ from fednorm.streams.workbench import ContinualWorkbench
 
 Values = dict[str, Any]
 
+
+def slow(*cases: tuple[Any, ...]) -> list[Any]:
+    """Leave cases to the slow tier, which are like others of the default tier."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 # Five experiences of 4 steps each; checkpoints after each third step, and at the ends.
 SMALL: Values = {
     "scenario": {"num_experiences": 5, "train_per_experience": 8},
@@ -123,18 +129,20 @@ def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
 @pytest.mark.parametrize(
     ("place", "n", "first"),
     [
-        ("in the step", 2, 0),  # before the first checkpoint
-        ("after the step", 3, 3),
         ("in the step", 8, 6),  # between a checkpoint and the experience's end
-        ("after the step", 12, 12),  # the last step has a checkpoint, what the end does is still to come
-        ("before the line", 0, 3),
         ("in the line", 2, 12),
         ("before the checkpoint", 0, 3),  # the line is there
-        ("before the checkpoint", 4, 18),
         ("in the checkpoint", 2, 3),  # of the first end, half written
-        ("after the experience", 0, 4),
-        ("before the result", 0, STEPS),
         ("in the result", 0, STEPS),
+        *slow(
+            ("in the step", 2, 0),  # before the first checkpoint
+            ("after the step", 3, 3),
+            ("after the step", 12, 12),  # the last step has a checkpoint, what the end does is still to come
+            ("before the line", 0, 3),
+            ("before the checkpoint", 4, 18),
+            ("after the experience", 0, 4),
+            ("before the result", 0, STEPS),
+        ),
     ],
 )
 def test_a_run_killed_anywhere_goes_on(
@@ -149,8 +157,16 @@ def test_a_run_killed_anywhere_goes_on(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("place", "n", "first"), [("in the step", 8, 6), ("after the step", 12, 12)])
+KILLS = (("in the step", 8, 6), ("after the step", 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "n", "first"),
+    [
+        *((method, *KILLS[number % 2]) for number, method in enumerate(METHODS)),
+        *slow(*((method, *KILLS[1 - number % 2]) for number, method in enumerate(METHODS))),
+    ],
+)
 def test_every_kind_of_state_is_restored(
     method: str, place: str, n: int, first: int, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -227,13 +243,17 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize(("method", "lost"), [(method, lost) for method, parts in LOST.items() for lost in parts])
+@pytest.mark.parametrize(
+    ("method", "lost"),
+    [
+        *((method, parts[0]) for method, parts in LOST.items()),
+        *slow(*((method, lost) for method, parts in LOST.items() for lost in parts[1:])),
+    ],
+)
 def test_the_comparison_would_notice_lost_state(
-    method: str, lost: str, small: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, lost: str, cut: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = small(method)
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(8))
+    values, _ = cut(method, tmp_path, 8)
     load = RunRecord.load_state
 
     def forgetful(record: RunRecord) -> Any:
@@ -310,30 +330,38 @@ def damage(path: Path, how: str) -> None:
         reseal(path, tensors, state=json.dumps({**state, "version": how}))
 
 
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        *((how, "is damaged") for how in ("cut short", "empty", "something else", "no state", "another's")),
-        *((how, "is damaged") for how in ("no version", "half a state")),
-        (CHECKPOINT_VERSION + 1, f"has version {CHECKPOINT_VERSION + 1}, and this fednorm reads {CHECKPOINT_VERSION}"),
-        (0, "has version 0"),
-        (True, "has version True"),
-    ],
-)
-def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
-    how: Any, words: str, small: Any, whole: Any, written: Any, tmp_path: Path
-) -> None:
-    values = small()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(9))
-    path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
-    damage(path, how)
+DAMAGES: dict[Any, str] = {
+    **dict.fromkeys(("cut short", "empty", "something else", "no state", "another's"), "is damaged"),
+    **dict.fromkeys(("no version", "half a state"), "is damaged"),
+    CHECKPOINT_VERSION + 1: f"has version {CHECKPOINT_VERSION + 1}, and this fednorm reads {CHECKPOINT_VERSION}",
+    0: "has version 0",
+    "True": "has version True",
+}
+
+
+def refused(how: Any, cut: Any, runs: Path) -> tuple[Values, Path]:
+    """Damage a checkpoint, require that going on names it, and return the run's values and the checkpoint."""
+    values, path = cut(FIRST, runs, 9)
+    damage(path, True if how == "True" else how)
     before = path.read_bytes()
     with pytest.raises(RecordError, match=r"[Rr]emove the file to start this run over") as caught:
-        go_on(values, tmp_path)
-    assert words in str(caught.value)
+        go_on(values, runs)
+    assert DAMAGES[how] in str(caught.value)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == before
+    return values, path
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_checkpoint_that_cannot_be_read_is_named(how: Any, cut: Any, tmp_path: Path) -> None:
+    refused(how, cut, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["cut short", *slow(*((how,) for how in DAMAGES if how != "cut short"))])
+def test_the_remedy_of_a_checkpoint_that_cannot_be_read_works(
+    how: Any, cut: Any, whole: Any, written: Any, tmp_path: Path
+) -> None:
+    values, path = refused(how, cut, tmp_path)
     path.unlink()
     folder, watch = go_on(values, tmp_path)
     assert watch.first == 0
@@ -341,17 +369,17 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_its_remedy_works(
 
 
 @pytest.fixture(scope="module")
-def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], tuple[Values, Path]]:
-    """Copy the record of a method's run that ended after step 10, in the third experience, and name its checkpoint."""
-    made: dict[str, Path] = {}
+def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Values, Path]]:
+    """Copy the record of a method's run that ended after a step (10: in the third experience), name its checkpoint."""
+    made: dict[tuple[str, int], Path] = {}
 
-    def copy(method: str, runs: Path) -> tuple[Values, Path]:
+    def copy(method: str, runs: Path, step: int = 10) -> tuple[Values, Path]:
         values = small(method)
-        if method not in made:
-            made[method] = tmp_path_factory.mktemp("cut")
+        if (method, step) not in made:
+            made[method, step] = tmp_path_factory.mktemp("cut")
             with pytest.raises(KeyboardInterrupt):
-                simulate(resolve(values), runs=made[method], observer=Watch(10))
-        shutil.copytree(made[method], runs, dirs_exist_ok=True)
+                simulate(resolve(values), runs=made[method, step], observer=Watch(step))
+        shutil.copytree(made[method, step], runs, dirs_exist_ok=True)
         return values, next(runs.iterdir()) / "checkpoint.safetensors"
 
     return copy
@@ -458,11 +486,9 @@ def test_an_older_checkpoint_that_counted_later_passes_is_refused(cut: Any, tmp_
 
 
 @pytest.mark.parametrize("lost", ["all", "the last", "half of the last"])
-def test_lost_lines_are_noticed(lost: str, small: Any, tmp_path: Path) -> None:
-    values = small()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(15))
-    path = next(tmp_path.iterdir()) / "experiences.jsonl"
+def test_lost_lines_are_noticed(lost: str, cut: Any, tmp_path: Path) -> None:
+    values, checkpoint = cut(FIRST, tmp_path, 15)
+    path = checkpoint.with_name("experiences.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 3
     two = "".join(lines[:2])
