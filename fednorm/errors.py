@@ -42,6 +42,10 @@ class RecordError(FedNormError, OSError):
     """A run's record that cannot be written or read."""
 
 
+class DamageWarning(UserWarning):
+    """A damaged file of a record that its run does without: it goes on from what was whole before."""
+
+
 class StudyError(FedNormError, RuntimeError):
     """A study of which runs failed; those that finished are in its folder."""
 

@@ -98,7 +98,7 @@ exec(sys.argv[1])
 
 
 def half_a_line(self, line):
-    with (self.folder / self._lines).open("a") as file:
+    with self._journal.path.open("a") as file:
         file.write(json.dumps(line)[:40])
     die()
 

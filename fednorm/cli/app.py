@@ -18,7 +18,7 @@ from fednorm.signals import raising, starting
 try:
     import typer
 
-    from fednorm.cli.console import fail
+    from fednorm.cli.console import fail, show_warnings
     from fednorm.errors import ConfigError, FedNormError
 except KeyboardInterrupt:  # before anything has begun there is nothing to tell
     raise SystemExit(130) from None
@@ -450,6 +450,7 @@ def verify_determinism(
 def main() -> None:
     """Run the command line."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    show_warnings()
     with raising():
         try:
             app(standalone_mode=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -43,6 +44,18 @@ class Stopped(SystemExit):
 def print_json(document: Any) -> None:
     """Print one JSON document on standard output."""
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def show_warnings() -> None:
+    """Let a user's warnings be sentences on standard error, without the line of code that gave them."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, UserWarning):
+            return shown(message, category, *where, **more)
+        return err().print(f"[yellow]warning:[/] {escape(printable(str(message)))}", soft_wrap=True)
+
+    warnings.showwarning = show
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -9,7 +9,8 @@ from pathlib import Path
 from fednorm.cli.console import Stopped, err
 from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
-from fednorm.records.record import CHECKPOINT, RunRecord
+from fednorm.records.checkpoint import CHECKPOINT
+from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, exit_code, held, name_of
 
 

@@ -11,29 +11,28 @@ from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
 
 from fednorm.config import RunConfig
 from fednorm.device import described
 from fednorm.errors import IncompleteError
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
+from fednorm.federation.checkpoint import kept, restored, taken
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
 from fednorm.federation.replies import Expected, Form
 from fednorm.federation.strategy import ClientReport, RoundReport, mean_metric, shown
-from fednorm.federation.wire import pack, unpack
+from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
     LOCAL_RECORD,
-    STATE_RECORD,
-    TRAINEE_RECORD,
     BenchSource,
     Workbench,
     process_workbench,
 )
+from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import finite
-from fednorm.records.record import Checkpoint, RunRecord
+from fednorm.records.record import RunRecord
 
 Document = dict[str, Any]
 
@@ -186,7 +185,7 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
-        record.finish(document, unpack(result.arrays), _kept(grid, LOCAL_RECORD))
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD))
     return document
 
 
@@ -212,10 +211,9 @@ class _Journal:
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
-        elif self._record and (checkpoint := self._record.load_checkpoint()):
-            self._record.require_data(checkpoint.data, self._data)
+        elif self._record and (checkpoint := self._record.load_checkpoint(self._data)):
             with self._record.restoring():
-                arrays, first_round = _restore(checkpoint, self._bench, self._grid), checkpoint.server_round + 1
+                arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
             trained = self.lines[-1].get("clients", {}).get("train", ()) if self.lines else ()
             self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
@@ -233,7 +231,7 @@ class _Journal:
         if self._record:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
-                self._pending = _checkpoint(report.server_round, arrays, self._bench, self._grid, self._data)
+                self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
@@ -335,43 +333,6 @@ def _of_client(report: ClientReport) -> Document:
     if report.update_norm is not None:
         own["update_norm"] = report.update_norm
     return own | {key: value for key, value in report.metrics.items() if key not in own}
-
-
-def _kept(grid: Grid, record: str) -> dict[int, dict[str, Tensor]]:
-    """Return what each client keeps in a record of its state, where the clients live in this process."""
-    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
-    return {
-        int(context.node_config["partition-id"]): unpack(context.state.array_records[record])
-        for context in contexts
-        if record in context.state.array_records
-    }
-
-
-def _checkpoint(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
-    return Checkpoint(
-        server_round,
-        unpack(arrays),
-        bench.strategy.state_dict(),
-        clients=_kept(grid, LOCAL_RECORD),
-        remembered=_kept(grid, TRAINEE_RECORD),
-        states=_kept(grid, STATE_RECORD),
-        data=data,
-    )
-
-
-def _restore(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecord:
-    bench.strategy.load_state_dict(checkpoint.strategy)
-    contexts = grid.contexts.values() if isinstance(grid, InProcessGrid) else ()
-    for context in contexts:
-        number = int(context.node_config["partition-id"])
-        for record, tensors in (
-            (LOCAL_RECORD, checkpoint.clients),
-            (TRAINEE_RECORD, checkpoint.remembered),
-            (STATE_RECORD, checkpoint.states),
-        ):
-            if number in tensors:
-                context.state[record] = pack(tensors[number])
-    return pack(checkpoint.server)
 
 
 def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None:

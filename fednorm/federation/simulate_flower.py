@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import threading
@@ -16,8 +15,7 @@ from fednorm.errors import ConfigError, RecordError
 from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.server import Observer, check, read_back
 from fednorm.federation.workbench import Workbench
-from fednorm.records.leftovers import not_there, remove_traces
-from fednorm.records.record import LINES, RunRecord
+from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, raising
 
 SERVERAPP = "fednorm.federation.server:app"
@@ -102,22 +100,9 @@ def _launching(record: RunRecord) -> Iterator[None]:
     Raises:
         RecordError: Another process has launched this very run.
     """
-    missing = not_there(record.folder)
-    with raising():
-        record.prepare()
-        with (record.folder / ".launch").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RecordError(
-                    f"Another process is running this run on Flower's runtime now ({record.folder}). Wait for it, or "
-                    "end it; then call again."
-                ) from error
-            try:
-                yield
-            finally:
-                if not record.stands():
-                    remove_traces(record.folder, missing, LINES[record.config.kind])
+    who = f"Another process is running this run on Flower's runtime now ({record.folder})."
+    with raising(), record.held(".launch", who):
+        yield
 
 
 @contextmanager

@@ -8,15 +8,45 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import filelock
+
+
+class HeldError(Exception):
+    """Another process holds a lock."""
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold a lock for this process; the system lets go of it when the process ends, however it does.
+
+    Args:
+        path: The lock's file, in a folder that exists.
+        wait: Whether to wait until another process lets go of it.
+
+    Raises:
+        HeldError: Another process holds it, and ``wait`` is false.
+        OSError: The file cannot be made.
+    """
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise HeldError(str(path)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def replacing(path: Path, keep: Path | None = None) -> Iterator[Path]:
     """Give a file to write to, and put it in the place of another once it is whole and on the disk.
 
     Its mode is what the process's umask leaves, whoever writes it: safetensors alone would give the owner's only.
 
     Args:
         path: The file to be replaced or made.
+        keep: What the replaced file is called from then on; None to lose it.
 
     Yields:
         A file beside it that exists, is empty, and is gone afterwards.
@@ -32,6 +62,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield part
         part.chmod(mode)
         sync(part)
+        if keep is not None and path.exists():
+            os.replace(path, keep)  # a kill at this point leaves the kept one, and no other
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):

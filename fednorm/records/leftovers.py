@@ -66,8 +66,8 @@ def anything_stands(lines: Path, *whole: Path) -> bool:
     return any(path.exists() for path in whole) or (lines.exists() and (lines.is_dir() or lines.stat().st_size > 0))
 
 
-def beside_a_result(folder: Path, checkpoint: Path) -> None:
+def beside_a_result(folder: Path, *checkpoints: Path) -> None:
     """Remove what a process that died just after writing its result has left beside it; a folder to read stays."""
     with suppress(OSError):
-        for path in (checkpoint, *folder.glob("*.part")):
+        for path in (*checkpoints, *folder.glob("*.part")):
             path.unlink(missing_ok=True)

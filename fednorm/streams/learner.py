@@ -31,7 +31,7 @@ from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
 from fednorm.device import on_cpu, place_of, wide
-from fednorm.errors import DataError, RecordError
+from fednorm.errors import DataError
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
@@ -451,17 +451,7 @@ class Learner(Passes):
         }
 
     def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there.
-
-        Raises:
-            RecordError: They were taken in the middle of an experience by a version with one online accuracy only.
-        """
-        progress, seen = Progress(**state["progress"]), int(state["seen"])
-        if progress.epoch and ("met" not in state or "count/hits_of_all" not in tensors):
-            raise RecordError(
-                f"it is from pass {progress.epoch + 1} over an experience, and of a version of fednorm that had one "
-                "online accuracy, of the first pass or of all"
-            )
+        """Take back what :meth:`tensors` and :meth:`state` gave; the next :meth:`train` goes on from there."""
         self.model.load_state_dict(_below("model", tensors))
         moments: dict[int, Tensors] = {}
         for path, tensor in _below("optimizer", tensors).items():
@@ -476,11 +466,10 @@ class Learner(Passes):
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors({key: tensor.to(self.device) for key, tensor in _below("own", tensors).items()})
         self.hits.copy_(tensors["count/hits"])
-        self.hits_of_all.copy_(tensors.get("count/hits_of_all", tensors["count/hits"]))
+        self.hits_of_all.copy_(tensors["count/hits_of_all"])
         self.loss_sum.copy_(tensors["count/loss_sum"])
-        self.progress, self.seen, self.met = progress, seen, int(state.get("met", seen))
-        # Earlier versions went by the number of experiences, which came in order.
-        self.tasks_seen = [int(number) for number in state.get("tasks", range(progress.ended))]
+        self.progress, self.seen, self.met = Progress(**state["progress"]), int(state["seen"]), int(state["met"])
+        self.tasks_seen = [int(number) for number in state["tasks"]]
 
 
 def _silent() -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig
 from fednorm.device import on_cpu
 from fednorm.errors import DataError, DivergedError
+from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.record import RunRecord
 from fednorm.rng import torch_stream
 from fednorm.streams import metrics
@@ -134,13 +135,12 @@ class _Run:
 
     def _restore(self, record: RunRecord) -> bool:
         """Go back to the checkpoint, and return whether there is one; a refused one leaves the record as it was."""
-        saved = record.load_state()
-        if saved is None:
+        checkpoint = record.load_checkpoint(self._digest)
+        if checkpoint is None:
             return False
-        tensors, state = saved
-        record.require_data(state.get("data"), self._digest)
         with record.restoring():
-            self.bench.learner.load(tensors, state)
+            state = dict(checkpoint.state)
+            self.bench.learner.load(checkpoint.tensors, state)
             self.untrained, self.spent = state["untrained"], state["spent"]
             self.anytime.points = state.get("anytime", [])
         self.lines = record.lines()
@@ -187,13 +187,11 @@ class _Run:
         self.spent, self.since = self.spent + now - self.since, now
         state = {
             **learner.state(),
-            "data": self._digest,
-            "experiences": learner.progress.ended,
             "untrained": self.untrained,
             "spent": self.spent,
             "anytime": self.anytime.points,
         }
-        self.record.save_state(learner.tensors(), state)
+        self.record.save_checkpoint(Checkpoint(learner.progress.ended, learner.tensors(), state, self._digest))
 
     def _close(self, source: Experience) -> None:
         """Measure what an experience has left, and write it down.

@@ -14,7 +14,6 @@ The same study, called again with other settings into the same folder, adds its 
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from typing import Any
 
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
-from fednorm.records.files import is_there, replacing
+from fednorm.records.files import is_there, locked, replacing
 from fednorm.records.formats import FORMAT, Unfit, manifest
 from fednorm.records.integrity import read_document, reason, sealed
 from fednorm.records.leftovers import not_there, remove_empty
@@ -94,8 +93,7 @@ def _writing(folder: Path) -> Iterator[None]:
     """Hold the folder's manifest: the same study may be running in two terminals, with other seeds."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder / LOCK, wait=True):
             yield
     except RecordError:
         raise

@@ -16,7 +16,7 @@ from fednorm.cards import MODELS
 from fednorm.errors import ConfigError, FedNormError
 from fednorm.limits import shown
 from fednorm.memory import require_memory
-from fednorm.spec import Norm
+from fednorm.spec import HookedLayer, Norm
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ def _outputs(model: nn.Module, size: int) -> list[int]:
 
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(note) for module in leaves]
+    for layer in model.modules():
+        if isinstance(layer, HookedLayer):
+            layer.set_tasks(None, 1)  # nothing is trained, so that it need not ask for them
     try:
         model(torch.empty(2, 3, size, size, device="meta"))
     except Exception:

@@ -15,7 +15,8 @@ from fednorm.config import resolve
 from fednorm.errors import RecordError
 from fednorm.federation import simulate_flower
 from fednorm.federation.simulate import simulate
-from fednorm.records.record import Checkpoint, RunRecord
+from fednorm.records.checkpoint import Checkpoint
+from fednorm.records.record import RunRecord
 
 VALUES: dict[str, Any] = {
     "data": {"train_per_client": 20, "test_per_domain": 10, "clients_per_domain": 2},

@@ -151,8 +151,8 @@ def arm_own(where, n):
     elif where == "in an update":
         before(Learner, "_backward_done", lambda self: self.progress.step == n, die)
     elif where == "before the checkpoint":
-        ended = lambda self, tensors, state: not state["progress"]["begun"] and state["experiences"] == n + 1
-        before(record.RunRecord, "save_state", ended, die)
+        ended = lambda self, checkpoint: not checkpoint.state["progress"]["begun"] and checkpoint.ended == n + 1
+        before(record.RunRecord, "save_checkpoint", ended, die)
 """
 
 

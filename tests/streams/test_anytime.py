@@ -183,7 +183,9 @@ def test_the_table_shows_it_and_says_what_it_is(toy: Any) -> None:
 # Online accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("learner", "norm"), [("er", "adab2n"), *slow(("naive", "batch_norm"), ("joint", "batch_renorm"))])
+@pytest.mark.parametrize(
+    ("learner", "norm"), [("er", "adab2n"), *slow(("naive", "batch_norm"), ("joint", "batch_renorm"))]
+)
 def test_online_accuracy_in_evaluation_mode_is_a_copy_s(learner: str, norm: str, toy: Any) -> None:
     config = toy.config("split_digits", learner, norm, **LONG | {"evaluate": {"online": "eval"}})
     bench = toy.bench(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import warnings
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -546,3 +547,12 @@ def test_what_was_not_measured_is_none_in_the_summary() -> None:
 def test_numbers_that_are_no_json_become_none() -> None:
     value = {"a": [1.0, math.nan, {"b": -math.inf}], "c": 3, "d": "nan", "e": None, "f": True}
     assert finite(value) == {"a": [1.0, None, {"b": None}], "c": 3, "d": "nan", "e": None, "f": True}
+
+
+@pytest.mark.parametrize("learner", ["naive", "er_ace"])
+@pytest.mark.parametrize("norm", ["adab2n", "task_balanced_norm"])
+def test_a_run_tells_its_layers_their_tasks_from_the_first_pass_on(learner: str, norm: str, toy: Any) -> None:
+    """The suite as a whole ignores this warning, of layers that tests use by themselves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        toy.run(toy.config("split_digits", learner, norm))

@@ -32,7 +32,7 @@ def arm_own(where, n):
         when = lambda bench, who, server_round, **_: server_round == n and who.partition_id == 3
         before(client, "fit", when, die)
     elif where == "before the checkpoint":
-        before(record.RunRecord, "save_checkpoint", lambda self, checkpoint: checkpoint.server_round == n, die)
+        before(record.RunRecord, "save_checkpoint", lambda self, checkpoint: checkpoint.ended == n, die)
 """
 
 

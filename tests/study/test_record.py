@@ -21,14 +21,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fednorm.config import RunConfig, merge, resolve
-from fednorm.errors import AggregationError, DivergedError, RecordError
+from fednorm.errors import AggregationError, DamageWarning, DivergedError, RecordError
 from fednorm.federation import client, server
 from fednorm.federation.simulate import simulate
 from fednorm.federation.workbench import Workbench
-from fednorm.records import record as record_module
+from fednorm.records import folder as folder_module
+from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import FORMAT
 from fednorm.records.integrity import unsealed
-from fednorm.records.record import Checkpoint, RunRecord
+from fednorm.records.record import RunRecord
 from fednorm.records.versions import versions
 
 Make = Callable[..., RunConfig]
@@ -40,8 +41,8 @@ class Act:
     def __init__(self, server_round: int, act: Callable[[], None]) -> None:
         self._server_round, self._act = server_round, act
 
-    def begin(self, bench: Workbench, first_round: int) -> None:
-        pass
+    def begin(self, _: Workbench, first_round: int) -> None:
+        self.first = first_round
 
     def round(self, line: Any) -> None:
         if line["round"] == self._server_round:
@@ -120,38 +121,78 @@ def cut(make: Make, tmp_path: Path) -> Path:
     return next(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda _: b"",
-        lambda _: b"not a checkpoint",
-        lambda whole: whole[: len(whole) // 2],
-        lambda whole: whole.replace(b'"round"', b'"rouns"', 1),
-        lambda whole: whole.replace(b'"round":"2"', b'"round":"x"', 1),
-        lambda whole: whole.replace(b"client/0/", b"client/q/"),
-    ],
-    ids=["empty", "other bytes", "half", "no round", "round no number", "client no number"],
-)
-def test_a_damaged_checkpoint_is_named_and_removing_it_starts_over(
-    damage: Callable[[bytes], bytes], cut: Path, make: Make, tmp_path: Path
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda _: b"",
+    "other bytes": lambda _: b"not a checkpoint",
+    "half": lambda whole: whole[: len(whole) // 2],
+    "no round": lambda whole: whole.replace(b'"ended"', b'"enden"', 1),
+    "round no number": lambda whole: whole.replace(b'"ended":"2"', b'"ended":"x"', 1),
+    "client no number": lambda whole: whole.replace(b"client/0/", b"client/q/"),
+}
+
+
+def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.fixture
+def whole(make: Make) -> dict[str, Any]:
+    """The result of the run that was not cut."""
+    return simulate(make(), runs=None)
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
+    how: str, cut: Path, make: Make, whole: dict[str, Any], tmp_path: Path
 ) -> None:
     path = cut / "checkpoint.safetensors"
-    assert damage(path.read_bytes()) != path.read_bytes()
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(RecordError, match="is damaged") as caught:
-        simulate(make(), runs=tmp_path)
-    assert str(path) in str(caught.value)
-    path.unlink()
-    result = simulate(make(), runs=tmp_path)
-    assert [line["round"] for line in result["rounds"]] == [1, 2, 3, 4]
+    content = DAMAGES[how](path.read_bytes())
+    assert content != path.read_bytes()
+    path.write_bytes(content)
+    with pytest.warns(DamageWarning, match=r"is damaged .*the checkpoint before it, after round 1\.") as caught:
+        result = simulate(make(), runs=tmp_path)
+    assert str(path) in str(caught[0].message)
+    assert timeless(result["rounds"]) == timeless(whole["rounds"])
     assert len((cut / "rounds.jsonl").read_text().splitlines()) == 4
+    assert not list(cut.glob("*checkpoint*")) + list(cut.glob("previous*"))
+
+
+def test_after_a_damaged_checkpoint_the_good_one_is_the_last(cut: Path, make: Make, tmp_path: Path) -> None:
+    """Else the next checkpoint would put the damaged one in the good one's place."""
+    last, before = cut / "checkpoint.safetensors", cut / "previous.safetensors"
+    good = before.read_bytes()
+    last.write_bytes(b"damaged")
+    with pytest.warns(DamageWarning):
+        assert RunRecord(tmp_path, make()).load_checkpoint() is not None
+    assert (last.read_bytes(), before.exists()) == (good, False)
+
+
+def test_where_both_checkpoints_are_damaged_both_are_named_and_removing_them_starts_over(
+    cut: Path, make: Make, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    last, before = cut / "checkpoint.safetensors", cut / "previous.safetensors"
+    for path in (last, before):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RecordError, match=f"{last} is damaged .*Remove {last} and {before} to start this run over"):
+        simulate(make(), runs=tmp_path)
+    for path in (last, before):
+        path.unlink()
+    assert timeless(simulate(make(), runs=tmp_path)["rounds"]) == timeless(whole["rounds"])
+
+
+def test_a_kill_between_the_two_names_leaves_the_last_checkpoint_under_the_other(
+    cut: Path, make: Make, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    (cut / "checkpoint.safetensors").replace(cut / "previous.safetensors")
+    watch = Act(3, lambda: None)
+    result = simulate(make(), runs=tmp_path, observer=watch)
+    assert watch.first == 3
+    assert timeless(result["rounds"]) == timeless(whole["rounds"])
 
 
 @pytest.mark.parametrize("how", ["is lost", "has another shape"])
 @pytest.mark.parametrize("key", ["server/fc1.weight", "client/0/norm1.running_mean"])
-def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
-    key: str, how: str, cut: Path, make: Make, tmp_path: Path
-) -> None:
+def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named(key: str, how: str, cut: Path, make: Make) -> None:
     path = cut / "checkpoint.safetensors"
     tensors = load_file(path)
     tensors[key] = tensors[key].flatten()[:-1].clone()
@@ -159,12 +200,12 @@ def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_named_and_left_alone(
         del tensors[key]
     with safe_open(path, framework="pt") as file:
         save_file(tensors, path, file.metadata())
-    before = path.read_bytes()
-    with pytest.raises(RecordError, match=r"is damaged.*Remove the file to start this run over") as caught:
-        simulate(make(), runs=tmp_path)
-    assert str(path) in str(caught.value)
-    assert key in str(caught.value)
-    assert path.read_bytes() == before
+    with pytest.warns(DamageWarning, match="is damaged") as caught:
+        checkpoint = RunRecord(cut.parent, make()).load_checkpoint()
+    assert checkpoint is not None
+    assert checkpoint.ended == 1
+    assert str(path) in str(caught[0].message)
+    assert key in str(caught[0].message)
 
 
 def test_a_checkpoint_of_an_older_fednorm_is_refused(cut: Path, make: Make, tmp_path: Path) -> None:
@@ -178,19 +219,26 @@ def test_other_data_than_the_checkpoint_s_are_refused(make: Make, tmp_path: Path
     record = RunRecord(tmp_path, make())
     record.prepare()
     record.save_checkpoint(Checkpoint(0, {"a": torch.ones(1)}, data="0123"))
-    checkpoint = record.load_checkpoint()
-    assert checkpoint is not None
-    assert checkpoint.data == "0123"
-    record.require_data(checkpoint.data, "0123")
-    record.require_data(None, "0123")
-    with pytest.raises(RecordError, match=r"checkpoint\.safetensors.*0123.*4567.*--data-dir.*--runs.*remove"):
-        record.require_data(checkpoint.data, "4567")
+    for present in ("0123", None):
+        checkpoint = record.load_checkpoint(present)
+        assert checkpoint is not None
+        assert checkpoint.data == "0123"
+    with pytest.raises(RecordError, match=r"checkpoint\.safetensors.*0123.*4567.*--data-dir.*--runs.*Remove"):
+        record.load_checkpoint("4567")
 
 
-def test_lines_that_are_lost_are_noticed(cut: Path, make: Make, tmp_path: Path) -> None:
+def test_lines_that_are_lost_are_noticed(cut: Path, make: Make, whole: dict[str, Any], tmp_path: Path) -> None:
     path = cut / "rounds.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[0])
-    with pytest.raises(RecordError, match=r"rounds\.jsonl has the lines of 1 rounds, .* after round 2"):
+    words = r"rounds\.jsonl has the lines of 1 rounds, .* after round 2\. .*goes on .* before it, after round 1"
+    with pytest.warns(DamageWarning, match=words):
+        result = simulate(make(), runs=tmp_path)
+    assert timeless(result["rounds"]) == timeless(whole["rounds"])
+
+
+def test_lines_that_are_all_lost_leave_nothing_to_go_on_from(cut: Path, make: Make, tmp_path: Path) -> None:
+    (cut / "rounds.jsonl").write_text("")
+    with pytest.raises(RecordError, match=r"has the lines of 0 rounds, .* after round 2\. Remove .* and .*previous"):
         simulate(make(), runs=tmp_path)
 
 
@@ -229,8 +277,8 @@ def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
                 raise full
             return writing(self, *args, **kwargs)
 
-        saving, writing = record_module.save_file, Path.open
-        patch.setattr(record_module, "save_file", save_file)
+        saving, writing = folder_module.save_file, Path.open
+        patch.setattr(folder_module, "save_file", save_file)
         patch.setattr(Path, "open", replaced)
 
     with monkeypatch.context() as patch, pytest.raises(RecordError, match="No space left on device") as caught:
@@ -241,7 +289,7 @@ def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
     rounds = 2 if name in ("checkpoint.safetensors", "rounds.jsonl") else 4
     checkpoint = RunRecord(tmp_path / "runs", make()).load_checkpoint()
     assert checkpoint is not None
-    assert checkpoint.server_round == rounds
+    assert checkpoint.ended == rounds
     result = simulate(make(), runs=tmp_path / "runs")
     assert [line["mean"] for line in result["rounds"]] == [line["mean"] for line in reference["rounds"]]
     models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, reference)]
@@ -387,7 +435,7 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
     assert [line["round"] for line in record.lines()] == [1, 2]
     checkpoint = record.load_checkpoint()
     assert checkpoint is not None
-    assert checkpoint.server_round == 2
+    assert checkpoint.ended == 2
     monkeypatch.setattr(client, "fit", fit)
     result = simulate(rare, runs=tmp_path)
     assert result["rounds"][2:] == [
@@ -622,11 +670,10 @@ def test_a_checkpoint_comes_back_as_it_was(make: Make, tmp_path: Path) -> None:
     record.prepare()
     draw = torch.Generator().manual_seed(1)
     tensors = [torch.randn(3, 4, generator=draw), torch.tensor(2**53 + 1), torch.randn(4, 3, generator=draw).T]
-    checkpoint = Checkpoint(0, {"a/b": tensors[0]}, {"first/a": tensors[1]}, {7: {"x/y.z": tensors[2]}})
-    record.save_checkpoint(checkpoint)
+    named = dict(zip(("server/a/b", "strategy/first/a", "client/7/x/y.z"), tensors, strict=True))
+    record.save_checkpoint(Checkpoint(0, named, {"progress": [1, None, 0.1]}, "0123"))
     back = record.load_checkpoint()
     assert back is not None
-    assert torch.equal(back.server["a/b"], tensors[0])
-    assert torch.equal(back.strategy["first/a"], tensors[1])
-    assert torch.equal(back.clients[7]["x/y.z"], tensors[2])
-    assert (back.server_round, list(back.clients)) == (0, [7])
+    assert back.tensors.keys() == named.keys()
+    assert all(torch.equal(back.tensors[key], tensor) for key, tensor in named.items())
+    assert (back.ended, back.state, back.data) == (0, {"progress": [1, None, 0.1]}, "0123")

@@ -119,21 +119,22 @@ def test_a_run_may_be_killed_again_and_again(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize("lost", ["local", "strategy"])
+@pytest.mark.parametrize("lost", ["client", "strategy"])
 def test_the_comparison_would_notice_lost_state(
     lost: str, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = small(**METHODS["client's local tensors" if lost == "local" else "optimizer of the server"])
+    values = small(**METHODS["client's local tensors" if lost == "client" else "optimizer of the server"])
     launcher.run(values, tmp_path, "after the round", 3)
-    restore = server._restore
+    restore = server.restored
 
     def forgetful(checkpoint: Any, bench: Any, grid: Any) -> Any:
-        for tensors in checkpoint.clients.values() if lost == "local" else (checkpoint.strategy,):
-            for tensor in tensors.values():
-                tensor.zero_()
+        forgotten = [tensor for key, tensor in checkpoint.tensors.items() if key.startswith(lost)]
+        for tensor in forgotten:
+            tensor.zero_()
+        assert forgotten
         return restore(checkpoint, bench, grid)
 
-    monkeypatch.setattr(server, "_restore", forgetful)
+    monkeypatch.setattr(server, "restored", forgetful)
     folder, _ = go_on(values, tmp_path)
     with pytest.raises(AssertionError):
         assert written(folder) == whole(values)
