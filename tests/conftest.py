@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Two busy cores are slow, and that is no fault of what is drawn.
-settings.register_profile("fednorm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("fednorm")
+# Two busy cores are slow, and that is no fault of what is drawn. CI draws more: --hypothesis-profile=many.
+settings.register_profile("few", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("many", settings.get_profile("few"), max_examples=300)
+settings.load_profile("few")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 

@@ -42,7 +42,7 @@ def launcher(launch: Any) -> Any:
     return launch(KIND, SMALL)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Callable[..., dict[str, Any]]:
     """Make the values of a small run: FedBN for four rounds, some keys changed."""
 
@@ -52,7 +52,7 @@ def small() -> Callable[..., dict[str, Any]]:
     return values
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make(small: Callable[..., dict[str, Any]]) -> Callable[..., RunConfig]:
     return lambda **changes: resolve(small(**changes))
 
