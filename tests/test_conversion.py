@@ -87,6 +87,7 @@ def normalizing(module: nn.Module) -> list[str]:
     return [path for path, m in module.named_modules() if (spec := spec_of(m)) is not None and spec.normalizes]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", NORMS.names)
 def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
     before = copy.deepcopy(model.state_dict())
@@ -104,6 +105,7 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", NORMS.names)
 def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
     converted = convert(model, name)

@@ -515,6 +515,7 @@ def test_62_pixels_are_too_few_for_alexnet_and_63_are_not() -> None:
         layers(torch.zeros(1, 3, 62, 62))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", MODELS.names)
 @pytest.mark.parametrize("norm_name", NORMS.names)
 def test_contract_with_every_norm(name: str, norm_name: str) -> None:
