@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.ops import FrozenBatchNorm2d
 
 import fednorm
-from fednorm.conversion.replacement import replacement as conversion
+from fednorm.conversion import replacement as conversion
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
 

@@ -19,7 +19,8 @@ from fednorm import signals
 from fednorm.cli.standing import run_stands
 from fednorm.config import resolve
 from fednorm.federation import client
-from fednorm.records.record import CHECKPOINT, RunRecord
+from fednorm.records.checkpoint import CHECKPOINT
+from fednorm.records.record import RunRecord
 
 SMALL = ("--set", "model.width=4", "--set", "evaluate.batch_size=64")
 ENDLESS: dict[str, tuple[str, ...]] = {
