@@ -94,10 +94,6 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-# What a kind of run says of itself: see Launcher.
-exec(sys.argv[1])
-
-
 def half_a_line(self, line):
     with self._journal.path.open("a") as file:
         file.write(json.dumps(line)[:40])
@@ -147,12 +143,16 @@ def arm(where, n):
     return Watch(where, n)
 
 
-simulate(resolve(json.loads(sys.argv[2])), runs=None)  # imports and reads what all children need
-print("ready", flush=True)
+kinds = {}  # what a kind of run says of itself: see Launcher
 for request in map(json.loads, sys.stdin):
+    if request["kind"] not in kinds:
+        kinds[request["kind"]] = of_kind = dict(globals())
+        exec(request["kind"], of_kind)
+        of_kind["simulate"](of_kind["resolve"](request["values"]), runs=None)  # imports and reads what children need
     pid = os.fork()
     if pid == 0:
         code = 0
+        globals().update(kinds[request["kind"]])
         try:
             observer = arm(request["where"], request["n"])
             simulate(resolve(request["values"]), runs=Path(request["runs"]), observer=observer)
@@ -168,7 +168,7 @@ for request in map(json.loads, sys.stdin):
 
 
 class Launcher:
-    """Runs configurations in child processes of its own, which end where and when they are told to.
+    """Runs configurations in child processes, which end where and when they are told to.
 
     Where: ``before the line``, ``in the line`` and ``after the UNIT`` number n, ``in the checkpoint``, the n-th,
     ``before the result``, ``in the result``; ``stop`` and ``disk full`` after the unit number n; and the kind's own.
@@ -177,34 +177,21 @@ class Launcher:
         kind: Python that imports ``simulate`` and ``resolve`` and defines ``UNIT``, what n counts and a line tells of,
             ``ROOM``, the bytes that fit a file on a full disk, and ``arm_own(where, n)`` for the kind's own places,
             which may call ``before(owner, name, when, act)`` and ``die``.
-        values: A configuration that is run once, to import and read what all children need.
+        process: What forks them: one for all kinds, because its imports take seconds. Of each kind it first runs a
+            configuration itself, to import and read what all children need.
     """
 
-    def __init__(self, kind: str, values: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, kind, json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        assert self._read() == "ready\n"
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
+    def __init__(self, kind: str, process: subprocess.Popen[str]) -> None:
+        self._kind, self._process = kind, process
 
     def run(self, values: dict[str, Any], runs: Path, where: str, n: int) -> tuple[int, int | str]:
         """Return a child's process id, and its exit code (negative for a signal) or ``stopped``."""
         assert self._process.stdin is not None
-        request = {"values": values, "runs": str(runs), "where": where, "n": n}
+        assert self._process.stdout is not None
+        request = {"kind": self._kind, "values": values, "runs": str(runs), "where": where, "n": n}
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        pid, how = json.loads(self._read())
+        pid, how = json.loads(self._process.stdout.readline())
         return pid, how
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @pytest.fixture
@@ -219,14 +206,15 @@ def own_declarations() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Iterator[Callable[[str, dict[str, Any]], Launcher]]:
-    """Make a launcher of a kind of run; all of them end with the tests."""
-    made: list[Launcher] = []
-
-    def make(kind: str, values: dict[str, Any]) -> Launcher:
-        made.append(Launcher(kind, values))
-        return made[-1]
-
-    yield make
-    for launcher in made:
-        launcher.close()
+def launch() -> Iterator[Callable[[str], Launcher]]:
+    """Make a launcher of a kind of run; their one process ends with the tests."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    yield lambda kind: Launcher(kind, process)
+    process.kill()
+    process.communicate()

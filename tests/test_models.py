@@ -457,6 +457,7 @@ def kinds(model: nn.Module) -> list[type[nn.Module]]:
     return [type(m) for m in model.modules()]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", MODELS.names)
 @pytest.mark.parametrize("norm_name", ["batch_norm", "sws"])
 def test_another_nonlinearity_takes_the_place_of_every_relu_and_nothing_else_changes(name: str, norm_name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ PAPERS = ("digits", "digits_five", "label_skew", "office", "office_small_batch")
 every_recipe = pytest.mark.parametrize("name", recipe_names())
 
 
+@cache
 def study_of(name: str) -> Study:
     return read_study(find_study(name))
 

@@ -157,9 +157,9 @@ def arm_own(where, n):
 
 
 @pytest.fixture(scope="session")
-def launcher(launch: Any, toy: Toy) -> Any:
+def launcher(launch: Any) -> Any:
     """Runs that die, besides, ``after the step`` n or in it, ``in an update``, ``before the checkpoint`` of an end."""
-    return launch(KIND, toy.values())
+    return launch(KIND)
 
 
 class Written:

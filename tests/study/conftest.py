@@ -39,7 +39,7 @@ def arm_own(where, n):
 @pytest.fixture(scope="session")
 def launcher(launch: Any) -> Any:
     """Runs that die, besides, ``in a client's training`` or ``before the checkpoint`` of round n."""
-    return launch(KIND, SMALL)
+    return launch(KIND)
 
 
 @pytest.fixture(scope="session")
