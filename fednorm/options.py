@@ -58,3 +58,14 @@ def one_of(method: str, option: str, value: Any, choices: Iterable[str]) -> None
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{method}.{option} must be one of {', '.join(choices)}; got {shown(value)}.")
+
+
+def share(method: str, option: str, value: Any) -> None:
+    """Require a number in [0, 1].
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    number(method, option, value, at_most=1)
+    if value < 0:
+        raise ConfigError(f"{method}.{option} is a share, 0 to 1; got {shown(value)}.")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
 
+from fednorm.blocks import Attention
 from fednorm.cards import Card
 from fednorm.roles import Carry, Kind
 
@@ -21,6 +22,7 @@ ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "tanh": nn.Tanh,
     "leaky_relu": nn.LeakyReLU,
+    "selu": nn.SELU,
     "identity": nn.Identity,
 }
 """The nonlinearities a model may ask a norm for, by name."""
@@ -100,6 +102,55 @@ class Norm:
         """
         return [self.layer(num_channels, dims) for dims in sorted(spatial_dims)][-1]
 
+    @property
+    def on_tokens(self) -> Norm:
+        """The method as it normalizes a transformer's tokens: itself, unless its options leave that open.
+
+        A method that lets one choose between moments of a whole sample and moments at each position takes the latter:
+        it is what layer normalization means in a transformer.
+        """
+        return self
+
+    def token_layer(self, num_channels: int) -> nn.Module:
+        """Return what normalizes a transformer's tokens: the layer for (N, C, L) of :attr:`on_tokens`.
+
+        A method that takes statistics from the batch takes them from all tokens of all samples.
+
+        Args:
+            num_channels: C, the features of a token.
+
+        Raises:
+            ConfigError: The method cannot be built for tokens.
+        """
+        return self.on_tokens.layer(num_channels, 1)
+
+    def attention(self, width: int, heads: int, grid: tuple[int, int]) -> Attention:
+        """Return a transformer's self-attention: softmax attention, unless the method brings another.
+
+        Args:
+            width: Features of a token.
+            heads: Number of heads.
+            grid: Rows and columns of the patches; other tokens stand before them.
+
+        Raises:
+            ConfigError: ``heads`` does not divide ``width``, or the method cannot be built for these numbers.
+        """
+        return Attention(width, heads, grid)
+
+    @property
+    def brings_attention(self) -> bool:
+        """Whether :meth:`attention` returns the method's own instead of softmax attention."""
+        return False
+
+    def residual(self, branches: int) -> nn.Module | None:
+        """Return what joins a residual branch to its shortcut, called with (shortcut, branch); None for their sum.
+
+        Args:
+            branches: How many branches the network has.
+        """
+        del branches
+        return None
+
     def conv(
         self,
         in_channels: int,
@@ -156,6 +207,16 @@ class Norm:
         """Return the nonlinearity called ``name`` (a key of :data:`ACTIVATIONS`), scaled where the method says so."""
         return ACTIVATIONS[name]()
 
+    @property
+    def brings_activation(self) -> bool:
+        """Whether :meth:`activation` returns the method's own nonlinearity, whichever a model asks for."""
+        return False
+
+    @property
+    def normalizer(self) -> Norm:
+        """The method whose layers and convolutions this one has: itself, unless it stands beside another."""
+        return self
+
     def divides(self, new: int, memory: int) -> bool:
         """Return whether the method does on such a batch what it is for; True unless it needs to tell the two apart.
 
@@ -191,6 +252,16 @@ class Norm:
             The network to use: the one given, unless the method says otherwise.
         """
         return model
+
+    def initialize(self, model: nn.Module) -> None:
+        """Draw the initial weights of a network that was just built, where the method has its own; in place.
+
+        Called once, after :meth:`prepare`, with PyTorch's process-wide generator in the stream of initial weights. A
+        conversion keeps the weights that there are, and never calls it.
+
+        Args:
+            model: The network.
+        """
 
     def after_update(self, model: nn.Module) -> Callable[[], None] | None:
         """Return what is to be done to a network's parameters after every update of the optimizer, or None.
@@ -228,10 +299,12 @@ class NormSpec(Card):
         tensors: For each tensor such a layer may own, what it is.
         normalizes: True where the method's layers normalize activations, False where it reparameterizes weights or
             does nothing. A strategy about normalization layers refuses a network without any.
-        batch_coupled: True where one sample's output depends on the others in its batch (in training).
+        batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
+            which it is otherwise than its card says has an attribute of that name.
         train_eval_differ: True where evaluation computes something else than training.
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
+        tried_on: A built-in model that has what the method acts on; not every network has attention, or branches.
     """
 
     make: type[Norm]
@@ -241,6 +314,7 @@ class NormSpec(Card):
     batch_coupled: bool = False
     train_eval_differ: bool = False
     scale_invariant: bool = True
+    tried_on: str = "digits_cnn"
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
 

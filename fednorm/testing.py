@@ -67,11 +67,12 @@ def check_norm(norm: Any) -> None:
     with torch_seeded(0, "testing"):
         for shape in ((6, 8), (6, 8, 5), (6, 8, 5, 5)):
             _check_layer(card.name, made.layer(8, len(shape) - 2), torch.randn(shape), coupled=card.batch_coupled)
-    model = make_model("digits_cnn", made, num_classes=10, width=4)
+    model = make_model(card.tried_on, made, num_classes=10, width=4)
     plan = norm_plan(model, RoleRule())
     assert len(plan.entries) == len(model.state_dict()), "every entry of the state dict has a kind"
     _check_card(card)
-    _check_runs({"norm": {"name": reference}}, {"norm": {"name": reference}})
+    own = {"norm": {"name": reference}, "model": {"name": card.tried_on}}
+    _check_runs(own, own)
 
 
 def _check_layer(name: str, layer: nn.Module, inputs: Tensor, *, coupled: bool) -> None:

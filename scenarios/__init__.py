@@ -1,7 +1,7 @@
 """Continual scenarios: one file each, a stream of experiences, and an Avalanche benchmark where one is wanted.
 
 from fednorm.config import DataConfig
-from fednorm.streams.avalanche_benchmark import to_avalanche
+from fednorm.avalanche import to_avalanche
 from scenarios.split_digits import SPEC
 stream = SPEC.stream(DataConfig(), image_size=28, seed=1, options={"num_experiences": 5})
 benchmark = to_avalanche(stream)

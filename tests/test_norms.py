@@ -25,40 +25,63 @@ from fednorm.spec import Norm
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adab2n": ("adab2n", {}),
+    "affine_scaled_attention": ("affine_scaled_attention", {}),
     "batch_norm": ("batch_norm", {}),
     "batch_norm_corrected": ("batch_norm_corrected", {}),
     # r and d are constant for the gradient: bounds that stay at 1 and 0 leave the plain derivative to compare.
     "batch_renorm": ("batch_renorm", {"growth": 1e-12}),
+    "bhyt": ("bhyt", {}),
     "continual_norm": ("continual_norm", {}),
     "continual_norm-3": ("continual_norm", {"num_groups": 3}),
+    "crms_norm": ("crms_norm", {}),
+    "dyt": ("dyt", {}),
+    "gated_norm": ("gated_norm", {}),
     "group_norm": ("group_norm", {}),
     "group_norm-3": ("group_norm", {"num_groups": 3}),
     "instance_norm": ("instance_norm", {}),
+    "l1_norm": ("l1_norm", {}),
     "layer_norm": ("layer_norm", {}),
     "layer_norm-channels": ("layer_norm", {"over": "channels"}),
+    "layer_norm_channels": ("layer_norm_channels", {}),
+    "nalaformer": ("nalaformer", {}),
     "nap": ("nap", {}),
     "nap-channels": ("nap", {"over": "channels", "offset": False}),
     "nap-rms_norm": ("nap", {"statistics": "rms_norm", "offset": False}),
     "none": ("none", {}),
+    "pre_affine": ("pre_affine", {}),
     "rms_norm": ("rms_norm", {}),
     "rms_norm-channels": ("rms_norm", {"over": "channels"}),
+    "seednorm": ("seednorm", {}),
+    "seednorm-3": ("seednorm", {"num_heads": 3, "divide": True}),
+    "residual_scale": ("residual_scale", {}),
+    "selu": ("selu", {}),
     "sws": ("sws", {}),
     "sws-add": ("sws", {"floor": "add", "eps": 1e-6}),
     "sws-unbiased": ("sws", {"unbiased": True, "gain": False, "activation_gain": False}),
     "switch_norm": ("switch_norm", {}),
     "task_balanced_norm": ("task_balanced_norm", {}),
+    "weight_compander": ("weight_compander", {}),
+    "weight_compander-fixed": ("weight_compander", {"a": 2.0, "b": 0.5, "learned": False}),
     "ws_group_norm": ("ws_group_norm", {}),
     "ws_group_norm-deviation": ("ws_group_norm", {"eps_on": "deviation", "eps": 1e-3, "unbiased": False}),
 }
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "adab2n": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9, "lambd": 0.5, "num_tasks": 3, "ada_t0": 1, "corrected": True},
+    "affine_scaled_attention": {"beside": "rms_norm", "phi": "sigmoid", "rho": 0.5, "alpha_ma_init": 1.0},
     "batch_norm": {"eps": 0.5, "momentum": 0.7},
     "batch_norm_corrected": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9},
     "batch_renorm": {"eps": 0.5, "momentum": 0.7, "r_max": 1.0, "d_max": 0.0, "growth": 0.1},
+    "bhyt": {"lambd_init": 3.0, "kappa": 5.0, "eps": 0.5},
     "continual_norm": {"eps": 0.5, "momentum": 0.7, "num_groups": 3},
+    "crms_norm": {"eps": 0.5},
+    "dyt": {"alpha_init": 0.8},
+    "gated_norm": {"rank": 3, "gate_scale": 1.0, "eps": 0.5},
     "group_norm": {"eps": 0.5, "num_groups": 3},
     "instance_norm": {"eps": 0.5, "affine": False},
+    "l1_norm": {"over": "sample", "eps": 0.5, "momentum": 0.7},
     "layer_norm": {"eps": 0.5, "over": "channels"},
+    "layer_norm_channels": {"eps": 0.5},
+    "nalaformer": {"beside": "batch_norm", "sharpness": 1.0},
     "nap": {
         "statistics": "rms_norm",
         "over": "channels",
@@ -69,18 +92,33 @@ OTHER_OPTIONS: dict[str, dict[str, Any]] = {
         "eps": 0.5,
     },
     "none": {},
+    "pre_affine": {"eps": 0.5},
     "rms_norm": {"eps": 0.5, "over": "channels"},
+    "seednorm": {"num_heads": 3, "alpha_init": 0.5, "divide": True, "dropout": 0.5, "eps": 0.5},
+    "residual_scale": {"beside": "layer_norm", "scale": "skipinit"},
+    "selu": {"dropout": 0.5, "initialization": "model"},
     "sws": {"eps": 50.0, "floor": "add", "unbiased": True, "gain": False, "activation_gain": False, "alpha": 0.0},
     "switch_norm": {"eps": 0.5, "momentum": 0.7},
     "task_balanced_norm": {"eps": 0.5, "momentum": 0.7, "batch_ratio": 1},
+    "weight_compander": {"a": 2.0, "b": 0.5, "learned": False},
     "ws_group_norm": {"eps": 0.5, "group_eps": 0.5, "num_groups": 3, "eps_on": "deviation", "unbiased": False},
 }
 """For every option of every method, a value that is not its default."""
 NEEDS_TASKS = {
     ("adab2n", "lambd"), ("adab2n", "num_tasks"), ("adab2n", "ada_t0"), ("adab2n", "corrected"),
     ("task_balanced_norm", "batch_ratio"), ("nap", "affine"), ("nap", "decay"), ("nap", "every"),
+    ("weight_compander", "learned"),
+    ("affine_scaled_attention", "phi"), ("affine_scaled_attention", "rho"), ("selu", "initialization"),
+    ("affine_scaled_attention", "alpha_ma_init"), ("nalaformer", "sharpness"), ("residual_scale", "scale"),
 }  # fmt: skip
-"""Options that act through the training step; the methods' own tests show that each does."""
+"""Options that act through the training step, attention, residual sums or initial weights; the methods' own tests show
+that each does."""
+
+UNSHIFTED = frozenset({
+    "bhyt", "crms_norm", "gated_norm", "none", "pre_affine", "residual_scale", "rms_norm", "seednorm", "selu", "sws",
+    "weight_compander",
+})  # fmt: skip
+"""Methods that put no shift after a convolution."""
 
 Reference = Callable[[Tensor, nn.Module], Tensor]
 C_IN, C = 4, 6
@@ -103,6 +141,26 @@ def unit(norm: Norm, spatial_dims: int = 2) -> nn.Sequential:
     module = nn.Sequential(before, norm.layer(C, spatial_dims), norm.activation("gelu")).double()
     for parameter in module.parameters():  # away from the initial ones and zeros, which hide errors
         parameter.data += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+class OnMaps(nn.Module):
+    """Attention between the positions of a map."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(x.flatten(2).mT)
+        return y.mT.reshape(x.shape)
+
+
+def whole(norm: Norm) -> nn.Sequential:
+    """Build a unit, behind attention where the method brings one."""
+    module = unit(norm)
+    if norm.brings_attention:
+        module.insert(0, OnMaps(norm.attention(C_IN, 1, (4, 4))).double())
     return module
 
 
@@ -196,8 +254,67 @@ def reference_position(*, centred: bool, eps: float) -> Reference:
     return reference_over(lambda _: (1,), centred=centred, eps=eps)
 
 
+def reference_bhyt(x: Tensor, layer: nn.Module) -> Tensor:
+    return affine((layer.lambd * x / (10 * ((x**2).mean(1, keepdim=True) + 1e-6).sqrt())).tanh(), layer)
+
+
+def reference_crms(x: Tensor, layer: nn.Module) -> Tensor:
+    whole = torch.cat([x, -x.sum(1, keepdim=True)], 1)  # the vector of which x is stored
+    return affine(x / ((whole**2).mean(1, keepdim=True) + 1e-5).sqrt(), layer)
+
+
+def reference_dyt(x: Tensor, layer: nn.Module) -> Tensor:
+    return affine((layer.alpha * x).tanh(), layer)
+
+
+def reference_gated(x: Tensor, layer: nn.Module) -> Tensor:
+    y = reference_position(centred=False, eps=1e-5)(x, layer).movedim(1, -1)
+    hidden = y @ layer.down.T  # type: ignore[operator]
+    gate = 1 / (1 + (-(hidden / (1 + (-hidden).exp())) @ layer.up.T).exp())  # type: ignore[operator]
+    return (2 * gate * y).movedim(-1, 1)
+
+
+def reference_l1(x: Tensor, layer: nn.Module) -> Tensor:
+    axes = (0, *range(2, x.ndim))
+    centred = x - x.mean(axes, keepdim=True)
+    return affine(centred / (math.sqrt(math.pi / 2) * centred.abs().mean(axes, keepdim=True) + 1e-5), layer)
+
+
+def reference_pre_affine(x: Tensor, layer: nn.Module) -> Tensor:
+    scaled = x * layer.pre_weight.view(1, -1, *[1] * (x.ndim - 2))  # type: ignore[operator]
+    return reference_position(centred=False, eps=1e-5)(scaled, layer)
+
+
+def reference_seednorm(heads: int, *, divide: bool) -> Reference:
+    def reference(x: Tensor, layer: nn.Module) -> Tensor:
+        last = x.movedim(1, -1)
+        width = x.shape[1] // heads
+        gains = []
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            s = (last[..., own] * layer.beta[own]).sum(-1, keepdim=True)  # type: ignore[index]
+            s = (s / width if divide else s).tanh()
+            gains.append(layer.weight[own] + layer.alpha[own] * s)  # type: ignore[index]
+        y = torch.cat(gains, -1) * last / ((last**2).mean(-1, keepdim=True) + 1e-5).sqrt()
+        return y.movedim(-1, 1)
+
+    return reference
+
+
 LAYER_REFERENCES: dict[str, Reference] = {
+    "bhyt": reference_bhyt,
+    "crms_norm": reference_crms,
+    "dyt": reference_dyt,
+    "gated_norm": reference_gated,
+    "l1_norm": reference_l1,
+    "layer_norm_channels": reference_channels,
+    "pre_affine": reference_pre_affine,
+    "seednorm": reference_seednorm(1, divide=False),
+    "seednorm-3": reference_seednorm(3, divide=True),
+    "weight_compander": identity,
+    "weight_compander-fixed": identity,
     "adab2n": reference_batch_norm,
+    "affine_scaled_attention": reference_groups(1),
     "batch_norm": reference_batch_norm,
     "batch_norm_corrected": reference_batch_norm,
     "batch_renorm": reference_batch_norm,
@@ -210,12 +327,15 @@ LAYER_REFERENCES: dict[str, Reference] = {
     "instance_norm": reference_instance,
     "layer_norm": reference_groups(1),
     "layer_norm-channels": reference_channels,
+    "nalaformer": reference_groups(1),
     "nap": reference_sample(centred=True, eps=1e-8),
     "nap-channels": reference_position(centred=True, eps=1e-8),
     "nap-rms_norm": reference_sample(centred=False, eps=1e-8),
     "rms_norm": reference_sample(centred=False, eps=1e-5),
     "rms_norm-channels": reference_position(centred=False, eps=1e-5),
     "none": identity,
+    "residual_scale": identity,
+    "selu": identity,
     "sws": identity,
     "sws-add": identity,
     "sws-unbiased": identity,
@@ -227,6 +347,10 @@ LAYER_REFERENCES: dict[str, Reference] = {
 def standardized(variant: str, conv: nn.Conv2d) -> Tensor:
     """Return what the method's convolution convolves with, one output channel at a time."""
     gains = getattr(conv, "gain", None)
+    if variant == "weight_compander":
+        return conv.log_a.exp() * torch.atan(conv.weight / conv.log_b.exp())  # type: ignore[operator]
+    if variant == "weight_compander-fixed":
+        return 2.0 * torch.atan(conv.weight / 0.5)
     kernels = []
     for index, kernel in enumerate(conv.weight):
         n = kernel.numel()
@@ -256,7 +380,8 @@ def test_matches_its_formula_on_images(variant: str, n: int, height: int, width:
     torch.testing.assert_close(conv(x), convolved, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer(convolved), LAYER_REFERENCES[variant](convolved, layer), rtol=1e-8, atol=1e-10)
     gamma = 1.7015043497085571 if variant in ("sws", "sws-add") else 1.0
-    torch.testing.assert_close(activation(x), gamma * functional.gelu(x), rtol=1e-14, atol=0)
+    expected = functional.selu(x) if variant == "selu" else gamma * functional.gelu(x)
+    torch.testing.assert_close(activation(x), expected, rtol=1e-14, atol=0)
 
 
 @settings(deadline=None, max_examples=15)
@@ -299,7 +424,7 @@ def test_constant_input_has_finite_output_and_gradient(norm: Norm) -> None:
         y = layer(x)
         y.square().sum().backward()
         bias = getattr(layer, "bias", None)
-        if bias is not None:
+        if bias is not None and card(norm).name != "dyt":
             torch.testing.assert_close(y, torch.zeros_like(y))  # x - mean is 0 whichever axes the mean is over
         assert x.grad is not None
         assert x.grad.isfinite().all()
@@ -346,13 +471,17 @@ def test_every_declared_tensor_exists(name: str) -> None:
     if name == "instance_norm":  # running moments come only with foreign models
         owners.append(nn.InstanceNorm2d(C, affine=True, track_running_stats=True))
     owners.append(make_norm(name).conv(C, C, 3, bias=True))
+    owners += [make_norm(name).attention(4, 1, (2, 2))]
+    if "scale" in spec.options:
+        owners += [m for m in [make_norm(name, {"scale": "skipinit"}).residual(3)] if m is not None]
     own = [m for m in owners if spec_of(m) is spec]
     assert bool(own) == bool(spec.layers)
-    assert {key for module in own for key in module.state_dict()} == set(spec.tensors)
+    tensors = [*(m.named_parameters(recurse=False) for m in own), *(m.named_buffers(recurse=False) for m in own)]
+    assert {key for named in tensors for key, _ in named} == set(spec.tensors)
 
 
 def test_declared_batch_coupling_is_true_in_fact(norm: Norm) -> None:
-    module = unit(norm).train()
+    module = whole(norm).train()
     x = images()
     other = x.clone()
     other[0] += 1
@@ -361,14 +490,24 @@ def test_declared_batch_coupling_is_true_in_fact(norm: Norm) -> None:
 
 
 def test_declared_difference_of_training_and_evaluation_is_true_in_fact(norm: Norm) -> None:
-    module = unit(norm).train()
+    module = whole(norm)
     x = images()
-    trained = module(x)
-    assert (not torch.allclose(trained, module.eval()(x))) == card(norm).train_eval_differ
+    evaluated = module.eval()(x)  # before training, which moves statistics towards those of this very batch
+    assert (not torch.allclose(module.train()(x), evaluated)) == card(norm).train_eval_differ
+
+
+def test_declared_scale_invariance_is_true_in_fact(norm: Norm) -> None:
+    if not card(norm).normalizes:
+        return
+    layer = unit(norm).train()[1]
+    x = 30 * torch.randn(5, C, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 5
+    other = copy.deepcopy(layer)
+    same = torch.allclose(layer(x), other(3 * x), rtol=1e-4, atol=1e-4)
+    assert same == card(norm).scale_invariant
 
 
 def test_forward_passes_change_declared_statistics_in_training_and_nothing_else(norm: Norm) -> None:
-    module = unit(norm)
+    module = whole(norm)
 
     def changed() -> set[str]:
         before = copy.deepcopy(module.state_dict())
@@ -383,9 +522,9 @@ def test_forward_passes_change_declared_statistics_in_training_and_nothing_else(
 
 
 def test_pickle_deepcopy_and_state_dict_keep_the_function(norm: Norm) -> None:
-    module = unit(norm).eval()
+    module = whole(norm).eval()
     y = module(images())
-    loaded = unit(norm).eval()
+    loaded = whole(norm).eval()
     loaded.load_state_dict(module.state_dict())
     for clone in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):
         assert torch.equal(clone(images()), y)
@@ -452,6 +591,14 @@ def test_no_option_is_ignored(name: str) -> None:
         ("sws", {"floor": "min"}, "one of max, add; got 'min'"),
         ("sws", {"alpha": -0.2}, "0 \\(off\\) or more; got -0.2"),
         ("ws_group_norm", {"eps_on": "std"}, "one of variance, deviation; got 'std'"),
+        ("bhyt", {"kappa": 0}, "bhyt.kappa must be greater than 0; got 0"),
+        ("dyt", {"alpha_init": -0.5}, "dyt.alpha_init must be greater than 0; got -0.5"),
+        ("gated_norm", {"rank": 0}, "gated_norm.rank must be an integer of 1 or more; got 0"),
+        ("l1_norm", {"over": "pixels"}, "one of batch, sample, channels; got 'pixels'"),
+        ("layer_norm_channels", {"over": "sample"}, "has no option 'over'"),
+        ("seednorm", {"num_heads": -1}, "an integer of 0 or more; got -1"),
+        ("seednorm", {"dropout": 1.0}, "at least 0 and less than 1; got 1.0"),
+        ("weight_compander", {"a": 0}, "weight_compander.a must be greater than 0; got 0"),
         ("none", {"eps": 1e-5}, "has no option 'eps'"),
     ],
 )
@@ -475,7 +622,7 @@ def test_indivisible_channels_are_refused_with_the_valid_counts(name: str) -> No
 
 def test_convolutions_have_the_biases_that_their_norm_needs(norm: Norm) -> None:
     conv = norm.conv(C_IN, C, 3, bias=False)
-    assert (conv.bias is not None) == (card(norm).name in ("none", "rms_norm", "sws"))
+    assert (conv.bias is not None) == (card(norm).name in UNSHIFTED)
 
 
 @pytest.mark.parametrize("name", NORMS.names)

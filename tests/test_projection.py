@@ -461,3 +461,36 @@ def test_only_declared_scales_and_shifts_are_touched() -> None:
     projection()
     changed = {key for key, value in model.state_dict().items() if not torch.allclose(value, before[key])}
     assert changed == {key for key, kind in kinds.items() if kind in (Kind.SCALE, Kind.SHIFT)}
+
+
+# Norms that do not take the scale away.
+
+
+@pytest.mark.parametrize(
+    ("norm", "invariant"), [("dyt", False), ("seednorm", False), ("bhyt", True), ("pre_affine", True)]
+)
+def test_a_weight_is_hidden_only_before_a_norm_that_takes_its_scale_away(norm: str, invariant: bool) -> None:
+    """Doubling the weight must not matter where it is taken for hidden, and does matter where it is not."""
+    torch.manual_seed(0)
+    layer: Any = shake(make_norm(norm).layer(6, 0))
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), layer, nn.Linear(6, 3)).double()
+    x = 100 * torch.randn(5, 4, dtype=torch.float64)
+    found = [hidden.path for hidden in hidden_layers(model)]
+    before = model(x)
+    model[0].weight.data *= 2
+    assert torch.allclose(model(x), before, atol=1e-6) == invariant
+    assert found == (["0"] if invariant else [])
+    if not invariant:
+        with pytest.raises(ConfigError, match="has no weight to project"):
+            WeightProjection(model)
+
+
+def test_scales_of_a_norm_that_is_not_scale_invariant_are_left_alone() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 6, bias=False), make_norm("layer_norm").layer(6, 0), nn.ReLU(),
+        nn.Linear(6, 6), make_norm("dyt").layer(6, 0), nn.Linear(6, 3),
+    )  # fmt: skip
+    projection = WeightProjection(model, decay=0.5)
+    assert list(projection.radii) == ["0"]
+    projection()
+    assert model[4].alpha.item() == 0.5

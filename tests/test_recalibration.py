@@ -75,7 +75,8 @@ def test_nothing_else_changes_and_momenta_are_as_they_were(norm: str) -> None:
     reestimate(model, [images(8), images(8, seed=3)])
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert {kinds[key] for key in changed} <= STATISTICS
-    assert {f"norm{i}.running_{what}" for i in range(1, 6) for what in ("mean", "var")} <= changed
+    spread = "deviation" if norm == "l1_norm" else "var"
+    assert {f"norm{i}.running_{what}" for i in range(1, 6) for what in ("mean", spread)} <= changed
     assert [layer.momentum for layer in batch_layers(model).values()] == momenta
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -141,7 +142,7 @@ def fail_on(model: nn.Module) -> None:
     raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("norm", NORMS.names)
+@pytest.mark.parametrize("norm", [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"])
 @pytest.mark.parametrize("block", [train_on, fail_on])
 def test_statistics_come_back_counters_included(norm: str, block: Callable[[nn.Module], None]) -> None:
     model = network(norm)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fednorm.avalanche.quietly import avalanche_imports
+from fednorm.avalanche.reading import number_of
 from fednorm.cards import NORMS
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
 from fednorm.optim.projection import WeightProjection
 from fednorm.spec import HookedLayer, Norm
-from fednorm.streams.quietly import avalanche_imports
-from fednorm.streams.reading import number_of
 from fednorm.training.step import announce
 
 with avalanche_imports():

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from fednorm.avalanche.benchmark import to_avalanche
 from fednorm.avalanche.plugin import NormPlugin
+from fednorm.avalanche.quietly import avalanche_imports
 from fednorm.conversion.replacement import convert
 from fednorm.data.domain import Split, pixels
 from fednorm.rng import torch_seeded, torch_stream
-from fednorm.streams.avalanche_benchmark import to_avalanche
-from fednorm.streams.quietly import avalanche_imports
 from fednorm.streams.stream import Experience, Stream
 
 with avalanche_imports():

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import transforms
 
+from fednorm.avalanche.quietly import avalanche_imports
 from fednorm.bench.stream_case import StreamCase
 from fednorm.data.domain import Split, pixels
-from fednorm.streams.quietly import avalanche_imports
 from fednorm.streams.stream import Stream
 
 with avalanche_imports():

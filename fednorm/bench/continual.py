@@ -106,7 +106,7 @@ def run_fednorm(case: StreamCase) -> StepCost:
     """Run a case with our learner, as a run does, without its record and its evaluation."""
     bench = case.workbench()
     with _timed(clock := StepClock()):
-        bench.learner.plugins.append(clock)
+        bench.learner.watchers.append(lambda _: clock.tick())
         for experience in bench.training:
             clock.start()
             bench.learner.train(experience)

@@ -50,8 +50,8 @@ def declare(
             ``nn.RMSNorm``, ``nn.InstanceNorm*``, or a layer of fednorm's. None says that it is no normalization layer.
         channels_first: Whether its input is (N, C, ...) and not (N, ..., C); as ``like`` has it if None.
         activation: What its forward pass applies after normalizing, beside its children: a name (``relu``, ``relu6``,
-            ``gelu``, ``silu``, ``elu``, ``tanh``, ``leaky_relu``), a class that is made without arguments, or a
-            function that is given the layer and makes it.
+            ``gelu``, ``silu``, ``elu``, ``tanh``, ``leaky_relu``, ``selu``), a class that is made without arguments,
+            or a function that is given the layer and makes it.
         tensors: For each tensor that the class owns, what it is: a :class:`~fednorm.roles.Kind` or its value
             (``scale``, ``shift``, ``mean``, ``var``, ``count``, ...). Needed where its names are not those of ``like``;
             gamma and scale, beta and shift are understood.

@@ -26,9 +26,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.conversion.beside import Beside
+from fednorm.conversion.channels_last import ChannelsLast
+from fednorm.conversion.exact import rewrite
 from fednorm.conversion.insertion import hidden_weights, insert, is_activation
 from fednorm.conversion.layout import Example, Site, require_layout, run_example, sites
 from fednorm.conversion.report import (
@@ -41,7 +44,7 @@ from fednorm.conversion.report import (
     ConversionReport,
     Left,
 )
-from fednorm.conversion.same_method import SameMethod
+from fednorm.conversion.same_method import SameMethod, normalizes_positions
 from fednorm.conversion.surroundings import (
     Surroundings,
     copy_of,
@@ -53,8 +56,10 @@ from fednorm.conversion.surroundings import (
 from fednorm.errors import ConfigError
 from fednorm.norms import make_norm, specs_by_layer
 from fednorm.norms.sws import ScaledActivation, SWSConv2d
+from fednorm.norms.weight_compander import CompandedConv2d, WeightCompander, uncompand
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import anchor_of, declaration_of, own_forward, own_vectors, recognize
+from fednorm.recognition.tensor_kinds import declared_tensors
 from fednorm.rng import torch_seeded
 from fednorm.spec import Norm
 
@@ -68,8 +73,9 @@ _ACTIVATION_NAMES: dict[type[nn.Module], str] = {
     nn.ELU: "elu",
     nn.Tanh: "tanh",
     nn.LeakyReLU: "leaky_relu",
+    nn.SELU: "selu",
 }
-_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.SELU, nn.CELU, nn.Softplus)
+_CONSTANTLESS = (nn.Hardswish, nn.Mish, nn.PReLU, nn.CELU, nn.Softplus)
 _OTHER_CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv3d,
@@ -79,34 +85,9 @@ _OTHER_CONVOLUTIONS = (
 )
 
 
-class ChannelsLast(nn.Module):
-    """Applies a layer for (N, C) and (N, C, L) to an input whose channels are last: (N, C) or (N, ..., C).
-
-    Args:
-        layer: The layer.
-        batch_axis: 1 for inputs (L, N, C), as transformers without ``batch_first`` have them.
-    """
-
-    def __init__(self, layer: nn.Module, batch_axis: int = 0) -> None:
-        super().__init__()
-        self.layer = layer
-        self.batch_axis = batch_axis
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return a tensor of the shape of ``x``."""
-        if x.ndim == 2:
-            features: Tensor = self.layer(x)
-            return features
-        moved = x.movedim(self.batch_axis, 0)
-        flat: Tensor = self.layer(moved.flatten(1, -2).transpose(1, 2))
-        return flat.transpose(1, 2).reshape(moved.shape).movedim(0, self.batch_axis)
-
-    def extra_repr(self) -> str:
-        """Return the batch's axis where it is not the first."""
-        return f"batch_axis={self.batch_axis}" if self.batch_axis else ""
-
-
-def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any) -> nn.Module:
+def convert(
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
+) -> nn.Module:
     """Return a copy of a model with its normalization replaced by another method.
 
     Args:
@@ -114,6 +95,8 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         norm: Name of the method, or a configured :class:`~fednorm.spec.Norm`.
         example_inputs: An input (a tensor, a list of arguments or a dictionary of keyword arguments), for models
             whose layers do not show which inputs they get: it is run through the model, and through the result.
+        exact: Keep the function of a pre-norm transformer, which ``rms_norm`` and ``crms_norm`` can do: outputs and
+            gradients stay (:mod:`fednorm.conversion.exact`).
         **options: The method's options, where ``norm`` is a name. A layer that is of the method already keeps its own
             for those that are not given (of a configured norm: those that are at their defaults).
 
@@ -125,11 +108,11 @@ def convert(model: nn.Module, norm: str | Norm, *, example_inputs: Example | Non
         ConfigError: An option is wrong, a layer cannot be converted or what surrounds it cannot be kept, or nothing
             would change.
     """
-    return convert_with_report(model, norm, example_inputs=example_inputs, **options)[0]
+    return convert_with_report(model, norm, example_inputs=example_inputs, exact=exact, **options)[0]
 
 
 def convert_with_report(
-    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, **options: Any
+    model: nn.Module, norm: str | Norm, *, example_inputs: Example | None = None, exact: bool = False, **options: Any
 ) -> tuple[nn.Module, ConversionReport]:
     """Do what :func:`convert` does, and say what was done.
 
@@ -149,7 +132,9 @@ def convert_with_report(
     else:
         given = {f.name for f in dataclasses.fields(norm) if getattr(norm, f.name) != f.default}
     require_convertible(model)
-    before = copy_of(model)
+    if exact:
+        return rewrite(model, norm, example_inputs)
+    before = copy_of(model) if isinstance(norm, WeightCompander) and not given else uncompand(copy_of(model))
     conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
     with torch_seeded(0, "convert"):
@@ -164,11 +149,13 @@ class _Conversion:
     """One walk over one model, in module order."""
 
     def __init__(self, norm: Norm, given: set[str], model: nn.Module, known: dict[int, Site]) -> None:
+        layers = norm.normalizer
         self.norm = norm
         self.report = ConversionReport(norm)
-        self.rebuilds_convolutions = type(norm).conv_layer is not Norm.conv_layer or not norm.shifts
-        self.normalizes = type(norm).layer is not Norm.layer
-        self.same = SameMethod(norm, given)
+        self.rebuilds_convolutions = type(layers).conv_layer is not Norm.conv_layer or not layers.shifts
+        self.normalizes = type(layers).layer is not Norm.layer
+        self.same = SameMethod(layers, given if layers is norm else ())
+        self.beside = Beside(norm, model, self.report)
         self.sites = known
         self.around = Surroundings(model)
         self.done: dict[int, nn.Module] = {}
@@ -183,7 +170,10 @@ class _Conversion:
             # Behind an identity it would overwrite what the layer before it left for others, e.g. a shortcut.
             vars(module)["inplace"] = False
         replace = self._replacement(module)
-        if replace is None:
+        if replace is None and (brought := self.beside.replacement(module, path)) is not None:
+            self.around.replace(module, brought, path)
+            new = brought
+        elif replace is None:
             self._look_at(module, path)
             new = self._inside(module, path, ancestors)
         else:
@@ -221,7 +211,8 @@ class _Conversion:
     def finish(self, before: nn.Module) -> None:
         """Refuse a conversion that did nothing, and write the notes."""
         report, unknown = self.report, self.report.unknown()
-        if not report.layers and not report.inserted and (self.normalizes or not report.convolutions):
+        replaced = report.layers or report.inserted or self.beside.replaced
+        if not replaced and (self.normalizes or not report.convolutions):
             raise ConfigError(
                 f"{type(before).__name__} has no normalization layer that {type(self.norm).__name__} could replace, so "
                 "converting it would change nothing. "
@@ -240,7 +231,7 @@ class _Conversion:
             return self._conv
         if isinstance(module, ScaledActivation):
             return self._unwrapped
-        if type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS):
+        if not self.norm.brings_activation and (type(module) in _ACTIVATION_NAMES or isinstance(module, _CONSTANTLESS)):
             return self._activation
         return None
 
@@ -279,7 +270,7 @@ class _Conversion:
         site = self.sites[id(old)]
         known = site.recognition
         self.report.layers.append(path)
-        if self.same.applies(known) and self.same.settle(old, known):
+        if self.same.applies(old, known) and self.same.settle(old, known):
             return self._inside(old, path, ancestors)
         self._require_accounted(old, path, site)
         core, last = self._core(old, path, site)
@@ -310,11 +301,13 @@ class _Conversion:
         channels, last = require_layout(site, old, path)
         dims = sorted({min(d, 1) for d in site.dims}) if last else site.dims
         like = self.around.like(old, ())
+        # What normalizes each position by itself is replaced by what does so too, unless the caller says otherwise.
+        each = (last or normalizes_positions(old)) and "over" not in self.same.given
         try:
             with torch.device(torch.device("cpu") if like is None else like.device):
-                if self.same.applies(site.recognition):
+                if self.same.applies(old, site.recognition):
                     return self.same.build(old, site.recognition, channels, dims), last
-                return self.norm.layer_for(channels, dims), last
+                return (self.norm.on_tokens if each else self.norm).layer_for(channels, dims), last
         except ConfigError as error:
             hint = ""
             if len(dims) > 1 and 0 in dims:
@@ -329,6 +322,7 @@ class _Conversion:
         """
         known = site.recognition
         spoken = set(own_tensors(old)) if known.spec is None or known.declared else set(known.spec.tensors)
+        spoken |= set(declared_tensors(type(old)))
         more = [*(set(own_tensors(old)) - spoken), *([] if known.fused else [n for n, _ in old.named_children()])]
         if is_parametrized(old):
             more = []  # refused with its own words
@@ -382,7 +376,7 @@ class _Conversion:
                 )
         except ConfigError as error:
             raise ConfigError(f"Convolution {path or 'the model itself'!r}: {error}") from error
-        if type(new) is nn.Conv2d and not isinstance(old, SWSConv2d | WSConv2d):
+        if type(new) in (nn.Conv2d, CompandedConv2d) and not isinstance(old, SWSConv2d | WSConv2d):
             self._look_at(old, path)
             if old.bias is None and new.bias is not None:
                 old.bias = _zero_bias(old)

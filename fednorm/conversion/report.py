@@ -42,7 +42,9 @@ class ConversionReport:
         layers: Paths of the normalization layers that are the method's now: replaced, or the method's already.
         inserted: Paths of the activations before which a layer was put, in a network that had none.
         convolutions: Paths of the convolutions that are the method's now.
-        activations: Paths of the activations that were multiplied by their constant.
+        activations: Paths of the activations that were multiplied by their constant, or replaced by the method's own.
+        attentions: Paths of the attentions that are the method's now.
+        residuals: Paths of the residual sums that are the method's now.
         left: What was looked at and left: layers that normalize by an unknown formula, convolutions and activations
             that the method has nothing for, weights that are computed from others before every forward pass (and
             stay so), classes that were declared to be no normalization layer.
@@ -54,6 +56,8 @@ class ConversionReport:
     inserted: list[str] = field(default_factory=list)
     convolutions: list[str] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
+    attentions: list[str] = field(default_factory=list)
+    residuals: list[str] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 

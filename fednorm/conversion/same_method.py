@@ -19,12 +19,14 @@ from fednorm.conversion.surroundings import own_tensors
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
 from fednorm.norms.sws import SWSConv2d
+from fednorm.norms.weight_compander import CompandedConv2d
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import Recognition, eps_name
 from fednorm.roles import Kind
 from fednorm.spec import Norm
 
 _SETTABLE = ("eps", "momentum")
+_CONVOLUTIONS = {"sws": SWSConv2d, "ws_group_norm": WSConv2d, "weight_compander": CompandedConv2d}
 
 
 class SameMethod:
@@ -40,9 +42,15 @@ class SameMethod:
         self.given = frozenset(given)
         self.name = next((card.name for card in NORMS if card.make is type(norm)), "")
 
-    def applies(self, known: Recognition) -> bool:
-        """Return whether a layer is of the method; batch normalization by constants is batch normalization."""
-        return (known.spec.name if known.spec is not None else "batch_norm") == self.name
+    def applies(self, layer: nn.Module, known: Recognition) -> bool:
+        """Return whether a layer is of the method; batch normalization by constants is batch normalization.
+
+        ``layer_norm_channels`` is layer normalization that is not over whole samples.
+        """
+        name = known.spec.name if known.spec is not None else "batch_norm"
+        if {name, self.name} == {"layer_norm", "layer_norm_channels"}:
+            return not isinstance(layer, nn.GroupNorm)
+        return name == self.name
 
     def settle(self, layer: nn.Module, known: Recognition) -> bool:
         """Give a layer of the method the options that were given; return False where it must be built anew."""
@@ -75,7 +83,7 @@ class SameMethod:
 
     def conv_norm(self, conv: nn.Conv2d) -> Norm | None:
         """Return the method with a standardized convolution's own options; None where the convolution may stay."""
-        if {"sws": SWSConv2d, "ws_group_norm": WSConv2d}.get(self.name) is not type(conv):
+        if _CONVOLUTIONS.get(self.name) is not type(conv):
             return self.norm
         own = {**self._options_of(conv), "gain": getattr(conv, "gain", None) is not None}
         if all(own[name] == getattr(self.norm, name) for name in self.given if name in own):
@@ -99,6 +107,11 @@ class SameMethod:
             except ConfigError:  # what the method's options do not allow, such as an eps of 0 or no momentum
                 continue
         return norm
+
+
+def normalizes_positions(layer: nn.Module) -> bool:
+    """Return whether a layer is layer or RMS normalization over the channels of each position by itself."""
+    return isinstance(layer, nn.LayerNorm | nn.RMSNorm) or getattr(layer, "over", "") == "channels"
 
 
 def _omit(new: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 MOST_EXAMPLES = 2**53
 """The largest number of examples that is believed: the last up to which a float64 counts every one."""
 
-NOT_NEGATIVE = {Kind.VAR: "variances", Kind.QUADRATIC: "mean squares"}
+NOT_NEGATIVE = {Kind.VAR: "variances", Kind.QUADRATIC: "mean squares", Kind.DEVIATION: "deviations"}
 
 NOT_FINITE = "NaN or infinite values"
 NOT_A_NUMBER = "the loss is not a number"

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import MODELS, Card
 from fednorm.errors import ConfigError, DataError, canonical
+from fednorm.limits import shown
 from fednorm.models._weights import load_weights, weights_digest
 from fednorm.options import one_of
 from fednorm.rng import torch_seeded
@@ -146,7 +147,7 @@ class ModelSpec(Card):
         return weights_digest(given, self)
 
     def require(self, order: Order) -> None:
-        """Refuse a size, a width or a number of classes that does not fit.
+        """Refuse a size, a width, a number of classes or an activation that does not fit.
 
         Raises:
             ConfigError: One does not.
@@ -170,6 +171,11 @@ class ModelSpec(Card):
             raise ConfigError(
                 f"model {self.name} takes a width that is a positive multiple of {self.width_step}, "
                 f"or 0 for its own, {self.width}; got width = {width}."
+            )
+        if order.activation and order.norm.brings_activation:
+            raise ConfigError(
+                f"model.activation is {shown(order.activation)}, and norm {type(order.norm).__name__} brings its own "
+                "nonlinearity, which would take its place. Leave model.activation empty, or take another norm."
             )
 
     def build(self, order: Order) -> Built:
@@ -196,6 +202,7 @@ class ModelSpec(Card):
                 "empty, or take another model."
             )
         model = order.norm.prepare(model)
+        order.norm.initialize(model)
         return Built(model, load_weights(model, order.weights, self, make, order.num_classes))
 
 

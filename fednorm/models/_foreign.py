@@ -185,6 +185,8 @@ class ForeignModel(ModelSpec):
             model, said, conversion = _converted(network, order.norm)
             notes += said
             self._require_runs(model, order, f" after its conversion to norm {type(order.norm).__name__}")
+        if not weights:
+            order.norm.initialize(model)
         if weights and misfit:  # those of a network that was converted already, as fednorm export writes them?
             if weights.misfit(model, head):
                 raise weights.refusal(self.name, misfit)
@@ -263,7 +265,8 @@ def _forward(network: nn.Module, order: Order, device: str) -> Any:
 
 def _converted(network: nn.Module, norm: Norm) -> tuple[nn.Module, tuple[str, ...], dict[str, list[str]]]:
     """Return a network converted to a norm, what to say of it, and the paths of what was replaced."""
-    does_nothing = type(norm).layer is Norm.layer and not norm.inserts
+    brings = norm.inserts or norm.brings_activation or norm.brings_attention
+    does_nothing = type(norm.normalizer).layer is Norm.layer and not brings
     if does_nothing and not any(isinstance(m, nn.Conv2d) or _normalizes(m) for m in network.modules()):
         return norm.prepare(network), ("It has no normalization layer, and the norm puts none.",), {}
     there = {spec.make for m in network.modules() if (spec := spec_of(m)) is not None and spec.normalizes}
@@ -279,6 +282,8 @@ _REPORTED = {
     "inserted": "layers inserted before activations",
     "convolutions": "convolutions rebuilt",
     "activations": "activations scaled",
+    "attentions": "attentions replaced",
+    "residuals": "residual sums replaced",
 }
 
 

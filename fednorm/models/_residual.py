@@ -21,15 +21,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fednorm.blocks import Sum
+from fednorm.spec import Norm
+
 Shortcut = Literal["identity", "convolution", "none"]
-
-
-class Sum(nn.Module):
-    """The ordinary residual sum, ``shortcut + branch``."""
-
-    def forward(self, shortcut: Tensor, branch: Tensor) -> Tensor:
-        """Return the sum of two tensors of one shape."""
-        return shortcut + branch
 
 
 class ScaledSum(nn.Module):
@@ -59,6 +54,17 @@ class ScaledSum(nn.Module):
 def residual_sum(alpha: float | None) -> nn.Module:
     """Return what joins a branch to its shortcut: the ordinary sum where alpha is None, else the scaled one."""
     return Sum() if alpha is None else ScaledSum(alpha)
+
+
+def residual_of(norm: Norm, branches: int) -> nn.Module:
+    """Return what joins a branch to its shortcut: what the method brings, else :func:`residual_sum`.
+
+    Args:
+        norm: The normalization method.
+        branches: How many residual branches the network has.
+    """
+    own = norm.residual(branches)
+    return residual_sum(norm.residual_alpha) if own is None else own
 
 
 class ExpectedStd:

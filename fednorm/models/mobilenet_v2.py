@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.models import ModelSpec
-from fednorm.models._residual import ExpectedStd, residual_sum
+from fednorm.models._residual import ExpectedStd, residual_of
 from fednorm.spec import Norm
 
 _STAGES = (
@@ -31,6 +31,23 @@ def _multiple_of_8(channels: float) -> int:
     """Round to the nearest multiple of 8, at least 8, and never down by more than a tenth."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def _blocks(width: int) -> list[tuple[int, int, int, int]]:
+    """Return channels in, channels, stride and expansion of every block."""
+    blocks: list[tuple[int, int, int, int]] = []
+    channels_in = width
+    for expansion, plan, count, first_stride in _STAGES:
+        channels = _multiple_of_8(plan * width / _WIDTH)
+        for index in range(count):
+            blocks.append((channels_in, channels, first_stride if index == 0 else 1, expansion))
+            channels_in = channels
+    return blocks
+
+
+def _joins(channels_in: int, channels: int, stride: int) -> bool:
+    """Return whether a block keeps the shape, and so has a residual sum."""
+    return stride == 1 and channels_in == channels
 
 
 def _unit(norm: Norm, channels_in: int, channels: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -60,11 +77,19 @@ class InvertedResidual(nn.Module):
         channels: Channels of the result.
         stride: Of the depthwise convolution.
         expansion: t.
+        branches: Residual branches of the whole network.
         expected: The trunk's expected standard deviation so far; taken past this block.
     """
 
     def __init__(
-        self, norm: Norm, channels_in: int, channels: int, stride: int, expansion: int, expected: ExpectedStd
+        self,
+        norm: Norm,
+        channels_in: int,
+        channels: int,
+        stride: int,
+        expansion: int,
+        branches: int,
+        expected: ExpectedStd,
     ) -> None:
         super().__init__()
         hidden = channels_in * expansion
@@ -75,9 +100,9 @@ class InvertedResidual(nn.Module):
             norm.layer(channels, 2),
         ]
         self.conv = nn.Sequential(*layers)
-        same_shape = stride == 1 and channels_in == channels
-        self.residual = residual_sum(norm.residual_alpha) if same_shape else None
-        self.beta = expected.enter("identity" if same_shape else "none")
+        joins = _joins(channels_in, channels, stride)
+        self.residual = residual_of(norm, branches) if joins else None
+        self.beta = expected.enter("identity" if joins else "none")
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (N, channels_in, H, W) to (N, channels, ⌈H/stride⌉, ⌈W/stride⌉)."""
@@ -109,13 +134,10 @@ class MobileNetV2(nn.Sequential):
         scale = width / _WIDTH
         expected = ExpectedStd(norm.residual_alpha)
         features: list[nn.Module] = [_unit(norm, 3, width, 3)]
-        channels_in = width
-        for expansion, plan, blocks, first_stride in _STAGES:
-            channels = _multiple_of_8(plan * scale)
-            for index in range(blocks):
-                stride = first_stride if index == 0 else 1
-                features.append(InvertedResidual(norm, channels_in, channels, stride, expansion, expected))
-                channels_in = channels
+        blocks = _blocks(width)
+        branches = sum(_joins(channels_in, channels, stride) for channels_in, channels, stride, _ in blocks)
+        features += [InvertedResidual(norm, *block, branches, expected) for block in blocks]
+        channels_in = blocks[-1][1]
         last = _multiple_of_8(_LAST * max(1.0, scale))
         features.append(_unit(norm, channels_in, last, 1))
         layers: OrderedDict[str, nn.Module] = OrderedDict()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.models import ModelSpec
-from fednorm.models._residual import ExpectedStd, residual_sum
+from fednorm.models._residual import ExpectedStd, residual_of
 from fednorm.spec import Norm
 
 _STAGES = 4
@@ -45,7 +45,7 @@ class BasicBlock(nn.Module):
         self.conv2 = norm.conv(channels, channels, 3, padding=1, bias=False)
         self.norm2 = norm.layer(channels, 2)
         self.downsample = _shortcut(norm, channels_in, channels, stride)
-        self.residual = residual_sum(None)
+        self.residual = residual_of(norm, _STAGES * _BLOCKS)
         self.act2 = norm.activation("relu")
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class NFBasicBlock(nn.Module):
         self.conv2 = norm.conv(channels, channels, 3, padding=1, bias=False)
         self.norm2 = norm.layer(channels, 2)
         self.downsample = _shortcut(norm, channels_in, channels, stride)
-        self.residual = residual_sum(norm.residual_alpha)
+        self.residual = residual_of(norm, _STAGES * _BLOCKS)
         self.beta = expected.enter("identity" if self.downsample is None else "convolution")
 
     def forward(self, hidden: Tensor) -> Tensor:

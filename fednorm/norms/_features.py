@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fednorm.errors import ConfigError, DataError
 
@@ -37,3 +37,23 @@ def require_numbers(name: str, x: Tensor) -> None:
             f"{name} meets an input of shape {tuple(x.shape)}, one number a sample: nothing is left of it. Use more "
             "channels or larger images there, or a method that normalizes over the batch, such as batch_norm."
         )
+
+
+def require_channels(layer: nn.Module, num_channels: int, x: Tensor) -> None:
+    """Require an input (N, C, ...).
+
+    Raises:
+        DataError: The input's shape is wrong.
+    """
+    if x.ndim < 2 or x.shape[1] != num_channels:
+        name = type(layer).__name__
+        raise DataError(f"{name} expects an input (N, {num_channels}, ...); got shape {tuple(x.shape)}.")
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Return 1 / sqrt(mean(x^2) + eps) over the channels of (N, C, ...), shape (N, 1, ...).
+
+    At x = 0 it is finite, and so is its gradient. ``F.rms_norm`` is the same number; PyTorch has a fused kernel of it
+    for GPUs only, and on a CPU composes it of more passes than these.
+    """
+    return (x.square().mean(1, keepdim=True) + eps).rsqrt()

@@ -11,8 +11,10 @@ names different functions; the option ``over`` says which is meant:
   federated comparisons call LN.
 * ``channels``: moments over C at each position, ConvNeXt's LayerNorm2d (arXiv 2201.03545).
 
-For an input (N, C) both are the paper's layer normalization over the features. ``nn.LayerNorm([C, H, W])``, with an
-affine weight per position, is not offered: it ties the network to one image size. Train = eval; a batch of one works.
+The second has a name of its own too, ``layer_norm_channels``, for tables; ``group_norm`` with ``num_groups=1`` is the
+first. For an input (N, C) both are the paper's layer normalization over the features. A third function of that name,
+``nn.LayerNorm([C, H, W])`` with an affine weight per position (AdaB2N's comparisons have it), is not offered: it ties
+the network to one image size. Train = eval; a batch of one works.
 
 Federated: no statistics to disagree about; both tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but the learned scale and shift.
@@ -21,7 +23,7 @@ Differs from the paper: eps, which the paper does not have, is PyTorch's 1e-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,6 +95,11 @@ class LayerNorm(Norm):
         options.one_of("layer_norm", "over", self.over, ("sample", "channels"))
         options.number("layer_norm", "eps", self.eps, above=0)
 
+    @property
+    def on_tokens(self) -> LayerNorm:
+        """The method with moments over the features of each token by itself."""
+        return replace(self, over="channels")
+
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
         """Return a layer normalization over C channels; it takes any number of spatial axes.
 
@@ -112,5 +119,13 @@ SPEC = NormSpec(
     make=LayerNorm,
     layers=(SampleLayerNorm, nn.LayerNorm),
     tensors={"weight": TensorSpec(Kind.SCALE), "bias": TensorSpec(Kind.SHIFT)},
-    deviations=("The affine map of a feature map is per channel, so that a network takes any image size.",),
+    verified=(
+        "torch.nn.LayerNorm on features, torch.nn.GroupNorm(1, C) on maps",
+        "timm's LayerNorm2d (over='channels')",
+        "the formula in float64",
+    ),
+    deviations=(
+        "The affine map of a feature map is per channel, so that a network takes any image size; "
+        "nn.LayerNorm([C, H, W]), whose affine map is per element, is not offered.",
+    ),
 )

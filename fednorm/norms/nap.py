@@ -33,7 +33,7 @@ growing norms amount to, is the run's business. Weight decay beside the projecti
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,11 @@ class NaP(Norm):
         options.flag("nap", "offset", self.offset)
         options.number("nap", "eps", self.eps, above=0)
         check_options("nap", self.affine, self.decay, self.every)
+
+    @property
+    def on_tokens(self) -> NaP:
+        """The method with moments over the features of each token by itself."""
+        return replace(self, over="channels")
 
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
         """Return a NaP layer over C channels; it takes any number of spatial axes.

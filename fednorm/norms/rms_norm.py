@@ -22,15 +22,15 @@ machine epsilon. There is no learned offset, as in PyTorch's layer.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.errors import DataError
 from fednorm.norms._batch import per_channel
+from fednorm.norms._features import require_channels
 from fednorm.norms._precision import in_full_precision
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
@@ -59,9 +59,7 @@ class RMSNormLayer(nn.Module):
         Raises:
             DataError: The input's shape is wrong.
         """
-        if x.ndim < 2 or x.shape[1] != self.num_channels:
-            name = type(self).__name__
-            raise DataError(f"{name} expects an input (N, {self.num_channels}, ...); got shape {tuple(x.shape)}.")
+        require_channels(self, self.num_channels, x)
         if self.over == "channels":
             square = x.square().mean(1, keepdim=True)
         else:
@@ -94,6 +92,11 @@ class RMSNorm(Norm):
         options.one_of("rms_norm", "over", self.over, ("sample", "channels"))
         options.number("rms_norm", "eps", self.eps, above=0)
 
+    @property
+    def on_tokens(self) -> RMSNorm:
+        """The method with moments over the features of each token by itself."""
+        return replace(self, over="channels")
+
     def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
         """Return an RMS normalization over C channels; it takes any number of spatial axes."""
         del spatial_dims
@@ -118,5 +121,10 @@ SPEC = NormSpec(
     make=RMSNorm,
     layers=(RMSNormLayer, nn.RMSNorm),
     tensors={"weight": TensorSpec(Kind.SCALE)},
+    verified=(
+        "torch.nn.RMSNorm on features, and on maps over the same axes",
+        "the formula in float64, number by number",
+        "the golden traces pre_rmsnorm and zero_mean_linear of the official Pre-RMSNorm code",
+    ),
     deviations=("The scale of a feature map is per channel, so that a network takes any image size.",),
 )

@@ -44,6 +44,7 @@ GAMMA: Mapping[str, float] = {
     "elu": 1.2716004848480225,
     "tanh": 1.5939117670059204,
     "leaky_relu": 1.70590341091156,
+    "selu": 1.0008515119552612,
     "identity": 1.0,
 }
 """1 / standard deviation of f(z) for standard normal z, as estimated in DeepMind's ``nfnets/base.py``."""

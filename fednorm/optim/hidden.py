@@ -90,9 +90,10 @@ def in_order(model: nn.Module) -> list[Place]:
 def hidden_layers(model: nn.Module) -> list[HiddenLayer]:
     """Return every weight layer that is directly followed by a normalization layer of as many channels.
 
-    The normalization layer may be of any registered method; dropout, pooling and identities may stand between the two.
-    Left out: reparameterized weights (``sws``, ``ws_group_norm``, ``torch.nn.utils.parametrize``), whose scale is
-    another's business, and a weight that also serves where nothing normalizes it. A shared weight comes once.
+    The normalization layer may be of any registered method whose card says that it takes the input's scale away (not
+    ``dyt``); dropout, pooling and identities may stand between the two. Left out: reparameterized weights (``sws``,
+    ``ws_group_norm``, ``torch.nn.utils.parametrize``), whose scale is another's business, and a weight that also serves
+    where nothing normalizes it. A shared weight comes once.
     """
     hidden: dict[int, HiddenLayer] = {}
     elsewhere: set[int] = set()
@@ -100,7 +101,7 @@ def hidden_layers(model: nn.Module) -> list[HiddenLayer]:
         layer, norm = place.module, place.after.module if place.after else None
         if not isinstance(layer, WeightLayer) or "weight" not in layer._parameters or spec_of(layer) is not None:
             continue
-        if norm is not None and is_normalization(norm) and _fits(norm, out_channels(layer)):
+        if norm is not None and is_scale_invariant(norm) and _fits(norm, out_channels(layer)):
             hidden.setdefault(id(layer.weight), HiddenLayer(place.path, layer, norm))
         else:
             elsewhere.add(id(layer.weight))
@@ -111,6 +112,12 @@ def is_normalization(module: nn.Module) -> bool:
     """Return whether a module is a normalization layer of a registered method."""
     spec = spec_of(module)
     return spec is not None and spec.normalizes
+
+
+def is_scale_invariant(module: nn.Module) -> bool:
+    """Return whether a module is a normalization layer to which the length of the weight before it does not matter."""
+    spec = spec_of(module)
+    return spec is not None and spec.normalizes and spec.scale_invariant
 
 
 def out_channels(layer: WeightLayer) -> int:

@@ -8,8 +8,9 @@ reinforcement learning. NeurIPS 2024. https://arxiv.org/abs/2407.01800 (Algorith
 for each hidden layer as a whole, not for each neuron. A normalization layer after W makes the network independent of
 the scale of W, so the projection does not change its function; it keeps the norm, which gradients can only let grow,
 from shrinking the effective learning rate. The output layer is not followed by a normalization layer and is never
-projected, nor are biases. That holds for a normalization layer of any method, so batch_norm and adab2n networks are
-projected as they are. Two things to know about other norms than ``nap``, which removes biases and has no statistics:
+projected, nor are biases. That holds for a normalization layer of any method whose card says that it is
+scale-invariant (``dyt`` and ``seednorm`` are not, and are left alone), so batch_norm and adab2n networks are projected
+as they are. Two things to know about other norms than ``nap``, which removes biases and has no statistics:
 a bias before a norm that does not subtract it per channel (layer_norm, group_norm, rms_norm) breaks the independence;
 and running statistics lag behind a projection, which is too little to matter after every update (``every`` = 1).
 
@@ -45,7 +46,15 @@ from torch.nn.parameter import is_lazy
 from fednorm import options
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
-from fednorm.optim.hidden import ACTIVATIONS, HOMOGENEOUS, HiddenLayer, Place, hidden_layers, in_order, is_normalization
+from fednorm.optim.hidden import (
+    ACTIVATIONS,
+    HOMOGENEOUS,
+    HiddenLayer,
+    Place,
+    hidden_layers,
+    in_order,
+    is_scale_invariant,
+)
 from fednorm.roles import Kind
 
 AFFINE = ("decay", "joint", "free")
@@ -103,7 +112,7 @@ class WeightProjection:
         """Sort the scales and shifts of the model's normalization layers by what is done to them."""
         seen: set[int] = set()
         for place in in_order(model):
-            if id(place.module) in seen or not is_normalization(place.module):
+            if id(place.module) in seen or not is_scale_invariant(place.module):
                 continue
             seen.add(id(place.module))
             scales, shifts = _of_kind(place.module, Kind.SCALE), _of_kind(place.module, Kind.SHIFT)

@@ -201,8 +201,13 @@ def _by_type(module: nn.Module, anchor: type[nn.Module], table: Table) -> Recogn
     )
 
 
-def channels_last_of(kind: type[nn.Module]) -> bool:
-    """Return whether a layer of PyTorch's or of ours has its channels on the last axis."""
+def channels_last_of(kind: type[nn.Module]) -> bool | None:
+    """Return whether a layer of PyTorch's or of ours has its channels on the last axis; None where none can replace it.
+
+    A layer of ours says it by an attribute of that name, where they are not on the first.
+    """
+    if kind.__module__.startswith("fednorm."):
+        return getattr(kind, "channels_last", False)
     return issubclass(kind, nn.LayerNorm | nn.RMSNorm) and kind.__module__.startswith("torch.")
 
 

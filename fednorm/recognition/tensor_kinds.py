@@ -25,9 +25,9 @@ def declare_tensors(layer: type[nn.Module], **kinds: str | Kind) -> None:
     Args:
         layer: The class that owns the tensors.
         **kinds: For each tensor, by its name in the layer, a :class:`~fednorm.roles.Kind`: ``weight`` is averaged by
-            every strategy; ``scale``, ``shift`` and ``gate`` are learned, ``mean``, ``var``, ``quadratic``, ``count``
-            and ``grad_stat`` are running statistics, of a normalization layer, and stay on the client where the
-            strategy says so; ``constant`` is never sent, and is the same everywhere.
+            every strategy; ``scale``, ``shift`` and ``gate`` are learned, ``mean``, ``var``, ``quadratic``,
+            ``deviation``, ``count`` and ``grad_stat`` are running statistics, of a normalization layer, and stay on the
+            client where the strategy says so; ``constant`` is never sent, and is the same everywhere.
 
     Raises:
         ConfigError: ``layer`` is not a class of modules, or nothing is declared.

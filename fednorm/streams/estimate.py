@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from statistics import median
-from typing import Any
 
 import torch
 
 from fednorm.config import RunConfig
 from fednorm.device import seconds
 from fednorm.streams.evaluation import accuracy
+from fednorm.streams.learner import Learner
 from fednorm.streams.stream import Stream
 from fednorm.streams.workbench import ContinualWorkbench
 
@@ -45,21 +45,18 @@ class Rates:
 
 
 class _Clock:
-    """An Avalanche plugin that times steps, and ends the experience when it has enough of them.
+    """Times a learner's steps from now on, and ends the experience when it has enough of them.
 
     Args:
+        learner: The learner.
         timed: The most steps that are timed after the warm-up.
     """
 
-    def __init__(self, timed: int) -> None:
+    def __init__(self, learner: Learner, timed: int) -> None:
         self.timed = timed
-        self.times: list[float] = []
+        self.times = [seconds(learner.device)]
 
-    def before_training_epoch(self, learner: Any, **__: Any) -> None:
-        """Note when the first step begins."""
-        self.times = self.times or [seconds(learner.device)]
-
-    def after_training_iteration(self, learner: Any, **_: Any) -> None:
+    def __call__(self, learner: Learner) -> None:
         """Note when a step has ended."""
         self.times.append(seconds(learner.device))
         timed = len(self.times) - 1 - WARM_UP
@@ -82,16 +79,14 @@ def measure(bench: ContinualWorkbench) -> Rates:
     Args:
         bench: A workbench of the run, made for this alone: its learner is trained.
     """
-    learner, clock, end = bench.learner, _Clock(TIMED), 0.0
+    learner, end = bench.learner, 0.0
     for number, experience in enumerate(some := bench.training[:2], start=1):
-        clock = _Clock(TIMED if number == len(some) else 0)
-        learner.plugins.append(clock)
+        learner.watchers[:] = [clock := _Clock(learner, TIMED if number == len(some) else 0)]
         learner.train(experience)
         end = seconds(learner.device) - clock.times[-1]
-        learner.plugins.remove(clock)
     if hasattr(learner.options, "memory_epochs"):  # GDumb trains at the end, on a memory that is not yet full here
         end *= getattr(learner.options, "memory_size", 1) / len(getattr(learner, "buffer", "1"))
-    source, batch = bench.source(bench.training[0]), bench.config.evaluate.batch_size
+    source, batch = bench.training[0], bench.config.evaluate.batch_size
     rows = torch.arange(min(len(source.train), batch, SCORED))
     with learner.for_evaluation() as model:
         accuracy(model, source.train, source.classes, batch_size=batch, rows=rows[:2])

@@ -1,12 +1,8 @@
-"""What every learner shares: an Avalanche template that trains on whole batches with fednorm's training step.
+"""What every learner shares: training on the experiences of a stream, in whole batches, with fednorm's training step.
 
-A learner is an ``avalanche.training.templates.SupervisedTemplate``: ``learner.train(experience)`` and
-``learner.eval(stream)`` work as there, plugins and evaluators are called at Avalanche's own places. What differs from
-Avalanche's own training loop: batches are cut out of the stream's uint8 arrays, without a loader and without a loop
-over samples, and augmented together (:mod:`fednorm.streams.reading` has what other experiences are read by); the norm
-is told every sample's task; and everything that the rest of the training depends on can be taken as plain tensors in
-the middle of an experience, and put back. A plugin that replaces what is not there, such as the loader, is refused
-(:mod:`fednorm.streams.foreign`).
+Batches are cut out of the stream's uint8 arrays and augmented together; the norm is told every sample's task; and
+everything that the rest of the training depends on can be taken as plain tensors in the middle of an experience, and
+put back. A learner is plain PyTorch; :func:`fednorm.avalanche.strategy_of` makes an Avalanche strategy of any.
 
 Tasks are numbered in the order in which their experiences came first, so that one that comes again is the task that it
 was, and the number of tasks seen is counted.
@@ -18,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,16 +31,10 @@ from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
 from fednorm.streams.buffer import Samples
-from fednorm.streams.foreign import Hooks, require_model, require_plugins
-from fednorm.streams.passes import Passes
-from fednorm.streams.quietly import avalanche_imports
-from fednorm.streams.reading import LoadedSplit, read, require_classes, tell_how
+from fednorm.streams.passes import BatchChanges, Passes
 from fednorm.streams.stream import Experience
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import TrainingStep, batch_coupled
-
-with avalanche_imports():
-    from avalanche.training.plugins import EvaluationPlugin
 
 Tensors = dict[str, Tensor]
 Effect = Callable[[], None]
@@ -122,7 +111,7 @@ class Progress:
 
 
 class Learner(Passes):
-    """An Avalanche template over a stream's arrays.
+    """Trains a network on a stream's experiences, one after another.
 
     A method overrides :meth:`observe`, and where it remembers something :meth:`begin_experience`,
     :meth:`end_experience`, :meth:`own_tensors` and :meth:`load_own_tensors`.
@@ -134,7 +123,7 @@ class Learner(Passes):
         options: The method's options; its defaults if None.
         train_mb_size: New samples a step.
         train_epochs: Passes over each experience.
-        eval_mb_size: Samples a forward pass of Avalanche's ``eval``.
+        eval_mb_size: Samples a forward pass without training.
         seed: Of every random stream.
         augment: Names of augmentations, separated by commas (:mod:`fednorm.data.augment`), or an ``Augmentation``.
         scaling: From pixels to what the network is given; of several groups, group k is task k's.
@@ -142,12 +131,8 @@ class Learner(Passes):
         begin: Called with the number of every experience that begins, e.g. shrink and perturb.
         adjust: Effects between backward pass and update.
         after: Effects after the update.
-        plugins: Avalanche plugins.
-        evaluator: An Avalanche evaluation plugin; none by default.
         criterion: Takes the cross-entropy's place in every loss: logits and labels to a scalar.
         device: Where the network is; samples are moved there.
-        eval_every: As in Avalanche: after how many epochs (or iterations) ``eval_streams`` are evaluated; -1 for never.
-        peval_mode: ``epoch`` or ``iteration``.
         online: Whether those counts are of the ``train`` step's own logits, or of ``eval``: a forward pass in
             evaluation mode before it, on the images without augmentation.
 
@@ -160,15 +145,13 @@ class Learner(Passes):
         loss_sum: The sum over those of the loss before the update, float64 where the device has it.
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
-
-    Raises:
-        ConfigError: A plugin or a module of the network needs what fednorm's learners do not have.
+        watchers: Called with the learner after every step.
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
-    _stop_training: bool
+    _stop_training = False
 
-    def __init__(  # noqa: PLR0913 - Avalanche's arguments and ours, by name only
+    def __init__(  # noqa: PLR0913 - by name only
         self,
         *,
         model: nn.Module,
@@ -185,30 +168,14 @@ class Learner(Passes):
         begin: Sequence[Callable[[int], None]] = (),
         adjust: Sequence[Effect] = (),
         after: Sequence[Effect] = (),
-        plugins: Sequence[Any] | None = None,
-        evaluator: Any = None,
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         device: str | torch.device = "cpu",
-        eval_every: int = -1,
-        peval_mode: str = "epoch",
         online: str = "train",
     ) -> None:
-        require_model(model)
-        device = place_of(model, device)
-        super().__init__(
-            model=model,
-            optimizer=optimizer,
-            criterion=criterion or nn.CrossEntropyLoss(),
-            train_mb_size=train_mb_size,
-            train_epochs=train_epochs,
-            eval_mb_size=eval_mb_size,
-            device=device,
-            plugins=plugins,
-            evaluator=evaluator or _silent(),
-            eval_every=eval_every,
-            peval_mode=peval_mode,
-        )
-        require_plugins(self.plugins, scheduled=schedule is not None)
+        self.model, self.optimizer, self.device = model, optimizer, place_of(model, device)
+        self._criterion = criterion or nn.CrossEntropyLoss()
+        self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
+        self.watchers: list[Callable[[Learner], None]] = []
         self.options = options or type(self).Options()
         self.num_classes, self.seed, self.scaling = num_classes, seed, scaling
         self.augment = Augmentation.of(augment) if isinstance(augment, str) else augment
@@ -223,10 +190,10 @@ class Learner(Passes):
         self.tasks_seen: list[int] = []
         self._task_of_row = torch.empty(0, dtype=torch.int64)
         self._current_task = 0
-        self._hooks = Hooks(self.plugins)
-        self._told_how = False
-        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
-        self.loss_sum = torch.zeros((), dtype=wide(device), device=device)
+        self._changes = BatchChanges()
+        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
+        self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
+        self.loss = torch.zeros((), device=self.device)
         self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
@@ -265,61 +232,31 @@ class Learner(Passes):
         assert self.source is not None
         return self.source.number
 
-    # Avalanche's loop -------------------------------------------------------------------------------------------------
+    # The loop ---------------------------------------------------------------------------------------------------------
 
-    def train(self, experiences: Any, eval_streams: Any = None, **kwargs: Any) -> Any:
-        """Train on Avalanche experiences, as in Avalanche.
-
-        Args:
-            experiences: One, or several in order, of any benchmark whose data sets give samples and labels.
-            eval_streams: What is evaluated in between, as often as ``eval_every`` says; nothing by default.
-            **kwargs: Of Avalanche's loader ``shuffle`` and ``drop_last`` count; there is none for the others. Plugins
-                are given all.
+    def train(self, experience: Experience) -> None:
+        """Train on an experience, or on what is left of it after :meth:`load`.
 
         Raises:
-            DataError: An experience has no samples, or some that cannot be read.
-            ConfigError: A plugin needs what fednorm's learners do not have.
+            DataError: Its labels are not the network's classes.
         """
-        require_plugins(self.plugins, scheduled=self.schedule is not None)
-        self._hooks = Hooks(self.plugins)
-        # Avalanche's own default evaluates the training experiences as a stream; ours evaluates nothing.
-        return super().train(experiences, [] if eval_streams is None else eval_streams, **kwargs)
-
-    def eval(self, exp_list: Any, **kwargs: Any) -> Any:
-        """Evaluate on experiences, as in Avalanche, under the model of :meth:`for_evaluation`."""
-        modes = {module: module.training for module in self.model.modules()}
-        try:
-            with self.for_evaluation():
-                return super().eval(exp_list, **kwargs)
-        finally:  # in the middle of training the network goes on as it was
-            for module, training in modes.items():
-                module.training = training
-
-    def train_dataset_adaptation(self, **kwargs: Any) -> None:
-        """Take the experience's data set, in Avalanche's transform group for training where it has such groups."""
-        del kwargs
-        dataset = getattr(self.experience, "dataset", None)
-        self.adapted_dataset = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
-
-    def make_train_dataloader(self, **kwargs: Any) -> None:
-        """Do without a loader."""
-        del kwargs
-        self.dataloader = self._hooks.no_loader
-
-    def check_model_and_optimizer(self, **kwargs: Any) -> None:
-        """Leave model and optimizer as they are: all K outputs are there from the start."""
-
-    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        del eval_streams
-        self._hooks.require_untouched(self)
+        self.model.train()
         self._take(experience)
+        self._learn()
+
+    def stop_training(self) -> None:
+        """End the present experience after this step, e.g. from a watcher."""
+        self._stop_training = True
+
+    def _learn(self, **kwargs: Any) -> None:
+        """Train on :attr:`source`; the arguments are for whoever looks on, but for those of :meth:`_pass`."""
         progress = self.progress
         with torch_seeded(self.seed, "learner"):
             if not progress.begun:
                 self._begin()
             while progress.epoch < self.train_epochs and not self._stop_training:
                 self._before_training_epoch(**kwargs)
-                self.training_epoch(**kwargs)
+                self._pass(**kwargs)
                 self._after_training_epoch(**kwargs)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
             self._stop_training = False
@@ -327,27 +264,20 @@ class Learner(Passes):
         self.step.end_experience()
         self.progress = Progress(step=progress.step, ended=progress.ended + 1)
 
-    def _take(self, experience: Any) -> None:
-        """Read an experience, or what a plugin has made of its data set, and count its tasks."""
-        source = read(experience, self.adapted_dataset, unnamed=max(self.tasks_seen, default=-1) + 1)
-        self.source, train = source, source.train
-        if isinstance(train, LoadedSplit) and self.augment:
-            raise DataError(
-                f"augment = {self.augment.text!r} is for arrays of pixels, and the samples of {train.name} come from "
-                "its own data set. Use augment = 'none' and let the data set's transforms augment."
-            )
-        if not isinstance(train, LoadedSplit):
-            require_classes(train.targets, self.num_classes, f"Experience {source.number}")
-        if not self._told_how:
-            self._told_how = isinstance(train, LoadedSplit)
-            tell_how(source)
-        numbers = source.tasks_of(torch.arange(len(train)))
+    def _take(self, source: Experience) -> None:
+        """Begin with an experience, or go on with it, and count its tasks."""
+        self.source = source
+        self._require_labels(source)
+        numbers = source.tasks_of(torch.arange(len(source.train)))
         own = sorted(set(numbers.tolist()))
         self.tasks_seen += [number for number in own if number not in self.tasks_seen]
         places = {number: place for place, number in enumerate(self.tasks_seen)}
         own_places = [places[number] for number in numbers.tolist()]
         self._task_of_row = torch.tensor(own_places, dtype=torch.int64, device=self.device)
         self._current_task = places[own[0]] if len(own) == 1 else len(places) - 1
+
+    def _require_labels(self, source: Experience) -> None:
+        require_classes(source.train.targets, self.num_classes, f"Experience {source.number}")
 
     def _begin(self) -> None:
         if self.progress.ended:
@@ -360,8 +290,12 @@ class Learner(Passes):
         self.begin_experience()
         self.progress.begun = True
 
-    def training_epoch(self, **kwargs: Any) -> None:
-        """Train on what is left of the present pass over the experience."""
+    def _pass(self, **kwargs: Any) -> None:
+        """Train on what is left of the present pass over the experience.
+
+        Args:
+            **kwargs: ``shuffle`` and ``drop_last`` are those of a loader; the others are for whoever looks on.
+        """
         assert self.source is not None
         progress, count = self.progress, len(self.source.train)
         names = ("experience", progress.ended, "epoch", progress.epoch, "order")
@@ -393,16 +327,9 @@ class Learner(Passes):
         reseed(stream_seed(self.seed, "model", step))
         self._augmenting.manual_seed(stream_seed(self.seed, "augment", step))
         images, labels = self._batch(source, rows)
-        if isinstance(source.train, LoadedSplit):
-            require_classes(labels, self.num_classes, source.train.name)
         new = Samples(images, labels, self._task_of_row[rows.to(self.device)], None)
-        self._hooks.clear()
-        if self._hooks.at_iteration:
-            self._show(new, **kwargs)
-        else:
-            self.mbatch = [images, labels, torch.zeros_like(labels)]
-            self._before_training_iteration(**kwargs)
-        self._hooks.require_untouched(self)
+        self._changes.clear()
+        self._before_step(new, **kwargs)
         logits = self.observe(new).detach()
         right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
         self.hits_of_all += right
@@ -411,6 +338,20 @@ class Learner(Passes):
             self.met += len(rows)
         self.loss_sum += self.loss.detach() * len(rows)
         self.seen += len(rows)
+
+    def _before_step(self, new: Samples, **kwargs: Any) -> None:
+        """Called with the samples that come, before every step."""
+        del kwargs
+        self.mbatch = [new.images, new.labels, torch.zeros_like(new.labels)]
+
+    def _before_training_epoch(self, **kwargs: Any) -> None: ...
+
+    def _after_training_epoch(self, **kwargs: Any) -> None: ...
+
+    def _after_training_iteration(self, **kwargs: Any) -> None:
+        del kwargs
+        for watch in self.watchers:
+            watch(self)
 
     def _batch(self, source: Experience, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return samples and labels of some rows on the learner's device."""
@@ -472,14 +413,26 @@ class Learner(Passes):
         self.tasks_seen = [int(number) for number in state["tasks"]]
 
 
-def _silent() -> Any:
-    """Return an evaluation plugin that measures and says nothing; Avalanche warns where it is given none."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "No loggers specified", UserWarning)
-        return EvaluationPlugin()
-
-
 def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
+
+
+def require_classes(labels: Tensor, num_classes: int, name: str) -> None:
+    """Require that labels are classes of the network.
+
+    Args:
+        labels: The labels, integers.
+        num_classes: K.
+        name: What has them, for the error.
+
+    Raises:
+        DataError: One is negative, or not below ``num_classes``.
+    """
+    low, high = (int(bound) for bound in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise DataError(
+            f"{name} has labels from {low} to {high}, and the learner has num_classes = {num_classes}: labels 0 to "
+            f"{num_classes - 1}. Make the learner, and its network, with as many classes as the stream has."
+        )

@@ -1,44 +1,76 @@
-"""One batch through a network, with Avalanche's plugins around it, and its update."""
+"""One batch through a network and its update, with places where others may look on or change something."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import Scaling
 from fednorm.errors import DataError
 from fednorm.streams.buffer import Buffer, Samples
-from fednorm.streams.foreign import Hooks
-from fednorm.streams.quietly import avalanche_imports
 from fednorm.training.step import TrainingStep
 
-with avalanche_imports():
-    from avalanche.training.templates import SupervisedTemplate
+
+@dataclass
+class BatchChanges:
+    """What others, such as Avalanche's plugins, may do to a batch, and what they have done.
+
+    Attributes:
+        at_iteration: Whether someone is called before every step.
+        at_batch: Whether someone is called around the forward and backward pass.
+        images: What was put in the place of a group's images in this step, by the group's id.
+        labels: The same for labels. A memory keeps the samples themselves.
+    """
+
+    at_iteration: bool = False
+    at_batch: bool = False
+    images: dict[int, Tensor] = field(default_factory=dict)
+    labels: dict[int, Tensor] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Forget what was made of the last step's samples."""
+        self.images.clear()
+        self.labels.clear()
 
 
-class Passes(SupervisedTemplate):  # type: ignore[misc]
-    """An Avalanche template whose passes go through fednorm's training step.
+class Passes:
+    """Passes through fednorm's training step.
 
-    A plugin is shown, at Avalanche's own places, what Avalanche would show it, and what it makes of the batch, the
+    The methods ``_before_…`` and ``_after_…`` do nothing here; they are called at the places where Avalanche's
+    templates call their plugins, and :mod:`fednorm.avalanche.strategy` puts those there. What is made of the batch, the
     labels, the output, the loss and the gradients counts.
 
     Attributes:
+        model: The network.
+        optimizer: Of its parameters.
         step: The training step.
         num_classes: K, the number of the network's outputs.
         augment: What is done to the images of every training batch.
         scaling: From pixels to what the network is given; its groups, if several, are the tasks.
         tasks_seen: The numbers of all experiences so far, each once.
+        mbatch: The samples, as the network is given them, and the labels of the last pass; Avalanche's name.
+        mb_output: Its logits.
+        loss: The last loss.
     """
 
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
     step: TrainingStep
     num_classes: int
     augment: Augmentation
     scaling: Scaling
     tasks_seen: list[int]
-    _hooks: Hooks
+    mbatch: Any
+    mb_output: Tensor
+    loss: Tensor
+    _criterion: Callable[[Tensor, Tensor], Tensor]
+    _changes: BatchChanges
     _augmenting: torch.Generator
     _current_task: int
 
@@ -62,17 +94,14 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
     def pass_forward(self, *groups: Samples) -> tuple[Tensor, ...]:
         """Return the logits of each group of samples, from one training forward pass over all of them.
 
-        Plugins may change the batch before and its labels after the pass, as in Avalanche; :meth:`loss_of` goes by what
-        they leave.
-
         Raises:
-            DataError: A plugin changed the number of samples, or the network does not have K outputs.
+            DataError: The network does not have K outputs, or a plugin changed the number of samples.
         """
-        parts = [(self._hooks.images.get(id(group), group.images), group.tasks) for group in groups]
+        parts = [(self._changes.images.get(id(group), group.images), group.tasks) for group in groups]
         images, one = self._joined(parts), groups[0]
         labels = one.labels if len(groups) == 1 else torch.cat([group.labels for group in groups])
         tasks = one.tasks if len(groups) == 1 else torch.cat([group.tasks for group in groups])
-        if self._hooks.at_batch:
+        if self._changes.at_batch:
             labels = torch.cat([self.labels_of(group) for group in groups]).clone()
         self.mbatch = [images, labels, torch.zeros_like(labels)]
         before = labels, labels._version
@@ -86,8 +115,8 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         after: Tensor = self.mbatch[1]
         if after is not before[0] or after._version != before[1]:
             changed = torch.split(after, [len(group) for group in groups])
-            self._hooks.labels |= {id(group): part for group, part in zip(groups, changed, strict=True)}
-        if self._hooks.at_batch:
+            self._changes.labels |= {id(group): part for group, part in zip(groups, changed, strict=True)}
+        if self._changes.at_batch:
             self.step.announce(None, 1, 0)  # a plugin's own passes are not over this batch
         if len(groups) == 1:
             return (self.mb_output,)
@@ -95,7 +124,7 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
 
     def labels_of(self, group: Samples) -> Tensor:
         """Return the labels that a group's loss is taken with: its own, or what a plugin made of them."""
-        return self._hooks.labels.get(id(group), group.labels)
+        return self._changes.labels.get(id(group), group.labels)
 
     def loss_of(self, logits: Tensor, *groups: Samples) -> Tensor:
         """Return the criterion of logits, shape (n, K), and the labels of one or more groups."""
@@ -111,10 +140,10 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
     def descend(self, loss: Tensor) -> None:
         """Update the parameters by a loss."""
         self.loss = loss
-        if self._hooks.at_batch:
+        if self._changes.at_batch:
             self.optimizer.zero_grad(set_to_none=True)  # as in Avalanche, before a plugin may add gradients
         self._before_backward()
-        self.step.update(self.loss, fresh=not self._hooks.at_batch)
+        self.step.update(self.loss, fresh=not self._changes.at_batch)
 
     def _joined(self, parts: list[tuple[Tensor, Tensor]]) -> Tensor:
         if len(parts) == 1:
@@ -123,14 +152,6 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         if len({part.dtype for part in images}) == 1:
             return self.prepared(torch.cat(images), torch.cat(tasks))
         return torch.cat([self.prepared(*part) for part in parts])
-
-    def _require_count(self, count: int) -> None:
-        if len(self.mbatch[0]) != count or len(self.mbatch[1]) != count:
-            raise DataError(
-                f"A plugin made a batch of {count} samples one of {len(self.mbatch[0])}, with {len(self.mbatch[1])} "
-                "labels. fednorm's learners know each sample's task and whether it is new, and take no others; use one "
-                "of Avalanche's own strategies with fednorm.avalanche.NormPlugin."
-            )
 
     def _require_outputs(self, count: int) -> None:
         if self.mb_output.ndim != 2 or self.mb_output.shape[1] != self.num_classes or len(self.mb_output) != count:
@@ -145,18 +166,27 @@ class Passes(SupervisedTemplate):  # type: ignore[misc]
         """The task that is being learned, None for the newest."""
         return None if self._current_task == len(self.tasks_seen) - 1 else self._current_task
 
-    def _show(self, new: Samples, **kwargs: Any) -> None:
-        """Show plugins what Avalanche would show them of new samples, and take what they make of it."""
-        images, labels = self.as_input(new.images, new.tasks).clone(), new.labels.clone()
-        shown = images._version, labels._version
-        self.mbatch = [images, labels, torch.zeros_like(labels)]
-        self._before_training_iteration(**kwargs)
-        self._require_count(len(new))
-        if self.mbatch[0] is not images or images._version != shown[0]:
-            self._hooks.images[id(new)] = self.mbatch[0]
-        if self.mbatch[1] is not labels or labels._version != shown[1]:
-            self._hooks.labels[id(new)] = self.mbatch[1]
-
     def _backward_done(self) -> None:
         self._after_backward()
+        self.before_update()
         self._before_update()
+
+    def before_update(self) -> None:
+        """Do what a method does to the gradients just before an update."""
+
+    # Where others look on ---------------------------------------------------------------------------------------------
+
+    def _require_count(self, count: int) -> None:
+        """Called with the number of samples, just before they go through the network."""
+
+    def _before_forward(self) -> None: ...
+
+    def _after_forward(self) -> None: ...
+
+    def _before_backward(self) -> None: ...
+
+    def _after_backward(self) -> None: ...
+
+    def _before_update(self) -> None: ...
+
+    def _after_update(self) -> None: ...

@@ -15,7 +15,7 @@ from fednorm import options
 from fednorm.errors import ConfigError
 from fednorm.streams.buffer import Buffer, ReservoirBuffer, Samples
 from fednorm.streams.learner import Learner, LearnerOptions, Tensors
-from fednorm.training.recalibration import Statistics, in_batches, reestimate
+from fednorm.training.recalibration import Statistics, batch_layers, in_batches, reestimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +86,7 @@ class ReplayLearner(Learner):
                 "learner.statistics = balanced says what updates the running statistics, and this network has none. "
                 "Leave it at 'all', or take a norm with running statistics, e.g. batch_norm."
             )
-        if self.options.recalibrate and not len(self._statistics):
+        if self.options.recalibrate and not batch_layers(self.model):
             raise ConfigError(
                 "learner.recalibrate estimates running statistics on the memory, and this network has none. Leave it "
                 "at false, or take a norm with running statistics, e.g. batch_norm."

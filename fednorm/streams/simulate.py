@@ -22,6 +22,7 @@ from fednorm.rng import torch_stream
 from fednorm.streams import metrics
 from fednorm.streams.anytime import AnytimePoints, Scores, modes_kept, points_of
 from fednorm.streams.evaluation import Accuracy, accuracy, split_of
+from fednorm.streams.learner import Learner
 from fednorm.streams.probe import diagnose, probe_images
 from fednorm.streams.stream import Experience
 from fednorm.streams.workbench import ContinualWorkbench
@@ -100,7 +101,7 @@ def simulate(
 
 
 class _Run:
-    """One run, from its checkpoint, if any, to its result; an Avalanche plugin of its own learner."""
+    """One run, from its checkpoint, if any, to its result."""
 
     def __init__(self, bench: ContinualWorkbench, record: RunRecord | None, observer: StreamObserver | None) -> None:
         self.bench, self.record, self.observer = bench, record, observer
@@ -109,7 +110,7 @@ class _Run:
         self.spent = 0.0
         self.since = time.perf_counter()
         self.anytime = AnytimePoints(bench.config.evaluate.every_steps, bench.steps)
-        bench.learner.plugins.append(self)
+        bench.learner.watchers.append(self._after_step)
 
     def go(self) -> Document:
         bench, learner = self.bench, self.bench.learner
@@ -118,7 +119,7 @@ class _Run:
             self.observer.begin(bench, learner.progress.step, sum(bench.steps))
         for experience in bench.training[learner.progress.ended :]:
             learner.train(experience)
-            self._close(bench.source(experience))
+            self._close(experience)
         document = self._document()
         if self.record:
             self.record.finish(document, on_cpu(bench.model.state_dict()), evaluated=self._evaluated())
@@ -151,8 +152,8 @@ class _Run:
         digest: str = self.bench.about["data"]["digest"]
         return digest
 
-    def after_training_iteration(self, learner: Any, **_: Any) -> None:
-        """Measure and take a checkpoint now and then; Avalanche calls this after every step."""
+    def _after_step(self, learner: Learner) -> None:
+        """Measure and take a checkpoint now and then."""
         step = learner.progress.step
         self._require_finite(learner.loss.detach())
         self.anytime.take(step, self._seen)

@@ -1,6 +1,6 @@
 """The nouns of continual learning: a stream is a sequence of experiences, an experience is rows of shared arrays.
 
-Nothing here knows Avalanche; :mod:`fednorm.streams.avalanche_benchmark` makes a benchmark of a stream.
+Nothing here knows Avalanche; :mod:`fednorm.avalanche.benchmark` makes a benchmark of a stream.
 """
 
 from __future__ import annotations

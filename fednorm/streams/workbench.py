@@ -13,7 +13,6 @@ from fednorm.data.moving import moved
 from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.spec import Norm
-from fednorm.streams.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.streams.evaluation import split_of
 from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
@@ -34,7 +33,7 @@ class ContinualWorkbench:
         model: The network.
         learner: The learner.
         joint: Whether the learner is given all experiences at once.
-        training: The Avalanche experiences that it is trained on, in order.
+        training: The experiences that it is trained on, in order.
         steps: Batches of each of them.
         schedule: Of the learning rate.
     """
@@ -61,11 +60,10 @@ class ContinualWorkbench:
         self.about_model = self.trainee.about_model
         self.stream = moved(self.stream, self.trainee.device)
         self.joint = spec.joint
-        make = joint_to_avalanche if spec.joint else to_avalanche
-        self.training: list[Any] = list(make(self.stream).train_stream)
-        self._check(sources := [self.source(experience) for experience in self.training])
+        self.training: list[Experience] = [self.stream.joint()] if spec.joint else list(self.stream)
+        self._check(self.training)
         train = config.train
-        self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in sources]
+        self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in self.training]
         self.schedule = self.trainee.schedule(sum(self.steps))
         self.learner: Learner = spec.make(
             model=self.model,
@@ -126,12 +124,6 @@ class ContinualWorkbench:
             f"normalized as batch_norm does, under another name. Set {remedy}"
             f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
         )
-
-    @staticmethod
-    def source(experience: Any) -> Experience:
-        """Return what one of :attr:`training` was made of."""
-        source: Experience = experience.dataset.source
-        return source
 
     def mean_rate(self, place: int) -> float:
         """Return the mean learning rate over the steps of one of :attr:`training`, as the schedule has it.

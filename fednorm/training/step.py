@@ -141,4 +141,7 @@ def _require_tasks(tasks: Tensor, num_tasks: int, count: int) -> None:
 
 def batch_coupled(model: nn.Module, spec_of: Callable[[nn.Module], NormSpec | None]) -> bool:
     """Return whether one sample's output depends on its batch in training, so that a batch of one has no variance."""
-    return any((spec := spec_of(module)) is not None and spec.batch_coupled for module in model.modules())
+    return any(
+        (spec := spec_of(module)) is not None and getattr(module, "batch_coupled", spec.batch_coupled)
+        for module in model.modules()
+    )

@@ -17,7 +17,9 @@ from fednorm.verify import (
     golden_batchrenorm,
     golden_cl_metrics,
     golden_cn,
+    golden_dyt,
     golden_fedbn,
+    golden_pre_rmsnorm,
     golden_tbbn,
     golden_ws,
 )
@@ -32,6 +34,8 @@ FAMILIES: tuple[Family, ...] = (
     *golden_cn.FAMILIES,
     *golden_tbbn.FAMILIES,
     *golden_batchrenorm.FAMILIES,
+    *golden_dyt.FAMILIES,
+    *golden_pre_rmsnorm.FAMILIES,
 )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from fednorm.errors import DataError
 
+SINGLE_RTOL, SINGLE_ATOL = 1e-5, 1e-6
+"""The same of what was recorded in single precision."""
 RTOL = 1e-9
 """Largest relative error of a replay in float64, as the traces' authors recommend."""
 ATOL = 1e-11
@@ -81,12 +83,14 @@ class Comparison:
         ours: What fednorm computed.
         recorded: What the official implementation computed.
         exact: Whether no rounding is involved, so that both must be equal.
+        single: Whether it was recorded in single precision, and we computed so.
     """
 
     key: str
     ours: Tensor
     recorded: Tensor
     exact: bool = False
+    single: bool = False
 
     @property
     def error(self) -> float:
@@ -102,6 +106,8 @@ class Comparison:
         """Return whether |ours - recorded| <= atol + rtol * |recorded| everywhere, or equality where it must be."""
         if self.exact:
             return torch.equal(self.ours, self.recorded)
+        if self.single:
+            rtol, atol = SINGLE_RTOL, SINGLE_ATOL
         return self.ours.shape == self.recorded.shape and torch.allclose(
             self.ours.double(), self.recorded.double(), rtol=rtol, atol=atol
         )

@@ -19,12 +19,13 @@ mode, of images without augmentation.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.streams.buffer import Samples
@@ -61,7 +62,7 @@ class DERPPOptions(ReplayOptions):
         return batch_size // memory if self.passes == "joint" and batch_size % memory == 0 else 0
 
 
-class DERPP(ReplayLearner):
+class DERPPLearner(ReplayLearner):
     """Replay of samples with their labels, and of samples with the logits that they once had."""
 
     Options: ClassVar[type[LearnerOptions]] = DERPPOptions
@@ -98,8 +99,13 @@ SPEC = LearnerSpec(
         arxiv="2004.07211",
         where="NeurIPS 2020",
     ),
-    make=DERPP,
+    make=DERPPLearner,
     deviations=(
         "New and memory samples share one forward pass by default; the official code has three (passes = separate).",
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``DERPP``: the learner as an Avalanche strategy."""
+    return strategies(__name__, DERPP=DERPPLearner)(name)

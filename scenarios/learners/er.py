@@ -15,16 +15,19 @@ as in the paper.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.buffer import Samples
 from fednorm.streams.learner import LearnerSpec
 from fednorm.streams.replay import ReplayLearner
 
 
-class ER(ReplayLearner):
+class ERLearner(ReplayLearner):
     """Experience replay."""
 
     def replay(self, new: Samples) -> Tensor:
@@ -44,5 +47,10 @@ SPEC = LearnerSpec(
         year=2019,
         arxiv="1902.10486",
     ),
-    make=ER,
+    make=ERLearner,
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``ER``: the learner as an Avalanche strategy."""
+    return strategies(__name__, ER=ERLearner)(name)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fednorm import options
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.buffer import Samples
 from fednorm.streams.learner import LearnerOptions, LearnerSpec, Tensors
@@ -49,7 +50,7 @@ class ERACEOptions(ReplayOptions):
         options.flag("learner", "task_free", self.task_free)
 
 
-class ERACE(ReplayLearner):
+class ERACELearner(ReplayLearner):
     """Experience replay with the asymmetric cross-entropy."""
 
     Options: ClassVar[type[LearnerOptions]] = ERACEOptions
@@ -95,9 +96,14 @@ SPEC = LearnerSpec(
         arxiv="2104.05025",
         where="ICLR 2022",
     ),
-    make=ERACE,
+    make=ERACELearner,
     deviations=(
         "New and memory samples share one forward pass by default; the official code has two (passes = separate).",
         "Classes are unseen by a record of those seen, not by the largest label.",
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``ERACE``: the learner as an Avalanche strategy."""
+    return strategies(__name__, ERACE=ERACELearner)(name)

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.rng import torch_stream
 from fednorm.streams.buffer import Samples
@@ -75,7 +76,7 @@ class EWCOptions(LearnerOptions):
         options.whole("learner", "fisher_samples", self.fisher_samples, at_least=0)
 
 
-class EWC(Learner):
+class EWCLearner(Learner):
     """Learns from new samples, held by a spring for every parameter.
 
     Args:
@@ -168,6 +169,11 @@ SPEC = LearnerSpec(
         arxiv="1612.00796",
         where="PNAS; online: Schwarz et al., arXiv 1805.06370",
     ),
-    make=EWC,
+    make=EWCLearner,
     deviations=("The Fisher information is estimated from at most fisher_samples samples of each experience.",),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``EWC``: the learner as an Avalanche strategy."""
+    return strategies(__name__, EWC=EWCLearner)(name)

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm import options
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.rng import reseed, stream_seed, torch_stream
@@ -79,7 +80,7 @@ class GDumbOptions(LearnerOptions):
         return self.final_rate + (1 - self.final_rate) * (1 + math.cos(math.pi * (epoch - cycle) / cycle)) / 2
 
 
-class GDumb(Learner):
+class GDumbLearner(Learner):
     """Remembers as new samples come, and learns when an experience ends.
 
     Args:
@@ -139,10 +140,10 @@ class GDumb(Learner):
             (logits,) = self.pass_forward(samples)
             self.descend(self.loss_of(logits, samples))
 
-    def _before_update(self, **kwargs: Any) -> None:
+    def before_update(self) -> None:
+        """Clip the gradient."""
         if self.options.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip)
-        super()._before_update(**kwargs)
 
     def own_tensors(self) -> Tensors:
         """Return the memory; the initial weights need no saving, as a learner is made on a fresh network."""
@@ -162,9 +163,14 @@ SPEC = LearnerSpec(
         year=2020,
         where="ECCV 2020; official code drimpossible/GDumb",
     ),
-    make=GDumb,
+    make=GDumbLearner,
     deviations=(
         "32 epochs over the memory by default, 256 in the paper; no CutMix.",
         "A network is trained at the end of every experience, in single precision, and its last epoch counts.",
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``GDumb``: the learner as an Avalanche strategy."""
+    return strategies(__name__, GDumb=GDumbLearner)(name)

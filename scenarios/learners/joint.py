@@ -10,12 +10,15 @@ training step. A stream in which one image has several labels has no union (``St
 
 from __future__ import annotations
 
+from typing import Any
+
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.learner import Learner, LearnerSpec
 
 
-class Joint(Learner):
-    """Trains on the one experience of :func:`~fednorm.streams.avalanche_benchmark.joint_to_avalanche`."""
+class JointLearner(Learner):
+    """Trains on the one experience of :func:`~fednorm.avalanche.benchmark.joint_to_avalanche`."""
 
 
 SPEC = LearnerSpec(
@@ -28,6 +31,11 @@ SPEC = LearnerSpec(
         arxiv="2104.00405",
         where="the strategy JointTraining",
     ),
-    make=Joint,
+    make=JointLearner,
     joint=True,
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``Joint``: the learner as an Avalanche strategy."""
+    return strategies(__name__, Joint=JointLearner)(name)

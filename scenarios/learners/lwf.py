@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import options
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.buffer import Samples
 from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
@@ -53,7 +54,7 @@ class LwFOptions(LearnerOptions):
         options.number("learner", "temperature", self.temperature, above=0)
 
 
-class LwF(Learner):
+class LwFLearner(Learner):
     """Learns from new samples their labels and what the last experience's network made of them.
 
     Args:
@@ -128,9 +129,14 @@ SPEC = LearnerSpec(
     citation=Citation(
         title="Learning without Forgetting", authors="Li, Hoiem", year=2016, arxiv="1606.09282", where="ECCV 2016"
     ),
-    make=LwF,
+    make=LwFLearner,
     deviations=(
         "One head for all classes, and no warm-up; the paper's tasks have heads of their own.",
         "The teacher is in evaluation mode; Avalanche's is in training mode.",
     ),
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``LwF``: the learner as an Avalanche strategy."""
+    return strategies(__name__, LwF=LwFLearner)(name)

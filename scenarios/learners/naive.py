@@ -8,11 +8,14 @@ Avalanche's ``Naive``, through fednorm's training step.
 
 from __future__ import annotations
 
+from typing import Any
+
+from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.learner import Learner, LearnerSpec
 
 
-class Naive(Learner):
+class NaiveLearner(Learner):
     """Trains on the present experience only."""
 
 
@@ -26,5 +29,10 @@ SPEC = LearnerSpec(
         arxiv="2104.00405",
         where="the strategy Naive",
     ),
-    make=Naive,
+    make=NaiveLearner,
 )
+
+
+def __getattr__(name: str) -> Any:
+    """Return ``Naive``: the learner as an Avalanche strategy."""
+    return strategies(__name__, Naive=NaiveLearner)(name)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fednorm
 from fednorm.avalanche import NormPlugin
+from fednorm.avalanche.benchmark import to_avalanche
 from fednorm.avalanche.table import EXPERIENCES, tiny_stream
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError
@@ -23,7 +24,6 @@ from fednorm.norms import make_norm
 from fednorm.norms.adab2n import AdaB2NLayer
 from fednorm.optim.projection import WeightProjection
 from fednorm.rng import torch_seeded
-from fednorm.streams.avalanche_benchmark import to_avalanche
 from fednorm.streams.buffer import Samples
 from fednorm.streams.stream import Experience, Stream
 from fednorm.training.step import TrainingStep

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fednorm.avalanche import table
-from fednorm.streams.avalanche_benchmark import to_avalanche
+from fednorm.avalanche.benchmark import to_avalanche
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -310,7 +310,7 @@ def test_a_client_augments_what_it_trains_on_and_not_what_it_is_scored_on(make_s
 
 def test_a_clients_training_is_a_learners_with_the_same_batches(make_site: Any) -> None:
     """One round of E passes, and a Naive learner's E epochs, under the same order of batches."""
-    from fednorm.streams.avalanche_benchmark import to_avalanche
+    from fednorm.avalanche.benchmark import to_avalanche
     from fednorm.streams.stream import Experience, Stream
     from scenarios.learners.naive import Naive
 

@@ -14,6 +14,7 @@ from fednorm.spec import HookedLayer
 
 LOW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "l1_norm": [{}, {"over": "sample"}, {"over": "channels"}],
     "nap": [{}, {"statistics": "rms_norm"}, {"over": "channels"}],
     "rms_norm": [{}, {"over": "channels"}],
     "layer_norm": [{}, {"over": "channels"}],

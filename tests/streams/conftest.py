@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fednorm.cards import MODELS, SCENARIOS
+from fednorm.cards import MODELS, NORMS, SCENARIOS
 from fednorm.config import RunConfig, merge, resolve
 from fednorm.streams.simulate import simulate
 from fednorm.streams.stream import Stream
@@ -78,7 +78,7 @@ class Toy:
                 "dir": str(self.folder) if "cifar" in scenario else "",
                 "domains": ["scans", "photo"] if scenario == "domain_digits" else [],
             },
-            "model": {"name": "digits_cnn", "width": 4},
+            "model": {"name": NORMS[norm].tried_on, "width": 16 if NORMS[norm].tried_on == "vit" else 4},
             "norm": {"name": norm},
             "learner": own,
             "train": {"batch_size": 4, "epochs": 1},

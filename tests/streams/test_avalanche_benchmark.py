@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+from fednorm.avalanche.benchmark import SplitDataset, to_avalanche
 from fednorm.cards import SCENARIOS
 from fednorm.config import DataConfig
 from fednorm.data.domain import pixels
 from fednorm.rng import torch_seeded
-from fednorm.streams.avalanche_benchmark import SplitDataset, to_avalanche
 from fednorm.streams.stream import Stream
 
 

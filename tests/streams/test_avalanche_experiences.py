@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import fednorm
+from fednorm.avalanche import joint_to_avalanche, strategy_of, to_avalanche
 from fednorm.avalanche.table import tiny_stream
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms.adab2n import AdaB2NLayer
 from fednorm.norms.task_balanced_norm import TaskBalancedNormLayer
-from fednorm.streams.avalanche_benchmark import joint_to_avalanche, to_avalanche
 from fednorm.streams.buffer import Samples
 
 STREAM = tiny_stream()
@@ -49,7 +49,7 @@ def network(norm: str = "", **options: Any) -> nn.Module:
 def learner(name: str = "naive", model: nn.Module | None = None, **template: Any) -> Any:
     model = model or network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    make = import_module(f"scenarios.learners.{name}").SPEC.make
+    make = strategy_of(import_module(f"scenarios.learners.{name}").SPEC.make)
     return make(**{"model": model, "optimizer": optimizer, "num_classes": 6, "train_mb_size": 8, "seed": 1, **template})
 
 

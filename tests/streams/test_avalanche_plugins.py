@@ -14,12 +14,12 @@ from avalanche.training import plugins as avalanche_plugins
 from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
 from torch import Tensor, nn
 
+from fednorm.avalanche.benchmark import to_avalanche
+from fednorm.avalanche.foreign import REFUSED
 from fednorm.avalanche.table import tiny_stream
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, DataError
-from fednorm.streams.avalanche_benchmark import to_avalanche
 from fednorm.streams.buffer import Samples
-from fednorm.streams.foreign import REFUSED
 from fednorm.training.schedule import Schedule
 from scenarios.learners.er import ER
 from scenarios.learners.naive import Naive

@@ -118,7 +118,7 @@ def test_statistics_of_the_images_themselves_have_not_drifted(norm: str) -> None
     assert max(drift(model.eval(), batch, batch_size=64).values()) < (0.01 if norm == "adab2n" else 1e-5)
 
 
-@pytest.mark.parametrize("norm", NORMS.names)
+@pytest.mark.parametrize("norm", [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"])
 def test_the_network_is_left_as_it_was(norm: str) -> None:
     model = network(norm=norm)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -140,7 +140,7 @@ def test_hooks_are_gone_after_a_failure() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "tanh", "gelu", "silu", "elu"])
+@pytest.mark.parametrize("activation", ["leaky_relu", "tanh", "gelu", "silu", "elu", "selu"])
 def test_units_of_every_activation_are_found(activation: str) -> None:
     assert len(measure(network(activation=activation), images(8))["dead_units"]) == 5
 

@@ -457,12 +457,12 @@ def test_a_run_that_diverges_says_so_and_has_no_result(learner: str, norm: str, 
 
 
 class Break:
-    """An Avalanche plugin that spoils a weight after some step, as an update that overflows would."""
+    """Spoils a weight after some step, as an update that overflows would."""
 
     def __init__(self, step: int, value: float) -> None:
         self.step, self.value = step, value
 
-    def after_training_iteration(self, learner: Any, **_: Any) -> None:
+    def __call__(self, learner: Any) -> None:
         if learner.progress.step == self.step:
             with torch.no_grad():
                 next(learner.model.parameters())[0, 0, 0, 0] = self.value
@@ -479,7 +479,7 @@ def test_the_step_from_which_the_numbers_are_none_is_named(
 ) -> None:
     config = toy.config("split_digits", "er", "none")
     bench = toy.bench(config)
-    bench.learner.plugins.append(Break(at, value))
+    bench.learner.watchers.insert(0, Break(at, value))
     words = rf"er \+ none diverged: the {what}.* from experience {experience}, step {step} on"
     with pytest.raises(DivergedError, match=words):
         simulate(config, runs=tmp_path, bench=bench)

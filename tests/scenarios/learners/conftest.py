@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fednorm.avalanche import strategy_of, to_avalanche
 from fednorm.models import make_model
 from fednorm.norms import make_norm
-from fednorm.streams.avalanche_benchmark import to_avalanche
 from fednorm.streams.buffer import Samples
 from fednorm.streams.learner import Learner
 from fednorm.streams.stream import Stream
@@ -70,7 +70,7 @@ def build(bare: Bare) -> Build:
         network, optimizer = bare(norm, momentum=momentum)
         if model is not None:
             network, optimizer = model, torch.optim.SGD(model.parameters(), lr=RATE)
-        make = import_module(f"scenarios.learners.{name}").SPEC.make
+        make = strategy_of(import_module(f"scenarios.learners.{name}").SPEC.make)
         options = make.Options(**settings)
         return make(model=network, optimizer=optimizer, num_classes=10, options=options, seed=SEED, **template)
 

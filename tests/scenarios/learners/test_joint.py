@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from fednorm.avalanche.benchmark import joint_to_avalanche
 from fednorm.errors import ConfigError
-from fednorm.streams.avalanche_benchmark import joint_to_avalanche
 from fednorm.streams.stream import Stream
 from scenarios.learners import joint, naive
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from fednorm.avalanche.benchmark import joint_to_avalanche
 from fednorm.cards import LEARNERS
-from fednorm.streams.avalanche_benchmark import joint_to_avalanche
 from fednorm.streams.stream import Stream
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fednorm.avalanche.quietly import avalanche_imports
 from fednorm.data.domain import Split, pixels
-from fednorm.streams.quietly import avalanche_imports
 from fednorm.streams.stream import Experience, Stream
 
 with avalanche_imports():

@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from fednorm.avalanche.quietly import avalanche_imports
 from fednorm.errors import ConfigError
-from fednorm.streams.quietly import avalanche_imports
+from fednorm.streams.passes import BatchChanges
 
 with avalanche_imports():
     from avalanche.models.dynamic_modules import DynamicModule, MultiTaskModule
@@ -68,29 +69,19 @@ _SILENT = (EvaluationPlugin, Clock, PeriodicEval)
 """Avalanche's own, which only look on."""
 
 
-class Hooks:
-    """What the plugins of a learner may do to a batch.
+class Plugins(BatchChanges):
+    """What the plugins of a learner may do to a batch, and what stands where Avalanche has its loader.
 
-    Attributes:
-        at_iteration: Whether one is called before every step.
-        at_batch: Whether one is called around the forward and backward pass.
-        images: What plugins have put in the place of a group's images in this step, by the group's id.
-        labels: The same for labels. A memory keeps the samples themselves, as Avalanche's do.
-        no_loader: Stands where Avalanche has its loader.
+    Args:
+        plugins: The plugins.
     """
 
     def __init__(self, plugins: Iterable[Any]) -> None:
         active = [plugin for plugin in plugins if not isinstance(plugin, _SILENT)]
-        self.at_iteration = any(_overrides(plugin, "before_training_iteration") for plugin in active)
-        self.at_batch = self.at_iteration or any(_overrides(plugin, name) for plugin in active for name in _AT_BATCH)
-        self.images: dict[int, Tensor] = {}
-        self.labels: dict[int, Tensor] = {}
+        at_iteration = any(_overrides(plugin, "before_training_iteration") for plugin in active)
+        at_batch = at_iteration or any(_overrides(plugin, name) for plugin in active for name in _AT_BATCH)
+        super().__init__(at_iteration, at_batch)
         self.no_loader: list[Any] = []
-
-    def clear(self) -> None:
-        """Forget what was made of the last step's samples."""
-        self.images.clear()
-        self.labels.clear()
 
     def require_untouched(self, learner: Any) -> None:
         """Require that a learner still has what it was made with.

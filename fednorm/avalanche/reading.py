@@ -1,6 +1,6 @@
 """What a learner is trained on, from any Avalanche experience.
 
-Experiences of :func:`~fednorm.streams.avalanche_benchmark.to_avalanche`, and what Avalanche derives from them
+Experiences of :func:`~fednorm.avalanche.benchmark.to_avalanche`, and what Avalanche derives from them
 (subsets, concatenations, validation splits, online streams), are read in whole batches out of the stream's uint8
 arrays; so are data sets of tensors. All other data sets are read sample by sample, with their transforms, as
 Avalanche's loader would give them.
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
+from fednorm.avalanche.benchmark import SplitDataset
+from fednorm.avalanche.quietly import avalanche_imports
 from fednorm.data.domain import Split, pixels
 from fednorm.errors import DataError
-from fednorm.streams.avalanche_benchmark import SplitDataset
-from fednorm.streams.quietly import avalanche_imports
 from fednorm.streams.stream import Experience, JointExperience
 
 with avalanche_imports():
@@ -128,20 +128,6 @@ def checked(samples: Any, labels: Any, name: str) -> tuple[Tensor, Tensor]:
         form = f"{labels.dtype}, shape {tuple(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise DataError(f"The labels of {name} must be one class number for each sample; got {form}.")
     return samples, labels.long()
-
-
-def require_classes(labels: Tensor, num_classes: int, name: str) -> None:
-    """Require that labels are classes of the network.
-
-    Raises:
-        DataError: One is negative, or not below ``num_classes``.
-    """
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name} has labels from {low} to {high}, and the learner has num_classes = {num_classes}: labels 0 to "
-            f"{num_classes - 1}. Make the learner, and its network, with as many classes as the stream has."
-        )
 
 
 @dataclass(frozen=True)
