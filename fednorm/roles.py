@@ -55,6 +55,9 @@ NORMALIZATION = frozenset(Kind) - {Kind.WEIGHT, Kind.GAIN, Kind.CONSTANT}
 STATISTICS = NORMALIZATION - LEARNED
 """Kinds that are estimated from data rather than trained by gradients."""
 
+TRANSIENT = frozenset({Kind.GRAD_STAT, Kind.WINDOW})
+"""Kinds that mean nothing beside weights other than those they were estimated with: an average over clients is none."""
+
 
 class Role(StrEnum):
     """What the federation does with a tensor."""
@@ -84,10 +87,11 @@ class Carry(StrEnum):
 class RoleRule:
     """A strategy's map from what a tensor is, and where it stands, to its role.
 
-    A place goes before a kind. What neither names is shared; a constant is one in every strategy.
+    A place goes before a kind. What neither names has its usual role: it is shared, but for what is transient
+    (:data:`TRANSIENT`), which begins anew every round; a constant is one in every strategy.
 
     Attributes:
-        roles: The role of each kind that is not simply shared.
+        roles: The role of each kind that has not its usual one.
         why: What the rule is for, in the strategy's words; quoted when the rule would do nothing.
         local_modules: Patterns (:mod:`fednorm.federation.places`) of what stays on its client, whatever it is:
             ``("head",)`` for the last weight layer.
@@ -101,7 +105,9 @@ class RoleRule:
 
     def __getitem__(self, kind: Kind) -> Role:
         """Return the role of a kind."""
-        return Role.CONSTANT if kind is Kind.CONSTANT else self.roles.get(kind, Role.SHARED)
+        if kind is Kind.CONSTANT:
+            return Role.CONSTANT
+        return self.roles.get(kind, Role.RESET if kind in TRANSIENT else Role.SHARED)
 
     def overridden(self, roles: Mapping[Kind, Role]) -> Self:
         """Return this rule with some kinds' roles replaced."""

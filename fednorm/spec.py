@@ -301,6 +301,7 @@ class NormSpec(Card):
             does nothing. A strategy about normalization layers refuses a network without any.
         batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
             which it is otherwise than its card says has an attribute of that name.
+        coupled_in_evaluation: True where it does so in evaluation too.
         train_eval_differ: True where evaluation computes something else than training.
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
@@ -312,6 +313,7 @@ class NormSpec(Card):
     tensors: Mapping[str, TensorSpec]
     normalizes: bool = True
     batch_coupled: bool = False
+    coupled_in_evaluation: bool = False
     train_eval_differ: bool = False
     scale_invariant: bool = True
     tried_on: str = "digits_cnn"

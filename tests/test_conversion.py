@@ -103,8 +103,8 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     assert report.layers == normalizing(model)
     nothing: set[str] = set()
     wanted = {"ws_group_norm": {"group_norm"}}.get(name, nothing if name in WITHOUT_LAYERS else {name})
-    if name == "instance_norm" and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
-        wanted = {"instance_norm", "layer_norm"}  # features have no positions
+    if name in ("instance_norm", "region_norm") and any(isinstance(m, nn.BatchNorm1d) for m in model.modules()):
+        wanted = {name, "layer_norm"}  # features have no positions
     assert {spec_of(converted.get_submodule(path)).name for path in normalizing(converted)} == wanted  # type: ignore[union-attr]
     after = converted.state_dict()
     for path, module in model.named_modules():
@@ -122,8 +122,8 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
     converted = convert(model, name)
-    # 32x32 images end in maps of one position, which PyTorch's instance norm refuses.
-    converted(images(3, 64 if name == "instance_norm" else 32)).square().sum().backward()
+    # 32x32 images end in maps of one position, which these refuse.
+    converted(images(3, 64 if name in ("instance_norm", "region_norm") else 32)).square().sum().backward()
     missing = [key for key, parameter in converted.named_parameters() if parameter.grad is None]
     assert missing == []
     plan = norm_plan(converted, RoleRule())

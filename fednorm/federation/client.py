@@ -10,6 +10,7 @@ Messages:
 * ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any.
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
+* ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -34,7 +35,7 @@ from fednorm.config import TrainConfig
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
 from fednorm.federation.constants import constant_prints
-from fednorm.federation.local import Turn
+from fednorm.federation.local import Turn, held
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.wire import pack
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
@@ -64,6 +65,10 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
         if LOCAL_RECORD in context.state.array_records:
             reply["arrays"] = context.state.array_records[LOCAL_RECORD]
         return Message(reply, reply_to=message)
+
+    @app.query("measure")
+    def measure(message: Message, context: Context) -> Message:
+        return Message(_measured(bench_of(context), message, context), reply_to=message)
 
     @app.query("statistics")
     def statistics(message: Message, context: Context) -> Message:
@@ -106,6 +111,15 @@ def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDi
             bench.strategy.local(bench.strategy).before_evaluation(turn)
     scores = _scores(bench, client, in_a_round="mode" not in config)
     return RecordDict({"metrics": MetricRecord(dict(scores))})
+
+
+def _measured(bench: Workbench, message: Message, context: Context) -> RecordDict:
+    """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
+    client, config = bench.client(context), message.content.config_records["config"]
+    bench.receive(message.content.array_records["arrays"], context.state)
+    turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
+    found = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
+    return RecordDict({EXTRA: pack(found), "metrics": MetricRecord({"num-examples": len(client.train)})})
 
 
 def _described(bench: Workbench, context: Context) -> RecordDict:

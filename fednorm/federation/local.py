@@ -224,6 +224,15 @@ class Local:
         del turn
         return {}
 
+    def measure(self, turn: Turn) -> Mapping[str, Tensor]:
+        """Called where the strategy asks between rounds (``query.measure``); the model holds what the server sent.
+
+        Returns:
+            What is sent, as ``extra_expected`` of the strategy declares it. Nothing that is changed here is kept.
+        """
+        del turn
+        return {}
+
     def before_evaluation(self, turn: Turn) -> None:
         """Called before a client of the federation is evaluated as it is; may change the model, and keeps nothing.
 

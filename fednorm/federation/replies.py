@@ -272,6 +272,20 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     return _tensors(records["arrays"], kept, plan)
 
 
+@reader
+def read_measured(reply: Message, forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    """Return what a client measured where a strategy asked for it (``query.measure``).
+
+    Args:
+        reply: The client's reply.
+        forms: What the strategy declares (``extra_expected``).
+
+    Raises:
+        UnfitReply: A tensor is missing, of another shape or type, or not finite.
+    """
+    return _extra(_content(reply).array_records.get(EXTRA, {}), forms)
+
+
 # The order of replies -----------------------------------------------------------------------------------------------
 
 

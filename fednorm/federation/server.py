@@ -129,7 +129,7 @@ def describe(bench: Workbench) -> Document:
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
     summary, strategy = bench.plan.summary(sampled), bench.strategy
     beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
-    summary["bytes_per_round"] += sampled * sum(form.nbytes for form in beside)
+    summary["bytes_per_round"] += sampled * (sum(form.nbytes for form in beside) + strategy.bytes_beside())
     return {
         "plan": {
             **summary,

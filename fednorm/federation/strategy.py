@@ -201,6 +201,10 @@ class NormStrategy(Strategy):
         """Declare what a client sends besides the plan's tensors: :meth:`Local.end` must return exactly this."""
         return {}
 
+    def bytes_beside(self) -> int:
+        """Return the bytes of each client of a round in exchanges of the strategy's own, beside the training's."""
+        return 0
+
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:
         """Take in what one client sent besides, before :meth:`server_update`; called in the order of partition ids.
 

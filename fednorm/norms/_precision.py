@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ LOW = frozenset({torch.bfloat16, torch.float16})
 """Types in which a sum of squares loses its digits or overflows."""
 
 Layer = TypeVar("Layer", bound=nn.Module)
+More = ParamSpec("More")
 
 
 def widened(values: Tensor) -> Tensor:
@@ -28,7 +29,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else contextlib.nullcontext()
 
 
-def in_full_precision(forward: Callable[[Layer, Tensor], Tensor]) -> Callable[[Layer, Tensor], Tensor]:
+def in_full_precision(
+    forward: Callable[Concatenate[Layer, Tensor, More], Tensor],
+) -> Callable[Concatenate[Layer, Tensor, More], Tensor]:
     """Make a layer's forward pass compute in float32 where its input is of half precision or autocast is on.
 
     Autocast picks a type for each operation by its name, which a method's own formula cannot rely on: it is off within.
@@ -36,15 +39,15 @@ def in_full_precision(forward: Callable[[Layer, Tensor], Tensor]) -> Callable[[L
     autocast nothing is changed. The method itself takes :func:`widened` parameters and buffers, for models in half.
 
     Args:
-        forward: Takes the layer and its input.
+        forward: Takes the layer and its input, and may take more, which is handed on as it is.
     """
 
     @functools.wraps(forward)
-    def wrapped(layer: Layer, x: Tensor) -> Tensor:
+    def wrapped(layer: Layer, x: Tensor, /, *more: More.args, **named: More.kwargs) -> Tensor:
         device = x.device.type
         if x.dtype not in LOW and not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-            return forward(layer, x)
+            return forward(layer, x, *more, **named)
         with torch.autocast(device, enabled=False):
-            return forward(layer, widened(x)).to(x.dtype)
+            return forward(layer, widened(x), *more, **named).to(x.dtype)
 
     return wrapped

@@ -98,7 +98,7 @@ def _moments(model: nn.Module) -> dict[str, Moments]:
     found = {}
     for path, layer in batch_layers(model).items():
         assert layer.running_mean is not None
-        assert layer.running_var is not None
+        assert isinstance(layer.running_var, Tensor)
         found[path] = Moments(layer.running_mean.cpu(), layer.running_var.cpu())
     return found
 

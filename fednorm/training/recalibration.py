@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm.norms import spec_of
+from fednorm.norms._quadratic import QuadraticLayer
 from fednorm.roles import STATISTICS
 from fednorm.spec import HookedLayer
 
 
-def batch_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the layers that track a running mean and variance of their input, by path."""
+def batch_layers(model: nn.Module) -> dict[str, _BatchNorm | QuadraticLayer]:
+    """Return the layers that track a running mean and variance of their input, or a quadratic mean, by path."""
     return {
         path: module
         for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm | QuadraticLayer) and module.running_mean is not None
     }
 
 

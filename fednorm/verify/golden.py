@@ -15,12 +15,16 @@ from fednorm.verify import (
     golden_adab2n,
     golden_agc,
     golden_batchrenorm,
+    golden_bcn,
     golden_cl_metrics,
     golden_cn,
     golden_dyt,
     golden_fedbn,
+    golden_hybridbn,
+    golden_powernorm,
     golden_pre_rmsnorm,
     golden_tbbn,
+    golden_un,
     golden_ws,
 )
 from fednorm.verify.golden_trace import Family, Trace, read_trace
@@ -36,6 +40,10 @@ FAMILIES: tuple[Family, ...] = (
     *golden_batchrenorm.FAMILIES,
     *golden_dyt.FAMILIES,
     *golden_pre_rmsnorm.FAMILIES,
+    *golden_powernorm.FAMILIES,
+    *golden_un.FAMILIES,
+    *golden_bcn.FAMILIES,
+    *golden_hybridbn.FAMILIES,
 )
 
 

@@ -135,8 +135,9 @@ def test_local_tensors_are_in_no_message(name: str, make_site: Any) -> None:
     arrays = site.strategy.initial_arrays(site.bench.model)
     site.strategy.start(site.grid, arrays, num_rounds=2)
     trainers = 1 if STRATEGIES[name].pooled else 3
+    again = ["query.measure"] * 3 if name == "hbn" else []
     assert [m.metadata.message_type for m in log[1::2]] == ["query.describe"] * 3 + (
-        ["train"] * trainers + ["evaluate"] * 3
+        ["train"] * trainers + again + ["evaluate"] * 3
     ) * 2
     sent = b"".join(map(wire, log))
     secrets = [tensor.numpy().tobytes() for pid in range(3) for key in local for tensor in [site.kept(pid)[key]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -17,6 +18,10 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "l1_norm": [{}, {"over": "sample"}, {"over": "channels"}],
     "nap": [{}, {"statistics": "rms_norm"}, {"over": "channels"}],
     "rms_norm": [{}, {"over": "channels"}],
+    "batch_channel_norm": [{}, {"statistics": "estimate", "moving_speed": 0.5}],
+    "power_norm": [{}, {"warmup_iters": 0, "num_groups": 2}],
+    "region_norm": [{}, {"over": "sample"}],
+    "unified_norm": [{}, {"warmup_iters": 0, "window": 2}],
     "layer_norm": [{}, {"over": "channels"}],
     "adab2n": [{}, {"corrected": True}],
     "task_balanced_norm": [{"batch_ratio": 1}],
@@ -110,7 +115,8 @@ def test_statistics_are_of_float32(name: str, options: dict[str, Any], offset: f
     if name == "continual_norm":
         rounding *= 4  # its first half's output is rounded, and then divided by a deviation
     x = (torch.randn(4, 64, 32, 32, generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
-    one, other = (make_norm(name, options).layer(64, 2) for _ in range(2))
+    one = make_norm(name, options).layer(64, 2)
+    other = copy.deepcopy(one)  # a layer's initial values may be drawn
     tell(one, 4)
     tell(other, 4)
     with torch.autocast("cpu", dtype):
@@ -128,7 +134,8 @@ def test_statistics_are_of_float32(name: str, options: dict[str, Any], offset: f
 @every_norm
 def test_single_precision_under_autocast_stays_single(name: str, options: dict[str, Any]) -> None:
     """What is given in float32, as by an operation that autocast leaves alone, comes back in float32, bit for bit."""
-    layer, other = (make_norm(name, options).layer(4, 2) for _ in range(2))
+    layer = make_norm(name, options).layer(4, 2)
+    other = copy.deepcopy(layer)
     x = torch.randn(8, 4, 5, 5, generator=torch.Generator().manual_seed(2))
     tell(layer)
     tell(other)

@@ -63,6 +63,12 @@ def answering(answer: Callable[[int, Message], RecordDict], held_out: Iterable[i
             reply = RecordDict({**reply, EXTRA: pack({key: t + 0.25 * (pid + 1) for key, t in came.items()})})
         return Message(reply, reply_to=message)
 
+    @app.query("measure")
+    def measure(message: Message, _: Context) -> Message:
+        came = unpack(message.content.array_records[EXTRA])  # as HBN's second pass, of the form of what came
+        reply = {EXTRA: pack({key: torch.full_like(t, 2.5) for key, t in came.items()})}
+        return Message(RecordDict(reply), reply_to=message)
+
     return app
 
 
