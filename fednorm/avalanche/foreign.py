@@ -146,8 +146,7 @@ def require_model(model: nn.Module) -> None:
             )
 
 
-@cache  # reading the source again for every learner would take a quarter of a short run
-def replaced(kind: type) -> frozenset[str]:
+def replaced(kind: type) -> set[str]:
     """Return the attributes of a strategy that a plugin's methods assign, as far as their source says."""
     names: set[str] = set()
     for ancestor in kind.__mro__:
@@ -156,11 +155,16 @@ def replaced(kind: type) -> frozenset[str]:
         for method in vars(ancestor).values():
             if inspect.isfunction(method):
                 names.update(_assigned(method))
-    return frozenset(names)
+    return names
 
 
-def _assigned(method: Any) -> Iterator[str]:
-    """Yield the attributes that a method assigns to its argument ``strategy``, or a callback to its first one."""
+@cache  # reading the source again for every learner would take a quarter of a short run
+def _assigned(method: Any) -> frozenset[str]:
+    """Return the attributes that a method assigns to its argument ``strategy``, or a callback to its first one."""
+    return frozenset(_assignments(method))
+
+
+def _assignments(method: Any) -> Iterator[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):  # no source: what it does is seen when it has done it
