@@ -171,8 +171,9 @@ def _configured(result: Result, *, pristine: bool) -> tuple[RunConfig, Norm]:
 
 
 def _tensors(result: Result, client: int | None) -> tuple[dict[str, Tensor], bool]:
-    """Return the tensors of a run's model, and whether they are all of them: what is reset begins anew.
+    """Return the tensors of a run's model, and whether they are all of them.
 
+    What is reset begins anew, and what never changed is as it began.
     A client's model is what the server sent, its own tensors, and of the counters that travel its own.
     """
     folder = Path(result["run"])
@@ -186,7 +187,7 @@ def _tensors(result: Result, client: int | None) -> tuple[dict[str, Tensor], boo
     entries = result["plan"]["tensors"]
     local = [entry["key"] for entry in entries if entry["role"] == Role.LOCAL.value]
     counters = {entry["key"] for entry in entries if entry["kind"] == Kind.COUNT.value}
-    whole = all(entry["role"] != Role.RESET.value for entry in entries)
+    whole = all(entry["role"] not in (Role.RESET.value, Role.CONSTANT.value) for entry in entries)
     _require_client(result, client, len(local))
     server = _read(folder / "model.safetensors")
     if client is None or not local:

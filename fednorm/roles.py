@@ -71,7 +71,9 @@ class Role(StrEnum):
     RESET = "reset"
     """Neither sent nor kept: starts from its initial value every round."""
     CONSTANT = "constant"
-    """Neither sent nor kept, for it never changes: the same in every copy of the model, which is checked."""
+    """Neither sent nor kept, for it never changes: the same in every copy of the model, which is checked.
+
+    Buffers that training never writes, and what a run does not train."""
 
 
 class Carry(StrEnum):
@@ -96,12 +98,14 @@ class RoleRule:
         local_modules: Patterns (:mod:`fednorm.federation.places`) of what stays on its client, whatever it is:
             ``("head",)`` for the last weight layer.
         reset_modules: Patterns of what starts from its initial value every round.
+        frozen: Keys of what the run never trains, ``train.trainable``; a constant, wherever it stands.
     """
 
     roles: Mapping[Kind, Role] = field(default_factory=dict)
     why: str = ""
     local_modules: tuple[str, ...] = ()
     reset_modules: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()
 
     def __getitem__(self, kind: Kind) -> Role:
         """Return the role of a kind."""
@@ -112,6 +116,10 @@ class RoleRule:
     def overridden(self, roles: Mapping[Kind, Role]) -> Self:
         """Return this rule with some kinds' roles replaced."""
         return replace(self, roles={**self.roles, **roles})
+
+    def freezing(self, keys: frozenset[str]) -> Self:
+        """Return this rule with keys of the state dict that never change."""
+        return replace(self, frozen=self.frozen | keys)
 
     def keeping(self, *patterns: str) -> Self:
         """Return this rule with more places whose tensors stay on their clients."""

@@ -306,6 +306,8 @@ class NormSpec(Card):
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
         tried_on: A built-in model that has what the method acts on; not every network has attention, or branches.
+        exact_backward: False where the backward pass is, by the method, not the derivative of the forward pass: an
+            approximation (as power_norm's), or with factors that count as constants (as batch_renorm's r and d).
     """
 
     make: type[Norm]
@@ -317,6 +319,7 @@ class NormSpec(Card):
     train_eval_differ: bool = False
     scale_invariant: bool = True
     tried_on: str = "digits_cnn"
+    exact_backward: bool = True
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
 

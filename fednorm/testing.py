@@ -25,6 +25,8 @@ from fednorm.config import DataConfig, merge, resolve
 from fednorm.data.benchmarks import Reader
 from fednorm.federation.plan import norm_plan
 from fednorm.models import make_model
+from fednorm.norm_contract import CHECKS as CHECKS_OF_LAYERS
+from fednorm.norm_contract import Case
 from fednorm.norms import spec_of
 from fednorm.rng import torch_seeded
 from fednorm.roles import RoleRule
@@ -48,12 +50,16 @@ CONTINUAL: Mapping[str, Any] = {
 """A stream that takes a second."""
 
 
+SHAPES: tuple[tuple[int, ...], ...] = ((3, 8, 3, 4), (3, 8, 5), (5, 8))
+"""Inputs on which a norm's layers are checked: maps, sequences, features."""
+
+
 def check_norm(norm: Any) -> None:
     """Check a normalization method.
 
     Its layers keep an input's shape and type, have finite gradients, do not look at other samples unless the card says
-    so, and own no tensor that the card does not declare; a federation and a stream train with it, twice to the same
-    bits.
+    so, and own no tensor that the card does not declare; they keep all of :mod:`fednorm.norm_contract`; a federation
+    and a stream train with it, twice to the same bits.
 
     Args:
         norm: Its name, import path, class or card.
@@ -68,6 +74,8 @@ def check_norm(norm: Any) -> None:
     with torch_seeded(0, "testing"):
         for shape in ((6, 8), (6, 8, 5), (6, 8, 5, 5)):
             _check_layer(made.layer(8, len(shape) - 2), torch.randn(shape), card)
+    for inputs, check in itertools.product(SHAPES, CHECKS_OF_LAYERS.values()):
+        check(Case(card, made, inputs))
     model = make_model(card.tried_on, made, num_classes=10, width=4)
     plan = norm_plan(model, RoleRule())
     assert len(plan.entries) == len(model.state_dict()), "every entry of the state dict has a kind"

@@ -53,4 +53,5 @@ SPEC = StrategySpec(
     ),
     make=Centralized,
     pooled=True,
+    verified=("One training on the union of the images, written in plain PyTorch.",),
 )

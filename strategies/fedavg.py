@@ -61,4 +61,9 @@ SPEC = StrategySpec(
         arxiv="1602.05629",
     ),
     make=FedAvg,
+    verified=(
+        "Golden trace fedbn_comm_fedavg: one communication of FedBN's official code.",
+        "Flower's own FedAvg, to the last bit of floating-point tensors.",
+        "Pooled moments against those of all clients' data together.",
+    ),
 )

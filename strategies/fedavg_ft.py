@@ -75,4 +75,5 @@ SPEC = StrategySpec(
     deviations=(
         "Fine-tuning uses the run's own optimizer and learning rate; the paper tunes those of its second phase.",
     ),
+    verified=("Two rounds of a federation of two clients written in plain PyTorch, with the same tensors.",),
 )

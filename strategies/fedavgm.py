@@ -73,4 +73,5 @@ SPEC = StrategySpec(
         arxiv="1909.06335",
     ),
     make=FedAvgM,
+    verified=("Five rounds against the published formula in float64.",),
 )

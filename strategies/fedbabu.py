@@ -78,4 +78,5 @@ SPEC = StrategySpec(
     make=FedBABU,
     personalised=True,
     deviations=("The head is drawn from the run's seed on every client, and not sent.",),
+    verified=("Two rounds of a federation of two clients written in plain PyTorch, with the same tensors.",),
 )

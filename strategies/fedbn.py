@@ -42,4 +42,7 @@ SPEC = StrategySpec(
     ),
     make=FedBN,
     personalised=True,
+    verified=(
+        "Golden trace fedbn_comm_fedbn: one communication of the official code, less the norms it misses by name.",
+    ),
 )

@@ -105,4 +105,5 @@ SPEC = StrategySpec(
         where="Equation 2",
     ),
     make=FedProx,
+    verified=("The added gradient against autograd's of mu/2 ||w - w_t||^2, in float64.",),
 )

@@ -79,4 +79,5 @@ SPEC = StrategySpec(
     make=FedRep,
     personalised=True,
     deviations=("The representation has as many epochs as the run says; the paper's theory takes one step.",),
+    verified=("Two rounds of a federation of two clients written in plain PyTorch, with the same tensors.",),
 )

@@ -33,4 +33,5 @@ SPEC = StrategySpec(
     ),
     make=LocalTraining,
     personalised=True,
+    verified=("Each client against training alone, written in plain PyTorch.",),
 )

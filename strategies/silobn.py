@@ -36,4 +36,5 @@ SPEC = StrategySpec(
     ),
     make=SiloBN,
     personalised=True,
+    verified=("Its roles, tensor by tensor, and the contract of all strategies; no official code was at hand.",),
 )

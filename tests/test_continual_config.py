@@ -108,6 +108,10 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (TrainConfig, "perturb", (-0.1,), (0.0, 2.0)),
         (TrainConfig, "shrink", (-0.1, 1.1), (0.0, 1.0)),
         (TrainConfig, "final_rate", (-0.1, 1.1), (0.0, 1.0)),
+        (TrainConfig, "wd_ratio", (-0.1, 1.1), (0.0, 1.0)),
+        (TrainConfig, "delta", (-0.1,), (0.0, 9.0)),
+        (TrainConfig, "trainable", ("nrm", "all,norm", "norm,norm", ""), ("all", "norm", "head", "norm,head")),
+        (TrainConfig, "linear_probe_epochs", (-1,), (0, 3)),
         (TrainConfig, "redo_every", (-1,), (0,)),
         (TrainConfig, "redo_tau", (-0.1,), (0.0,)),
         (EvaluateConfig, "split", ("train",), ("test", "validation")),
@@ -139,7 +143,7 @@ def test_momentum_is_sgd_s_alone(optimizer: str) -> None:
 
 
 def test_an_optimizer_is_named_like_every_method() -> None:
-    assert OPTIMIZERS.names == ("adam", "adamw", "sgd")
+    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp")
     assert stream(train={"optimizer": "Adam"}).train.optimizer == "adam"
     with pytest.raises(UnknownNameError, match=r"no optimizer named 'sdg'. Did you mean 'sgd'"):
         stream(train={"optimizer": "sdg"})
@@ -151,7 +155,9 @@ def test_every_key_of_a_stream_s_tables_is_checked_or_free() -> None:
         mark.args[1] for test in (test_a_stream_s_ranges,) for mark in test.pytestmark if mark.name == "parametrize"
     ]
     tested = {(table.__name__, key) for table, key, *_ in tables[0]}
-    free = {("TrainConfig", key) for key in ("reset_optimizer", "project", "optimizer")}
+    free = {("TrainConfig", key) for key in (
+        "reset_optimizer", "project", "optimizer", "nesterov", "head"
+    )}  # fmt: skip
     for table in (TrainConfig, EvaluateConfig):
         assert {(table.__name__, key) for key in table.keys("continual")} <= tested | free
 
@@ -265,6 +271,12 @@ CHANGED: dict[str, Any] = {
         ("decay", 0.9), ("decay_every", 2), ("clip_norm", 1.0), ("label_smoothing", 0.1), ("l2_init", 0.1),
         ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
     )},
+    "train.nesterov": {"train": {"nesterov": True, "momentum": 0.9}},
+    "train.wd_ratio": {"train": {"wd_ratio": 0.2, "optimizer": "sgdp"}},
+    "train.delta": {"train": {"delta": 0.2, "optimizer": "adamp"}},
+    "train.trainable": {"train": {"trainable": "head"}},
+    "train.head": {"train": {"trainable": "head", "head": "fc3"}},
+    "train.linear_probe_epochs": {"train": {"linear_probe_epochs": 1}},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),
         ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3),

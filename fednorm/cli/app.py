@@ -302,14 +302,17 @@ def export(
 
 @app.command("list")
 def list_names(
-    what: Annotated[str, typer.Argument(help="norms, strategies, models, data, scenarios, learners or studies.")],
+    what: Annotated[
+        str, typer.Argument(help="norms, strategies, models, data, scenarios, learners, optimizers or studies.")
+    ] = "",
+    every: Annotated[bool, typer.Option("--all", help="Everything, and what of the reading list is not here.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """List what is there, a line each."""
     with starting():
         from fednorm.cli.catalogue import run_list
 
-    run_list(what, as_json=as_json)
+    run_list(what, every=every, as_json=as_json)
 
 
 @app.command()
@@ -342,7 +345,7 @@ def explain(
     name: Annotated[str, typer.Argument(help="A norm, strategy, model, benchmark or configuration section.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a method: formula, paper, options, what each of its tensors is, where we differ."""
+    """Print a method's identity card: formula, paper, options, tensors and roles, deviations, how it was verified."""
     with starting():
         from fednorm.cli.catalogue import run_explain
 
@@ -420,6 +423,21 @@ def bench_continual(
         run_bench_layers(repeats, markdown=markdown, as_json=as_json)
     else:
         run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
+@bench_app.command("layers")
+def bench_layers(
+    norm: Annotated[str, typer.Option(help="Norms, separated by commas; all of them by default.")] = "",
+    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure time and memory of every norm beside nn.BatchNorm2d and nn.LayerNorm on the same tensors."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler tells of each of its starts
+    with starting():
+        from fednorm.cli.bench_layers import run_bench_norms
+
+    run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
 
 
 @verify_app.command("golden")

@@ -10,9 +10,13 @@ from typing import Any
 
 from fednorm.cards import FAMILIES, Card, is_path
 from fednorm.cli.console import out, print_json
+from fednorm.cli.identity import cited, roles_of_kinds, roles_of_tensors, text_of
+from fednorm.cli.reading_list import NOT_APPLICABLE
 from fednorm.config import SECTION_VALUES, read_config
 from fednorm.config.schema import kinds_of
 from fednorm.errors import ConfigError, FedNormError, canonical, unknown_name
+from fednorm.federation.spec import StrategySpec
+from fednorm.spec import NormSpec
 from fednorm.streams.learner import LearnerSpec
 from fednorm.study.recipes import find_study, recipe_names
 
@@ -26,26 +30,59 @@ def _studies() -> list[Row]:
 
 def _cards(what: str) -> list[Row]:
     return [
-        {"name": card.name, "summary": card.summary, **({"note": card.note} if hasattr(card, "note") else {})}
+        {
+            "name": card.name,
+            "summary": card.summary,
+            **({"note": card.note} if hasattr(card, "note") else {}),
+            **({"reconstruction": card.reconstruction} if card.reconstruction else {}),
+        }
         for card in FAMILIES[what]
     ]
 
 
-def run_list(what: str, *, as_json: bool) -> None:
-    """List the names of a kind with a line each."""
+def run_list(what: str, *, every: bool = False, as_json: bool) -> None:
+    """List the names of a kind with a line each.
+
+    Args:
+        what: The kind; may be empty where ``every`` is set.
+        every: List all kinds if none is named, and the papers of the reading list that have no place here.
+        as_json: Print one JSON document.
+
+    Raises:
+        ConfigError: No kind is named.
+        UnknownNameError: There is no such kind.
+    """
+    kinds = (*FAMILIES, "studies")
     what = canonical(what)
-    if what not in (*FAMILIES, "studies"):
-        raise unknown_name("list", what, (*FAMILIES, "studies"))
-    rows = _studies() if what == "studies" else _cards(what)
+    if not what and not every:
+        raise ConfigError(f"What is to be listed: {', '.join(kinds)}, or all of it (--all)?")
+    if what and what not in kinds:
+        raise unknown_name("list", what, kinds)
+    found = {kind: _studies() if kind == "studies" else _cards(kind) for kind in ((what,) if what else kinds)}
+    absent: list[Row] = [
+        {"name": paper.name, "why": paper.why, "citation": dataclasses.asdict(paper.citation)}
+        for paper in NOT_APPLICABLE
+    ]
     if as_json:
-        return print_json({what: rows})
+        return print_json({**found, **({"not_applicable": absent} if every else {})})
+    for kind, rows in found.items():
+        if every:
+            out().print(f"{kind}:", markup=False)
+        _print_rows(kind, rows)
+    if every:
+        out().print("not applicable to an image classifier, of the reading list:", markup=False)
+        _print_rows("", [{"name": p["name"], "summary": p["why"], "note": cited(p["citation"])} for p in absent])
+    return None
+
+
+def _print_rows(what: str, rows: list[Row]) -> None:
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
-        lines = [row.get("summary", ""), row.get("note", "")]
+        mark = "[reconstruction, unverified]" if row.get("reconstruction") else ""
+        lines = [row.get("summary", ""), mark, row.get("note", "")]
         out().print(f"{row['name']:<{width}}  {' '.join(line for line in lines if line)}", markup=False, soft_wrap=True)
     if not rows:
         out().print(f"There are no {what} yet.")
-    return None
 
 
 def run_explain(name: str, *, as_json: bool) -> None:
@@ -53,7 +90,7 @@ def run_explain(name: str, *, as_json: bool) -> None:
     found = _section(canonical(name)) if canonical(name) in SECTION_VALUES else _described(name)
     if as_json:
         return print_json(found)
-    out().print(_text(found), markup=False, soft_wrap=True)
+    out().print(text_of(found), markup=False, soft_wrap=True)
     return None
 
 
@@ -86,6 +123,12 @@ def _card(what: str, card: Card) -> Row:
     named = {"what": what, "name": card.name, "summary": card.summary, "citation": citation}
     rest = {field.name: getattr(card, field.name) for field in dataclasses.fields(card) if field.name not in named}
     facts = {key: _plain(value) for key, value in rest.items() if key not in ("make", "load", "layers", "origin")}
+    if isinstance(card, NormSpec):
+        facts["tensors"] = {
+            key: {**facts["tensors"][key], "roles": roles} for key, roles in roles_of_tensors(card).items()
+        }
+    elif isinstance(card, StrategySpec):
+        facts["roles"] = roles_of_kinds(card.make.rule)
     return {**named, "options": _plain(card.options), "about": _about(card), **facts}
 
 
@@ -118,17 +161,3 @@ def _section(name: str) -> Row:
         "options": {key: info.default for key, info in section.model_fields.items()},
         "about": "\n".join([inspect.getdoc(section) or "", "", *lines]),
     }
-
-
-def _text(card: Row) -> str:
-    lines = [f"{card['name']} ({card['what']})", "", card.get("about") or card["summary"], ""]
-    if card.get("options"):
-        lines.append("Options: " + ", ".join(f"{key} = {value}" for key, value in card["options"].items()))
-    for key, tensor in card.get("tensors", {}).items():
-        lines.append(f"Tensor {key}: {tensor['kind']}")
-    if card.get("defaults"):
-        lines.append(f"Brings along: {card['defaults']}")
-    lines.extend(f"Differs: {deviation}" for deviation in card.get("deviations", []))
-    if card.get("note"):
-        lines.append(card["note"])
-    return "\n".join(lines).strip()

@@ -170,11 +170,20 @@ def _with_optimizer(train: TrainConfig) -> TrainConfig:
 
     Raises:
         UnknownNameError: There is no such optimizer.
-        ConfigError: It has no momentum that could be set.
+        ConfigError: It has no momentum that could be set, or no such option.
     """
-    if train.momentum and not OPTIMIZERS[train.optimizer].has_momentum:
+    card = OPTIMIZERS[train.optimizer]
+    if train.momentum and not card.has_momentum:
         raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has betas of its own. Leave it at 0.")
-    OPTIMIZERS[train.optimizer]
+    for option, value in train.of_optimizer().items():
+        if option not in card.declared:
+            having = ", ".join(other.name for other in OPTIMIZERS if option in other.declared)
+            raise ConfigError(
+                f"train.{option} is an option of {having}, and optimizer {train.optimizer} does without; got "
+                f"{value!r}. Leave it out, or set train.optimizer to one of these."
+            )
+    if train.nesterov and card.has_momentum and not train.momentum:
+        raise ConfigError("train.nesterov looks ahead along the momentum, and train.momentum is 0. Set it, e.g. 0.9.")
     return train.replace(optimizer=spelled(train.optimizer))
 
 

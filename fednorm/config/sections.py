@@ -6,10 +6,14 @@ from typing import Literal
 
 from fednorm.config.augmentations import Augment
 from fednorm.config.schema import Kind, Names, Section, choose, key
+from fednorm.config.trainable import Parts
 from fednorm.errors import ConfigError
 
 FEDERATED: tuple[Kind, ...] = ("federated",)
 CONTINUAL: tuple[Kind, ...] = ("continual",)
+
+OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta")
+"""Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
 
 EVALUATIONS = ("own", "cross", "averaged", "pooled", "reestimated", "unseen")
 
@@ -68,9 +72,20 @@ class TrainConfig(Section, name="train"):
         0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=FEDERATED
     )
     epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
-    momentum: float = key(0.0, "Of SGD.", ge=0, lt=1)
+    momentum: float = key(0.0, "Of sgd and sgdp.", ge=0, lt=1)
+    nesterov: bool = key(False, "Whether a step looks ahead along the momentum; of sgd, sgdp and adamp.")
     weight_decay: float = key(
-        0.0, "L2 regularization: added to the gradient, or decoupled from it where the optimizer does so (adamw).", ge=0
+        0.0,
+        "L2 regularization: added to the gradient, or decoupled from it where the optimizer does so (adamw, sgdp, "
+        "adamp).",
+        ge=0,
+    )
+    wd_ratio: float = key(0.1, "Share of weight_decay that a projected weight gets; of sgdp and adamp.", ge=0, le=1)
+    delta: float = key(
+        0.1,
+        "How nearly orthogonal to its weight a gradient must be for the update to be projected, 0 for never; of sgdp "
+        "and adamp.",
+        ge=0,
     )
     label_smoothing: float = key(0.0, "Share of the label that is spread over all classes.", ge=0, lt=1)
     agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
@@ -121,6 +136,25 @@ class TrainConfig(Section, name="train"):
     perturb: float = key(
         0.0, "Factor of the freshly initialised parameters that are then added; 0 for none.", ge=0, kinds=CONTINUAL
     )
+    trainable: Parts = key(
+        "all",
+        "What is trained: all, norm (the learned tensors of normalization layers), head, or norm,head; the rest stays "
+        "at its initial value, and a federation does not send it.",
+    )
+    head: str = key(
+        "head",
+        "The head, for trainable and the linear probe: head is the last weight layer; else modules' paths or patterns "
+        "over keys (classifier.*), separated by commas.",
+    )
+    linear_probe_rounds: int = key(
+        0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=FEDERATED
+    )
+    linear_probe_epochs: int = key(
+        0,
+        "First epochs of each experience, in which the head alone is trained; less than epochs.",
+        ge=0,
+        kinds=CONTINUAL,
+    )
     redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0)
     redo_tau: float = key(
         0.025, "A unit is dormant where its mean activation is at most this share of its layer's.", ge=0
@@ -128,6 +162,29 @@ class TrainConfig(Section, name="train"):
     checkpoint_every: int = key(
         500, "Steps between two checkpoints; the end of an experience always has one.", ge=1, kinds=CONTINUAL
     )
+
+    def model_post_init(self, context: object) -> None:
+        """Refuse a head that nobody asks for, and what would write to weights that are to stay as they are."""
+        del context
+        probes = self.linear_probe_rounds or self.linear_probe_epochs
+        if self.head != "head" and "head" not in self.trainable.split(",") and not probes:
+            raise ConfigError(
+                f"train.head = {self.head!r} names the head for train.trainable = 'head' or 'norm,head' and for the "
+                "linear probe (train.linear_probe_rounds, train.linear_probe_epochs), and none of them is set."
+            )
+        if self.trainable == "all":
+            return
+        for name in ("redo_every", "perturb"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"train.{name} sets weights anew, and train.trainable = {self.trainable!r} leaves them as they "
+                    f"are. Leave train.{name} at 0, or train all."
+                )
+
+    def of_optimizer(self) -> dict[str, object]:
+        """Return those of :data:`OF_OPTIMIZERS` that somebody set."""
+        fields = type(self).model_fields
+        return {name: value for name in OF_OPTIMIZERS if (value := getattr(self, name)) != fields[name].default}
 
 
 class RoundConfig(Section, name="rounds"):

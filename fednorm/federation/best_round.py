@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fednorm.federation.matrix import by_domain, summarize
-from fednorm.federation.strategy import ClientReport
+from fednorm.federation.round_report import ClientReport
 
 EXAMPLES, ACCURACY = "validation-num-examples", "validation-accuracy"
 """Metrics of a client that scored its images held back as well."""

@@ -17,14 +17,15 @@ from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fednorm.cards import OPTIMIZERS
 from fednorm.federation.nodes import Node
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
 from fednorm.federation.replies import UnfitReply, in_order, read_statistics
-from fednorm.federation.strategy import RoundReport
+from fednorm.federation.round_report import RoundReport
 from fednorm.federation.wire import unpack
 from fednorm.roles import Role
-from fednorm.training.diagnostics import Moments, rates_of_norms, wasserstein_drifts, weight_layers
+from fednorm.training.diagnostics import Moments, Optimizer, rates_of_norms, wasserstein_drifts, weight_layers
 
 if TYPE_CHECKING:
     from fednorm.federation.workbench import Workbench
@@ -59,10 +60,12 @@ def diagnose(bench: Workbench, grid: Grid, report: RoundReport, arrays: ArrayRec
         by layer.
     """
     norms = server_weight_norms(bench, unpack(arrays))
+    train = bench.config.train
+    optimizer: Optimizer = "adam" if OPTIMIZERS[train.optimizer].adaptive else "sgd"
     return {
         "drift": drift_by_domain(_statistics(bench, grid, report), bench.plan),
         "weight_norm": norms,
-        "effective_learning_rate": rates_of_norms(norms, bench.config.train.learning_rate, optimizer="sgd"),
+        "effective_learning_rate": rates_of_norms(norms, train.learning_rate, optimizer=optimizer),
     }
 
 

@@ -111,6 +111,11 @@ class Turn:
         """The model."""
         return self.trainee.model
 
+    @property
+    def probing(self) -> bool:
+        """Whether this is one of the first rounds, in which the head alone is trained."""
+        return self.server_round <= self.trainee.config.train.linear_probe_rounds
+
     def read(self) -> dict[str, Tensor]:
         """Return a copy of every tensor of the model."""
         return {key: tensor.clone() for key, tensor in self.tensors.items()}
@@ -132,11 +137,12 @@ class Turn:
         local.begin(self)
         batches = _Batches(self, torch_stream(seed, *self.names, "batches"), torch_stream(seed, *self.names, "augment"))
         step = self._step(local, lambda: local.adjust(self))
-        trainee.model.train()
-        with torch_seeded(seed, *self.names, "model"):
+        with trainee.trainable.stage(self.probing), torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
                 if self.limit:
                     phase = replace(phase, epochs=None, steps=self.limit)
+                if phase.parameters is not None and not phase.parameters & trainee.trainable.active:
+                    continue  # of two phases, the one whose tensors are frozen
                 with _only(trainee.model, phase.parameters):
                     self.steps += batches.train(step, phase)
         trainee.optimizer.zero_grad(set_to_none=True)
@@ -161,7 +167,7 @@ class Turn:
         trainee.set_rate(self.rate)
         batches = _Batches(self, torch_stream(seed, *names, "batches"), torch_stream(seed, *names, "augment"))
         step = self._step(local, adjust)
-        trainee.model.train()
+        trainee.trainable.train_mode()
         try:
             with torch_seeded(seed, *names, "model"), _only(trainee.model, phase.parameters):
                 batches.train(step, phase)

@@ -24,7 +24,8 @@ from fednorm.federation.nodes import Node
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
 from fednorm.federation.replies import Expected, UnfitReply, in_order, read_local, read_scores
-from fednorm.federation.strategy import NormStrategy, shown
+from fednorm.federation.round_report import shown
+from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import pack, unpack
 from fednorm.roles import STATISTICS
 

@@ -5,8 +5,8 @@ names, a test for ``bn`` in the key misses 15 of the 100 BatchNorm entries (``do
 order, what the user declared (:func:`~fednorm.recognition.tensor_kinds.declare_tensors`), the card of the norm that
 speaks for the type, and what a look shows: a buffer that two steps of training do not write is a constant
 (:mod:`fednorm.recognition.buffers`), a parameter is a weight unless its layer normalizes
-(:mod:`fednorm.recognition.structure`). A strategy's :class:`~fednorm.roles.RoleRule` turns kinds into roles. What the
-plan cannot place, it refuses.
+(:mod:`fednorm.recognition.structure`). A strategy's :class:`~fednorm.roles.RoleRule` turns kinds into roles; what a
+run does not train is a constant, whatever it is. What the plan cannot place, it refuses.
 """
 
 from __future__ import annotations
@@ -210,11 +210,16 @@ class _Placing:
                     layer_type=type(module).__name__,
                     norm=spec.name if spec else "",
                     kind=kind,
-                    role=self.rule[kind] if kind is Kind.CONSTANT else self._places.get(key, self.rule[kind]),
+                    role=self._role(key, kind),
                     shape=tuple(tensor.shape),
                     nbytes=tensor.numel() * tensor.element_size(),
                     dtype=str(tensor.dtype).removeprefix("torch."),
                 )
+
+    def _role(self, key: str, kind: Kind) -> Role:
+        if kind is Kind.CONSTANT or key in self.rule.frozen:
+            return Role.CONSTANT
+        return self._places.get(key, self.rule[kind])
 
     def _kind(self, path: str, module: nn.Module, name: str, tensor: Tensor) -> Kind:
         declared = declared_tensors(type(module))
@@ -294,6 +299,8 @@ def _remedy(module: nn.Module, kinds: Mapping[str, str]) -> str:
 
 
 def _refuse_no_op(model: nn.Module, plan: NormPlan, rule: RoleRule) -> None:
+    if rule.frozen:
+        _refuse_frozen(plan, rule, roles_at(model, rule))
     present = {entry.kind for entry in plan.entries}
     if not rule.roles or present & set(rule.roles):
         return
@@ -305,4 +312,16 @@ def _refuse_no_op(model: nn.Module, plan: NormPlan, rule: RoleRule) -> None:
         f"{rule.why or 'This rule'} acts on tensors of kind {wanted}, and this {type(model).__name__} has none: "
         f"it would silently be FedAvg. Use a network whose normalization layers have them{convert}; "
         "or strategy 'fedavg'."
+    )
+
+
+def _refuse_frozen(plan: NormPlan, rule: RoleRule, places: Mapping[str, Role]) -> None:
+    """Refuse a rule all of whose tensors are frozen: it would be FedAvg under another name."""
+    meant = [entry for entry in plan.entries if entry.key in places or entry.kind in rule.roles]
+    if not meant or any(entry.role is not Role.CONSTANT for entry in meant):
+        return
+    keys = ", ".join(entry.key for entry in meant[:3])
+    raise RoleError(
+        f"{rule.why or 'This rule'}; train.trainable leaves all {len(meant)} such tensors ({keys}, …) as they are: it "
+        "would silently be FedAvg. Train them too (train.trainable = 'norm,head', or 'all'), or take strategy 'fedavg'."
     )

@@ -22,7 +22,7 @@ from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
 from fednorm.federation.replies import Expected, Form
-from fednorm.federation.strategy import ClientReport, RoundReport, mean_metric, shown
+from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
     LOCAL_RECORD,
@@ -223,9 +223,11 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, {}
+        config, found = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        if self._bench.trainee.trainable.head:
+            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
         line = round_line(report, self._bench.strategy.expected) | finite(found)
         self.lines.append(line)
         if self._record:

@@ -15,9 +15,7 @@ Differences from ``flwr.serverapp.strategy.FedAvg``, each the closing of a trap:
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import ClassVar, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -26,79 +24,24 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
 from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError, RoleError
-from fednorm.federation.aggregation import Average, all_finite, weighted_mean
+from fednorm.federation.aggregation import Average, all_finite
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node, discover
 from fednorm.federation.places import patterns_of
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import EXTRA, Cause, Expected, Form, UnfitReply, in_order, read_scores, read_update
+from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.rng import stream
-from fednorm.roles import RoleRule
+from fednorm.roles import LEARNED, Role, RoleRule
 
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
 
 OURS = ("loss", "accuracy")
 """The metrics that fednorm's own clients report besides ``num-examples``."""
-
-
-@dataclass(frozen=True)
-class ClientReport:
-    """What one client reported in one round.
-
-    Attributes:
-        partition_id: The client.
-        domain: Its domain.
-        metrics: The numbers among its metrics.
-        update_norm: How far its training led it (:func:`~fednorm.federation.update_norm.update_norm`); None after an
-            evaluation.
-    """
-
-    partition_id: int
-    domain: str
-    metrics: Mapping[str, float]
-    update_norm: float | None = None
-
-
-@dataclass
-class RoundReport:
-    """What happened in one round.
-
-    Attributes:
-        server_round: The round, from 1.
-        sampled: Partition ids of the clients that were asked to train.
-        train: What those reported that trained.
-        evaluate: What those reported that evaluated; empty in rounds without evaluation.
-        evaluated: Whether clients were asked to evaluate.
-        rejected: Partition id and reason of every reply that was not used; None for a node that the run does not
-            know.
-        causes: How often each kind of fault was among them.
-        bytes_down: Bytes of tensors sent to clients for training.
-        bytes_up: Bytes of tensors received from them.
-        seconds: Wall-clock time of the round.
-        statistics: Running statistics that travelled with each reply that was used, by partition id; in rounds that
-            are evaluated.
-    """
-
-    server_round: int
-    sampled: tuple[int, ...] = ()
-    train: list[ClientReport] = field(default_factory=list)
-    evaluate: list[ClientReport] = field(default_factory=list)
-    evaluated: bool = False
-    rejected: list[tuple[int | None, str]] = field(default_factory=list)
-    causes: Counter[Cause] = field(default_factory=Counter)
-    bytes_down: int = 0
-    bytes_up: int = 0
-    seconds: float = 0.0
-    statistics: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-
-    def reject(self, partition_id: int | None, unfit: UnfitReply, during: str = "") -> None:
-        """Take down a reply that is not used, and what for it was sent where that is not training."""
-        self.rejected.append((partition_id, f"{during} failed: {unfit.reason}" if during else unfit.reason))
-        self.causes[unfit.cause] += 1
 
 
 class Common(TypedDict, total=False):
@@ -110,6 +53,7 @@ class Common(TypedDict, total=False):
     min_nodes: int
     max_update_norm: float
     local: str
+    frozen: frozenset[str]
 
 
 class NormStrategy(Strategy):
@@ -123,10 +67,11 @@ class NormStrategy(Strategy):
         weighting: ``examples`` or ``equal``.
         seed: Of the stream that samples clients.
         min_nodes: Nodes to wait for before the first round.
-        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every floating-point tensor that travels
-            (running statistics included), is longer; 0 for no limit.
+        max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every float tensor that travels, is
+            longer; 0 for no limit.
         local: What stays on its client besides what the strategy keeps there: patterns
             (:mod:`fednorm.federation.places`), separated by commas, e.g. ``head`` or ``fc3.*``.
+        frozen: Keys of what the run never trains (``train.trainable``): constants, which are not sent.
 
     Attributes:
         local: The class of the clients' side (:mod:`fednorm.federation.local`).
@@ -154,6 +99,7 @@ class NormStrategy(Strategy):
         min_nodes: int = 1,
         max_update_norm: float = 0.0,
         local: str = "",
+        frozen: frozenset[str] = frozenset(),
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction is the share of clients sampled each round, in (0, 1]; got {fraction}.")
@@ -175,7 +121,7 @@ class NormStrategy(Strategy):
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
         self.check(model)
-        self.plan: NormPlan = norm_plan(model, self.role_rule().keeping(*patterns_of(local)))
+        self.plan: NormPlan = norm_plan(model, self.role_rule().keeping(*patterns_of(local)).freezing(frozen))
         self._require_something_to_send()
         self._constants = constant_prints(model, self.plan)
         self._travelling = tuple(key for pair in self.plan.moments() for key in pair if key in self.plan.sent)
@@ -231,11 +177,15 @@ class NormStrategy(Strategy):
             )
 
     def _require_something_to_send(self) -> None:
-        if not self.plan.sent and not self.silent:
-            raise RoleError(
-                f"{type(self).__name__} would keep every tensor of this model on its client: nothing would be averaged."
-                " Keep fewer (strategy.local), use a model with more layers, or strategy 'local', which means it."
-            )
+        if self.plan.sent or self.silent:
+            return
+        what, remedy = "every tensor of this model", "Keep fewer (strategy.local), use a model with more layers"
+        if any(entry.role is Role.CONSTANT and entry.kind in LEARNED for entry in self.plan.entries):
+            what, remedy = "all that train.trainable trains", "Train the head too (train.trainable = 'norm,head')"
+        raise RoleError(
+            f"{type(self).__name__} would keep {what} on its client: nothing would be averaged. {remedy}, or strategy "
+            "'local', which means it."
+        )
 
     # Flower's verbs ---------------------------------------------------------------------------------------------
 
@@ -282,7 +232,7 @@ class NormStrategy(Strategy):
         if not self.report.train:
             return None, None
         self.norms = norms
-        return pack(self.server_update(self._sent, average.result())), _weighted_metrics(self.report.train)
+        return pack(self.server_update(self._sent, average.result())), weighted_metrics(self.report.train)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -307,7 +257,7 @@ class NormStrategy(Strategy):
                 self.report.reject(node.partition_id, unfit, during="evaluation")
             else:
                 self.report.evaluate.append(ClientReport(node.partition_id, node.domain, scores))
-        return _weighted_metrics(self.report.evaluate) if self.report.evaluate else None
+        return weighted_metrics(self.report.evaluate) if self.report.evaluate else None
 
     def summary(self) -> None:
         """Log nothing: the norm plan is shown before training instead."""
@@ -474,23 +424,3 @@ class NormStrategy(Strategy):
     def remedy(self, server_round: int) -> str:
         """Return what helps against numbers that are none any more, after a round's updates were averaged."""
         return suspect(self.norms, server_round) or f"{Cause.DIVERGED[:1].upper()}{Cause.DIVERGED[1:]}."
-
-
-def shown(rejected: Iterable[tuple[int | None, str]], most: int = 3) -> str:
-    """Return the first few rejections as they stand in an error."""
-    return "; ".join(
-        f"{'another node' if partition_id is None else f'client {partition_id}'}: {reason}"
-        for partition_id, reason in list(rejected)[:most]
-    )
-
-
-def _weighted_metrics(reports: Sequence[ClientReport]) -> MetricRecord:
-    """Average each metric over the clients that report it, weighted by their examples; NaN without any example."""
-    keys = dict.fromkeys(key for report in reports for key in report.metrics if key != "num-examples")
-    return MetricRecord({key: mean_metric(reports, key) for key in keys})
-
-
-def mean_metric(reports: Iterable[ClientReport], key: str) -> float:
-    """Return the mean of a metric over the clients that report it, weighted by their examples; NaN without any."""
-    metrics = [report.metrics for report in reports if key in report.metrics]
-    return weighted_mean([m[key] for m in metrics], [m["num-examples"] for m in metrics])

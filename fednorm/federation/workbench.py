@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -92,6 +92,8 @@ class Workbench:
         )
         if limit := config.rounds.max_update_norm:  # a stranger's strategy may not know it
             common["max_update_norm"] = limit
+        if frozen := self.trainee.trainable.frozen:
+            common["frozen"] = frozen
         # The server is on the CPU, wherever its clients are, and so is what a strategy keeps of the model.
         away = self.trainee.device.type != "cpu"
         model = copy.deepcopy(self.model).cpu() if away else self.model
@@ -106,6 +108,7 @@ class Workbench:
         }
         self.strategy.local(self.strategy).check(self.trainee)
         clients = self.federation.training_clients
+        self._require_phases(clients)
         self.trainee.require_batches(
             (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
         )
@@ -123,6 +126,28 @@ class Workbench:
             train_images=max((len(client.train) for client in clients), default=0),
             test_images=max((len(client.test) for client in clients), default=0),
         )
+
+    def _require_phases(self, clients: Sequence[Client]) -> None:
+        """Refuse a strategy whose clients train nothing of what the run trains, or nothing while the head is probed."""
+        train, trainable = self.config.train, self.trainee.trainable
+        if (train.trainable == "all" and not train.linear_probe_rounds) or not clients:
+            return
+        if train.linear_probe_rounds >= self.config.rounds.num_rounds:
+            raise ConfigError(
+                f"train.linear_probe_rounds, the first rounds, in which the head alone is trained, must be less than "
+                f"rounds.num_rounds; got {train.linear_probe_rounds} of {self.config.rounds.num_rounds}. A probe "
+                "without fine-tuning is train.trainable = 'head'."
+            )
+        phases = self.strategy.local(self.strategy).phases(self.turn(clients[0], 1))
+        for key, keys in (
+            ("trainable", trainable.learned),
+            *([("linear_probe_rounds", trainable.learned & trainable.head)] if train.linear_probe_rounds else []),
+        ):
+            if not any(phase.parameters is None or phase.parameters & keys for phase in phases):
+                raise ConfigError(
+                    f"Clients of strategy {self.config.strategy.name} train none of the tensors that train.{key} = "
+                    f"{getattr(train, key)!r} trains. Train others too, or take strategy 'fedavg'."
+                )
 
     def _require_memory_of_clients(self) -> None:
         """Refuse more clients than this machine can hold the local tensors of."""

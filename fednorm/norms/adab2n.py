@@ -485,4 +485,8 @@ SPEC = NormSpec(
         "kappa and lambd have defaults, from the paper's grid; the paper chooses them for every cell of its tables.",
         "With a single task psi has the gradient 0 instead of none.",
     ),
+    verified=(
+        "Golden traces adab2n_kappa_zero, _one, _mid: the official layer (lvyilin/AdaB2N), float64.",
+        "The formula composed of float64 operations, with gradients and penalty by autograd.",
+    ),
 )

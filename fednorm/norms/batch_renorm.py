@@ -209,8 +209,13 @@ SPEC = NormSpec(
     },
     batch_coupled=True,
     train_eval_differ=True,
+    exact_backward=False,
     deviations=(
         "Running moments start at mean 0 and variance 1; Avalanche's default is mean 1 and standard deviation 0.",
         "Running moments and bounds are in the state dict; Avalanche's are plain attributes.",
+    ),
+    verified=(
+        "Golden traces batchrenorm_avalanche_default, _given: avalanche-lib's BatchRenorm2D, float64.",
+        "The formula written out in float64 while its bounds widen; finite differences where r and d rest.",
     ),
 )

@@ -117,4 +117,8 @@ SPEC = NormSpec(
         "Batches are counted; the official layer's counter stays at 0.",
         "Two groups by default; the official class-incremental runs have 32.",
     ),
+    verified=(
+        "Golden traces cn_g4, cn_g8: the official layer (phquang/Continual-Normalization), float64.",
+        "The formula written out in float64, on drawn maps and features, with finite differences of its gradient.",
+    ),
 )

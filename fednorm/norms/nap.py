@@ -201,4 +201,9 @@ SPEC = NormSpec(
         "The decay of scale and offset is 0.999 an update by default; the paper does not state it.",
         "Moments of a feature map are over the whole sample by default; the paper does not state it.",
     ),
+    verified=(
+        "The formula written out in float64, on drawn maps and features, with finite differences of its gradient.",
+        "The paper's section 3 on networks: invariance to the weights' scale, gradients orthogonal to them, growth.",
+        "The projection against its formula in float64. No official code was at hand.",
+    ),
 )

@@ -40,4 +40,6 @@ SPEC = NormSpec(
     make=NoNorm,
     tensors={},
     normalizes=False,
+    scale_invariant=False,
+    verified=("There is nothing to verify: it leaves the network as it is.",),
 )

@@ -263,6 +263,7 @@ SPEC = NormSpec(
         where="Algorithms 2 and 3; official code sIncerass/powernorm, mask_powernorm.py",
     ),
     make=PowerNorm,
+    exact_backward=False,
     layers=(PowerNormLayer,),
     tensors={
         "weight": TensorSpec(Kind.SCALE),

@@ -241,4 +241,8 @@ SPEC = NormSpec(
         "A floor of 1e-4 under var * N and the biased variance, as DeepMind's code has it; the paper has no eps.",
         "Activation constants are DeepMind's Monte-Carlo estimates (ReLU 1.71396; exact 1.71286).",
     ),
+    verified=(
+        "Golden traces scaled_ws_timm, scaled_ws_nfnets, scaled_ws_deepmind: three implementations, float64.",
+        "The formula written out in float64, on drawn maps and features, with finite differences of its gradient.",
+    ),
 )

@@ -197,4 +197,8 @@ SPEC = NormSpec(
     deviations=(
         "A batch that is not current samples first, memory last, in the stated ratio, is normalized as a whole.",
     ),
+    verified=(
+        "Golden trace tbbn: the official layer, float64.",
+        "The formula part by part, in float64.",
+    ),
 )

@@ -279,6 +279,7 @@ SPEC = NormSpec(
         where="official code hikvision-research/Unified-Normalization, unified_normalization.py",
     ),
     make=UnifiedNorm,
+    exact_backward=False,
     layers=(UnifiedNormLayer,),
     tensors={
         "weight": TensorSpec(Kind.SCALE),

@@ -139,4 +139,8 @@ SPEC = NormSpec(
     tensors={"weight": TensorSpec(Kind.WEIGHT), "bias": TensorSpec(Kind.WEIGHT)},
     normalizes=False,
     deviations=("Two groups by default, as federated work has it.",),
+    verified=(
+        "Golden trace ws_conv: the convolutions of the official code and of timm, float64.",
+        "The formula written out in float64, on drawn maps and features, with finite differences of its gradient.",
+    ),
 )

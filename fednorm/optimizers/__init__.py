@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
 
-from fednorm.cards import Card
+from fednorm.cards import Card, Option, options_of
+from fednorm.config.sections import OF_OPTIMIZERS
 
 
 class Make(Protocol):
-    """Builds an optimizer from section ``train`` of a run."""
+    """Builds an optimizer from section ``train`` of a run.
+
+    It may have keyword-only parameters named in :data:`~fednorm.config.sections.OF_OPTIMIZERS`, with their defaults.
+    """
 
     def __call__(
         self, parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
@@ -39,6 +44,20 @@ class OptimizerSpec(Card):
     expects: ClassVar[str] = (
         "An optimizer is a callable (parameters, *, lr, momentum, weight_decay), or an OptimizerSpec."
     )
+
+    @property
+    def maker(self) -> Make:
+        """What builds it."""
+        return self.make
+
+    @cached_property
+    def declared(self) -> Mapping[str, Option]:
+        """Those of :data:`~fednorm.config.sections.OF_OPTIMIZERS` that it has."""
+        try:
+            declared = options_of(self.make, frozenset())
+        except ValueError:  # a stranger's callable need not tell its parameters
+            return {}
+        return {name: option for name, option in declared.items() if name in OF_OPTIMIZERS}
 
     @classmethod
     def adopt(cls, method: Any, reference: str) -> Self | None:

@@ -1,6 +1,8 @@
 """sgd: stochastic gradient descent with PyTorch's momentum; weight decay is added to the gradient.
 
 g <- gradient + weight_decay * w,   b <- momentum * b + g,   w <- w - lr * b
+
+With ``train.nesterov``, w <- w - lr * (g + momentum * b).
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ from fednorm.optimizers import OptimizerSpec
 
 
 def _make(
-    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float
+    parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:
-    return torch.optim.SGD(list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay, foreach=True)
+    return torch.optim.SGD(
+        list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=True
+    )
 
 
 SPEC = OptimizerSpec(

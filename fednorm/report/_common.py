@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import MACHINE, RunConfig, kind_of_device
 from fednorm.report.text import in_cell, in_markdown, one_line
@@ -204,6 +205,13 @@ def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> 
     if fewest != most:
         said = f"n = {fewest} to {most} seeds, mean ± standard deviation where n > 1"
     return f"Seed {', '.join(map(str, numbers))} ({said})"
+
+
+def reconstructions(results: Iterable[Result]) -> list[str]:
+    """Return a sentence for each of fednorm's norms among results whose formula is, in part, a reconstruction."""
+    names = dict.fromkeys(spelled(str(result["config"]["norm"]["name"])) for result in results)
+    marked = {name: NORMS[name].reconstruction for name in names if name in NORMS.built_in}
+    return [f"{name} (reconstruction, unverified): {what.rstrip('.')}." for name, what in marked.items() if what]
 
 
 def incomplete(groups: Mapping[str, Sequence[Result]]) -> list[str]:

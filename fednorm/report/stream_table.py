@@ -11,7 +11,19 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from fednorm.config import RunConfig
-from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, evenly, interval, known, percent, seeds
+from fednorm.report._common import (
+    SHORT,
+    UNKNOWN,
+    Result,
+    Table,
+    by_method,
+    evenly,
+    interval,
+    known,
+    percent,
+    reconstructions,
+    seeds,
+)
 from fednorm.study.select import METHOD_OPTIONS, METHOD_SWITCHES
 
 Cell = Callable[[Sequence[float | None]], str]
@@ -108,6 +120,7 @@ def stream_table(results: Sequence[Result]) -> Table:
         f"{seeds(results, groups)}; {_scored(results[0])}; wall clock.",
         *([f"{_capital('; '.join(meanings))}.{mode}"] if meanings else []),
         *_settings(groups),
+        *reconstructions(results),
         *dict.fromkeys(note for result in results for note in result["data"]["notes"]),
     )
     columns = ("method", *shown, "seconds")

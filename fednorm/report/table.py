@@ -7,7 +7,7 @@ from statistics import mean
 from typing import Any
 
 from fednorm.config import RunConfig
-from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, incomplete, percent, seeds
+from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, incomplete, percent, reconstructions, seeds
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "method_name", "plan_table"]
 
@@ -149,6 +149,7 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
         *incomplete(groups),
         *_best_rounds(groups),
         *([f"Settings: {settings}."] if settings else []),
+        *reconstructions(results),
         *results[0]["data"]["notes"],
     )
 

@@ -146,6 +146,7 @@ class Learner(Passes):
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
         watchers: Called with the learner after every step.
+        epoch_watchers: Called with the learner before every pass over an experience, or what is left of one.
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
@@ -176,6 +177,7 @@ class Learner(Passes):
         self._criterion = criterion or nn.CrossEntropyLoss()
         self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
         self.watchers: list[Callable[[Learner], None]] = []
+        self.epoch_watchers: list[Callable[[Learner], None]] = []
         self.options = options or type(self).Options()
         self.num_classes, self.seed, self.scaling = num_classes, seed, scaling
         self.augment = Augmentation.of(augment) if isinstance(augment, str) else augment
@@ -344,7 +346,10 @@ class Learner(Passes):
         del kwargs
         self.mbatch = [new.images, new.labels, torch.zeros_like(new.labels)]
 
-    def _before_training_epoch(self, **kwargs: Any) -> None: ...
+    def _before_training_epoch(self, **kwargs: Any) -> None:
+        del kwargs
+        for watch in self.epoch_watchers:
+            watch(self)
 
     def _after_training_epoch(self, **kwargs: Any) -> None: ...
 

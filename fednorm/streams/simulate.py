@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.device import on_cpu
 from fednorm.errors import DataError, DivergedError
@@ -287,9 +288,14 @@ class _Run:
             "steps": learner.progress.step,
             "learning_rate": rate,
             "diagnostics": diagnostics,
+            **self._head_norm(model),
             **anytime,
             "seconds": round(self.spent + time.perf_counter() - self.since, 3),
         }
+
+    def _head_norm(self, model: nn.Module) -> Document:
+        trainable = self.bench.trainee.trainable
+        return {"head_norm": trainable.head_norm(model.state_dict())} if trainable.head else {}
 
     def _train_accuracy(self, model: nn.Module, source: Experience) -> float:
         evaluate, seed = self.bench.config.evaluate, self.bench.config.seed
@@ -306,7 +312,7 @@ class _Run:
             model,
             probe_images(so_far, config.evaluate.probe_images, config.seed),
             rate=rate,
-            optimizer="sgd" if config.train.optimizer == "sgd" else "adam",
+            optimizer="adam" if OPTIMIZERS[config.train.optimizer].adaptive else "sgd",
             batch_size=config.evaluate.batch_size,
         )
 

@@ -8,6 +8,7 @@ from statistics import mean
 from typing import Any
 
 from fednorm import device as devices
+from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.data.moving import moved
 from fednorm.data.scaling import Scaling
@@ -18,6 +19,7 @@ from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
 from fednorm.training.footprint import require_footprint
+from fednorm.training.trainable import Trainable
 from fednorm.training.trainee import Trainee
 
 
@@ -84,6 +86,9 @@ class ContinualWorkbench:
             device=self.trainee.device,
             criterion=self.trainee.loss if train.label_smoothing else None,
         )
+        if train.trainable != "all" or train.linear_probe_epochs:
+            self.learner.epoch_watchers.append(Stages(self.trainee.trainable, train.linear_probe_epochs))
+            self._require_stages(options)
         self._require_parts(norm, options)
 
     def _made_stream(self) -> Stream:
@@ -92,6 +97,26 @@ class ContinualWorkbench:
             config.data, image_size=config.model.card.input_size, seed=config.seed, options=scenario.options
         )
         return stream
+
+    def _require_stages(self, options: LearnerOptions) -> None:
+        """Refuse a linear probe without epochs after it, and a learner whose epochs are not the run's.
+
+        Raises:
+            ConfigError: The head alone would be trained, or the probe would be none.
+        """
+        train, name = self.config.train, self.config.learner.name
+        if train.linear_probe_epochs >= train.epochs:
+            raise ConfigError(
+                f"train.linear_probe_epochs, the first epochs of each experience, in which the head alone is trained, "
+                f"must be less than train.epochs; got {train.linear_probe_epochs} of {train.epochs}. A probe without "
+                "fine-tuning is train.trainable = 'head'."
+            )
+        if hasattr(options, "memory_epochs") and (train.linear_probe_epochs or train.trainable == "head"):
+            raise ConfigError(
+                f"Learner {name} trains on its memory when an experience has ended, in epochs of its own, in which "
+                "all layers are in training mode: there is no linear probe. Take another learner, or train.trainable = "
+                "'norm' or 'norm,head'."
+            )
 
     def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
         """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
@@ -145,7 +170,8 @@ class ContinualWorkbench:
             self.norm,
             num_classes=self.stream.num_classes,
             image_size=self.stream.image_size,
-            copies=3 + (bool(train.momentum) if train.optimizer == "sgd" else 2),  # gradients, a checkpoint
+            copies=3
+            + (bool(train.momentum) if OPTIMIZERS[train.optimizer].has_momentum else 2),  # gradients, a checkpoint
             train_images=sum(len(experience.train) for experience in self.stream),
             test_images=max((len(experience.test) for experience in self.stream), default=0),
         )
@@ -187,3 +213,19 @@ class ContinualWorkbench:
                 "experiences": experiences,
             },
         }
+
+
+class Stages:
+    """What a run's learner trains in each epoch, and which of its layers are in training mode.
+
+    Args:
+        trainable: Of the run.
+        probe_epochs: First epochs of each experience in which the head alone is trained.
+    """
+
+    def __init__(self, trainable: Trainable, probe_epochs: int) -> None:
+        self._trainable, self._probe_epochs = trainable, probe_epochs
+
+    def __call__(self, learner: Learner) -> None:
+        """Begin an epoch, or go on with one after a checkpoint."""
+        self._trainable.set_probing(learner.progress.epoch < self._probe_epochs)

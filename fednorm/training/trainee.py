@@ -31,6 +31,7 @@ from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
+from fednorm.training.trainable import Trainable
 
 Effect = Callable[[], None]
 
@@ -51,7 +52,8 @@ class Trainee:
         device: Where all of it is.
         model: The network, in training mode, with the initial weights of the run's seed, or of ``model.weights``.
         about_model: What the record says of it.
-        optimizer: Of all its parameters.
+        trainable: Which of its parameters are trained, and when.
+        optimizer: Of all its parameters; those that are not trained have no gradient, and stay as they are.
         adjust: Effects between backward pass and update, in order: L2-init, AGC, the clipping of the whole gradient.
         after: Effects after the update, in order: ReDo, the projection.
         augmentation: What is done to the images of a training batch, before they are scaled.
@@ -70,9 +72,14 @@ class Trainee:
         self.about_model = describe_model(config.model, built, num_classes, image_size)
         self.batch_coupled = batch_coupled(self.model, spec_of)
         train = config.train
+        self.trainable = Trainable(self.model, train, num_classes)
         self.augmentation = Augmentation.of(train.augment, degrees=train.rotate_degrees, jitter=train.jitter)
         self.optimizer = OPTIMIZERS[train.optimizer].make(
-            self.model.parameters(), lr=train.learning_rate, momentum=train.momentum, weight_decay=train.weight_decay
+            self.model.parameters(),
+            lr=train.learning_rate,
+            momentum=train.momentum,
+            weight_decay=train.weight_decay,
+            **train.of_optimizer(),
         )
         # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
         self.adjust, self.after = self._effects()

@@ -13,6 +13,7 @@ from pathlib import Path
 from fednorm.errors import DataError
 from fednorm.verify import (
     golden_adab2n,
+    golden_adamp,
     golden_agc,
     golden_batchrenorm,
     golden_bcn,
@@ -44,6 +45,7 @@ FAMILIES: tuple[Family, ...] = (
     *golden_un.FAMILIES,
     *golden_bcn.FAMILIES,
     *golden_hybridbn.FAMILIES,
+    *golden_adamp.FAMILIES,
 )
 
 

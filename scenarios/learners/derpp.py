@@ -103,6 +103,7 @@ SPEC = LearnerSpec(
     deviations=(
         "New and memory samples share one forward pass by default; the official code has three (passes = separate).",
     ),
+    verified=("The loss against plain PyTorch; the stored logits are those before the update.",),
 )
 
 

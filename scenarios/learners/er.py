@@ -48,6 +48,7 @@ SPEC = LearnerSpec(
         arxiv="1902.10486",
     ),
     make=ERLearner,
+    verified=("Its steps in plain PyTorch; no official code, as the method is older than its papers.",),
 )
 
 

@@ -101,6 +101,7 @@ SPEC = LearnerSpec(
         "New and memory samples share one forward pass by default; the official code has two (passes = separate).",
         "Classes are unseen by a record of those seen, not by the largest label.",
     ),
+    verified=("The loss with its mask against a loop over samples and classes, in plain PyTorch.",),
 )
 
 

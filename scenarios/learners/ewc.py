@@ -171,6 +171,9 @@ SPEC = LearnerSpec(
     ),
     make=EWCLearner,
     deviations=("The Fisher information is estimated from at most fisher_samples samples of each experience.",),
+    verified=(
+        "The Fisher information in closed form and by a loop over samples; the penalty as the sum that it stands for.",
+    ),
 )
 
 

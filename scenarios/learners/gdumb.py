@@ -168,6 +168,7 @@ SPEC = LearnerSpec(
         "32 epochs over the memory by default, 256 in the paper; no CutMix.",
         "A network is trained at the end of every experience, in single precision, and its last epoch counts.",
     ),
+    verified=("Its training on the memory in plain PyTorch; the rates of the official code's schedule.",),
 )
 
 

@@ -33,6 +33,7 @@ SPEC = LearnerSpec(
     ),
     make=JointLearner,
     joint=True,
+    verified=("It is naive on the union of all experiences, whose images it is shown to see.",),
 )
 
 

@@ -134,6 +134,7 @@ SPEC = LearnerSpec(
         "One head for all classes, and no warm-up; the paper's tasks have heads of their own.",
         "The teacher is in evaluation mode; Avalanche's is in training mode.",
     ),
+    verified=("The loss against the formula; without statistics and dropout it is Avalanche's LwF.",),
 )
 
 

@@ -30,6 +30,7 @@ SPEC = LearnerSpec(
         where="the strategy Naive",
     ),
     make=NaiveLearner,
+    verified=("Avalanche's own Naive, with the same weights in the end.",),
 )
 
 

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord
 import fednorm
 from fednorm.federation.diagnosis import ClientStatistics, diagnose, drift_by_domain
 from fednorm.federation.plan import norm_plan
-from fednorm.federation.strategy import RoundReport
+from fednorm.federation.round_report import RoundReport
 from fednorm.federation.wire import unpack
 from fednorm.roles import RoleRule
 

@@ -59,6 +59,17 @@ METHODS: dict[str, tuple[str, str, Values]] = {
         "batch_norm",
         {"train": {"project": True, "optimizer": "adamw", "momentum": 0}},
     ),
+    "moments and steps of adamp": (
+        "er",
+        "batch_norm",
+        {"train": {"optimizer": "adamp", "momentum": 0, "weight_decay": 0.1, "delta": 9.0}},
+    ),
+    "momentum of sgdp, the head first": (
+        "naive",
+        "batch_norm",
+        {"train": {"optimizer": "sgdp", "nesterov": True, "delta": 9.0, "linear_probe_epochs": 1}},
+    ),
+    "frozen weights": ("er_ace", "adab2n", {"train": {"trainable": "norm"}}),
     "count of updates between resets": ("naive", "none", {"train": {"redo_every": 5, "redo_tau": 0.9}}),
     "initial weights": ("naive", "layer_norm", {"train": {"l2_init": 0.1, "agc": 0.01}}),
     "what an experience begins with": (
