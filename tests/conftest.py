@@ -146,8 +146,9 @@ def arm(where, n):
 kinds = {}  # what a kind of run says of itself: see Launcher
 for request in map(json.loads, sys.stdin):
     if request["kind"] not in kinds:
-        kinds[request["kind"]] = of_kind = dict(globals())
+        of_kind = dict(globals())
         exec(request["kind"], of_kind)
+        kinds[request["kind"]] = {name: value for name, value in of_kind.items() if name not in globals()}
         of_kind["simulate"](of_kind["resolve"](request["values"]), runs=None)  # imports and reads what children need
     pid = os.fork()
     if pid == 0:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.cli.app import recipes as command
+from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError

@@ -235,7 +235,7 @@ def test_a_learner_sees_each_image_on_its_domains_scale(learner: str, how: str) 
     seen = seen_by(bench.model, go)
     assert len(seen) >= 40
     assert all(key_of(image) in known for image in seen)
-    source = bench.source(bench.training[0])
+    source = bench.training[0]
     rows = torch.arange(min(30, len(source.train)))
     shown = seen_by(
         bench.model.eval(), lambda: accuracy(bench.model, source.train, source.classes, batch_size=64, rows=rows)
