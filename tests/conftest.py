@@ -5,11 +5,13 @@ One thread, because the last bits of sums depend on the number, and because two 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Two busy cores are slow, and that is no fault of what is drawn.
-settings.register_profile("fednorm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("fednorm")
+# Two busy cores are slow, and that is no fault of what is drawn. CI draws more: --hypothesis-profile=many.
+settings.register_profile("few", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("many", settings.get_profile("few"), max_examples=300)
+settings.load_profile("few")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
@@ -30,6 +33,38 @@ def pytest_sessionstart() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave to the slow tier what ``@pytest.mark.cover(n)`` does not need of a product of parameters.
+
+    What stays in the default tier holds every n values of different parameters together: with 1 each value, with 2
+    each pair.
+    """
+    products: dict[str, list[Any]] = {}
+    for item in items:
+        if item.get_closest_marker("cover") and not item.get_closest_marker("slow"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in products.values():
+        (n,) = cases[0].get_closest_marker("cover").args
+        for case in _beyond_a_covering(cases, n):
+            case.add_marker(pytest.mark.slow)
+
+
+def _beyond_a_covering(cases: list[Any], n: int) -> list[Any]:
+    """Return the cases whose every n values are those of other cases too, taken greedily."""
+    values = [sorted((name, repr(value)) for name, value in case.callspec.params.items()) for case in cases]
+    held = [set(itertools.combinations(each, n)) for each in values]
+    missing, chosen, used = set().union(*held), set(), Counter[Any]()
+    while missing:
+        # Of those that add as much, one whose values were taken least.
+        gain = [(len(each & missing), -sum(used[value] for value in each)) for each in held]
+        best = gain.index(max(gain))
+        chosen.add(best)
+        missing -= held[best]
+        used.update(held[best])
+    return [case for number, case in enumerate(cases) if number not in chosen]
 
 
 LAUNCHER = """
@@ -57,10 +92,6 @@ def before(owner, name, when, act):
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-# What a kind of run says of itself: see Launcher.
-exec(sys.argv[1])
 
 
 def half_a_line(self, line):
@@ -112,12 +143,17 @@ def arm(where, n):
     return Watch(where, n)
 
 
-simulate(resolve(json.loads(sys.argv[2])), runs=None)  # imports and reads what all children need
-print("ready", flush=True)
+kinds = {}  # what a kind of run says of itself: see Launcher
 for request in map(json.loads, sys.stdin):
+    if request["kind"] not in kinds:
+        of_kind = dict(globals())
+        exec(request["kind"], of_kind)
+        kinds[request["kind"]] = {name: value for name, value in of_kind.items() if name not in globals()}
+        of_kind["simulate"](of_kind["resolve"](request["values"]), runs=None)  # imports and reads what children need
     pid = os.fork()
     if pid == 0:
         code = 0
+        globals().update(kinds[request["kind"]])
         try:
             observer = arm(request["where"], request["n"])
             simulate(resolve(request["values"]), runs=Path(request["runs"]), observer=observer)
@@ -133,7 +169,7 @@ for request in map(json.loads, sys.stdin):
 
 
 class Launcher:
-    """Runs configurations in child processes of its own, which end where and when they are told to.
+    """Runs configurations in child processes, which end where and when they are told to.
 
     Where: ``before the line``, ``in the line`` and ``after the UNIT`` number n, ``in the checkpoint``, the n-th,
     ``before the result``, ``in the result``; ``stop`` and ``disk full`` after the unit number n; and the kind's own.
@@ -142,34 +178,21 @@ class Launcher:
         kind: Python that imports ``simulate`` and ``resolve`` and defines ``UNIT``, what n counts and a line tells of,
             ``ROOM``, the bytes that fit a file on a full disk, and ``arm_own(where, n)`` for the kind's own places,
             which may call ``before(owner, name, when, act)`` and ``die``.
-        values: A configuration that is run once, to import and read what all children need.
+        process: What forks them: one for all kinds, because its imports take seconds. Of each kind it first runs a
+            configuration itself, to import and read what all children need.
     """
 
-    def __init__(self, kind: str, values: dict[str, Any]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCHER, kind, json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            text=True,
-        )
-        assert self._read() == "ready\n"
-
-    def _read(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline()
+    def __init__(self, kind: str, process: subprocess.Popen[str]) -> None:
+        self._kind, self._process = kind, process
 
     def run(self, values: dict[str, Any], runs: Path, where: str, n: int) -> tuple[int, int | str]:
         """Return a child's process id, and its exit code (negative for a signal) or ``stopped``."""
         assert self._process.stdin is not None
-        request = {"values": values, "runs": str(runs), "where": where, "n": n}
+        assert self._process.stdout is not None
+        request = {"kind": self._kind, "values": values, "runs": str(runs), "where": where, "n": n}
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        pid, how = json.loads(self._read())
+        pid, how = json.loads(self._process.stdout.readline())
         return pid, how
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 @pytest.fixture
@@ -184,14 +207,15 @@ def own_declarations() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def launch() -> Iterator[Callable[[str, dict[str, Any]], Launcher]]:
-    """Make a launcher of a kind of run; all of them end with the tests."""
-    made: list[Launcher] = []
-
-    def make(kind: str, values: dict[str, Any]) -> Launcher:
-        made.append(Launcher(kind, values))
-        return made[-1]
-
-    yield make
-    for launcher in made:
-        launcher.close()
+def launch() -> Iterator[Callable[[str], Launcher]]:
+    """Make a launcher of a kind of run; their one process ends with the tests."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    )
+    yield lambda kind: Launcher(kind, process)
+    process.kill()
+    process.communicate()

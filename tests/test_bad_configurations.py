@@ -197,7 +197,7 @@ def _accepted_or_refused(values: Any, folder: Path) -> None:
 
 
 quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
+    max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fednorm.cli.app import compare
+from fednorm.cli import compare
 from fednorm.errors import AggregationError, ConfigError, DataError, UnknownNameError
 from fednorm.study.estimate import Estimate
 

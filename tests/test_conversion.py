@@ -95,6 +95,7 @@ ANYWHERE = [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"
 """The methods that every network has a place for: not those that replace attention or residual sums."""
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
     before = copy.deepcopy(model.state_dict())
@@ -117,6 +118,7 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
     converted = convert(model, name)

@@ -24,6 +24,7 @@ def test_it_is_one_page() -> None:
     assert len(README.splitlines()) <= 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [code for language, code in FENCED if language == "python"])
 def test_python_examples_run(code: str, tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

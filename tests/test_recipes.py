@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fednorm.cli.app import recipes as command
+from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
@@ -40,6 +41,7 @@ PAPERS = ("digits", "digits_five", "label_skew", "office", "office_small_batch")
 every_recipe = pytest.mark.parametrize("name", recipe_names())
 
 
+@cache
 def study_of(name: str) -> Study:
     return read_study(find_study(name))
 

@@ -12,6 +12,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -157,8 +158,13 @@ def replaced(kind: type) -> set[str]:
     return names
 
 
-def _assigned(method: Any) -> Iterator[str]:
-    """Yield the attributes that a method assigns to its argument ``strategy``, or a callback to its first one."""
+@cache  # reading the source again for every learner would take a quarter of a short run
+def _assigned(method: Any) -> frozenset[str]:
+    """Return the attributes that a method assigns to its argument ``strategy``, or a callback to its first one."""
+    return frozenset(_assignments(method))
+
+
+def _assignments(method: Any) -> Iterator[str]:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
     except (OSError, TypeError, SyntaxError):  # no source: what it does is seen when it has done it

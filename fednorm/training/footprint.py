@@ -6,6 +6,7 @@ The model is built and run once on PyTorch's ``meta`` device, whose tensors have
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,17 +45,26 @@ def footprint(name: str, norm: Norm, *, num_classes: int, image_size: int, width
         ConfigError: A layer has more entries than can be numbered.
     """
     spec = MODELS[name]
-    size = image_size or spec.input_size
+    shape = (num_classes, image_size or spec.input_size, width or spec.width)
+    try:
+        return _measured(name, norm, *shape)
+    except TypeError:  # not hashable: a stranger's norm may have a list among its options
+        return _measured.__wrapped__(name, norm, *shape)
+
+
+@lru_cache(maxsize=64)  # a third of the time of a run of a few steps; those of a process mostly share a model
+def _measured(name: str, norm: Norm, num_classes: int, size: int, width: int) -> Footprint:
+    """Build a model of fednorm's and run it, without values."""
     try:
         with torch.device("meta"):
-            model = spec.make(norm, num_classes=num_classes, image_size=size, width=width or spec.width)
+            model = MODELS[name].make(norm, num_classes=num_classes, image_size=size, width=width)
             state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
             outputs = _outputs(model, size)
     except FedNormError:
         raise
     except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # 2**63 entries and more
         raise ConfigError(
-            f"model {spec.name} of width {shown(width or spec.width)} for images of {shown(size)} pixels a side is "
+            f"model {name} of width {shown(width)} for images of {shown(size)} pixels a side is "
             f"beyond what can be numbered ({shown(str(error).splitlines()[0])}). Lower model.width or data.image_size."
         ) from error
     return Footprint(

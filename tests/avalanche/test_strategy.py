@@ -47,7 +47,13 @@ def test_every_learner_has_a_strategy_in_its_module() -> None:
             module.Other  # noqa: B018
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"joint"}))
+QUICK = ("derpp", "er_ace", "gdumb")  # a memory and what it keeps besides, a mask, a training of its own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(set(NAMES) - {"joint"})],
+)
 def test_a_strategy_learns_to_the_last_bit_what_its_learner_learns(name: str) -> None:
     spec: LearnerSpec = LEARNERS[name]
     learner = spec.make(**parts())

@@ -155,11 +155,13 @@ def test_names_are_read_with_dashes_and_underscores(call: Call, small: Small) ->
 # A process of its own -------------------------------------------------------------------------------------------------
 
 
-def test_the_console_script_s_exit_codes_and_streams(tmp_path: Path, small: Small) -> None:
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fednorm.cli.app"]
 
-    def process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*command, *arguments],
             cwd=tmp_path,
@@ -170,6 +172,20 @@ def test_the_console_script_s_exit_codes_and_streams(tmp_path: Path, small: Smal
             check=False,
         )
 
+    return run
+
+
+def test_the_console_script_s_exit_codes_and_streams(process: Call) -> None:
+    good = process("--help")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "federated" in good.stdout
+    bad = process("explain", "--nothing")
+    assert (bad.returncode, bad.stdout) == (2, "")
+    assert "No such option" in bad.stderr
+
+
+@pytest.mark.slow
+def test_the_console_script_s_run_and_its_mistake(process: Call, small: Small) -> None:
     good = process("federated", "--json", *small)
     assert good.returncode == 0
     assert json.loads(good.stdout)["final"]["round"] == 2

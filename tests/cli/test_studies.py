@@ -10,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fednorm.cli import demo
+from fednorm.config import merge
+
+Values = dict[str, Any]
 Call = Callable[..., Any]
 Refused = Callable[..., None]
 Small = tuple[str, ...]
@@ -141,10 +145,25 @@ def test_a_folder_without_results_is_named(call: Call, tmp_path: Path, refused: 
     refused(call("report", tmp_path), "There is no finished run", str(tmp_path))
 
 
+def smaller(make: Callable[..., Values]) -> Callable[..., Values]:
+    """Make a demo's values of fewer images, channels and passes."""
+
+    def values(*args: Any, **kwargs: Any) -> Values:
+        less = {"model": {"width": 4}, "train": {"epochs": 1}}
+        if (whole := make(*args, **kwargs)).get("kind") != "continual":
+            less = {"model": {"width": 4}, "data": {"train_per_client": 16, "test_per_domain": 10}}
+        return merge(whole, less)
+
+    return values
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_demo_ends_in_a_short_table_a_world_and_the_path_of_the_page(
-    call: Call, tmp_path: Path, refused: Refused
+    whole: bool, call: Call, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = ("demo", "--rounds", "1", "--images", "40")
+    small = ("demo", "--rounds", "1", "--images", "40" if whole else "10")
+    for name in () if whole else ("demo_values", "stream_values", "memorization_values"):
+        monkeypatch.setattr(demo, name, smaller(getattr(demo, name)))
     result = call(*small, "--json")
     assert result.code == 0
     results, streams = result.document["results"][:3], result.document["results"][3:]

@@ -33,6 +33,12 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that tests may share which only read the embedded digits: drawing them takes seconds."""
+    return tmp_path_factory.mktemp("shared-cache")
+
+
 @pytest.fixture
 def write_file() -> WriteFile:
     def write(

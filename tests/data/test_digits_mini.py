@@ -27,10 +27,11 @@ print(hashlib.sha256(source.images.tobytes() + source.labels.tobytes()).hexdiges
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    return read_digits_mini(28, tmp_path_factory.mktemp("mini"))
+def source(shared_cache: Path) -> Source:
+    return read_digits_mini(28, shared_cache)
 
 
+@pytest.mark.slow
 def test_another_process_generates_the_same_arrays(source: Source, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
@@ -101,7 +102,8 @@ def test_the_domains_look_as_described(source: Source) -> None:
     assert border > middle, "dark on light"
 
 
-def test_a_run_s_seed_does_not_change_the_data() -> None:
+def test_a_run_s_seed_does_not_change_the_data(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDNORM_CACHE", str(shared_cache))
     first, second = (load_federation(DataConfig(name="digits_mini"), image_size=28, seed=seed) for seed in (1, 2))
     np.testing.assert_array_equal(first.clients[0].train.images, second.clients[0].train.images)
     assert first.title == "digits-mini (scans, photo, fonts, street, faint)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,6 +33,11 @@ SMALL: dict[str, Any] = {
     "train": {"batch_size": 6},
     "rounds": {"num_rounds": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def own_cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDNORM_CACHE", str(shared_cache))
 
 
 def some(n: int, seed: int, channels: int = 3, low: int = 0, high: int = 256) -> Tensor:
@@ -229,7 +235,7 @@ def test_a_learner_sees_each_image_on_its_domains_scale(learner: str, how: str) 
     seen = seen_by(bench.model, go)
     assert len(seen) >= 40
     assert all(key_of(image) in known for image in seen)
-    source = bench.source(bench.training[0])
+    source = bench.training[0]
     rows = torch.arange(min(30, len(source.train)))
     shown = seen_by(
         bench.model.eval(), lambda: accuracy(bench.model, source.train, source.classes, batch_size=64, rows=rows)

@@ -169,6 +169,7 @@ def processes_of(home: Path) -> list[str]:
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_a_run_completes_in_a_hostile_environment_and_leaves_nothing(
     toy: Path, tmp_path: Path, hostile: list[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_run_completes_in_a_hostile_environment_and_leaves_nothing(
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_a_failed_run_is_an_error_that_quotes_the_cause(toy: Path, tmp_path: Path) -> None:
     witness = Witness()
     with pytest.raises(AggregationError, match="finished:failed") as caught:
@@ -209,6 +211,7 @@ def test_a_failed_run_is_an_error_that_quotes_the_cause(toy: Path, tmp_path: Pat
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_an_interrupted_run_ends_all_it_started(toy: Path, tmp_path: Path) -> None:
     def interrupt(line: str) -> None:
         if line == "replied":
@@ -223,6 +226,7 @@ def test_an_interrupted_run_ends_all_it_started(toy: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_a_run_that_outlasts_its_time_says_so(toy: Path, tmp_path: Path) -> None:
     witness = Witness()
     with pytest.raises(AggregationError, match="time was up"):
@@ -233,9 +237,8 @@ def test_a_run_that_outlasts_its_time_says_so(toy: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.flower
-@pytest.mark.parametrize(
-    "number", [signal.SIGHUP, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGQUIT))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
 def test_a_terminated_launcher_ends_all_it_started(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
     script = textwrap.dedent(
         f"""
@@ -259,6 +262,7 @@ def test_a_terminated_launcher_ends_all_it_started(number: signal.Signals, toy: 
 
 
 @pytest.mark.flower
+@pytest.mark.slow
 def test_a_port_taken_meanwhile_is_not_mistaken_for_our_superlink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

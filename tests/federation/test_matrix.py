@@ -229,7 +229,9 @@ def _unbiased(state: Mapping[str, Tensor], pid: int) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("fallback", ["averaged", "pooled", "reestimated"])
+@pytest.mark.parametrize(
+    "fallback", ["averaged", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pooled", "reestimated"))]
+)
 def test_an_unseen_domain_uses_the_named_fallback(fallback: str) -> None:
     run = trained(kinds=("own", "unseen"), fallback=fallback)
     scores = run.evaluation["unseen"]
@@ -298,7 +300,7 @@ def test_one_model_for_all_has_no_cross_evaluation() -> None:
     assert set(evaluation["reestimated"]) == {"per_domain", "mean", "worst"}
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
+@pytest.mark.parametrize("strategy", [pytest.param("fedavg", marks=pytest.mark.slow), "fedbn"])
 def test_statistics_that_are_not_there_are_neither_pooled_nor_estimated(strategy: str) -> None:
     evaluation = trained(strategy, "group_norm").evaluation
     assert evaluation["reestimated"] == {"not_applicable": "the network has no running statistics"}

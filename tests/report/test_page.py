@@ -325,6 +325,7 @@ def test_several_comparisons_are_sections_of_one_page(stream_result: Callable[..
     assert found["title"] == "3 comparisons"
 
 
+@pytest.mark.slow
 def test_500_runs_stay_below_10_megabytes_and_say_what_was_thinned(tmp_path: Path) -> None:
     layers = [f"layer{i}.norm" for i in range(10)]
     long = federated(rounds=25, layers=layers, scores={f"domain {i}": 0.5 + i / 100 for i in range(5)})

@@ -193,6 +193,7 @@ def test_it_opens_draws_every_chart_and_asks_the_network_for_nothing(reader: Rea
     assert reader.js("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []
 
 
+@pytest.mark.slow
 def test_it_sorts_by_any_column_either_way(reader: Reader) -> None:
     best_first = sorted(METHODS, key=lambda name: -METHODS[name])
     assert reader.rows() == best_first
@@ -210,6 +211,7 @@ def test_it_sorts_by_any_column_either_way(reader: Reader) -> None:
     assert reader.rows() == [EVIL, "fedavg", "fedbn"]
 
 
+@pytest.mark.slow
 def test_it_filters_methods_and_runs(reader: Reader) -> None:
     field = reader.one("#s0 .comparing input[type=search]")
     field.send_keys("FED")
@@ -222,6 +224,7 @@ def test_it_filters_methods_and_runs(reader: Reader) -> None:
     assert shown == [f"run-{federated('fedavg', 2)['hash']}"]
 
 
+@pytest.mark.slow
 def test_it_switches_domain_and_bands_run_from_the_lowest_to_the_highest_seed(reader: Reader) -> None:
     over_domains = mean(DOMAINS.values())
     assert reader.means("#s0-learning")["fedbn"][-1] == pytest.approx(100 * (0.8 + 0.02 + over_domains), abs=0.02)
@@ -236,6 +239,7 @@ def test_it_switches_domain_and_bands_run_from_the_lowest_to_the_highest_seed(re
     assert reader.traces("#s0-learning")[1]["x"] == [200, 400, 600, 800]
 
 
+@pytest.mark.slow
 def test_a_method_that_is_not_chosen_is_in_no_chart_and_stays_in_the_table(reader: Reader) -> None:
     assert set(reader.means("#s0-learning")) == {"fedavg", "fedbn", html.escape(EVIL, quote=False)}
     reader.js("arguments[0].click()", next(chip for chip in reader.all("#s0 .chip") if chip.text.endswith("fedbn")))
@@ -275,6 +279,7 @@ def test_every_number_leads_to_its_run(reader: Reader) -> None:
     assert reader.js("return location.hash") == f"#run-{run['hash']}"
 
 
+@pytest.mark.slow
 def test_an_address_with_a_run_opens_that_run(reader: Reader, page: Path) -> None:
     run = federated(EVIL, 3)["hash"]
     reader.driver.get("about:blank")
@@ -297,6 +302,7 @@ def test_text_of_records_does_nothing(reader: Reader) -> None:
     assert "<script>" in " ".join(labels)
 
 
+@pytest.mark.slow
 def test_the_normalization_view_shows_drift_by_layer_domain_and_round(reader: Reader) -> None:
     at = [mean(drift(d, i, s, 4) for d in DOMAINS for i in (1, 2) for s in SEEDS)]
     assert reader.means("#s0-layers")["fedavg"][-1:] == pytest.approx(at, rel=2e-3)
@@ -312,6 +318,7 @@ def test_the_normalization_view_shows_drift_by_layer_domain_and_round(reader: Re
     assert reader.means("#s0-layers")["fedavg"] == pytest.approx([4.0, 8.0, 12.0, 16.0])  # the geometric mean of 2, 8
 
 
+@pytest.mark.slow
 def test_roles_and_bytes_are_told_tensor_by_tensor(reader: Reader) -> None:
     assert reader.traces("#s0-roles")[0]["z"] == [[0, None, 2], [0, 0, None], [0, None, 2]]  # in the network's order
     assert "1 tensor\n16 B" in reader.one("#s0-roles table tbody td").text
@@ -324,6 +331,7 @@ def test_roles_and_bytes_are_told_tensor_by_tensor(reader: Reader) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_stream_has_its_matrix_and_says_what_was_not_measured(reader: Reader) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -340,6 +348,7 @@ def test_a_stream_has_its_matrix_and_says_what_was_not_measured(reader: Reader) 
     assert reader.means("#s1-plasticity")["er_ace + batch_norm"] == [25, 25]
 
 
+@pytest.mark.slow
 def test_dark_follows_the_system_and_the_button(reader: Reader, page: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
     code = f"return [{background}, document.querySelector('#s0-learning .plot').layout.font.color]"
@@ -362,6 +371,7 @@ def test_dark_follows_the_system_and_the_button(reader: Reader, page: Path) -> N
         reader.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
+@pytest.mark.slow
 def test_on_a_phone_nothing_scrolls_sideways_but_tables(reader: Reader) -> None:
     metrics = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
     reader.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
@@ -377,6 +387,7 @@ def test_on_a_phone_nothing_scrolls_sideways_but_tables(reader: Reader) -> None:
         reader.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.slow
 def test_a_keyboard_reaches_everything(reader: Reader) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys

@@ -355,6 +355,7 @@ def test_several_data_sets_are_not_one(toy_folder: Path, cache: Path) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_real_cifar10_in_five(real_data: Path, cache: Path) -> None:
     if not (real_data / "cifar10").is_dir():
         pytest.skip(f"no cifar10 in {real_data}")

@@ -34,6 +34,11 @@ LONG: dict[str, Any] = {
 STEPS = [[3, 6, 8], [9, 12, 15, 16], [18, 21, 24]]
 
 
+def slow(*cases: tuple[Any, ...]) -> list[Any]:
+    """Leave cases to the slow tier, which are like others of the default tier."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 @torch.no_grad()
 def share(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
     return float((copy.deepcopy(model).eval()(pixels(images)).argmax(1) == labels).double().mean())
@@ -59,7 +64,7 @@ class Copies:
     def experience(self, line: Any) -> None: ...
 
 
-@pytest.mark.parametrize(("learner", "norm"), [("naive", "none"), ("er", "adab2n"), ("er_ace", "batch_norm")])
+@pytest.mark.parametrize(("learner", "norm"), [("er", "adab2n"), *slow(("naive", "none"), ("er_ace", "batch_norm"))])
 def test_points_are_those_of_a_copy_of_the_network(learner: str, norm: str, toy: Any) -> None:
     config, copies = toy.config("split_digits", learner, norm, **LONG), Copies()
     document = simulate(config, runs=None, observer=copies, bench=toy.bench(config))
@@ -101,7 +106,7 @@ def test_without_it_nothing_is_said_of_it(toy: Any) -> None:
     assert not {"worst_case_accuracy", "average_late_accuracy", "average_minimum_accuracy"} & document["final"].keys()
 
 
-@pytest.mark.parametrize("learner", ["er", "lwf", "derpp"])
+@pytest.mark.parametrize("learner", ["er", *slow(("lwf",), ("derpp",))])
 def test_no_learner_s_training_depends_on_it(learner: str, toy: Any) -> None:
     changes = {"train": LONG["train"], "learner": {"recalibrate": True} if learner == "er" else {}}
     plain, one = toy.run(toy.config("split_digits", learner, "adab2n", **changes | {"evaluate": {}}))
@@ -178,7 +183,9 @@ def test_the_table_shows_it_and_says_what_it_is(toy: Any) -> None:
 # Online accuracy ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("learner", "norm"), [("naive", "batch_norm"), ("er", "adab2n"), ("joint", "batch_renorm")])
+@pytest.mark.parametrize(
+    ("learner", "norm"), [("er", "adab2n"), *slow(("naive", "batch_norm"), ("joint", "batch_renorm"))]
+)
 def test_online_accuracy_in_evaluation_mode_is_a_copy_s(learner: str, norm: str, toy: Any) -> None:
     config = toy.config("split_digits", learner, norm, **LONG | {"evaluate": {"online": "eval"}})
     bench = toy.bench(config)

@@ -109,7 +109,11 @@ def test_late_samples_of_a_large_batch_overwrite_early_ones() -> None:
     assert min(numbers_of(buffers[0].everything())) >= 4
 
 
-@pytest.mark.parametrize("sizes", [[24], [5, 10, 9], [1] * 24], ids=["one batch", "batches", "one by one"])
+@pytest.mark.parametrize(
+    "sizes",
+    [[5, 10, 9], *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in ([24], [1] * 24))],
+    ids=["batches", "one batch", "one by one"],
+)
 def test_the_reservoir_holds_every_sample_of_the_stream_equally_often(sizes: list[int]) -> None:
     n, capacity, runs = sum(sizes), 6, 1200
     held = Counter[int]()

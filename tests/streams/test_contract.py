@@ -127,6 +127,7 @@ def training_passes(bench: ContinualWorkbench) -> int:
     return 3 * batches  # those of the last end: each begins with the network as it was
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", [name for name in NORMS.names if "num_groups" in NORMS[name].make().__dict__])
 def test_groups_that_do_not_divide_are_refused_before_training(learner: str, norm: str, toy: Any) -> None:
@@ -160,6 +161,7 @@ def test_controls_of_statistics_are_refused_where_there_are_none(norm: str, opti
 # The same again -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "batch_renorm", "nap"])
 def test_the_same_seed_gives_the_same_bits(learner: str, norm: str, toy: Any) -> None:
@@ -285,6 +287,7 @@ def refused(toy: Any, scenario: str, learner: str) -> None:
         toy.bench(toy.config(scenario, learner, "task_balanced_norm", learner={"passes": "separate"}))
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("scenario", ["split_digits", "domain_digits"])
 @pytest.mark.parametrize("norm", ["adab2n", "task_balanced_norm"])
 @pytest.mark.parametrize(("learner", "passes"), [*SIZES, ("gdumb", "")])
@@ -317,6 +320,7 @@ def test_every_learner_with_a_memory_is_in_the_table() -> None:
     assert {name for name, passes in SIZES if passes} == set(REPLAY)
 
 
+@pytest.mark.cover(2)
 @pytest.mark.parametrize("learner", REPLAY)
 @pytest.mark.parametrize("norm", STATEFUL)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
@@ -360,7 +364,9 @@ def test_the_balanced_pass_is_batch_normalization_s_update(toy: Any) -> None:
     torch.testing.assert_close(bench.model.norm1.running_var.double(), var, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("learner", "norm"), list(itertools.product(REPLAY, STATEFUL)))
+@pytest.mark.cover(1)
+@pytest.mark.parametrize("learner", REPLAY)
+@pytest.mark.parametrize("norm", STATEFUL)
 def test_recalibration_is_for_evaluation_alone(learner: str, norm: str, toy: Any) -> None:
     plain, one = toy.run(toy.config("split_digits", learner, norm))
     recalibrated, other = toy.run(toy.config("split_digits", learner, norm, learner={"recalibrate": True}))

@@ -29,6 +29,12 @@ from fednorm.streams.workbench import ContinualWorkbench
 
 Values = dict[str, Any]
 
+
+def slow(*cases: tuple[Any, ...]) -> list[Any]:
+    """Leave cases to the slow tier, which are like others of the default tier."""
+    return [pytest.param(*case, marks=pytest.mark.slow) for case in cases]
+
+
 # Five experiences of 4 steps each; checkpoints after each third step, and at the ends.
 SMALL: Values = {
     "scenario": {"num_experiences": 5, "train_per_experience": 8},
@@ -135,18 +141,20 @@ def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
 @pytest.mark.parametrize(
     ("place", "n", "first"),
     [
-        ("in the step", 2, 0),  # before the first checkpoint
-        ("after the step", 3, 3),
         ("in the step", 8, 6),  # between a checkpoint and the experience's end
-        ("after the step", 12, 12),  # the last step has a checkpoint, what the end does is still to come
-        ("before the line", 0, 3),
         ("in the line", 2, 12),
         ("before the checkpoint", 0, 3),  # the line is there
-        ("before the checkpoint", 4, 18),
         ("in the checkpoint", 2, 3),  # of the first end, half written
-        ("after the experience", 0, 4),
-        ("before the result", 0, STEPS),
         ("in the result", 0, STEPS),
+        *slow(
+            ("in the step", 2, 0),  # before the first checkpoint
+            ("after the step", 3, 3),
+            ("after the step", 12, 12),  # the last step has a checkpoint, what the end does is still to come
+            ("before the line", 0, 3),
+            ("before the checkpoint", 4, 18),
+            ("after the experience", 0, 4),
+            ("before the result", 0, STEPS),
+        ),
     ],
 )
 def test_a_run_killed_anywhere_goes_on(
@@ -161,8 +169,19 @@ def test_a_run_killed_anywhere_goes_on(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("place", "n", "first"), [("in the step", 8, 6), ("after the step", 12, 12)])
+OF_LEARNERS = ("stored logits", "springs", "teacher", "balanced memory", "all experiences at once")
+"""What the tests of learners stop and go on with too, in one process."""
+KILLS = (("in the step", 8, 6), ("after the step", 12, 12))
+
+
+@pytest.mark.parametrize(
+    ("method", "place", "n", "first"),
+    [
+        *((method, *KILLS[number % 2]) for number, method in enumerate(METHODS) if method not in OF_LEARNERS),
+        *slow(*((method, *KILLS[number % 2]) for number, method in enumerate(METHODS) if method in OF_LEARNERS)),
+        *slow(*((method, *KILLS[1 - number % 2]) for number, method in enumerate(METHODS))),
+    ],
+)
 def test_every_kind_of_state_is_restored(
     method: str, place: str, n: int, first: int, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -197,7 +216,7 @@ def test_a_run_may_be_killed_again_and_again(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize(("step", "first"), [(2, 0), (6, 6), (17, 16)])
+@pytest.mark.parametrize(("step", "first"), [(17, 16), *slow((2, 0), (6, 6))])
 def test_an_interrupted_run_goes_on_in_the_same_process(
     step: int, first: int, small: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -239,13 +258,17 @@ LOST = {
 }
 
 
-@pytest.mark.parametrize(("method", "lost"), [(method, lost) for method, parts in LOST.items() for lost in parts])
+@pytest.mark.parametrize(
+    ("method", "lost"),
+    [
+        *((method, parts[0]) for method, parts in LOST.items()),
+        *slow(*((method, lost) for method, parts in LOST.items() for lost in parts[1:])),
+    ],
+)
 def test_the_comparison_would_notice_lost_state(
-    method: str, lost: str, small: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, lost: str, cut: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = small(method)
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(8))
+    values, _ = cut(method, tmp_path, 8)
     load = RunRecord.load_checkpoint
 
     def forgetful(record: RunRecord, data: str) -> Any:
@@ -322,14 +345,11 @@ def damage(path: Path, how: str) -> None:
         reseal(path, tensors, version=None if how == "no version" else how)
 
 
-@pytest.mark.parametrize("how", ["cut short", "empty", "something else", "no state", "half a state"])
+@pytest.mark.parametrize("how", ["cut short", "half a state", *slow(("empty",), ("something else",), ("no state",))])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
-    how: str, small: Any, whole: Any, written: Any, tmp_path: Path
+    how: str, cut: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
-    values = small()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(9))
-    path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
+    values, path = cut(FIRST, tmp_path, 9)
     with safe_open(path.with_name("previous.safetensors"), framework="pt") as file:
         before = json.loads(file.metadata()["state"])["progress"]["step"]
     damage(path, how)
@@ -341,14 +361,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize("found", [str(VERSION + 1), "0", "no version"])
+@pytest.mark.parametrize("found", [str(VERSION + 1), *slow(("0",), ("no version",))])
 def test_a_checkpoint_of_another_version_is_refused_and_its_remedy_works(
-    found: str, small: Any, whole: Any, written: Any, tmp_path: Path
+    found: str, cut: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
-    values = small()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(9))
-    path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
+    values, path = cut(FIRST, tmp_path, 9)
     damage(path, found)
     before = path.read_bytes()
     version = None if found == "no version" else found
@@ -364,17 +381,17 @@ def test_a_checkpoint_of_another_version_is_refused_and_its_remedy_works(
 
 
 @pytest.fixture(scope="module")
-def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Path], tuple[Values, Path]]:
-    """Copy the record of a method's run that ended after step 10, in the third experience, and name its checkpoint."""
-    made: dict[str, Path] = {}
+def cut(small: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Values, Path]]:
+    """Copy the record of a method's run that ended after a step (10: in the third experience), name its checkpoint."""
+    made: dict[tuple[str, int], Path] = {}
 
-    def copy(method: str, runs: Path) -> tuple[Values, Path]:
+    def copy(method: str, runs: Path, step: int = 10) -> tuple[Values, Path]:
         values = small(method)
-        if method not in made:
-            made[method] = tmp_path_factory.mktemp("cut")
+        if (method, step) not in made:
+            made[method, step] = tmp_path_factory.mktemp("cut")
             with pytest.raises(KeyboardInterrupt):
-                simulate(resolve(values), runs=made[method], observer=Watch(10))
-        shutil.copytree(made[method], runs, dirs_exist_ok=True)
+                simulate(resolve(values), runs=made[method, step], observer=Watch(step))
+        shutil.copytree(made[method, step], runs, dirs_exist_ok=True)
         return values, next(runs.iterdir()) / "checkpoint.safetensors"
 
     return copy
@@ -400,6 +417,7 @@ PARTS = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("how", ["is lost", "has another shape"])
 @pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
 def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_not_used(
@@ -453,11 +471,9 @@ def test_a_run_does_not_go_on_with_other_data(cut: Any, whole: Any, written: Any
 
 
 @pytest.mark.parametrize("lost", ["all", "the last", "half of the last"])
-def test_lost_lines_are_noticed(lost: str, small: Any, tmp_path: Path) -> None:
-    values = small()
-    with pytest.raises(KeyboardInterrupt):
-        simulate(resolve(values), runs=tmp_path, observer=Watch(15))
-    path = next(tmp_path.iterdir()) / "experiences.jsonl"
+def test_lost_lines_are_noticed(lost: str, cut: Any, tmp_path: Path) -> None:
+    values, checkpoint = cut(FIRST, tmp_path, 15)
+    path = checkpoint.with_name("experiences.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 3
     two = "".join(lines[:2])

@@ -151,7 +151,7 @@ THREE = {"scenario": {"name": "permuted_pixels", "num_experiences": 3}}
     ("scored", "pattern"), [("all", "xxx xxx xxx"), ("seen", "x.. xx. xxx"), ("current", "x.. .x. ..x")]
 )
 def test_only_what_is_asked_for_is_scored(scored: str, pattern: str, toy: Any) -> None:
-    whole, _ = toy.run(toy.config("permuted_pixels", **THREE))
+    whole, _ = toy.once(toy.config("permuted_pixels", **THREE))
     found, _ = toy.run(toy.config("permuted_pixels", **THREE, evaluate={"experiences": scored}))
     rows = ["".join("." if share is None else "x" for share in row) for row in found["accuracy_matrix"]]
     assert " ".join(rows) == pattern
@@ -221,12 +221,13 @@ EVALUATION = {
 }
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("key", EVALUATION)
 @pytest.mark.parametrize("learner", ["er_ace", "gdumb"])
 def test_evaluation_leaves_training_alone(key: str, learner: str, toy: Any) -> None:
     evaluate, changes = EVALUATION[key]
     changes = {"train": {"augment": "crop_flip", "optimizer": "adam"}, **changes}
-    _, one = toy.run(toy.config("split_digits", learner, "adab2n", **changes))
+    _, one = toy.once(toy.config("split_digits", learner, "adab2n", **changes))
     _, other = toy.run(toy.config("split_digits", learner, "adab2n", **changes, evaluate=evaluate))
     assert not toy.differing(one.model.state_dict(), other.model.state_dict())
 
@@ -281,9 +282,9 @@ NO_PARTS = [
     ("derpp", {}, 10),
     ("er", {"passes": "separate"}, 10),
     ("er_ace", {"memory_batch": 4}, 10),
-    ("er", {"memory_batch": 1}, 10),
-    ("er_ace", {"memory_batch": 20}, 10),
-    ("derpp", {"passes": "separate", "memory_batch": 4}, 7),
+    pytest.param("er", {"memory_batch": 1}, 10, marks=pytest.mark.slow),
+    pytest.param("er_ace", {"memory_batch": 20}, 10, marks=pytest.mark.slow),
+    pytest.param("derpp", {"passes": "separate", "memory_batch": 4}, 7, marks=pytest.mark.slow),
 ]
 
 
@@ -434,6 +435,7 @@ def test_the_plan_is_the_document_before_training(toy: Any) -> None:
     assert planned["parameters"] == sum(parameter.numel() for parameter in bench.model.parameters())
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "nap", "none"])
 def test_a_run_that_diverges_says_so_and_has_no_result(learner: str, norm: str, toy: Any, tmp_path: Path) -> None:
@@ -466,6 +468,7 @@ class Break:
                 next(learner.model.parameters())[0, 0, 0, 0] = self.value
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize(
     ("at", "what", "experience", "step"),
     [(1, "loss", 1, 2), (2, "loss", 1, 3), (3, "outputs", 1, 3), (4, "loss", 2, 5), (6, "outputs", 2, 6)],
@@ -487,7 +490,7 @@ def test_the_step_from_which_the_numbers_are_none_is_named(
         assert not (folder / "result.json").exists()
     # What was finished is gone on from: the same configuration without the accident ends as if there had been none.
     again = simulate(config, runs=tmp_path, bench=toy.bench(config))
-    assert toy.timeless(again) == toy.timeless(toy.run(config)[0])
+    assert toy.timeless(again) == toy.timeless(toy.once(config)[0])
 
 
 def test_a_network_whose_outputs_are_no_numbers_is_refused_before_training(toy: Any) -> None:

@@ -39,10 +39,10 @@ def arm_own(where, n):
 @pytest.fixture(scope="session")
 def launcher(launch: Any) -> Any:
     """Runs that die, besides, ``in a client's training`` or ``before the checkpoint`` of round n."""
-    return launch(KIND, SMALL)
+    return launch(KIND)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> Callable[..., dict[str, Any]]:
     """Make the values of a small run: FedBN for four rounds, some keys changed."""
 
@@ -52,7 +52,7 @@ def small() -> Callable[..., dict[str, Any]]:
     return values
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make(small: Callable[..., dict[str, Any]]) -> Callable[..., RunConfig]:
     return lambda **changes: resolve(small(**changes))
 

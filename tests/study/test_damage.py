@@ -296,7 +296,7 @@ def any_damage(made: Callable[[str], Made], kind: str, state: str, file: float, 
     check(runs, state, names[int(file * len(names))], *how)
 
 
-@property_of(20)
+@property_of(8)
 def test_a_damaged_file_is_named_or_changes_nothing(
     made: Callable[[str], Made], kind: str, state: str, file: float, how: tuple[str, Any]
 ) -> None:

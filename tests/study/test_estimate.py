@@ -271,6 +271,7 @@ def test_an_experience_of_one_step_is_timed() -> None:
     assert 0 < seconds(STREAM, scenario=tiny, train={"epochs": 1}) < 600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("values", "simulate"),
     [

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import stat
 from collections.abc import Callable, Iterator
@@ -109,16 +110,30 @@ def test_bytes_of_a_round_are_those_of_the_tensors_that_travel(make: Make) -> No
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def cut(make: Make, tmp_path: Path) -> Path:
-    """The folder of a run that was cut short after its second round."""
+@pytest.fixture(scope="module")
+def cut_once(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records with a run that was cut short after its second round."""
 
     def stop() -> None:
         raise KeyboardInterrupt
 
+    runs = tmp_path_factory.mktemp("cut")
     with pytest.raises(KeyboardInterrupt):
-        simulate(make(), runs=tmp_path, observer=Act(2, stop))
+        simulate(make(), runs=runs, observer=Act(2, stop))
+    return runs
+
+
+@pytest.fixture
+def cut(cut_once: Path, tmp_path: Path) -> Path:
+    """The folder of a run that was cut short after its second round."""
+    shutil.copytree(cut_once, tmp_path, dirs_exist_ok=True)
     return next(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished_once(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The result of a run that was not cut, and has a record."""
+    return simulate(make(), runs=tmp_path_factory.mktemp("finished"))
 
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
@@ -136,12 +151,19 @@ def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def whole(make: Make) -> dict[str, Any]:
+def whole(finished_once: dict[str, Any]) -> dict[str, Any]:
     """The result of the run that was not cut."""
-    return simulate(make(), runs=None)
+    return finished_once
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+def slow(*cases: Any) -> list[Any]:
+    """Leave cases to the slow tier, which are like others of the default tier."""
+    return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize(
+    "how", ["half", "no round", *slow(*(how for how in DAMAGES if how not in ("half", "no round")))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     how: str, cut: Path, make: Make, whole: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -242,10 +264,13 @@ def test_lines_that_are_all_lost_leave_nothing_to_go_on_from(cut: Path, make: Ma
         simulate(make(), runs=tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"hash": 1}'])
-def test_a_damaged_result_is_named_and_removing_it_helps(text: str, make: Make, tmp_path: Path) -> None:
-    first = simulate(make(), runs=tmp_path)
-    path = Path(first["run"]) / "result.json"
+@pytest.mark.parametrize("text", ["", '{"hash": 1}', *slow("{", "[]", "{}")])
+def test_a_damaged_result_is_named_and_removing_it_helps(
+    text: str, make: Make, whole: dict[str, Any], tmp_path: Path
+) -> None:
+    first, folder = whole, Path(whole["run"])
+    shutil.copytree(folder.parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / folder.name / "result.json"
     path.write_text(text)
     with pytest.raises(RecordError, match=r"result\.json is not a result"):
         simulate(make(), runs=tmp_path)
@@ -258,11 +283,11 @@ def test_a_damaged_result_is_named_and_removing_it_helps(text: str, make: Make, 
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["checkpoint.safetensors", "rounds.jsonl", "model.safetensors", "result.json"])
+@pytest.mark.parametrize("name", ["checkpoint.safetensors", "result.json", *slow("rounds.jsonl", "model.safetensors")])
 def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
-    name: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, make: Make, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reference = simulate(make(), runs=tmp_path / "reference")
+    reference = whole
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def fill() -> None:
@@ -444,6 +469,7 @@ def test_where_all_clients_fail_the_record_keeps_its_last_good_round(
     ]
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("key", ["fc1.weight", "norm1.running_var"])
 def test_one_client_s_bad_update_is_rejected_and_counted_and_the_round_goes_on(

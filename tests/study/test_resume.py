@@ -30,13 +30,13 @@ METHODS: dict[str, dict[str, Any]] = {
 
 PLACES = (
     "in a client's training",
-    "before the line",
     "in the line",
-    "before the checkpoint",
     "in the checkpoint",
-    "after the round",
-    "before the result",
     "in the result",
+    *(
+        pytest.param(place, marks=pytest.mark.slow)
+        for place in ("before the line", "before the checkpoint", "after the round", "before the result")
+    ),
 )
 
 
@@ -89,6 +89,7 @@ def test_a_run_killed_anywhere_goes_on(
     assert not list(folder.glob("*.part"))
 
 
+@pytest.mark.cover(1)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "client's local tensors"])
 @pytest.mark.parametrize("place", ["in a client's training", "after the round"])
 def test_every_kind_of_state_is_restored(

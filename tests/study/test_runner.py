@@ -180,6 +180,7 @@ def nobody_is_left(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_finished_runs_whole_and_no_process(tmp_path: Path) -> None:
     process = started(tmp_path, "rounds.num_rounds = 100000", "checkpoint.safetensors")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the parent and all workers
@@ -196,6 +197,7 @@ def test_ctrl_c_leaves_finished_runs_whole_and_no_process(tmp_path: Path) -> Non
     assert min(rounds[2:]) >= 1  # and their checkpoints are there to go on from: test_resume.py
 
 
+@pytest.mark.slow
 def test_workers_do_not_outlive_a_parent_that_is_killed_though_their_round_is_long(tmp_path: Path) -> None:
     process = started(tmp_path, "train.local_epochs = 1000000", "run.json")
     process.kill()
@@ -203,6 +205,7 @@ def test_workers_do_not_outlive_a_parent_that_is_killed_though_their_round_is_lo
     assert nobody_is_left(process.pid)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
