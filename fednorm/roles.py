@@ -80,9 +80,9 @@ class Carry(StrEnum):
     """What the boundary of an experience does with a tensor."""
 
     KEEP = "keep"
+    """Goes on as it is: what was learned or estimated holds for the next experience until that changes it."""
     RESET = "reset"
-    FREEZE = "freeze"
-    PER_EXPERIENCE = "per_experience"
+    """Starts from its initial value: gradients' statistics and windows tell of the experience that has ended."""
 
 
 @dataclass(frozen=True)

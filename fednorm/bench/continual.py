@@ -27,6 +27,7 @@ from fednorm.bench import avalanche_apps
 from fednorm.bench.bare_stream import PaddedImages, experience_replay_ace
 from fednorm.bench.stream_case import NUM_CLASSES, StreamCase, stream_case_of
 from fednorm.config import choose
+from fednorm.cores import available_cores
 from fednorm.errors import ConfigError
 from fednorm.records.versions import versions
 from fednorm.report.table import Table
@@ -234,7 +235,7 @@ def _difference(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> 
 
 def machine() -> dict[str, Any]:
     """Return what a reader of the numbers must know about where they were measured."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return {
         "cores": cores,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

@@ -23,6 +23,7 @@ from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
 from fednorm.config import choose
+from fednorm.cores import available_cores
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.federation.flower_runtime import run_with_flower, write_app
@@ -187,7 +188,7 @@ def _difference(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> 
 
 
 def _machine() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     return {
         "cores": cores,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),

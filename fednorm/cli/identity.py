@@ -17,8 +17,6 @@ STRATEGIES_SHOWN: Mapping[str, str] = {"fedavg": "FedAvg", "fedbn": "FedBN", "si
 BOUNDARY: Mapping[str, str] = {
     "keep": "kept",
     "reset": "reset",
-    "freeze": "frozen",
-    "per_experience": "one each",
 }
 """What an experience's boundary does with a tensor, in a word or two."""
 

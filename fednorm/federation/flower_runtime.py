@@ -40,6 +40,7 @@ from typing import IO, Any
 
 import psutil
 
+from fednorm.cores import available_cores
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federation.flower_app import ConfigValue, toml_lines, write_app
 from fednorm.signals import held, raising
@@ -150,7 +151,7 @@ def _check_request(
         )
     if num_supernodes < 1:
         raise ConfigError(f"num_supernodes must be at least 1, got {num_supernodes}.")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if not 1 <= client_cpus <= cores:
         raise ConfigError(f"client_cpus must be between 1 and this machine's {cores} cores, got {client_cpus}.")
     if home.is_relative_to(app_dir):

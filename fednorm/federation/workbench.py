@@ -163,11 +163,6 @@ class Workbench:
         """Return the client that a node's context stands for."""
         return self.federation.clients[int(context.node_config["partition-id"])]
 
-    @property
-    def shared_parameters(self) -> tuple[Tensor, ...]:
-        """Return the learned tensors that are shared: those a term of a strategy's client side acts on."""
-        return tuple(self._learned.values())
-
     def turn(
         self,
         client: Client,

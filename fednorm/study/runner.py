@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fednorm.config import RunConfig
+from fednorm.cores import available_cores
 from fednorm.errors import AggregationError, ConfigError, DivergedError, RecordError
 from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, exit_code, raising
@@ -128,7 +128,7 @@ class Watcher(Protocol):
 
 def default_jobs() -> int:
     """Return how many runs go at a time by default: one for each core that this process may use."""
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     try:
         quota, period = CPU_LIMIT.read_text(encoding="ascii").split()
         return max(1, min(cores, int(quota) // int(period)))

@@ -29,6 +29,7 @@ from fednorm.optim.redo import ReDo
 from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
+from fednorm.training.boundary import Boundary
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
 from fednorm.training.trainable import Trainable
@@ -84,6 +85,7 @@ class Trainee:
         # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
         self.adjust, self.after = self._effects()
         devices.prepare(self.model, config)
+        self.boundary = Boundary(self.model)
         # Every client counts its own updates: where the number decides what is done, no other client's may count.
         self._counting: dict[int, Any] = {i: e for i, e in enumerate(self.effects) if getattr(e, "counts", False)}
         self._first = {i: {k: t.clone() for k, t in e.state_dict().items()} for i, e in self._counting.items()}
@@ -144,11 +146,14 @@ class Trainee:
         return functional.cross_entropy(logits, labels, label_smoothing=self.config.train.label_smoothing)
 
     def begin_anew(self, number: int) -> None:
-        """Do what is done to a trained network when an experience begins: shrink, perturb, reset the optimizer.
+        """Do what is done to a trained network when an experience begins.
+
+        Its tensors are kept or set back as their norms' cards say; shrink, perturb and a new optimizer are the run's.
 
         Args:
             number: The experience's.
         """
+        self.boundary.cross()
         train = self.config.train
         if train.shrink != 1 or train.perturb:
             fresh = self.fresh(stream_seed(self.config.seed, "perturb", number))

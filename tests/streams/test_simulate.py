@@ -258,6 +258,12 @@ TRAINING: dict[str, dict[str, Any]] = {
     "perturb": {"perturb": 0.5},
     "redo_every": {"redo_every": 2, "redo_tau": 0.99},
     "redo_tau": {"redo_every": 2, "redo_tau": 0.9},
+    "nesterov": {"momentum": 0.5, "nesterov": True},
+    "wd_ratio": {"optimizer": "sgdp", "delta": 1.0, "weight_decay": 0.1, "wd_ratio": 1.0},
+    "delta": {"optimizer": "sgdp", "delta": 1.0},
+    "trainable": {"trainable": "norm"},
+    "head": {"trainable": "head", "head": "conv1"},
+    "linear_probe_epochs": {"epochs": 2, "linear_probe_epochs": 1},
 }
 
 
