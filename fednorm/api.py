@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fednorm.cards import DATA
 from fednorm.config import ONLINE, merge, require_online, resolve, with_references
 from fednorm.errors import StudyError
+from fednorm.records.result import FederatedResult, StreamResult
 
 if TYPE_CHECKING:
     import polars
@@ -32,7 +33,7 @@ def federated(
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
-) -> dict[str, Any]:
+) -> FederatedResult:
     """Run a federation in this process.
 
         fednorm.federated(data={"a": (images, labels), "b": (images, labels)})       # arrays or tensors, by domain
@@ -62,11 +63,19 @@ def federated(
         observer: Is told how the run goes.
 
     Returns:
-        The result: ``plan``, ``rounds``, ``final`` (``per_domain``, ``mean``, ``worst``), ``evaluation``, ``run``,
-        ``config``.
+        The result, a dictionary with attributes: ``plan``, ``rounds``, ``final`` (``per_domain``, ``mean``,
+        ``worst``), ``evaluation``, ``run``, ``config``; ``frame()``, ``plot()``, ``model(client=3)``.
 
     Raises:
         FedNormError: The configuration cannot be run, every client failed, or the record cannot be written.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> result = fednorm.federated(strategy="fedbn", rounds=1, seed=1, config=small)
+        >>> sorted(result["final"]["per_domain"])
+        ['faint', 'fonts', 'photo', 'scans', 'street']
+        >>> result["plan"]["shared"], result["plan"]["local"]
+        (12, 25)
     """
     named: dict[str, Any] = {
         "seed": seed,
@@ -80,7 +89,7 @@ def federated(
     resolved = resolve(merge(named, config or {}), only="federated")
     from fednorm.federation.simulate import simulate  # takes seconds; a mistake is told before
 
-    return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
+    return FederatedResult(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
 
 
 def continual(
@@ -97,7 +106,7 @@ def continual(
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: StreamObserver | None = None,
-) -> dict[str, Any]:
+) -> StreamResult:
     """Train a learner on a stream in this process.
 
     Args:
@@ -117,12 +126,18 @@ def continual(
         observer: Is told how the run goes.
 
     Returns:
-        The result: ``accuracy_matrix``, ``final`` (``average_accuracy``, ``forgetting_max_minus_last``, ...),
-        ``experiences``, ``run``, ``config``.
+        The result, a dictionary with attributes: ``accuracy_matrix``, ``final`` (``average_accuracy``,
+        ``forgetting_max_minus_last``, ...), ``experiences``, ``run``, ``config``; ``frame()``, ``plot()``, ``model()``.
 
     Raises:
         FedNormError: The configuration cannot be run (as ``online`` with more than one epoch), or the record cannot be
             written.
+
+    Example:
+        >>> small = {"scenario": {"train_per_experience": 10}, "model": {"width": 4}}
+        >>> result = fednorm.continual(learner="naive", norm="group_norm", online=True, seed=1, config=small)
+        >>> len(result["accuracy_matrix"])
+        5
     """
     where = {"name": None if data is None else DATA.add(data), "dir": None if data_dir is None else str(data_dir)}
     named: dict[str, Any] = {
@@ -141,7 +156,7 @@ def continual(
         require_online(resolved)
     from fednorm.streams.simulate import simulate  # takes seconds; a mistake is told before
 
-    return simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer)
+    return StreamResult(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
 
 
 def compare(
@@ -175,6 +190,15 @@ def compare(
         FedNormError: The study is wrong.
         StudyError: A run failed; all others have finished.
         KeyboardInterrupt: The user stopped it; the same call goes on.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> study = {
+        ...     "base": {**small, "rounds": {"num_rounds": 1}},
+        ...     "points": [{"strategy": {"name": "fedavg"}}, {"strategy": {"name": "fedbn"}}],
+        ... }
+        >>> fednorm.compare(study, runs=folder, jobs=1)["method"].to_list()
+        ['fedavg', 'fedbn']
     """
     from fednorm.report.frame import frame
     from fednorm.study.recipes import find_study
@@ -211,6 +235,12 @@ def load(*paths: str | Path) -> polars.DataFrame:
 
     Raises:
         RecordError: A path does not exist, or there is no finished run in any.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> _ = fednorm.federated(strategy="fedavg", rounds=1, config=small, runs=folder)
+        >>> fednorm.load(folder)["method"].to_list()
+        ['fedavg']
     """
     from fednorm.records.results import load as load_results
     from fednorm.report.frame import frame

@@ -219,6 +219,12 @@ class Family(Generic[C]):
             _CARDS[self.plural][reference] = self._find(reference)
         return typing.cast(C, _CARDS[self.plural][reference])
 
+    @property
+    def met(self) -> tuple[C, ...]:
+        """The cards of strangers' methods that this process has been given so far, in that order."""
+        cards = _CARDS.get(self.plural, {})
+        return tuple(typing.cast(C, card) for reference, card in cards.items() if self.is_foreign(reference))
+
     def add(self, method: Any) -> str:
         """Return the reference by which an object is found again: a name, an import path, or a name in this process.
 

@@ -51,6 +51,13 @@ def load_model(run: str | Path, client: int | None = None) -> nn.Module:
     Raises:
         RecordError: There is no finished run, or what the record holds does not fit together.
         ConfigError: There is no such client, or no server's model; a stranger's model or norm cannot be imported.
+
+    Example:
+        >>> small = {"data": {"train_per_client": 8, "test_per_domain": 4}, "model": {"width": 4}}
+        >>> result = fednorm.federated(strategy="fedbn", rounds=1, config=small, runs=folder)
+        >>> network = fednorm.load_model(result["run"], client=3)
+        >>> network(torch.zeros(2, 3, 28, 28)).shape
+        torch.Size([2, 10])
     """
     result = _result(Path(run))
     tensors, whole = _tensors(result, client)

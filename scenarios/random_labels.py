@@ -77,6 +77,7 @@ def make(
 
 
 SPEC = ScenarioSpec(
+    memorization=True,
     name="random_labels",
     summary="The same images in every experience, with labels drawn anew: memorization, a test of plasticity.",
     citation=Citation(

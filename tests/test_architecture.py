@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LATER: dict[str, str] = {
     "fednorm.cards": "the one table of names: a method is imported when it is asked for",
     "fednorm.study.worker": "a run's process imports what trains only then",
+    "fednorm.records.result": "what a notebook asks of a result is imported when it is asked for",
     "fednorm.api": "so that importing fednorm stays quick",
     "fednorm": "so that importing fednorm stays quick",
 }

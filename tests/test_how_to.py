@@ -1,10 +1,12 @@
 """What the how-to pages say is what the code does: their Python runs, and so do their command lines.
 
-The pages on models and protocols have tests of their own.
+Most are run from top to bottom in one folder, as a reader would; those that train do so in the slow tier. The pages on
+models and protocols have tests of their own.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -20,9 +22,8 @@ from fednorm.config import resolve
 ROOT = Path(__file__).resolve().parents[1]
 OWN_TESTS = {"your-model.md": "test_docs_your_model.py", "protocols.md": "test_protocols.py"}
 GPU = "on-a-gpu.md"
-PAGES = [
-    page for page in sorted((ROOT / "docs/how-to").glob("*.md")) if page.name not in OWN_TESTS and page.name != GPU
-]
+DATA = "your-data.md"
+PAGES = [ROOT / "docs/how-to" / DATA]
 
 FENCED = [
     (language, code)
@@ -99,3 +100,62 @@ def test_pages_with_tests_of_their_own_have_them() -> None:
 def test_there_is_something_to_run() -> None:
     assert modules()
     assert len(COMMANDS) >= 4
+
+
+# Pages from top to bottom ---------------------------------------------------------------------------------------------
+
+QUICK = ("flower-app.md",)
+WHOLE = [
+    *(page for page in sorted((ROOT / "docs/how-to").glob("*.md")) if page.name not in (*OWN_TESTS, GPU, DATA)),
+    ROOT / "docs/start/runs.md",
+]
+
+
+def fenced(page: Path) -> list[tuple[str, str]]:
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def run_page(page: Path, folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+    for language, code in fenced(page):
+        first = code.splitlines()[0]
+        if language == "python" and re.fullmatch(r"# \w+\.py", first):
+            (folder / first.removeprefix("# ")).write_text(code, encoding="utf-8")
+            continue
+        if language == "python":
+            commands = [[sys.executable, "-c", code]]
+        elif language == "bash":
+            lines = [line for line in code.splitlines() if line.startswith("fednorm ") and "DIR" not in line]
+            commands = [["bash", "-c", f"{sys.executable} -m {line}"] for line in lines if runs_here(line)]
+        else:
+            continue
+        for command in commands:
+            done = subprocess.run(
+                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+            )
+            assert done.returncode == 0, f"{page.name}: {command[-1]}\n{done.stderr}"
+            assert done.stdout.strip() or done.stderr.strip(), f"{page.name}: {command[-1]} shows nothing"
+
+
+def runs_here(line: str) -> bool:
+    """Leave out what needs a study that the page only describes, another runtime, or many minutes."""
+    needs = ("runs/study", "runs/office_small", "study.toml", "--runtime flower", "--evaluate own")
+    return not any(part in line for part in needs)
+
+
+@pytest.mark.parametrize("page", [page for page in WHOLE if page.name in QUICK], ids=lambda page: page.stem)
+def test_a_quick_page_runs(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in WHOLE if page.name not in QUICK], ids=lambda page: page.stem)
+def test_a_page_runs(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path)
+
+
+def test_every_how_to_page_is_run_by_a_test() -> None:
+    pages = {page.name for page in (ROOT / "docs/how-to").glob("*.md")}
+    assert pages == {*OWN_TESTS, GPU, DATA, *(page.name for page in WHOLE if page.parent.name == "how-to")}
+    assert all(fenced(page) for page in WHOLE if page.name != "index.md")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import timm
@@ -385,3 +386,45 @@ def test_the_remedy_of_lazy_layers_helps() -> None:
         FedBN(model)
     model(torch.zeros(2, 3))
     assert FedBN(model).plan.count(Role.LOCAL) == 5
+
+
+def test_a_stranger_s_norm_has_the_kinds_that_its_card_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layer computes nothing that fednorm would recognize by looking: the card alone says what its tensors are."""
+    (tmp_path / "centred_norm.py").write_text(CENTRED, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    layer = make_norm("centred_norm:SPEC").layer(3, 2)
+    plan = norm_plan(nn.Sequential(nn.Conv2d(1, 3, 1), layer), FedBN.rule)
+    assert {entry.key: (entry.norm, entry.kind) for entry in plan.entries if entry.role is Role.LOCAL} == {
+        "1.shift": ("centred", Kind.SHIFT)
+    }
+    ours = norm_plan(nn.Sequential(nn.BatchNorm2d(3)), RoleRule())
+    assert {entry.norm for entry in ours.entries} == {"batch_norm"}, "a stranger cannot take a layer that we speak for"
+
+
+CENTRED = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from fednorm.roles import Kind
+from fednorm.spec import Norm, NormSpec, TensorSpec
+
+class Centred(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return x - x.mean((1, 2, 3), keepdim=True) + self.shift.view(1, -1, 1, 1)
+
+@dataclass(frozen=True, kw_only=True)
+class CentredNorm(Norm):
+    def layer(self, num_channels, spatial_dims):
+        return Centred(num_channels)
+
+SPEC = NormSpec(
+    name="centred", summary="Centres.", make=CentredNorm, layers=(Centred, nn.BatchNorm2d),
+    tensors={"shift": TensorSpec(Kind.SHIFT)},
+)
+"""

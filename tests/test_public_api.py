@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import json
 from pathlib import Path
@@ -16,7 +17,9 @@ from fednorm.config import resolve
 from fednorm.errors import ConfigError, FedNormError, StudyError, UnknownNameError
 from fednorm.federation.simulate import simulate
 from fednorm.norms import spec_of
+from fednorm.roles import Role
 from fednorm.streams.simulate import simulate as simulate_stream
+from strategies.fedavg import FedAvg
 
 SMALL: dict[str, Any] = {"data": {"train_per_client": 16, "test_per_domain": 10}, "model": {"width": 4}}
 
@@ -241,3 +244,20 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     assert frame["method"].to_list() == ["fedbn"]
     with pytest.raises(FedNormError, match="There is no"):
         fednorm.load(tmp_path / "nowhere")
+
+
+TRAINS = ("compare", "continual", "federated", "load", "load_model")
+EXAMPLES = [
+    pytest.param(name, marks=pytest.mark.slow) if name in TRAINS else name
+    for name in fednorm.__all__
+    if not name.startswith("__")
+]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_example_of_every_public_name_runs(name: str, tmp_path: Path) -> None:
+    known = {"fednorm": fednorm, "torch": torch, "nn": torch.nn, "folder": tmp_path, "FedAvg": FedAvg, "Role": Role}
+    (found,) = doctest.DocTestFinder(recurse=False).find(getattr(fednorm, name), name, globs=known)
+    assert found.examples, f"fednorm.{name} has no example"
+    told: list[str] = []
+    assert not doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(found, out=told.append).failed, "".join(told)

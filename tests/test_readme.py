@@ -1,4 +1,4 @@
-"""What the README says is what the code does: its examples run, its tables are what its commands print."""
+"""The README is one page, what it says is what the code does, and its numbers are made from records."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+sys.path.insert(0, str(ROOT / "docs"))
+
+from _make import readme, results  # noqa: E402 - the documentation's own tools are no package of ours
+from fednorm.report.comparison import Comparison, Method  # noqa: E402
+from fednorm.study.statistics import Difference, Interval  # noqa: E402
+
+
+def test_it_is_one_page() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.mark.slow
@@ -28,20 +38,48 @@ def test_ci_runs_the_test_line() -> None:
     assert "test-line" in (ROOT / ".ci/run").read_text(encoding="utf-8")
 
 
-def test_tables_are_what_their_commands_print(capsys: pytest.CaptureFixture[str]) -> None:
-    from fednorm.cli.report import run_report
+def test_its_made_blocks_are_what_records_and_cards_say() -> None:
+    assert readme.page() == README, "run: python docs/make.py"
 
-    summaries = sorted((ROOT / ".records").glob("*.json"))
-    assert summaries, "the README's tables are made from summaries in .records"
-    shown = re.findall(r"fednorm report (\.records/\S+\.json) --markdown", README)
-    assert {ROOT / path for path in shown} == set(summaries)
-    for path in summaries:
-        curve = f".records/{path.name} --curve" in README
-        run_report([path], style="markdown", curve=curve)
-        rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-        assert rows
-        missing = [row for row in rows if row not in README]
-        assert not missing, f"{path.name}: the README does not show {missing}"
+
+def test_every_method_that_ships_is_named_with_its_file() -> None:
+    linked = dict(re.findall(r"\[(\w+)\]\(((?:fednorm|strategies|scenarios)/\S+)\)", readme.catalogue()))
+    for path in (ROOT / "fednorm/norms").glob("[a-z]*.py"):
+        assert linked[path.stem] == f"fednorm/norms/{path.name}"
+    for path in linked.values():
+        assert (ROOT / path).is_file()
+
+
+def test_six_answers_each_with_its_command() -> None:
+    rows = [line for line in readme.answers().splitlines() if line.startswith("| [")]
+    assert len(rows) == len(results.QUESTIONS) == 6
+    for row, question in zip(rows, results.QUESTIONS, strict=True):
+        assert f"`fednorm compare {question.study} " in row
+        assert (ROOT / f"fednorm/recipes/{question.study}.toml").is_file()
+        assert (ROOT / f"docs/results/{question.study}.md").is_file()
+
+
+def _compared(low: float | None, high: float | None, mean: float) -> tuple[Method, Comparison]:
+    found = Difference(3, mean, low, high, better=2, worse=1, ties=0, method="t", level=0.95)
+    score = {"mean": Interval(3, 0.5, 0.01, low, high, method="t", level=0.95)}
+    method = Method("b", (), score, {"mean": found}, None, {}, "a")
+    return method, Comparison("data", "federated", "mean", (), (method,), "a", ())
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "mean", "word"),
+    [
+        (0.001, 0.02, 0.01, "yes"),
+        (-0.001, 0.02, 0.01, "not shown"),
+        (-0.02, -0.001, -0.01, "no, behind"),
+        (None, None, 0.01, "ahead; one seed"),
+        (None, None, -0.01, "behind; one seed"),
+    ],
+)
+def test_an_answer_is_what_its_interval_says(low: float | None, high: float | None, mean: float, word: str) -> None:
+    verdict, difference = results.verdict(*_compared(low, high, mean))
+    assert verdict == word
+    assert difference.startswith("+1.0" if mean > 0 else "−1.0")
 
 
 def test_commands_and_options_exist() -> None:
@@ -50,10 +88,8 @@ def test_commands_and_options_exist() -> None:
     from fednorm.cli.app import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    for line in re.findall(r"^(?:\.venv/bin/)?fednorm (.+)$", README, flags=re.MULTILINE):
-        words = line.split("#")[0].split()
+    assert re.findall(r"`fednorm (\w+)", README)
+    for words in map(str.split, re.findall(r"(?:\.venv/bin/|`)fednorm ([a-z][^`\n]*)", README)):
         command = commands[words[0]]
-        if hasattr(command, "commands"):
-            command = command.commands[words[1]]
         known = {option for parameter in command.params for option in parameter.opts}
-        assert {word for word in words if word.startswith("--")} <= known, line
+        assert {word for word in words if word.startswith("--")} <= known, words

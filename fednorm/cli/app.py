@@ -18,13 +18,15 @@ from fednorm.signals import raising, starting
 try:
     import typer
 
-    from fednorm.cli.console import fail, show_warnings
+    from fednorm.cli.console import fail, of_the_system, show_warnings
+    from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
 except KeyboardInterrupt:  # before anything has begun there is nothing to tell
     raise SystemExit(130) from None
 
 app = typer.Typer(
-    no_args_is_help=True,
+    callback=root,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
@@ -481,19 +483,13 @@ def main() -> None:
         except OSError as error:
             if error.errno == errno.EIO and not sys.stderr.isatty():  # the terminal was closed under us
                 raise SystemExit(128 + signal.SIGHUP) from None
-            fail(_of_the_system(error))
+            fail(of_the_system(error))
         except MemoryError:
             fail("This machine's memory does not suffice. Take fewer or smaller images, a smaller batch or model.")
         except RuntimeError as error:
             if type(error).__name__ != "OutOfMemoryError":  # PyTorch's, which is not imported for its name's sake
                 raise
             fail("The device's memory does not suffice. Take a smaller batch or model, or device cpu.")
-
-
-def _of_the_system(error: OSError) -> str:
-    """Return the sentence for what the operating system refuses: a name that is too long, a full disk."""
-    where = f" ({str(error.filename)[:200]})" if error.filename else ""
-    return f"The system refuses: {error.strerror or error}{where}. Mend that or name another path, then call again."
 
 
 if __name__ == "__main__":

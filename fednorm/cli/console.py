@@ -63,3 +63,9 @@ def fail(message: str, code: int = 2) -> NoReturn:
     with suppress(OSError):  # the terminal may be gone
         err().print(f"[bold red]error:[/] {escape(printable(message))}", soft_wrap=True)
     raise SystemExit(code)
+
+
+def of_the_system(error: OSError) -> str:
+    """Return the sentence for what the operating system refuses: a name that is too long, a full disk."""
+    where = f" ({str(error.filename)[:200]})" if error.filename else ""
+    return f"The system refuses: {error.strerror or error}{where}. Mend that or name another path, then call again."

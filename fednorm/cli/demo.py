@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 from fednorm.cli.console import err, out, print_json
-from fednorm.cli.report import show, tables
+from fednorm.cli.report import show
 from fednorm.cli.standing import saying_what_stands
 from fednorm.config import resolve
 from fednorm.federation.simulate import simulate
 from fednorm.limits import require_path
+from fednorm.records.result import result_of
 from fednorm.records.results import Loaded
+from fednorm.report.comparison import Comparison, comparisons, signed
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
+from fednorm.report.table import Table
 from fednorm.streams.simulate import simulate as simulate_stream
 
 STRATEGIES = ("fedavg", "fedbn", "fedwon")
@@ -85,8 +88,33 @@ def _run_all(results: list[dict[str, Any]], runs: Path, *, rounds: int, images: 
             results.append(simulate_stream(resolve(values), runs=runs, observer=progress_of_streams))
 
 
+def short_table(comparison: Comparison) -> Table:
+    """Return a comparison's one headline by strategy or norm, and how far each is from the first of its world."""
+    section, title, first = _world(comparison)
+    head = comparison.score(comparison.headline)
+    scores = {
+        method.results[0]["config"][section]["name"]: method.scores[comparison.headline].mean
+        for method in comparison.methods
+    }
+    columns = (section, head.label if head else comparison.headline, f"to {first}")
+    rows = tuple(
+        (name, f"{100 * score:.1f}", "" if name == first else signed(score - scores[first]))
+        for name, score in scores.items()
+    )
+    return Table(title, columns, rows, in_parts=True)
+
+
+def _world(comparison: Comparison) -> tuple[str, str, str]:
+    """Return what differs within one of the demo's worlds, its title, and what the others are compared with."""
+    if comparison.kind == "federated":
+        return "strategy", "Five clients, each with digits of its own kind (%)", "fedavg"
+    if comparison.headline == "plasticity":
+        return "norm", "A stream of labels that are drawn anew again and again (%)", "none"
+    return "norm", "A stream of two digits at a time, learned online with a memory (%)", "batch_norm"
+
+
 def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:
-    """Run strategies and streams one after the other and print their tables."""
+    """Run strategies and streams one after the other; print a short table of each world, and where the page is."""
     require_path(runs, "--runs")
     results: list[dict[str, Any]] = []
     planned = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
@@ -95,10 +123,11 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
         _run_all(results, runs, rounds=rounds, images=images, seed=seed)
     if as_json:
         return print_json({"results": results})
-    for table in tables(results):
-        show(table)
+    for comparison in comparisons(results):
+        show(short_table(comparison))
+        out().print()
     folder = Path(results[0]["run"]).parent
-    write_page(folder / "page.html", Loaded(results, [], []))
-    out().print(f"page: {folder / 'page.html'}", markup=False, soft_wrap=True)
-    out().print(f"records: {folder}", markup=False, soft_wrap=True)
+    write_page(folder / "page.html", Loaded([result_of(result) for result in results], [], []))
+    out().print("One seed and small images: a way to look at things, not a result.")
+    out().print(f"page, with curves, matrices and statistics: {folder / 'page.html'}", markup=False, soft_wrap=True)
     return None

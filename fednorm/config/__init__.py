@@ -6,15 +6,29 @@ from fednorm.cards import Scalar
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import VALUES as SECTION_VALUES
 from fednorm.config.resolve import checked_options, resolve, with_references
-from fednorm.config.run import IMMATERIAL, MACHINE, Choice, ModelChoice, RunConfig, digest, kind_of_device
+from fednorm.config.run import (
+    DEFAULT_NORM,
+    IMMATERIAL,
+    MACHINE,
+    METHOD_OPTIONS,
+    METHOD_SWITCHES,
+    Choice,
+    ModelChoice,
+    RunConfig,
+    digest,
+    kind_of_device,
+)
 from fednorm.config.schema import Kind, choose, nearest
 from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
 
 __all__ = [
+    "DEFAULT_NORM",
     "EVALUATIONS",
     "IMMATERIAL",
     "MACHINE",
+    "METHOD_OPTIONS",
+    "METHOD_SWITCHES",
     "ONLINE",
     "SECTION_VALUES",
     "Choice",

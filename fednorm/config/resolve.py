@@ -24,7 +24,7 @@ from fednorm.cards import (
     source_digest,
     spelled,
 )
-from fednorm.config.run import MACHINE, SECTIONS, Choice, ModelChoice, RunConfig
+from fednorm.config.run import DEFAULT_NORM, MACHINE, SECTIONS, Choice, ModelChoice, RunConfig
 from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown_key
 from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
@@ -76,7 +76,7 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
     values = _for_own_data(kind, values)
-    values = merge({"norm": {"name": "batch_norm"}}, _brought_along(kind, values), _without_auto(values))
+    values = merge({"norm": {"name": DEFAULT_NORM}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     if isinstance(sections.get("device"), str):
         sections["device"] = _device(sections["device"].strip().lower())

@@ -226,6 +226,15 @@ def filename(name: str) -> str:
     return "".join(c if c.isalnum() or c in "_.+" else "_" for c in name)[:60]
 
 
+DEFAULT_NORM = "batch_norm"
+"""What ``auto`` is where neither the strategy nor the scenario brings a norm along."""
+
+METHOD_OPTIONS = frozenset({"passes", "statistics", "recalibrate", "corrected", "project", "activation"})
+"""Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
+
+METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})
+"""Keys that make another method where they are not at their default; how far they are from it is tuned."""
+
 IMMATERIAL = (
     ("data", "dir"),
     ("data", "download"),

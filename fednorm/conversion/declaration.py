@@ -61,6 +61,15 @@ def declare(
 
     Raises:
         ConfigError: ``kind`` or ``like`` is no such class, or an option is wrong.
+
+    Example:
+        >>> class Halved(nn.LayerNorm):  # a forward pass of its own: what it is cannot be seen
+        ...     def forward(self, x):
+        ...         return super().forward(x) / 2
+        >>> _ = fednorm.declare(Halved, like=nn.LayerNorm)
+        >>> model = fednorm.convert(nn.Sequential(nn.Linear(4, 4), Halved(4)), "rms_norm")
+        >>> [type(layer).__name__ for layer in model.modules()][-1]
+        'RMSNormLayer'
     """
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ConfigError(f"fednorm.declare expects a class of modules, such as type(layer); got {kind!r}.")

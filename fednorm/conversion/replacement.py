@@ -107,6 +107,11 @@ def convert(
         UnknownNameError: There is no such method.
         ConfigError: An option is wrong, a layer cannot be converted or what surrounds it cannot be kept, or nothing
             would change.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> fednorm.convert(model, "group_norm", num_groups=4)[1].num_groups
+        4
     """
     return convert_with_report(model, norm, example_inputs=example_inputs, exact=exact, **options)[0]
 

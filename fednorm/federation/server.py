@@ -298,6 +298,7 @@ def _document(
         "run": str(record.folder) if record else None,
         "hash": bench.config.hash,
         "config": bench.config.to_dict(),
+        "own_norm": bench.config.norm.name == bench.config.strategy.card.own_norm,
     }
 
 

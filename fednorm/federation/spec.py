@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, Unpack
 from torch import nn
 
 from fednorm.cards import Card, Option, options_of
+from fednorm.config import DEFAULT_NORM
 from fednorm.federation.strategy import Common, NormStrategy
 
 LOCAL = "local"
@@ -49,6 +50,11 @@ class StrategySpec(Card):
     def maker(self) -> type[NormStrategy]:
         """The strategy's class."""
         return self.make
+
+    @property
+    def own_norm(self) -> str:
+        """The name of the norm that it brings along, or that every run has where it brings none."""
+        return str(self.defaults.get("norm", {}).get("name", DEFAULT_NORM))
 
     def made(self, model: nn.Module, options: Mapping[str, Any], **common: Unpack[Common]) -> NormStrategy:
         """Return the strategy for a model.

@@ -26,9 +26,23 @@ def make_norm(name: str, options: Mapping[str, Any] | None = None) -> Norm:
 
 
 @cache
-def specs_by_layer() -> Mapping[type[nn.Module], NormSpec]:
-    """Return every layer type that a method speaks for, with that method's identity card."""
+def _built_in() -> Mapping[type[nn.Module], NormSpec]:
     return {layer: spec for spec in NORMS for layer in spec.layers}
+
+
+def specs_by_layer() -> Mapping[type[nn.Module], NormSpec]:
+    """Return every layer type that a method speaks for, with that method's identity card.
+
+    Of strangers' methods those that were given in this process are there, but for types of PyTorch's that one of our
+    methods speaks for already, or for an ancestor of theirs: no card changes what somebody else's network is.
+    """
+    ours = _built_in()
+    met = {layer: spec for spec in NORMS.met for layer in spec.layers if not _is_taken(layer, ours)}
+    return {**met, **ours} if met else ours
+
+
+def _is_taken(layer: type[nn.Module], ours: Mapping[type[nn.Module], NormSpec]) -> bool:
+    return layer.__module__.startswith("torch.") and any(base in ours for base in layer.__mro__)
 
 
 def spec_of(module: nn.Module) -> NormSpec | None:

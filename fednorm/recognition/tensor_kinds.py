@@ -32,6 +32,15 @@ def declare_tensors(layer: type[nn.Module], **kinds: str | Kind) -> None:
     Raises:
         ConfigError: ``layer`` is not a class of modules, or nothing is declared.
         UnknownNameError: There is no such kind.
+
+    Example:
+        >>> class Normalize(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("mean", torch.tensor([0.5]))
+        >>> fednorm.declare_tensors(Normalize, mean="constant")
+        >>> FedAvg(nn.Sequential(Normalize(), nn.Linear(1, 1))).plan.keys(Role.CONSTANT)
+        ('0.mean',)
     """
     if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
         raise ConfigError(f"declare_tensors takes a class of modules, such as type(layer); got {layer!r:.100}.")

@@ -26,7 +26,7 @@ _BOTH: Mapping[str, Type] = {
     "data.notes": list,
     "final.selection": str,
 }
-_NEEDED: Mapping[str, Mapping[str, Type]] = {
+NEEDED: Mapping[str, Mapping[str, Type]] = {
     "federated": {
         **_BOTH,
         "rounds": list,
@@ -141,8 +141,8 @@ def migrated(document: Any) -> dict[str, Any]:
     require_format(document)
     _require_writable(document)
     kind = document.get("kind") or document["config"].get("kind") or "federated"
-    if kind not in _NEEDED:
-        raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(_NEEDED)} runs.")
+    if kind not in NEEDED:
+        raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(NEEDED)} runs.")
     defaults = RunConfig.defaults(cast(Kind, kind)).to_dict()
     _require_like(document["config"], defaults, "config")
     config = {**merge(defaults, document["config"]), "kind": kind}
@@ -156,7 +156,7 @@ def migrated(document: Any) -> dict[str, Any]:
     _require_lines(result, kind)
     fill = _filled_stream if kind == "continual" else _filled_federation
     result = fill(result)
-    _require(result, _NEEDED[kind], "it")
+    _require(result, NEEDED[kind], "it")
     if not re.fullmatch(r"[\w-]{1,64}", result["hash"]):
         raise Unfit(f"its hash is letters and digits; it is {shortened(result['hash'])}.")
     return result

@@ -17,6 +17,7 @@ import fednorm.records.files as files
 from fednorm.errors import RecordError
 from fednorm.records.formats import FORMAT, Unfit, manifest, migrated, require_format, shortened
 from fednorm.records.integrity import read_document, read_result, reason, require_run
+from fednorm.records.result import Result, result_of
 
 __all__ = ["FORMAT", "MANIFEST", "Loaded", "load", "order"]
 
@@ -38,7 +39,7 @@ class Loaded:
         studies: The manifests of the studies that the results are of.
     """
 
-    results: list[dict[str, Any]]
+    results: list[Result]
     problems: list[str]
     studies: list[dict[str, Any]]
 
@@ -72,14 +73,13 @@ def load(paths: Sequence[Path], *, select: bool = False) -> Loaded:
     kept = list(found.values()) if select else _reported(found.values(), studies.values())
     if not kept:
         raise RecordError(_nothing(paths, bool(found), problems))
-    return Loaded(sorted(kept, key=order), list(dict.fromkeys(problems)), list(studies.values()))
+    return Loaded(sorted(map(result_of, kept), key=order), list(dict.fromkeys(problems)), list(studies.values()))
 
 
 def order(result: Mapping[str, Any]) -> tuple[Any, ...]:
     """Return where a result stands among others: federated first; by method, then by its settings, then by seed."""
     config = result["config"]
-    sections = ("learner" if config["kind"] == "continual" else "strategy", "norm")
-    methods = (json.dumps(config[section], sort_keys=True) for section in sections)
+    methods = (json.dumps(config[section], sort_keys=True) for section in (result_of(result).actor, "norm"))
     train = config["train"]
     told = (train["learning_rate"], train["agc"], config["seed"], result["data"]["title"], config["evaluate"]["split"])
     return config["kind"] == "continual", *methods, *told, result["hash"]

@@ -18,6 +18,7 @@ from rich.text import Text
 from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import MACHINE, RunConfig, kind_of_device
+from fednorm.records.result import result_of
 from fednorm.report.text import in_cell, in_markdown, one_line
 
 Result = Mapping[str, Any]
@@ -30,6 +31,11 @@ SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 
 UNKNOWN = "–"
 """The cell of what was not measured."""
+
+
+def name_of(result: Result) -> str:
+    """Return how tables call a result's method."""
+    return result_of(result).method_name
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from fednorm.errors import unknown_name
+from fednorm.records.result import result_of
 from fednorm.report import stream_table
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, percent, settings
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
 from fednorm.report.grouping import (
     covers,
     data_settings,
     kind_of,
     matches,
-    name_of,
     require_one_run_a_seed,
     require_same_data,
     resolved,
@@ -235,7 +235,7 @@ def _scores(results: Sequence[Result]) -> list[Score]:
         Score(key, label, cell is percent, 0 if key == "drift" else -1 if key.startswith("forgetting") else 1)
         for label, (key, cell) in stream_table.SCORES.items()
     ]
-    if results[0]["data"]["memorization"]:
+    if result_of(results[0]).memorizes:
         return [Score("plasticity", "plasticity", True, 1), *found]
     return found
 
@@ -362,7 +362,7 @@ def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
 def _of_scoring(methods: Sequence[Method]) -> str:
     results = [result for method in methods for result in method.results]
     first = results[0]
-    if kind_of(first) == "continual" and first["data"]["memorization"]:
+    if result_of(first).memorizes:
         return "Scored on training images, because there is nothing to hold out on this stream."
     rule = first["final"].get("selection", f"{first['config']['evaluate']['split']} images")
     rounds = sorted({result["final"]["round"] for result in results if "round" in result["final"]})

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from statistics import geometric_mean, mean
 from typing import Any
 
+from fednorm.records.result import result_of
 from fednorm.report._common import Result, known
-from fednorm.report.grouping import kind_of
 
 Curve = dict[int, float]
 """A number by round or experience."""
@@ -19,9 +19,7 @@ Curve = dict[int, float]
 
 def steps(result: Result) -> list[tuple[int, Mapping[str, Any]]]:
     """Return a run's lines, with the number of the round or experience from 1."""
-    if kind_of(result) == "continual":
-        return [(line["experience"] + 1, line) for line in result["experiences"]]
-    return [(line["round"], line) for line in result["rounds"]]
+    return result_of(result).steps
 
 
 def of_key(result: Result, key: str) -> Curve:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fednorm.report import table
-from fednorm.report._common import Result, by_method, flat
-from fednorm.report.grouping import kind_of, name_of, scored_on
+from fednorm.report._common import Result, by_method, flat, name_of
+from fednorm.report.grouping import kind_of, scored_on
 
 if TYPE_CHECKING:
     import polars

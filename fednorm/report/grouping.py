@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fednorm.errors import ConfigError, canonical
-from fednorm.report import stream_table, table
-from fednorm.report._common import Result, flat, settings
+from fednorm.records.result import result_of
+from fednorm.report._common import Result, flat, name_of, settings
 
 SECTIONS_OF_DATA = ("data.", "scenario.")
 """Settings that say which data a run has; where they differ, methods are not paired, nor ranked together."""
@@ -16,17 +16,12 @@ SECTIONS_OF_DATA = ("data.", "scenario.")
 
 def kind_of(result: Result) -> str:
     """Return a result's kind: ``federated`` or ``continual``."""
-    return str(result["config"].get("kind", "federated"))
+    return result_of(result).kind
 
 
 def scored_on(result: Result) -> tuple[str, str, str]:
     """Return kind, title of the data, and split: results that differ in them never stand in one table."""
     return kind_of(result), result["data"]["title"], result["config"]["evaluate"]["split"]
-
-
-def name_of(result: Result) -> str:
-    """Return how tables call a result's method, whatever its kind."""
-    return stream_table.method_name(result) if kind_of(result) == "continual" else table.method_name(result)
 
 
 def score_of(result: Result, key: str) -> float | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import RunConfig
+from fednorm.records.result import result_of
 from fednorm.report._common import Result, evenly, flat
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
@@ -184,8 +185,8 @@ class _Builder:
         }
 
     def _run(self, result: Result, method: int, comparison: Comparison) -> Document:
-        federated = comparison.kind == "federated"
-        lines = result["rounds"] if federated else result["experiences"]
+        own = result_of(result)
+        federated, lines = own.kind == "federated", own.lines
         run: Document = {
             "hash": str(result["hash"]),
             "method": method,
@@ -196,7 +197,7 @@ class _Builder:
             "seconds": number(result.get("seconds")),
             "parameters": result.get("parameters"),
             "series": self._federated(lines) if federated else self._continual(result),
-            "layers": self._diagnostics(lines, "round" if federated else "experience"),
+            "layers": self._diagnostics(lines, own.unit),
         }
         plan = result.get("plan")
         if plan:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import geometric_mean, mean
 from typing import Any
 
-from fednorm.config import RunConfig
+from fednorm.config import METHOD_OPTIONS, METHOD_SWITCHES, RunConfig
 from fednorm.report._common import (
     SHORT,
     UNKNOWN,
@@ -20,11 +20,11 @@ from fednorm.report._common import (
     evenly,
     interval,
     known,
+    name_of,
     percent,
     reconstructions,
     seeds,
 )
-from fednorm.study.select import METHOD_OPTIONS, METHOD_SWITCHES
 
 Cell = Callable[[Sequence[float | None]], str]
 
@@ -61,36 +61,6 @@ MOST_IN_PLASTICITY = 10
 """Experiences that a table of plasticity shows at most."""
 
 
-_NAMED = tuple(
-    (section, key)
-    for section in ("model", "train", "evaluate")
-    for key in RunConfig.defaults("continual").to_dict()[section]
-    if key in METHOD_OPTIONS | METHOD_SWITCHES and key != "weight_decay"
-)
-"""Settings outside learner and norm that a method's name tells; weight decay stands among the settings, as is usual."""
-
-
-def method_name(result: Result) -> str:
-    """Return how a table calls a result's method: learner and norm, and what is not at its default.
-
-    That is, every option of the learner and of the norm, of the other settings those that make another method
-    (:data:`~fednorm.study.select.METHOD_OPTIONS`), and the learning rate's schedule. An option that is true is called
-    by its name alone.
-    """
-    config, defaults = result["config"], RunConfig.defaults("continual").to_dict()
-    told = [*_options(config["learner"]), *_options(config["norm"])]
-    told += [
-        _option(key, config[section][key])
-        for section, key in _NAMED
-        if config[section].get(key, defaults[section][key]) != defaults[section][key]
-    ]
-    train = config["train"]
-    if train.get("schedule", "constant") != "constant":
-        told.append(f"{train['schedule']} over {train['schedule_over']}")
-    name = f"{config['learner']['name']} + {config['norm']['name']}"
-    return f"{name} ({', '.join(told)})" if told else name
-
-
 def stream_table(results: Sequence[Result]) -> Table:
     """Return accuracy, forgetting, drift and time, a row a method, over seeds where there are several.
 
@@ -100,7 +70,7 @@ def stream_table(results: Sequence[Result]) -> Table:
     Args:
         results: Results of finished runs on the same stream, scored on the same images.
     """
-    groups = by_method(results, method_name)
+    groups = by_method(results, name_of)
     shown = {
         column: (key, cell)
         for column, (key, cell) in SCORES.items()
@@ -143,7 +113,7 @@ def matrix_table(result: Result) -> Table:
         for line in result["experiences"]
         if line["experience"] in columns
     )
-    notes = [f"{method_name(result)}, seed {result['config']['seed']}; {result['config']['evaluate']['split']} images."]
+    notes = [f"{name_of(result)}, seed {result['config']['seed']}; {result['config']['evaluate']['split']} images."]
     if len(columns) < count:
         notes.append(f"{len(columns)} of {count} experiences, evenly spaced.")
     heads = ("accuracy on experience", *(str(column + 1) for column in columns))
@@ -156,7 +126,7 @@ def average_table(results: Sequence[Result]) -> Table:
     Args:
         results: Results of finished runs on the same stream.
     """
-    groups = by_method(results, method_name)
+    groups = by_method(results, name_of)
     curves = {name: [_averages(result) for result in group] for name, group in groups.items()}
     return _by_experience(
         curves, "average accuracy after", f"Average accuracy by experience (%): {results[0]['data']['title']}"
@@ -173,7 +143,7 @@ def plasticity_table(results: Sequence[Result]) -> Table:
     Args:
         results: Results of finished runs on the same stream.
     """
-    groups = by_method(results, method_name)
+    groups = by_method(results, name_of)
     curves = {
         name: [{line["experience"]: line["train_accuracy"] for line in result["experiences"]} for result in group]
         for name, group in groups.items()
@@ -208,7 +178,7 @@ def drift_table(results: Sequence[Result]) -> Table:
     """
     groups = {
         name: drifts
-        for name, group in by_method(results, method_name).items()
+        for name, group in by_method(results, name_of).items()
         if any(drifts := [_diagnostic(result["experiences"][-1], "drift") for result in group])
     }
     layers = dict.fromkeys(layer for drifts in groups.values() for drift in drifts for layer in drift)
@@ -303,7 +273,8 @@ def _training(result: Result) -> list[str]:
     width = f" of width {model['width']}" if model.get("width") else ""
     told = [f"{model['name']}{width}", train["optimizer"], f"lr {train['learning_rate']:g}"]
     told += [f"batch {train['batch_size']}", f"{train['epochs']} epoch{'s'[: train['epochs'] != 1]}"]
-    skip = {"optimizer", "learning_rate", "batch_size", "epochs", "checkpoint_every", *(key for _, key in _NAMED)}
+    named = METHOD_OPTIONS | METHOD_SWITCHES - {"weight_decay"}  # by the method's name
+    skip = {"optimizer", "learning_rate", "batch_size", "epochs", "checkpoint_every", *named}
     for key, value in train.items():
         if key not in skip and value != defaults.get(key):
             told.append(f"{SHORT.get(f'train.{key}', key)} {_text(value)}")
@@ -323,14 +294,6 @@ def _defaults(results: Sequence[Result]) -> list[str]:
         )
         notes += [f"{name}, where its name does not tell: {', '.join(told)}."] if told else []
     return notes
-
-
-def _options(section: Mapping[str, Any]) -> list[str]:
-    return [_option(key, value) for key, value in section.items() if key != "name"]
-
-
-def _option(key: str, value: Any) -> str:
-    return key if value is True else f"{key}={_text(value)}"
 
 
 def _text(value: Any) -> str:

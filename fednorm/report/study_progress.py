@@ -14,6 +14,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from fednorm.records.result import result_of
 from fednorm.study.runner import Failure, Progress
 
 TITLES: Mapping[str, str] = {"search": "search for hyper-parameters", "runs": "study"}
@@ -22,11 +23,7 @@ TITLES: Mapping[str, str] = {"search": "search for hyper-parameters", "runs": "s
 
 def headline(result: Mapping[str, Any]) -> str:
     """Return the accuracy that a run is told by: over domains, over experiences, or on the training images."""
-    final = result["final"]
-    if result["config"].get("kind", "federated") == "federated":
-        return _percent(final["mean"])
-    average = final["average_accuracy"]
-    return _percent(final["train_accuracy"] if average is None else average)
+    return _percent(result_of(result).shown)
 
 
 def duration(seconds: float) -> str:

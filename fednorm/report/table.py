@@ -7,19 +7,20 @@ from statistics import mean
 from typing import Any
 
 from fednorm.config import RunConfig
-from fednorm.report._common import SHORT, UNKNOWN, Result, Table, by_method, incomplete, percent, reconstructions, seeds
+from fednorm.report._common import (
+    SHORT,
+    UNKNOWN,
+    Result,
+    Table,
+    by_method,
+    incomplete,
+    name_of,
+    percent,
+    reconstructions,
+    seeds,
+)
 
-__all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "method_name", "plan_table"]
-
-
-def method_name(result: Result) -> str:
-    """Return how a table calls a result's method: the strategy, and the norm where it is not the strategy's own."""
-    config = result["config"]
-    strategy, norm = config["strategy"], config["norm"]
-    own = {"fedwon": "sws"}.get(strategy["name"], "batch_norm")
-    options = [f"{key}={value}" for section in (strategy, norm) for key, value in section.items() if key != "name"]
-    name = strategy["name"] if norm["name"] == own else f"{strategy['name']} + {norm['name']}"
-    return f"{name} ({', '.join(options)})" if options else name
+__all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "plan_table"]
 
 
 def accuracy_table(results: Sequence[Result]) -> Table:
@@ -28,7 +29,7 @@ def accuracy_table(results: Sequence[Result]) -> Table:
     Args:
         results: Results of finished runs on the same data.
     """
-    groups = by_method(results, method_name)
+    groups = by_method(results, name_of)
     domains = list(dict.fromkeys(domain for result in results for domain in result["final"]["per_domain"]))
     rows = []
     for name, group in groups.items():
@@ -53,7 +54,7 @@ def curve_table(results: Sequence[Result]) -> Table:
     Args:
         results: Results of finished runs on the same data.
     """
-    groups = by_method(results, method_name)
+    groups = by_method(results, name_of)
     rounds = sorted({line["round"] for result in results for line in result["rounds"] if "mean" in line})
     rows = []
     for name, group in groups.items():
@@ -112,7 +113,7 @@ def _names(results: Sequence[Result]) -> list[str]:
     """Return a name for each result that no other has: its group's, and the seed where the group has several."""
     names = {
         id(result): f"{name}, seed {result['config']['seed']}" if len(group) > 1 else name
-        for name, group in by_method(results, method_name).items()
+        for name, group in by_method(results, name_of).items()
         for result in group
     }
     return [names[id(result)] for result in results]

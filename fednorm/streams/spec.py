@@ -38,11 +38,13 @@ class ScenarioSpec(Card):
         make: Builds the stream from a reader of the data and a seed; its keyword arguments are the options.
         data: The benchmarks it can be made of, its own first; empty for any that ``data.name`` names.
         defaults: What the scenario brings along: configuration keys, laid under those the user wrote.
+        memorization: Whether its streams are about memorization: they hold no images out.
     """
 
     make: Callable[..., Stream]
     data: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    memorization: bool = False
 
     expects: ClassVar[str] = (
         "A scenario is a callable (reader, seed, *, options) -> Stream, or a ScenarioSpec beside it."

@@ -9,17 +9,9 @@ from typing import Any
 
 from fednorm.config import IMMATERIAL, MACHINE, RunConfig
 from fednorm.errors import ConfigError
+from fednorm.records.result import result_of
 
 Result = Mapping[str, Any]
-
-METHOD_OPTIONS = frozenset({"passes", "statistics", "recalibrate", "corrected", "project", "activation"})
-"""Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
-
-METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})
-"""Keys that make another method where they are not at their default; how far they are from it is tuned."""
-
-MEMORIZATION = frozenset({"random_labels"})
-"""Scenarios that are about memorization: their streams hold no images out."""
 
 
 def best_by_method(results: Sequence[Result]) -> list[Any]:
@@ -28,10 +20,10 @@ def best_by_method(results: Sequence[Result]) -> list[Any]:
     The seed is no hyper-parameter: a configuration is judged by the mean over its seeds, and all of them are returned.
 
     *Federated*: a method is a strategy and a norm, their options are tuned, and the score is the mean validation
-    accuracy over domains. *Continual*: a method is a learner, a norm, :data:`METHOD_OPTIONS` and
-    :data:`METHOD_SWITCHES`, chosen for each stream; the score is the average accuracy on validation images after the
-    last experience. A memorization stream has nothing to hold out: there the score is plasticity, the accuracy on
-    training images, which is what the stream is about (:func:`rules` says so).
+    accuracy over domains. *Continual*: a method is a learner, a norm, :data:`~fednorm.config.METHOD_OPTIONS` and
+    :data:`~fednorm.config.METHOD_SWITCHES`, chosen for each stream; the score is the average accuracy on validation
+    images after the last experience. A memorization stream has nothing to hold out: there the score is plasticity, the
+    accuracy on training images, which is what the stream is about (:func:`rules` says so).
 
     Args:
         results: Results scored on validation images.
@@ -94,13 +86,12 @@ def kind_of(config: RunConfig) -> str:
         ``federated``, ``continual`` or ``memorization``.
     """
     if config.kind == "continual":
-        return "memorization" if config.scenario.name in MEMORIZATION else "continual"
+        return "memorization" if config.scenario.card.memorization else "continual"
     return "federated"
 
 
 def _kind(result: Result) -> str:
-    kind = str(result["config"].get("kind", "federated"))
-    return "memorization" if kind == "continual" and result["data"]["memorization"] else kind
+    return "memorization" if result_of(result).memorizes else result_of(result).kind
 
 
 def _require_held_out(result: Result) -> None:
@@ -115,15 +106,7 @@ def _method(result: Result) -> Hashable:
     """Return what makes a result's method; results with equal ones are configurations of it."""
     config = result["config"]
     machine = tuple(f"{key} {config[key]}" for key in MACHINE if config.get(key, MACHINE[key]) != MACHINE[key])
-    if _kind(result) == "federated":
-        return config["strategy"]["name"], config["norm"]["name"], machine
-    defaults = RunConfig.defaults("continual").to_dict()
-    told = []
-    for section, values in config.items():
-        for key, value in values.items() if isinstance(values, Mapping) else ():
-            if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
-                told.append((section, key, value if key in METHOD_OPTIONS else "on"))
-    return result["data"]["title"], config["learner"]["name"], config["norm"]["name"], tuple(sorted(told)), machine
+    return *result_of(result).method, machine
 
 
 def _without_seed(config: Mapping[str, Any]) -> str:
@@ -145,8 +128,7 @@ def mean_score(results: Sequence[Result]) -> float:
 
 
 def _score(result: Result) -> float:
-    final = result["final"]
-    score = final[{"federated": "mean", "continual": "average_accuracy", "memorization": "plasticity"}[_kind(result)]]
+    score = result["final"][result_of(result).headline]
     if score is None:
         raise ConfigError(
             f"Run {result['hash']} has no average accuracy to be chosen by: evaluate.experiences is "

@@ -15,7 +15,7 @@ from fednorm import device as devices
 from fednorm.config import merge, resolve
 from fednorm.federation.workbench import Workbench
 from fednorm.report._common import by_method
-from fednorm.report.table import method_name
+from fednorm.report._common import name_of as method_name
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 16, "test_per_domain": 10},

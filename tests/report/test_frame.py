@@ -10,8 +10,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from fednorm.config import resolve
+from fednorm.report._common import name_of as method_name
 from fednorm.report.frame import LEADING, TIDY, frame, records
-from fednorm.report.stream_table import method_name
 
 Make = Callable[..., dict[str, Any]]
 

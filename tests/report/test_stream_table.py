@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fednorm.report._common import evenly
+from fednorm.report._common import evenly, name_of
 from fednorm.report.stream_table import (
     average_table,
     drift_table,
     matrix_table,
-    method_name,
     plasticity_table,
     stream_table,
 )
@@ -90,14 +89,14 @@ def test_methods_with_fewer_seeds_are_said(stream_result: Make) -> None:
 def test_a_method_is_called_by_what_is_not_at_its_default(
     stream_result: Make, arguments: dict[str, Any], name: str
 ) -> None:
-    assert method_name(stream_result(**arguments)) == name
+    assert name_of(stream_result(**arguments)) == name
 
 
 def test_a_setting_that_a_record_lacks_has_its_default(stream_result: Make) -> None:
     older = stream_result(config={"seed": 2})
     del older["config"]["train"]["project"]
     del older["config"]["model"]["activation"]
-    assert method_name(older) == "er_ace + batch_norm"
+    assert name_of(older) == "er_ace + batch_norm"
     assert len(stream_table([stream_result(), older]).rows) == 1
 
 

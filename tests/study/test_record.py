@@ -623,6 +623,16 @@ LEAVES: dict[str, Any] = {
     "evaluate.best_round": True,
 }
 
+TOGETHER: dict[str, dict[str, Any]] = {
+    "train.nesterov": {"momentum": 0.9, "nesterov": True},
+    "train.wd_ratio": {"optimizer": "sgdp", "wd_ratio": 0.5},
+    "train.delta": {"optimizer": "sgdp", "delta": 0.5},
+    "train.trainable": {"trainable": "norm"},
+    "train.head": {"trainable": "head", "head": "fc3"},
+    "train.linear_probe_rounds": {"linear_probe_rounds": 1},
+}
+"""Keys of the training that are refused where no other needs them, with those."""
+
 ELSEWHERE: dict[str, Any] = {
     "data.dir": "/elsewhere",
     "data.download": True,
@@ -647,9 +657,14 @@ def dotted(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_whatever_changes_numbers_changes_the_hash() -> None:
     every = {key for key, _ in dotted(resolve({}).to_dict())} - {"kind"}
-    assert every | {"norm.eps"} == set(LEAVES) | set(ELSEWHERE)
+    assert every | {"norm.eps"} == set(LEAVES) | set(TOGETHER) | set(ELSEWHERE)
     hashes = [resolve(nested(key, value)).hash for key, value in LEAVES.items()]
-    assert len({resolve({}).hash, *hashes}) == len(LEAVES) + 1
+    hashes += [resolve({"train": values}).hash for values in TOGETHER.values()]
+    assert len({resolve({}).hash, *hashes}) == len(LEAVES) + len(TOGETHER) + 1
+    for key, values in TOGETHER.items():
+        name = key.removeprefix("train.")
+        without = {other: value for other, value in values.items() if other != name}
+        assert resolve({"train": values}).hash != resolve({"train": without}).hash
 
 
 @pytest.mark.parametrize("key", ELSEWHERE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fednorm
 from fednorm.errors import DataError
 from fednorm.norms import make_norm
 from fednorm.spec import HookedLayer
@@ -118,3 +120,12 @@ def test_tasks_that_do_not_fit_are_refused_before_anything_changes(
     with pytest.raises(DataError, match=words):
         step_of(model)(*batch(), tasks=torch.tensor(tasks), num_tasks=num_tasks)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_run_says_nothing_of_tasks_that_its_learner_tells() -> None:
+    """The look at a network's size before a run is no training pass that was never told its tasks."""
+    config = {"model": {"width": 4}, "scenario": {"train_per_experience": 10}, "train": {"batch_size": 10}}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fednorm.continual(scenario="split_digits", learner="naive", norm="adab2n", online=True, config=config)
+    assert not [warning for warning in said if "never told" in str(warning.message)]

@@ -214,7 +214,9 @@ def test_what_makes_no_sense_is_refused_in_words(values: dict[str, Any], error: 
 def test_a_stream_probes_in_the_first_epochs_of_each_experience() -> None:
     bench = ContinualWorkbench(continual(learner={"name": "naive"}, train={"linear_probe_epochs": 1, "epochs": 2}))
     trained: list[tuple[int, bool]] = []
-    bench.learner.plugins.append(_Epochs(bench.model, trained))
+    watch = _Epochs(bench.model, trained)
+    bench.learner.epoch_watchers.append(watch.begin)
+    bench.learner.watchers.append(watch.step)
     result = simulate_stream(bench.config, runs=None, bench=bench)
     assert trained == [(0, False), (1, True), (0, False), (1, True)]
     assert [line["head_norm"] > 0 for line in result["experiences"]] == [True, True]
@@ -226,10 +228,12 @@ class _Epochs:
     def __init__(self, network: nn.Module, trained: list[tuple[int, bool]]) -> None:
         self.network, self.trained = network, trained
 
-    def before_training_epoch(self, *_: Any, **__: Any) -> None:
+    def begin(self, _: Any) -> None:
         self.before = {key: tensor.clone() for key, tensor in self.network.state_dict().items()}
 
-    def after_training_epoch(self, learner: Any, **_: Any) -> None:
+    def step(self, learner: Any) -> None:
+        if learner.progress.batch * learner.train_mb_size < len(learner.source.train):
+            return
         now = self.network.state_dict()
         moved = {key for key in now if not torch.equal(now[key], self.before[key])}
         assert {"fc3.weight", "fc3.bias"} <= moved

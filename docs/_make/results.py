@@ -1,0 +1,145 @@
+"""The results' tables, made from the summaries in ``.records``: a page a study, and the README's answers so far."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from _make.blocks import DOCS, ROOT, filled, names
+from fednorm.cli.report import tables
+from fednorm.records.results import Loaded, load
+from fednorm.report.comparison import Comparison, Method, comparisons, signed
+
+PAGES = DOCS / "results"
+CURVE = "-curve"
+"""How the block ends that also shows how accuracy went."""
+
+
+@cache
+def summary(name: str) -> Loaded:
+    """Return what a summary in ``.records`` holds."""
+    return load([ROOT / ".records" / f"{name}.json"])
+
+
+def compared(name: str) -> list[Comparison]:
+    """Return the comparisons of a summary."""
+    loaded = summary(name)
+    return comparisons(loaded.results, studies=loaded.studies)
+
+
+def tables_of(name: str, *, curve: bool = False) -> str:
+    """Return the tables of a summary in Markdown, as ``fednorm report .records/NAME.json --markdown`` prints them."""
+    loaded = summary(name)
+    made = [table.markdown() for table in tables(loaded.results, curve=curve, studies=loaded.studies)]
+    if curve:  # only what the page does not show without
+        plain = {table.markdown() for table in tables(loaded.results, studies=loaded.studies)}
+        made = [table for table in made if table not in plain]
+    return "\n\n".join(made)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield the results' pages and what they say with their tables made anew."""
+    for path in sorted(PAGES.glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        blocks = {
+            name: tables_of(name.removesuffix(CURVE), curve=name.endswith(CURVE))
+            for name in names(text)
+            if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
+        }
+        yield path, filled(text, blocks)
+
+
+def shown() -> dict[str, Path]:
+    """Return the page that shows each summary's tables, by the summary's name."""
+    return {
+        name: path
+        for path in sorted(PAGES.glob("*.md"))
+        for name in names(path.read_text(encoding="utf-8"))
+        if not name.endswith(CURVE)
+    }
+
+
+# The README's answers -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question that a study of ours has an answer to.
+
+    Attributes:
+        text: The question.
+        study: The study's name, also that of its summary in ``.records`` and of its page.
+        method: The label of the method that is asked about.
+        against: What it is compared with: a label, or empty for the study's own baseline.
+    """
+
+    text: str
+    study: str
+    method: str
+    against: str = ""
+
+
+QUESTIONS = (
+    Question("Digits of five domains: does FedBN beat FedAvg?", "digits_small", "fedbn"),
+    Question(
+        "What FedBN keeps beyond SiloBN, scale and shift: does it add anything?", "digits_small", "fedbn", "silobn"
+    ),
+    Question("Photographs (Office-Caltech-10): does FedBN beat FedAvg?", "office_small", "fedbn"),
+    Question(
+        "Batches of 2: does FedWon beat FedAvg with GroupNorm?",
+        "digits_small_batch",
+        "fedwon lr 0.03, train.batch_size 2",
+    ),
+    Question("Online split CIFAR-10, ER-ACE: does AdaB²N beat BatchNorm?", "online_cifar10", "er_ace + adab2n"),
+    Question(
+        "Random labels, again and again: does NaP keep a network plastic?",
+        "memorization_cifar10",
+        "naive + nap (cosine over experience)",
+        "naive + none (cosine over experience)",
+    ),
+)
+
+
+def answers() -> str:
+    """Return the README's table: a question a row, each number from a summary in ``.records``."""
+    rows = [
+        "| question | answer so far | accuracy (%) / the other's | difference [95 % interval], seeds ahead | command |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    return "\n".join([*rows, *map(_row, QUESTIONS)])
+
+
+def _row(question: Question) -> str:
+    loaded = summary(question.study)
+    (side_by_side,) = comparisons(loaded.results, studies=loaded.studies, baseline=question.against or None)
+    method = next(m for m in side_by_side.methods if m.label == question.method)
+    other = next(m for m in side_by_side.methods if m.label == method.baseline)
+    answer, difference = verdict(method, side_by_side)
+    scores = " / ".join(f"{100 * m.scores[side_by_side.headline].mean:.1f}" for m in (method, other))
+    command = f"`fednorm compare {question.study} --data-dir DIR`"
+    page = f"docs/results/{question.study}.md"
+    return f"| [{question.text}]({page}) | {answer} | {scores} | {difference} | {command} |"
+
+
+def verdict(method: Method, compared: Comparison) -> tuple[str, str]:
+    """Return what a paired difference answers, and the difference."""
+    found = method.differences[compared.headline]
+    if found.low is None or found.high is None:
+        word = "ahead" if found.mean > 0 else "behind"
+        return f"{word}; one seed", signed(found.mean)
+    ends = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}], {found.better} of {found.n}"
+    if found.low > 0:
+        return "yes", ends
+    if found.high < 0:
+        return "no, behind", ends
+    return "not shown", ends
+
+
+def command_lines(path: Path) -> list[str]:
+    """Return the ``fednorm report`` commands that a page names for its tables."""
+    return re.findall(
+        r"^fednorm report (\.records/\S+\.json)(?: .*)? --markdown", path.read_text("utf-8"), re.MULTILINE
+    )
