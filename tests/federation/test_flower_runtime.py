@@ -231,7 +231,7 @@ def test_a_run_that_outlasts_its_time_says_so(toy: Path, tmp_path: Path) -> None
     witness = Witness()
     with pytest.raises(AggregationError, match="time was up"):
         run_with_flower(
-            toy, num_supernodes=3, run_config={"mode": "hang"}, home=tmp_path / "home", timeout=5, on_line=witness
+            toy, num_supernodes=3, run_config={"mode": "hang"}, home=tmp_path / "home", timeout=15, on_line=witness
         )
     witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flower-superexec")
 
