@@ -20,6 +20,7 @@ def test_a_streams_training_has_them_too(call: Any) -> None:
     assert [train[key] for key in ("optimizer", "schedule", "augment")] == ["adam", "cosine", "flip,rotate"]
 
 
+@pytest.mark.slow
 def test_whole_epochs_are_one_run_however_they_are_written(call: Any) -> None:
     hashes = {
         call("federated", "--dry-run", "--json", *how).document["hash"]

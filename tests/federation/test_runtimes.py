@@ -72,6 +72,7 @@ def test_what_clients_keep_and_send_besides_is_the_same_on_both_runtimes(name: s
     assert flowers["rejected_updates"] == 0
 
 
+@pytest.mark.slow  # Flower's runtime starts
 @pytest.mark.flower
 def test_two_rounds_are_the_same_to_the_last_bit_on_both_runtimes(both: Both) -> None:
     """Tensors, every client's metrics, who was sampled, bytes, and the matrix under other clients' tensors."""

@@ -46,13 +46,12 @@ def test_every_norm_takes_some_inputs(name: str) -> None:
     assert any(takes(name, shape) for shape in FIXED)
 
 
-@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("name", NORMS.names)
-@settings(max_examples=2, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(shape=SHAPES, seed=st.integers(0, 2**16))
-def test_every_norm_keeps_the_contract(name: str, check: str, shape: tuple[int, ...], seed: int) -> None:
-    assume(takes(name, shape))
-    CHECKS[check](case_of(name, shape, seed))
+def test_every_norm_keeps_the_contract(name: str) -> None:
+    """On one shape that it takes; the slow tier draws many."""
+    fitting = [shape for shape in FIXED if takes(name, shape)]
+    for number, check in enumerate(CHECKS.values()):
+        check(case_of(name, fitting[number % len(fitting)], number))
 
 
 @pytest.mark.slow

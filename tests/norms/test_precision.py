@@ -54,6 +54,7 @@ def images(seed: int, *, last: bool) -> Tensor:
     return drawn.contiguous(memory_format=torch.channels_last) if last else drawn
 
 
+@pytest.mark.cover(1)
 @every_norm
 @pytest.mark.parametrize(
     ("low", "how", "last"),

@@ -61,6 +61,7 @@ class Watch:
 # Processes ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # several processes import what trains
 def test_processes_do_what_one_does_and_a_run_that_fails_or_is_killed_stops_no_other(
     small: Small, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
