@@ -47,7 +47,7 @@ def test_every_learner_has_a_strategy_in_its_module() -> None:
             module.Other  # noqa: B018
 
 
-QUICK = ("derpp", "er_ace", "gdumb")  # a memory and what it keeps besides, a mask, a training of its own
+QUICK = ("er_ace",)  # a memory and a mask
 
 
 @pytest.mark.parametrize(
@@ -78,6 +78,7 @@ def test_avalanches_loop_hides_nothing_of_a_learner() -> None:
     assert ours & theirs - looking_on - set(vars(LearnerStrategy)) <= {"stop_training"}
 
 
+@pytest.mark.slow
 def test_a_stream_is_run_without_avalanche() -> None:
     code = """
 import sys

@@ -363,10 +363,16 @@ class Killer:
     "train",
     [
         {"optimizer": "adam", "reset_optimizer": False, "learning_rate": 0.005},
-        {"optimizer": "adamw", "reset_optimizer": False, "weight_decay": 0.1, "schedule": "cosine"},
+        pytest.param(
+            {"optimizer": "adamw", "reset_optimizer": False, "weight_decay": 0.1, "schedule": "cosine"},
+            marks=pytest.mark.slow,
+        ),
         {"momentum": 0.9, "reset_optimizer": False, "augment": "jitter,crop_flip", "redo_every": 5},
         {"optimizer": "adamp", "reset_optimizer": False, "weight_decay": 0.1, "delta": 9.0, "trainable": "norm,head"},
-        {"optimizer": "sgdp", "momentum": 0.9, "reset_optimizer": False, "delta": 9.0, "linear_probe_rounds": 3},
+        pytest.param(
+            {"optimizer": "sgdp", "momentum": 0.9, "reset_optimizer": False, "delta": 9.0, "linear_probe_rounds": 3},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_run_cut_short_goes_on_to_the_same_bits(train: dict[str, Any], tmp_path: Any) -> None:

@@ -74,6 +74,7 @@ def test_what_clients_keep_and_send_besides_is_the_same_on_both_runtimes(name: s
 
 @pytest.mark.slow  # Flower's runtime starts
 @pytest.mark.flower
+@pytest.mark.slow
 def test_two_rounds_are_the_same_to_the_last_bit_on_both_runtimes(both: Both) -> None:
     """Tensors, every client's metrics, who was sampled, bytes, and the matrix under other clients' tensors."""
     models = [load_file(Path(result["run"]) / "model.safetensors") for result in (both.ours, both.flowers)]
