@@ -197,7 +197,11 @@ def _tensors(result: Result, client: int | None) -> tuple[dict[str, Tensor], boo
     whole = all(entry["role"] not in (Role.RESET.value, Role.CONSTANT.value) for entry in entries)
     _require_client(result, client, len(local))
     server = _read(folder / "model.safetensors")
-    if client is None or not local:
+    if client is None:
+        return server, whole
+    personal = folder / "personal.safetensors"
+    server |= _of(personal, client) if personal.exists() else {}
+    if not local:
         return server, whole
     own = _own(folder, client)
     if missing := [key for key in local if key not in own]:
@@ -222,14 +226,19 @@ def _require_client(result: Result, client: int | None, count: int) -> None:
         raise ConfigError(f"There is no client {client} in {result['run']}. Its clients: {known}.")
 
 
+def _of(path: Path, client: int) -> dict[str, Tensor]:
+    begin = f"{client}/"
+    return {key.removeprefix(begin): tensor for key, tensor in _read(path, begin).items()}
+
+
 def _own(folder: Path, client: int) -> dict[str, Tensor]:
-    path, begin = folder / "clients.safetensors", f"{client}/"
+    path = folder / "clients.safetensors"
     if not path.exists():
         raise ConfigError(
             f"{folder} has no clients' tensors: on Flower's own runtime they stay in its processes. Make the run with "
             "--runtime in-process, whose numbers are the same, in another folder (--runs)."
         )
-    return {key.removeprefix(begin): tensor for key, tensor in _read(path, begin).items()}
+    return _of(path, client)
 
 
 def _read(path: Path, begin: str = "") -> dict[str, Tensor]:

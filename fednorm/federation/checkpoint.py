@@ -13,7 +13,9 @@ from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fednorm.device import on_cpu
 from fednorm.federation.grid import InProcessGrid
+from fednorm.federation.local import Local
 from fednorm.federation.wire import pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, STATE_RECORD, TRAINEE_RECORD, Workbench
 from fednorm.records.checkpoint import Checkpoint
@@ -60,6 +62,33 @@ def restored(checkpoint: Checkpoint, bench: Workbench, grid: Grid) -> ArrayRecor
             if own := parts.get(f"{place}/{context.node_config['partition-id']}"):
                 context.state[record] = pack(own)
     return pack(parts["server"])
+
+
+def personal(bench: Workbench, grid: Grid, arrays: ArrayRecord, server_round: int) -> dict[int, dict[str, Tensor]]:
+    """Return what each client's own network has in place of what the server sent, where its strategy makes it another.
+
+    That is what the client is evaluated with: Ditto's own model, a fine-tuned one. Empty for other strategies, and
+    where the clients do not live in this process.
+
+    Args:
+        bench: The run's workbench.
+        grid: Where the clients live.
+        arrays: The server's tensors at the end.
+        server_round: The last round.
+    """
+    side = bench.strategy.local
+    if side.before_evaluation is Local.before_evaluation or not isinstance(grid, InProcessGrid):
+        return {}
+    models = {}
+    for context in grid.contexts.values():
+        client = bench.client(context)
+        if client.held_out:
+            continue
+        bench.receive(arrays, context.state)
+        turn = bench.turn(client, server_round, context=context, evaluating=True)
+        side(bench.strategy).before_evaluation(turn)
+        models[client.partition_id] = on_cpu(turn.read())
+    return models
 
 
 def kept(grid: Grid, record: str) -> dict[int, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ from fednorm.device import described
 from fednorm.errors import IncompleteError
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
-from fednorm.federation.checkpoint import kept, restored, taken
+from fednorm.federation.checkpoint import kept, personal, restored, taken
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
@@ -185,7 +185,8 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
-        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD))
+        own = personal(bench, grid, result.arrays, config.rounds.num_rounds)
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
     return document
 
 

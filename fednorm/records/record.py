@@ -8,6 +8,8 @@
         model.safetensors         the final server tensors
         evaluated.safetensors     a stream's tensors in its last evaluation, where the learner evaluates others
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
+        personal.safetensors      what stands in each client's own network in place of the server's, likewise; where the
+                                  strategy evaluates clients with another (Ditto's own model, a fine-tuned one)
         result.json               the result; there once the run has finished
 
 A continual run's record has ``experiences.jsonl``, one line an experience, in place of ``rounds.jsonl``; its checkpoint
@@ -51,6 +53,7 @@ from fednorm.records.versions import versions
 
 ABOUT, RESULT = "run.json", "result.json"
 MODEL, CLIENTS, EVALUATED = "model.safetensors", "clients.safetensors", "evaluated.safetensors"
+PERSONAL = "personal.safetensors"
 
 UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience"}
 """What a line of the file is of that grows while a run goes, by kind; the file is called ``rounds.jsonl``."""
@@ -217,6 +220,7 @@ class RunRecord:
         model: Tensors,
         clients: Mapping[int, Tensors] | None = None,
         evaluated: Tensors | None = None,
+        personal: Mapping[int, Tensors] | None = None,
     ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
@@ -225,13 +229,15 @@ class RunRecord:
             model: The model's tensors; the server's, in a federation.
             clients: Each client's local tensors, by partition id.
             evaluated: The tensors of the model that was evaluated, where they are not those of the model.
+            personal: What each client's own network has in place of the model's, by partition id.
         """
         if evaluated:
             self._folder.save_tensors(EVALUATED, evaluated)
         self._folder.save_tensors(MODEL, model)
-        if clients:
-            local = {f"{pid}/{key}": tensor for pid, tensors in clients.items() for key, tensor in tensors.items()}
-            self._folder.save_tensors(CLIENTS, local)
+        for name, of_clients in ((CLIENTS, clients), (PERSONAL, personal)):
+            if of_clients:
+                named = {f"{pid}/{key}": t for pid, tensors in of_clients.items() for key, t in tensors.items()}
+                self._folder.save_tensors(name, named)
         parts = dict(self._folder.digests)
         if chain := self._journal.chain().digests:
             self._journal.sync()
@@ -268,6 +274,7 @@ class RunRecord:
             MODEL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             EVALUATED: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            PERSONAL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
         }
         path = self.folder / name
         try:
