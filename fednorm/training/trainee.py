@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm import device as devices
-from fednorm.cards import OPTIMIZERS
+from fednorm.cards import NORMS, OPTIMIZERS
 from fednorm.config import ModelChoice, RunConfig
 from fednorm.data.augment import Augmentation
 from fednorm.errors import ConfigError, DataError
@@ -35,9 +35,6 @@ from fednorm.training.step import batch_coupled
 from fednorm.training.trainable import Trainable
 
 Effect = Callable[[], None]
-
-SINGLE = "group_norm, layer_norm, rms_norm, sws, nap, none"
-"""Norms that work on single images, for the remedy of an error."""
 
 
 class Trainee:
@@ -177,13 +174,13 @@ class Trainee:
         if self.config.train.batch_size == 1:
             raise ConfigError(
                 f"{why}, and train.batch_size is 1. Use a batch size of at least 2, or a norm that works on single "
-                f"images: {SINGLE}."
+                f"images: {_single()}."
             )
         for who, count in counts:
             if count == 1:
                 raise DataError(
                     f"{who} has one training image, and {why}. Use more images (fewer clients, a larger data.alpha), "
-                    f"or a norm that works on single images: {SINGLE}."
+                    f"or a norm that works on single images: {_single()}."
                 )
 
     # What a client's training remembers between its rounds ----------------------------------------------------------
@@ -218,3 +215,8 @@ class Trainee:
         for place, effect in self._counting.items():
             kept |= {f"effect/{place}/{name}": tensor.clone() for name, tensor in effect.state_dict().items()}
         return kept
+
+
+def _single() -> str:
+    """Return the names of the norms that work on single images, for the remedy of an error."""
+    return ", ".join(card.name for card in NORMS if not card.batch_coupled)
