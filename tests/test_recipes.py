@@ -155,7 +155,7 @@ def hours(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
-    command.run_recipes(None, as_json=True)
+    command.run_recipes(None, None, with_cost=True, as_json=True)
     document = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in document["recipes"]}
     assert list(rows) == recipe_names()
@@ -171,11 +171,37 @@ def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    command.run_recipes(Path("/data"), as_json=False)
+    command.run_recipes(None, Path("/data"), with_cost=True, as_json=False)
     captured = capsys.readouterr()
     for words in ("Digits, 5 to 50 clients", "15 of FedWon", "42 + 84", "8 min", "Counted in /data.", "nobody knows"):
         assert words in captured.out
     assert captured.err == ""
+
+
+def test_recipes_are_listed_without_timing_anything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(command, "estimate_seconds", lambda _: pytest.fail("it timed"))
+    command.run_recipes(None, None, with_cost=False, as_json=False)
+    captured = capsys.readouterr()
+    for words in ("Digits, 5 to 50 clients", "15 of FedWon", "42 + 84", "--cost"):
+        assert words in captured.out
+    assert "estimated time" not in captured.out
+
+
+@every_recipe
+def test_a_recipe_is_shown_whole(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    command.run_recipes(name, None, with_cost=False, as_json=False)
+    told, study = " ".join(capsys.readouterr().out.split()), study_of(name)
+    for words in (study.title, " ".join(study.about.split()), f"Runs: {len(study.cases)}", f"fednorm compare {name}"):
+        assert words in told
+    for entry in study.paper:
+        assert f"{100 * entry['value']:.1f}" in told
+    assert "Data: " in told
 
 
 @every_recipe

@@ -19,6 +19,18 @@ try:
     import typer
 
     from fednorm.cli.console import fail, of_the_system, show_warnings
+    from fednorm.cli.measuring import bench_app, verify_app
+    from fednorm.cli.parameters import (
+        AmpOption,
+        AugmentOption,
+        CompileOption,
+        DataDirOption,
+        DeviceOption,
+        JsonOption,
+        RunsOption,
+        ScheduleOption,
+        SetOption,
+    )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
 except KeyboardInterrupt:  # before anything has begun there is nothing to tell
@@ -33,22 +45,8 @@ app = typer.Typer(
     "on Flower and continual streams with Avalanche, and compare.",
 )
 
-RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the real data.")]
-DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
-AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
-CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
-]
-
-ScheduleOption = Annotated[
-    str | None, typer.Option(help="Of the learning rate: constant, linear, cosine, step or exponential.")
-]
-AugmentOption = Annotated[
-    str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
-]
+app.add_typer(bench_app, name="bench")
+app.add_typer(verify_app, name="verify")
 
 
 def _whole(number: float | None) -> float | int | None:
@@ -239,12 +237,17 @@ def compare(
 
 
 @app.command()
-def recipes(data_dir: DataDirOption = None, as_json: JsonOption = False) -> None:
-    """List the studies that ship, what they cost on this machine, and the papers they follow."""
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A study, for its protocol, data and papers' numbers.")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="Time a few steps of each method; say what it takes.")] = False,
+    data_dir: DataDirOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the studies that ship and the papers they follow, or say what one of them does."""
     with starting():
         from fednorm.cli.recipes import run_recipes
 
-    run_recipes(data_dir, as_json=as_json)
+    run_recipes(name, data_dir, with_cost=cost, as_json=as_json)
 
 
 @app.command()
@@ -379,92 +382,6 @@ def new(
     from fednorm.cli.new import run_new
 
     run_new(what, name, folder)
-
-
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
-verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
-app.add_typer(bench_app, name="bench")
-app.add_typer(verify_app, name="verify")
-
-
-@bench_app.command("engine")
-def bench_engine(
-    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
-    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
-    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
-    with starting():
-        from fednorm.cli.bench import run_bench_engine
-
-    run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
-
-
-@bench_app.command("continual")
-def bench_continual(
-    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
-    against: Annotated[
-        str, typer.Option(help="Engines to compare with, separated by commas; all of them by default.")
-    ] = "",
-    layers: Annotated[
-        bool, typer.Option("--layers", help="Time normalization layers beside nn.BatchNorm2d instead of whole steps.")
-    ] = False,
-    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 5,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Time a step on a stream beside a bare PyTorch loop and Avalanche's own ER_ACE and Replay."""
-    with starting():
-        from fednorm.cli.bench_continual import run_bench_continual, run_bench_layers
-
-    if layers and (case or against):
-        raise ConfigError("--layers times layers alone: leave --case and --against out, or --layers.")
-    if layers:
-        run_bench_layers(repeats, markdown=markdown, as_json=as_json)
-    else:
-        run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
-
-
-@bench_app.command("layers")
-def bench_layers(
-    norm: Annotated[str, typer.Option(help="Norms, separated by commas; all of them by default.")] = "",
-    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 3,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure time and memory of every norm beside nn.BatchNorm2d and nn.LayerNorm on the same tensors."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler tells of each of its starts
-    with starting():
-        from fednorm.cli.bench_layers import run_bench_norms
-
-    run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
-
-
-@verify_app.command("golden")
-def verify_golden(
-    folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
-) -> None:
-    """Replay traces recorded from official implementations with our own classes."""
-    with starting():
-        from fednorm.cli.verify import run_golden
-
-    run_golden(folder, as_json=as_json)
-
-
-@verify_app.command("determinism")
-def verify_determinism(
-    config: Annotated[Path | None, typer.Argument(help="Configuration file (TOML); a small run by default.")] = None,
-    data_dir: DataDirOption = None,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
-    with starting():
-        from fednorm.cli.verify import run_determinism
-
-    run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``fednorm recipes``: the studies that ship, with what they would cost on this machine."""
+"""``fednorm recipes``: the studies that ship, what each does, and what it would cost on this machine."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fednorm.cards import DATA
 from fednorm.cli.console import err, out, print_json
+from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
-from fednorm.report._common import UNKNOWN, Table
+from fednorm.report._common import UNKNOWN, Table, flat
 from fednorm.report.study_progress import duration
 from fednorm.study.cases import Study
 from fednorm.study.estimate import estimate_seconds, seconds_at_once
 from fednorm.study.recipes import find_study, recipe_names
 from fednorm.study.runner import default_jobs
 from fednorm.study.study import read_study
+
+MOST_NAMED = 12
+"""Methods of a study that are named when it is shown."""
 
 
 @dataclass(frozen=True)
@@ -32,27 +37,71 @@ class Cost:
     basis: tuple[str, ...]
 
 
-def run_recipes(data_dir: Path | None, *, as_json: bool) -> None:
-    """Print the studies that ship, each with its runs, its estimated time and the numbers of the paper it holds.
-
-    Some steps of each method are timed, which takes a second or two a method.
+def run_recipes(name: str | None, data_dir: Path | None, *, with_cost: bool, as_json: bool) -> None:
+    """Print the studies that ship, each with its runs and the numbers of the paper it holds; or one of them, whole.
 
     Args:
+        name: One study; all of them if None.
         data_dir: The folder of the real data, in which images are counted; published sizes are taken without it.
+        with_cost: Whether to time some steps of each method, a second or two each, for the time a study takes.
         as_json: Whether to print one JSON document instead of a table.
+
+    Raises:
+        FedNormError: There is no such study.
     """
     jobs = default_jobs()
     overrides = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}
+    paths = [find_study(each) for each in (recipe_names() if name is None else [name])]
     rows = []
-    with err().status("Timing a few steps of each method …") as status:
-        for number, name in enumerate(names := recipe_names(), start=1):
-            status.update(f"Timing a few steps of each method: {name} ({number}/{len(names)}) …")
-            path = find_study(name)
+    with err().status("Reading …") as status:
+        for number, path in enumerate(paths, start=1):
             study = read_study(path, overrides)
-            rows.append(_document(study, path, cost(study, jobs), jobs))
+            if with_cost:
+                status.update(f"Timing a few steps of each method: {study.name} ({number}/{len(paths)}) …")
+            rows.append(_document(study, path, cost(study, jobs) if with_cost else None, jobs))
     if as_json:
         return print_json({"jobs": jobs, "recipes": rows})
-    return out().print(_table(rows, jobs).rich())
+    if name is not None:
+        return _show(rows[0], study)
+    return out().print((_table(rows, jobs) if with_cost else _list(rows)).rich())
+
+
+def _show(row: Mapping[str, Any], study: Study) -> None:
+    """Print what a study does, what it needs, and what it is compared with."""
+    console = out()
+    searched = f", after {row['selection_runs']} to choose hyper-parameters by" if row["selection_runs"] else ""
+    some, seconds = row["methods"][:MOST_NAMED], row["estimated_seconds"]
+    more = f" and {len(row['methods']) - len(some)} more" if len(row["methods"]) > len(some) else ""
+    told = [
+        f"{row['name']}: {row['title']}",
+        row["about"],
+        f"Runs: {row['runs']}{searched}; {', '.join(some)}{more}; seeds {', '.join(map(str, row['seeds']))}.",
+        *(f"Data: {card.name}, {card.summary}" for card in _data(study)),
+        *([] if seconds is None else [f"Time: about {duration(seconds)}, {row['jobs']} at a time."]),
+        *row["basis"],
+    ]
+    for paragraph in told:
+        console.print(paragraph, markup=False)
+    if study.paper:
+        console.print(_paper_table(study).rich())
+    console.print(f"fednorm compare {row['name']} --data-dir DIR     # {row['file']}", markup=False, soft_wrap=True)
+
+
+def _data(study: Study) -> list[Any]:
+    return [DATA[name] for name in dict.fromkeys(config.data.name for config in study.drafts())]
+
+
+def _paper_table(study: Study) -> Table:
+    rows = tuple(
+        (" + ".join(_named(entry["match"])), str(entry["score"]), f"{100 * entry['value']:.1f}", str(entry["source"]))
+        for entry in study.paper
+    )
+    return Table("Papers' numbers (%)", ("method", "score", "value", "source"), rows)
+
+
+def _named(match: Mapping[str, Any]) -> list[str]:
+    """Return the settings by which a paper's number belongs to a run, as text."""
+    return [str(value) if key.endswith("name") else f"{key} {value}" for key, value in flat(match).items()]
 
 
 def cost(study: Study, jobs: int) -> Cost:
@@ -70,7 +119,7 @@ def cost(study: Study, jobs: int) -> Cost:
     return Cost(seconds, tuple(dict.fromkeys(estimate.basis for estimate in (*searched, *reported))))
 
 
-def _document(study: Study, path: Path, its_cost: Cost, jobs: int) -> dict[str, Any]:
+def _document(study: Study, path: Path, its_cost: Cost | None, jobs: int) -> dict[str, Any]:
     return {
         "name": study.name,
         "title": study.title,
@@ -78,8 +127,11 @@ def _document(study: Study, path: Path, its_cost: Cost, jobs: int) -> dict[str, 
         "runs": len(study.cases),
         "selection_runs": len(study.search_configs),
         "jobs": jobs,
-        "estimated_seconds": None if its_cost.seconds is None else round(its_cost.seconds, 1),
-        "basis": list(its_cost.basis),
+        "methods": list(dict.fromkeys(_method(config) for config in study.drafts())),
+        "seeds": sorted({config.seed for config in study.drafts()}),
+        "data": [card.name for card in _data(study)],
+        "estimated_seconds": None if its_cost is None or its_cost.seconds is None else round(its_cost.seconds, 1),
+        "basis": [] if its_cost is None else list(its_cost.basis),
         "paper": dict(Counter(_paper(entry) for entry in study.paper)),
         "file": str(path),
     }
@@ -90,8 +142,12 @@ def _paper(entry: Mapping[str, Any]) -> str:
     return str(entry["source"]).split(";")[0].split(",")[0]
 
 
-def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
-    """Return the table of the studies, in the order of their names."""
+def _method(config: RunConfig) -> str:
+    trained = config.strategy.name if config.kind == "federated" else config.learner.name
+    return f"{trained} + {config.norm.name}"
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
     cells = []
     for row in rows:
         searched, seconds = row["selection_runs"], row["estimated_seconds"]
@@ -104,7 +160,27 @@ def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
                 "; ".join(f"{count} of {source}" for source, count in row["paper"].items()) or "none",
             )
         )
+    return cells
+
+
+def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
+    """Return the table of the studies, in the order of their names."""
+    head = ("name", "study", "runs", "estimated time", "paper's numbers beside ours")
+    return Table("Studies that ship", head, tuple(_cells(rows)), _notes(rows, jobs))
+
+
+def _list(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of the studies without what they would cost."""
     notes = (
+        "Runs: those reported + those of a search for hyper-parameters. 'fednorm recipes NAME' says what a study does, "
+        "'fednorm recipes --cost' how long each would take here, 'fednorm compare NAME' makes its runs.",
+    )
+    head = ("name", "study", "runs", "paper's numbers beside ours")
+    return Table("Studies that ship", head, tuple((*row[:3], row[4]) for row in _cells(rows)), notes)
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], jobs: int) -> tuple[str, ...]:
+    return (
         "Runs: those reported + those of a search for hyper-parameters.",
         f"Time: on this machine with nothing else to do, {jobs} run{'s'[: jobs > 1]} at a time ('--jobs'). "
         "'fednorm compare NAME --dry-run' lists a study's runs, 'fednorm compare NAME' makes them.",
@@ -116,5 +192,3 @@ def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
         ),
         *dict.fromkeys(s for row in rows for s in row["basis"] if row["estimated_seconds"] is not None),
     )
-    head = ("name", "study", "runs", "estimated time", "paper's numbers beside ours")
-    return Table("Studies that ship", head, tuple(cells), notes)

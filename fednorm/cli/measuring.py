@@ -1,0 +1,96 @@
+"""``fednorm bench`` and ``fednorm verify``: the commands that measure speed and check numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fednorm.cli.parameters import DataDirOption, JsonOption, SetOption
+from fednorm.errors import ConfigError
+from fednorm.signals import starting
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed, side by side in one run.")
+verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
+
+
+@bench_app.command("engine")
+def bench_engine(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
+    with starting():
+        from fednorm.cli.bench import run_bench_engine
+
+    run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
+@bench_app.command("continual")
+def bench_continual(
+    case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas; all of them by default.")
+    ] = "",
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Time normalization layers beside nn.BatchNorm2d instead of whole steps.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a step on a stream beside a bare PyTorch loop and Avalanche's own ER_ACE and Replay."""
+    with starting():
+        from fednorm.cli.bench_continual import run_bench_continual, run_bench_layers
+
+    if layers and (case or against):
+        raise ConfigError("--layers times layers alone: leave --case and --against out, or --layers.")
+    if layers:
+        run_bench_layers(repeats, markdown=markdown, as_json=as_json)
+    else:
+        run_bench_continual(case, against, repeats, markdown=markdown, as_json=as_json)
+
+
+@bench_app.command("layers")
+def bench_layers(
+    norm: Annotated[str, typer.Option(help="Norms, separated by commas; all of them by default.")] = "",
+    repeats: Annotated[int, typer.Option(help="Turns of each.")] = 3,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure time and memory of every norm beside nn.BatchNorm2d and nn.LayerNorm on the same tensors."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # PyTorch's profiler tells of each of its starts
+    with starting():
+        from fednorm.cli.bench_layers import run_bench_norms
+
+    run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
+
+
+@verify_app.command("golden")
+def verify_golden(
+    folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
+) -> None:
+    """Replay traces recorded from official implementations with our own classes."""
+    with starting():
+        from fednorm.cli.verify import run_golden
+
+    run_golden(folder, as_json=as_json)
+
+
+@verify_app.command("determinism")
+def verify_determinism(
+    config: Annotated[Path | None, typer.Argument(help="Configuration file (TOML); a small run by default.")] = None,
+    data_dir: DataDirOption = None,
+    settings: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
+    with starting():
+        from fednorm.cli.verify import run_determinism
+
+    run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
