@@ -65,6 +65,7 @@ def test_every_norm_keeps_the_contract_on_many_shapes(name: str, check: str, sha
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch's, as it traces
 @pytest.mark.parametrize("how", ["compile", "export"])
 @pytest.mark.parametrize("shape", FIXED, ids=["maps", "sequences", "features"])
 @pytest.mark.parametrize("name", NORMS.names)
