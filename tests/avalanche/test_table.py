@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -35,4 +36,7 @@ def test_the_table_is_as_committed() -> None:
         if own == "yes":
             assert ours == "yes", name
             assert norm == "yes" or name in table.WITHOUT_NORM, (name, norm)
-    assert text == DOCUMENT.read_text(encoding="utf-8")
+    made, committed = text.splitlines(), DOCUMENT.read_text(encoding="utf-8").splitlines()
+    if importlib.util.find_spec("quadprog") is None:  # the table was made with it; GEM alone asks for it
+        made, committed = ([line for line in lines if not line.startswith("| GEM |")] for lines in (made, committed))
+    assert made == committed
