@@ -617,7 +617,8 @@ def test_drawn_trees_keep_what_surrounds_their_layers(net: nn.Module, name: str)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     new, report = convert_with_report(net, name)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-    assert new(x).shape == new.eval()(x).shape == x.shape
+    # A training pass of its own: it moves what a spectral normalization remembers, and with it the function.
+    assert copy.deepcopy(new)(x).shape == new.eval()(x).shape == x.shape
     for path, module in net.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Conv2d):
             twin: Any = new.get_submodule(path)
