@@ -12,7 +12,7 @@ the Avalanche experience, which for a part of an online stream is the one that t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from fednorm.avalanche.benchmark import SplitDataset
 from fednorm.avalanche.quietly import avalanche_imports
+from fednorm.data.augment import Augmentation
 from fednorm.data.domain import Split, pixels
 from fednorm.errors import DataError
 from fednorm.streams.stream import Experience, JointExperience
@@ -213,6 +214,54 @@ def read(experience: Any, dataset: Any, unnamed: int) -> Experience:
     nothing = Split(train.images, train.labels, train.labels.new_empty(0, dtype=torch.int64))
     classes = () if isinstance(train, LoadedSplit) else tuple(sorted(set(train.targets.tolist())))
     return JointExperience(number, f"experience {number}", classes, train, nothing, nothing, tasks)
+
+
+def experiences_of(given: Any) -> list[Any]:
+    """Return the Avalanche experiences of a stream or a sequence of them, or the one that was given.
+
+    Raises:
+        DataError: It is neither.
+    """
+    found = [given] if hasattr(given, "dataset") else list(given) if isinstance(given, Iterable) else []
+    if not found or not all(hasattr(each, "dataset") for each in found):
+        raise DataError(
+            f"A learner is trained on an experience of a stream, or on Avalanche's; got a {type(given).__name__}. Give "
+            "stream.experiences[0], or an experience of a benchmark's train_stream."
+        )
+    return found
+
+
+def read_whole(experience: Any, augment: Augmentation, unnamed: int) -> Experience:
+    """Return what a learner is trained on, as Avalanche's own loop would give it: in the transforms for training.
+
+    Args:
+        experience: An Avalanche experience.
+        augment: The learner's augmentation of pixels.
+        unnamed: The number of an experience that has none.
+
+    Raises:
+        DataError: There are no samples, or none that can be read, or augmented.
+    """
+    dataset = getattr(experience, "dataset", None)
+    adapted = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
+    source = read(experience, adapted, unnamed)
+    if isinstance(source.train, LoadedSplit):
+        require_own_augmentation(source.train, augment)
+        tell_how(source)
+    return source
+
+
+def require_own_augmentation(train: LoadedSplit, augment: Augmentation) -> None:
+    """Refuse an augmentation of pixels for samples that a data set gives ready.
+
+    Raises:
+        DataError: There is one.
+    """
+    if augment:
+        raise DataError(
+            f"augment = {augment.text!r} is for arrays of pixels, and the samples of {train.name} come from its own "
+            "data set. Use augment = 'none' and let the data set's transforms augment."
+        )
 
 
 def number_of(experience: Any, unnamed: int) -> int:

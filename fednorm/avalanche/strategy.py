@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fednorm.avalanche.foreign import Plugins, require_model, require_plugins
 from fednorm.avalanche.quietly import avalanche_imports
-from fednorm.avalanche.reading import LoadedSplit, read, tell_how
+from fednorm.avalanche.reading import LoadedSplit, read, require_own_augmentation, tell_how
 from fednorm.device import place_of
 from fednorm.errors import DataError
 from fednorm.streams.buffer import Samples
@@ -149,11 +149,7 @@ class LearnerStrategy(SupervisedTemplate):  # type: ignore[misc]
         if not isinstance(train, LoadedSplit):
             self.method._require_labels(self, source)
             return
-        if self.augment:
-            raise DataError(
-                f"augment = {self.augment.text!r} is for arrays of pixels, and the samples of {train.name} come from "
-                "its own data set. Use augment = 'none' and let the data set's transforms augment."
-            )
+        require_own_augmentation(train, self.augment)
         if not self._slow_reading_was_said:
             self._slow_reading_was_said = True
             tell_how(source)

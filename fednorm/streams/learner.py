@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -26,7 +26,7 @@ from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
 from fednorm.device import on_cpu, place_of, wide
-from fednorm.errors import DataError
+from fednorm.errors import ConfigError, DataError
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
@@ -37,6 +37,9 @@ from fednorm.training.schedule import Schedule
 from fednorm.training.step import TrainingStep, batch_coupled
 
 Tensors = dict[str, Tensor]
+
+OF_AVALANCHE = frozenset({"plugins", "evaluator", "eval_every", "peval_mode"})
+"""Arguments that Avalanche's strategies have and a learner has not."""
 Effect = Callable[[], None]
 
 
@@ -147,6 +150,10 @@ class Learner(Passes):
             number is its place here.
         watchers: Called with the learner after every step.
         epoch_watchers: Called with the learner before every pass over an experience, or what is left of one.
+
+    Raises:
+        ConfigError: An argument is one of an Avalanche strategy's.
+        TypeError: There is no such argument.
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
@@ -172,7 +179,10 @@ class Learner(Passes):
         criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
         device: str | torch.device = "cpu",
         online: str = "train",
+        **others: Any,
     ) -> None:
+        if others:
+            raise _unexpected(type(self).__name__, others)
         self.model, self.optimizer, self.device = model, optimizer, place_of(model, device)
         self._criterion = criterion or nn.CrossEntropyLoss()
         self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
@@ -236,15 +246,26 @@ class Learner(Passes):
 
     # The loop ---------------------------------------------------------------------------------------------------------
 
-    def train(self, experience: Experience) -> None:
+    def train(self, experience: Any) -> None:
         """Train on an experience, or on what is left of it after :meth:`load`.
 
+        Args:
+            experience: An :class:`~fednorm.streams.stream.Experience`; or one of Avalanche's, of any benchmark whose
+                data sets give samples and labels, or several in order. Avalanche's plugins and evaluation are a
+                strategy's: :func:`fednorm.avalanche.strategy_of`.
+
         Raises:
-            DataError: Its labels are not the network's classes.
+            DataError: Its labels are not the network's classes, or it has no samples that can be read.
         """
-        self.model.train()
-        self._take(experience)
-        self._learn()
+        if isinstance(experience, Experience):
+            self.model.train()
+            self._take(experience)
+            self._learn()
+            return
+        from fednorm.avalanche.reading import experiences_of, read_whole  # imports Avalanche, which is its user's
+
+        for each in experiences_of(experience):
+            self.train(read_whole(each, self.augment, unnamed=max(self.tasks_seen, default=-1) + 1))
 
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
@@ -422,6 +443,17 @@ def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
+
+
+def _unexpected(name: str, arguments: Iterable[str]) -> Exception:
+    """Return the error for arguments that a learner does not have; Avalanche's are its strategy's."""
+    named = ", ".join(sorted(arguments))
+    if set(arguments) <= OF_AVALANCHE:
+        return ConfigError(
+            f"{name} is plain PyTorch and has no {named}. Take it as an Avalanche strategy, which has: "
+            f"fednorm.avalanche.strategy_of({name}), or for fednorm's own scenarios.learners.er_ace.ERACE and its like."
+        )
+    return TypeError(f"{name} got unexpected arguments: {named}")
 
 
 def require_classes(labels: Tensor, num_classes: int, name: str) -> None:

@@ -15,6 +15,7 @@ from fednorm.avalanche import strategy_of, to_avalanche
 from fednorm.avalanche.strategy import LearnerStrategy
 from fednorm.avalanche.table import tiny_stream
 from fednorm.cards import LEARNERS
+from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
 from fednorm.streams.learner import Learner, LearnerSpec
@@ -68,6 +69,28 @@ def test_a_strategy_learns_to_the_last_bit_what_its_learner_learns(name: str) ->
     assert one.keys() == other.keys()
     assert [key for key in one if not torch.equal(one[key], other[key])] == []
     assert learner.state() == strategy.state()
+
+
+def test_a_learner_trains_on_avalanches_experiences_too() -> None:
+    spec: LearnerSpec = LEARNERS["er_ace"]
+    own, theirs = spec.make(**parts()), spec.make(**parts())
+    for experience in STREAM:
+        own.train(experience)
+    benchmark = to_avalanche(STREAM)
+    theirs.train(benchmark.train_stream[0])
+    theirs.train(list(benchmark.train_stream)[1:])
+    one, other = own.tensors(), theirs.tensors()
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert own.state() == theirs.state()
+    with pytest.raises(DataError, match=r"or on Avalanche's; got a Tensor\. Give stream\.experiences"):
+        own.train(torch.zeros(3))
+
+
+def test_what_a_strategy_takes_is_named_where_a_learner_is_given_it() -> None:
+    with pytest.raises(ConfigError, match=r"has no eval_every, plugins\..*strategy_of\(ERACELearner\)"):
+        LEARNERS["er_ace"].make(**parts(), plugins=[], eval_every=1)
+    with pytest.raises(TypeError, match="ERACELearner got unexpected arguments: plugin"):
+        LEARNERS["er_ace"].make(**parts(), plugin=[])
 
 
 def test_avalanches_loop_hides_nothing_of_a_learner() -> None:
