@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch.utils.data import TensorDataset, default_collate
 
 from fednorm.avalanche.benchmark import SplitDataset
 from fednorm.avalanche.quietly import avalanche_imports
-from fednorm.data.augment import Augmentation
 from fednorm.data.domain import Split, pixels
 from fednorm.errors import DataError
 from fednorm.streams.stream import Experience, JointExperience
@@ -31,6 +30,9 @@ from fednorm.streams.stream import Experience, JointExperience
 with avalanche_imports():
     from avalanche.benchmarks.utils import AvalancheDataset
     from avalanche.benchmarks.utils.flat_data import FlatData
+
+if TYPE_CHECKING:
+    from fednorm.streams.learner import Learner
 
 log = logging.getLogger("fednorm")
 
@@ -82,6 +84,8 @@ class LoadedSplit(Split):
         dataset: The data set.
         name: How an error names it.
     """
+
+    labels_at_hand: ClassVar[bool] = False
 
     dataset: Any
     name: str
@@ -231,37 +235,34 @@ def experiences_of(given: Any) -> list[Any]:
     return found
 
 
-def read_whole(experience: Any, augment: Augmentation, unnamed: int) -> Experience:
-    """Return what a learner is trained on, as Avalanche's own loop would give it: in the transforms for training.
+def source_of(learner: Learner, experience: Any, dataset: Any) -> Experience:
+    """Return what a learner is trained on, and say once where it is read sample by sample.
 
     Args:
+        learner: The learner.
         experience: An Avalanche experience.
-        augment: The learner's augmentation of pixels.
-        unnamed: The number of an experience that has none.
+        dataset: Its data set, or what a plugin has made of it.
 
     Raises:
         DataError: There are no samples, or none that can be read, or augmented.
     """
-    dataset = getattr(experience, "dataset", None)
-    adapted = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
-    source = read(experience, adapted, unnamed)
+    source = read(experience, dataset, unnamed=max(learner.tasks_seen, default=-1) + 1)
     if isinstance(source.train, LoadedSplit):
-        require_own_augmentation(source.train, augment)
-        tell_how(source)
+        if learner.augment:
+            raise DataError(
+                f"augment = {learner.augment.text!r} is for arrays of pixels, and the samples of {source.train.name} "
+                "come from its own data set. Use augment = 'none' and let the data set's transforms augment."
+            )
+        if not learner.slow_reading_was_said:
+            learner.slow_reading_was_said = True
+            tell_how(source.train)
     return source
 
 
-def require_own_augmentation(train: LoadedSplit, augment: Augmentation) -> None:
-    """Refuse an augmentation of pixels for samples that a data set gives ready.
-
-    Raises:
-        DataError: There is one.
-    """
-    if augment:
-        raise DataError(
-            f"augment = {augment.text!r} is for arrays of pixels, and the samples of {train.name} come from its own "
-            "data set. Use augment = 'none' and let the data set's transforms augment."
-        )
+def for_training(experience: Any) -> Any:
+    """Return an experience's data set, in Avalanche's transform group for training where it has such groups."""
+    dataset = getattr(experience, "dataset", None)
+    return dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
 
 
 def number_of(experience: Any, unnamed: int) -> int:
@@ -344,15 +345,14 @@ def _transforms(data: Any, group: str) -> bool:
     return False
 
 
-def tell_how(source: Experience) -> None:
+def tell_how(train: LoadedSplit) -> None:
     """Say that samples are read one by one."""
-    if isinstance(source.train, LoadedSplit):
-        log.warning(
-            "The samples of %s are read one by one through its data set, with its transforms, as Avalanche does. What "
-            "to_avalanche(stream) gives, and data sets of tensors without transforms, are read in whole batches, which "
-            "is faster.",
-            source.train.name,
-        )
+    log.warning(
+        "The samples of %s are read one by one through its data set, with its transforms, as Avalanche does. What "
+        "to_avalanche(stream) gives, and data sets of tensors without transforms, are read in whole batches, which "
+        "is faster.",
+        train.name,
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -22,12 +22,11 @@ from torch import Tensor, nn
 
 from fednorm.avalanche.foreign import Plugins, require_model, require_plugins
 from fednorm.avalanche.quietly import avalanche_imports
-from fednorm.avalanche.reading import LoadedSplit, read, require_own_augmentation, tell_how
+from fednorm.avalanche.reading import for_training, source_of
 from fednorm.device import place_of
 from fednorm.errors import DataError
 from fednorm.streams.buffer import Samples
-from fednorm.streams.learner import Learner, require_classes
-from fednorm.streams.stream import Experience
+from fednorm.streams.learner import Learner
 
 with avalanche_imports():
     from avalanche.training.plugins import EvaluationPlugin
@@ -90,7 +89,6 @@ class LearnerStrategy(SupervisedTemplate):  # type: ignore[misc]
         require_plugins(self.plugins, scheduled=learner.get("schedule") is not None)
         self.method.__init__(self, **shared, **learner)
         self._changes = Plugins(self.plugins)
-        self._slow_reading_was_said = False
 
     # Avalanche's loop -------------------------------------------------------------------------------------------------
 
@@ -125,8 +123,7 @@ class LearnerStrategy(SupervisedTemplate):  # type: ignore[misc]
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """Take the experience's data set, in Avalanche's transform group for training where it has such groups."""
         del kwargs
-        dataset = getattr(self.experience, "dataset", None)
-        self.adapted_dataset = dataset.train() if dataset is not None and hasattr(dataset, "train") else dataset
+        self.adapted_dataset = for_training(self.experience)
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
         """Do without a loader."""
@@ -139,26 +136,8 @@ class LearnerStrategy(SupervisedTemplate):  # type: ignore[misc]
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         del eval_streams
         self._changes.require_untouched(self)
-        self._take(read(experience, self.adapted_dataset, unnamed=max(self.tasks_seen, default=-1) + 1))
+        self._take(source_of(self, experience, self.adapted_dataset))
         self._learn(**kwargs)
-
-    # What is read sample by sample ------------------------------------------------------------------------------------
-
-    def _require_labels(self, source: Experience) -> None:
-        train = source.train
-        if not isinstance(train, LoadedSplit):
-            self.method._require_labels(self, source)
-            return
-        require_own_augmentation(train, self.augment)
-        if not self._slow_reading_was_said:
-            self._slow_reading_was_said = True
-            tell_how(source)
-
-    def _batch(self, source: Experience, rows: Tensor) -> tuple[Tensor, Tensor]:
-        images, labels = self.method._batch(self, source, rows)
-        if isinstance(source.train, LoadedSplit):
-            require_classes(labels, self.num_classes, source.train.name)
-        return images, labels
 
     # What plugins make of a batch -------------------------------------------------------------------------------------
 

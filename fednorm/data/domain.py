@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ class Split:
         index: The rows that belong to this split, int64, shape (n,).
         content: What identifies the pixels of the whole array, where no file does: of data that somebody gave.
         scaling: From its pixels to what a network is given.
+        labels_at_hand: Whether the labels can be had without reading the samples.
     """
+
+    labels_at_hand: ClassVar[bool] = True
 
     images: Tensor
     labels: Tensor

@@ -149,6 +149,7 @@ class Learner(Passes):
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
         watchers: Called with the learner after every step.
+        slow_reading_was_said: Whether its user knows that an experience's samples are read one by one.
         epoch_watchers: Called with the learner before every pass over an experience, or what is left of one.
 
     Raises:
@@ -203,6 +204,7 @@ class Learner(Passes):
         self._task_of_row = torch.empty(0, dtype=torch.int64)
         self._current_task = 0
         self._changes = BatchChanges()
+        self.slow_reading_was_said = False
         self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
         self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
         self.loss = torch.zeros((), device=self.device)
@@ -262,10 +264,11 @@ class Learner(Passes):
             self._take(experience)
             self._learn()
             return
-        from fednorm.avalanche.reading import experiences_of, read_whole  # imports Avalanche, which is its user's
+        # It imports Avalanche, which is here already where there are such experiences.
+        from fednorm.avalanche.reading import experiences_of, for_training, source_of
 
         for each in experiences_of(experience):
-            self.train(read_whole(each, self.augment, unnamed=max(self.tasks_seen, default=-1) + 1))
+            self.train(source_of(self, each, for_training(each)))
 
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
@@ -290,7 +293,8 @@ class Learner(Passes):
     def _take(self, source: Experience) -> None:
         """Begin with an experience, or go on with it, and count its tasks."""
         self.source = source
-        self._require_labels(source)
+        if source.train.labels_at_hand:
+            require_classes(source.train.targets, self.num_classes, f"Experience {source.number}")
         numbers = source.tasks_of(torch.arange(len(source.train)))
         own = sorted(set(numbers.tolist()))
         self.tasks_seen += [number for number in own if number not in self.tasks_seen]
@@ -298,9 +302,6 @@ class Learner(Passes):
         own_places = [places[number] for number in numbers.tolist()]
         self._task_of_row = torch.tensor(own_places, dtype=torch.int64, device=self.device)
         self._current_task = places[own[0]] if len(own) == 1 else len(places) - 1
-
-    def _require_labels(self, source: Experience) -> None:
-        require_classes(source.train.targets, self.num_classes, f"Experience {source.number}")
 
     def _begin(self) -> None:
         if self.progress.ended:
@@ -382,6 +383,8 @@ class Learner(Passes):
     def _batch(self, source: Experience, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return samples and labels of some rows on the learner's device."""
         images, labels = source.train.batch(rows)
+        if not source.train.labels_at_hand:
+            require_classes(labels, self.num_classes, source.title)
         return images.to(self.device), labels.to(self.device)
 
     @torch.no_grad()
