@@ -95,7 +95,7 @@ class RoleRule:
     Attributes:
         roles: The role of each kind that has not its usual one.
         why: What the rule is for, in the strategy's words; quoted when the rule would do nothing.
-        local_modules: Patterns (:mod:`fednorm.federation.places`) of what stays on its client, whatever it is:
+        local_modules: Patterns (:mod:`fednorm.recognition.places`) of what stays on its client, whatever it is:
             ``("head",)`` for the last weight layer.
         reset_modules: Patterns of what starts from its initial value every round.
         frozen: Keys of what the run never trains, ``train.trainable``; a constant, wherever it stands.

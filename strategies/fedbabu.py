@@ -20,9 +20,9 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.federation.local import Phase, Turn, learned_keys
-from fednorm.federation.places import keys_at
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
+from fednorm.recognition.places import keys_at
 from fednorm.roles import RoleRule
 from strategies.fedavg_ft import FineTuned, require_epochs
 from strategies.fedper import require_head
@@ -41,7 +41,7 @@ class FedBABU(NormStrategy):
 
     Args:
         model: The network.
-        head: The head: patterns (:mod:`fednorm.federation.places`), separated by commas; ``head`` is the last weight
+        head: The head: patterns (:mod:`fednorm.recognition.places`), separated by commas; ``head`` is the last weight
         layer.
         finetune_epochs: tau_f, passes over a client's training images before its evaluation, 0 or more.
         common: See :class:`~fednorm.federation.strategy.NormStrategy`.

@@ -18,9 +18,9 @@ from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federation.places import patterns_of
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
+from fednorm.recognition.places import patterns_of
 from fednorm.roles import RoleRule
 
 
@@ -29,7 +29,7 @@ class FedPer(NormStrategy):
 
     Args:
         model: The network.
-        head: The layers that stay: patterns (:mod:`fednorm.federation.places`), separated by commas; ``head`` is the
+        head: The layers that stay: patterns (:mod:`fednorm.recognition.places`), separated by commas; ``head`` is the
             last weight layer.
         common: See :class:`~fednorm.federation.strategy.NormStrategy`.
 

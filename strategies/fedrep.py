@@ -21,9 +21,9 @@ from torch import nn
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.federation.local import Local, Phase, Turn, learned_keys
-from fednorm.federation.places import keys_at
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common
+from fednorm.recognition.places import keys_at
 from strategies.fedper import FedPer
 
 

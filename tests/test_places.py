@@ -13,8 +13,8 @@ from torch import nn
 from fednorm.cards import STRATEGIES
 from fednorm.config import resolve
 from fednorm.errors import ConfigError
-from fednorm.federation.places import head_of, keys_at, patterns_of
 from fednorm.federation.plan import norm_plan
+from fednorm.recognition.places import head_of, keys_at, patterns_of
 from fednorm.roles import Kind, Role, RoleRule
 
 

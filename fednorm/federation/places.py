@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from fednorm.recognition.places import HEAD, head_of, keys_at, patterns_of
+from fednorm.recognition.places import keys_at
 from fednorm.roles import Role, RoleRule
-
-__all__ = ["HEAD", "head_of", "keys_at", "patterns_of", "roles_at"]
 
 
 def roles_at(model: nn.Module, rule: RoleRule) -> dict[str, Role]:

@@ -16,7 +16,7 @@ from fednorm.config import DEFAULT_NORM
 from fednorm.federation.strategy import Common, NormStrategy
 
 LOCAL = "local"
-"""The option that every strategy takes: what stays on its client, by place (:mod:`fednorm.federation.places`)."""
+"""The option that every strategy takes: what stays on its client, by place (:mod:`fednorm.recognition.places`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

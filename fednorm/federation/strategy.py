@@ -28,12 +28,12 @@ from fednorm.federation.aggregation import Average, all_finite
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node, discover
-from fednorm.federation.places import patterns_of
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import EXTRA, Cause, Expected, Form, UnfitReply, in_order, read_scores, read_update
 from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
+from fednorm.recognition.places import patterns_of
 from fednorm.rng import stream
 from fednorm.roles import LEARNED, Role, RoleRule
 
@@ -70,7 +70,7 @@ class NormStrategy(Strategy):
         max_update_norm: A client is rejected whose update, ||w_k - w||_2 over every float tensor that travels, is
             longer; 0 for no limit.
         local: What stays on its client besides what the strategy keeps there: patterns
-            (:mod:`fednorm.federation.places`), separated by commas, e.g. ``head`` or ``fc3.*``.
+            (:mod:`fednorm.recognition.places`), separated by commas, e.g. ``head`` or ``fc3.*``.
         frozen: Keys of what the run never trains (``train.trainable``): constants, which are not sent.
 
     Attributes:
