@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_traces import GOLDEN, read, written
 
 from fednorm.errors import DataError
 from fednorm.verify.golden import Status, replay, replay_folder
 
-GOLDEN = Path(__file__).parent / "golden"
 METHODS = {
     "scaled_ws_timm": "sws (timm)",
     "scaled_ws_nfnets": "sws (nfnets_pytorch)",
@@ -23,16 +23,6 @@ METHODS = {
     "agc_deepmind": "agc (DeepMind)",
     "sgd_agc_nfnets": "agc with sgd (nfnets_pytorch)",
 }
-
-
-def read(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
 
 
 @pytest.mark.parametrize("name", METHODS)

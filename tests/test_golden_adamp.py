@@ -8,22 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_traces import GOLDEN, read, written
 
 from fednorm.optimizers import adamp, sgdp
 from fednorm.verify.golden import Status, replay
 
-GOLDEN = Path(__file__).parent / "golden"
 METHODS = {"sgdp": "sgdp (clovaai/AdamP)", "adamp": "adamp (clovaai/AdamP)"}
-
-
-def read(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
 
 
 @pytest.mark.parametrize("name", METHODS)

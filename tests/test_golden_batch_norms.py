@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from golden_traces import read, with_hparams, written
 
 from fednorm.verify.golden import Status, replay
 
-GOLDEN = Path(__file__).parent / "golden"
 METHODS = {
     "powernorm": ("power_norm", 73),
     "un_nofilter": ("unified_norm", 145),
@@ -24,20 +22,6 @@ METHODS = {
 """The method of each trace, and how many values its replay compares."""
 GIVEN = {"x", "gy", "pad_mask", "pad_mask_given", "moving_speed", "before"}
 """What a step was given, as opposed to what the official code computed."""
-
-
-def read(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
-def with_hparams(arrays: dict[str, Any], **values: Any) -> dict[str, Any]:
-    return {**arrays, "hparams": np.array(json.dumps({**json.loads(str(arrays["hparams"])), **values}))}
 
 
 def computed(name: str, arrays: dict[str, Any]) -> list[str]:

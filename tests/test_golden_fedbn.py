@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_traces import GOLDEN, written
 
 from fednorm.verify.golden import Status, replay
 
-GOLDEN = Path(__file__).parent / "golden"
 METHOD = "one round of communication (FedBN)"
 MODES = ("fedbn", "fedavg")
 DISPUTED = ("norm2.", "subnet_out.")
@@ -20,11 +20,6 @@ DISPUTED = ("norm2.", "subnet_out.")
 def read(mode: str) -> dict[str, Any]:
     with np.load(GOLDEN / f"fedbn_comm_{mode}.npz", allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
 
 
 def with_hparam(arrays: dict[str, Any], **values: Any) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_traces import GOLDEN, read, written
 
 from fednorm.verify.golden import Status, replay
 
-GOLDEN = Path(__file__).parent / "golden"
 METHODS = {
     "adab2n_kappa_zero": ("adab2n", 153),
     "adab2n_kappa_mid": ("adab2n", 153),
@@ -33,16 +33,6 @@ LEFT_OUT = {
     "adab2n_kappa_mid": ("task_weight_grad_is_none",),
     "adab2n_kappa_one": ("task_weight_grad_is_none",),
 }
-
-
-def read(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
 
 
 def computed(name: str, arrays: dict[str, Any]) -> list[str]:

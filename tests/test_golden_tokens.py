@@ -8,26 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from golden_traces import read, written
 
 from fednorm.verify.golden import Status, replay
 
-GOLDEN = Path(__file__).parent / "golden"
 METHODS = {
     "dyt": ("dyt", 60),
     "pre_rmsnorm": ("rms_norm and crms_norm (exact rewrite)", 35),
     "zero_mean_linear": ("rms_norm and crms_norm (zero-mean linear layer)", 7),
 }
 """The method of each trace, and how many recorded arrays its replay compares."""
-
-
-def read(name: str) -> dict[str, Any]:
-    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
-
-
-def written(path: Path, arrays: dict[str, Any]) -> Path:
-    np.savez(path, **arrays)
-    return path
 
 
 def computed(name: str, arrays: dict[str, Any]) -> list[str]:
