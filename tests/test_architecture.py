@@ -18,7 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.cores", "fednorm.signals"),
-    ("fednorm.limits", "fednorm.memory", "fednorm.device"),
+    ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),
     ("fednorm.recognition",),

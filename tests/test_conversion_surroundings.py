@@ -19,6 +19,7 @@ import fednorm
 from fednorm.conversion import replacement as conversion
 from fednorm.errors import ConfigError, DataError
 from fednorm.norms import make_norm, spec_of
+from fednorm.training.diagnostics import weight_norms
 
 convert: Any = conversion.convert
 convert_with_report: Any = conversion.convert_with_report
@@ -397,6 +398,24 @@ def test_weights_that_are_computed_are_kept_or_refused(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"Layer '1' .* has a parametrization.* on weight"):
         convert(scaled, "group_norm", num_groups=1)
     assert spec_of(convert(scaled, "layer_norm")[1]) is not None
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", ["none", "group_norm", "switch_norm"])
+def test_what_a_spectral_normalization_remembers_is_not_moved_by_a_look(name: str, training: bool) -> None:
+    """Its power iteration takes a step whenever the weight is read in training mode."""
+    torch.manual_seed(0)
+    spectral = parametrizations.spectral_norm
+    net = nn.Sequential(spectral(nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4), spectral(nn.Linear(4, 4)), nn.LayerNorm(4))
+    net.train(training)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    new = convert(net, name)
+    weight_norms(net)
+    weight_norms(new)
+    for key, value in before.items():
+        assert torch.equal(net.state_dict()[key], value)
+        assert "parametrizations" not in key or torch.equal(new.state_dict()[key], value)
+    assert all(module.training == training for path, module in new.named_modules() if "parametrizations" in path)
 
 
 def test_types_devices_and_modes_are_those_of_the_old_layer_or_its_neighbours() -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.computed import reparameterized, still
 from fednorm.conversion.beside import Beside
 from fednorm.conversion.channels_last import ChannelsLast
 from fednorm.conversion.exact import rewrite
@@ -50,7 +51,6 @@ from fednorm.conversion.surroundings import (
     copy_of,
     named,
     own_tensors,
-    reparameterized,
     require_convertible,
 )
 from fednorm.errors import ConfigError
@@ -140,9 +140,9 @@ def convert_with_report(
     if exact:
         return rewrite(model, norm, example_inputs)
     before = copy_of(model) if isinstance(norm, WeightCompander) and not given else uncompand(copy_of(model))
-    conversion = _Conversion(norm, given, before, sites(before, example_inputs))
     # Building layers draws initial weights; the caller's generator must not notice.
-    with torch_seeded(0, "convert"):
+    with still(before), torch_seeded(0, "convert"):
+        conversion = _Conversion(norm, given, before, sites(before, example_inputs))
         converted = conversion.complete(conversion.convert(before))
     conversion.finish(model)
     if example_inputs is not None:

@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
 
+from fednorm.computed import reparameterized
 from fednorm.errors import ConfigError
 
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
@@ -71,14 +71,6 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _tensors_in(inner)
-
-
-def reparameterized(module: nn.Module) -> str:
-    """Return which of a module's tensors are computed from others before every forward pass; empty if none is."""
-    if is_parametrized(module):
-        return ", ".join(module.parametrizations)  # type: ignore[arg-type]
-    hooks = [hook for hook in module._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.utils")]
-    return ", ".join(str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", "weight")) for hook in hooks)
 
 
 class Surroundings:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fednorm.computed import still
 from fednorm.errors import ConfigError, DataError
 
 Optimizer = Literal["sgd", "adam"]
@@ -123,7 +124,8 @@ def threshold_rank(features: Tensor, *, threshold: float = 0.01) -> int:
 def weight_layers(model: nn.Module) -> dict[str, Tensor]:
     """Return the weight of each convolution and linear layer, by the layer's path."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd)
-    return {path: module.weight for path, module in model.named_modules() if isinstance(module, kinds)}
+    with still(model):
+        return {path: module.weight for path, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def weight_norms(model: nn.Module) -> dict[str, float]:
