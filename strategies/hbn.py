@@ -24,7 +24,7 @@ that works; (M, V) travel beside them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError, IncompleteError, RoleError
-from fednorm.federation.local import Local, Turn
+from fednorm.federation.local import Local, Passes, Turn
 from fednorm.federation.replies import EXTRA, Form, UnfitReply, read_measured
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
@@ -54,6 +54,12 @@ SECONDS = 3600.0
 
 class Hybrid(Local):
     """Holds the moments of all clients still in training, and measures its own of what the server sent."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Add both measurements of a round."""
+        del options
+        return Passes(measured=2 * IMAGES)
 
     def check(self, trainee: Trainee) -> None:
         """Refuse other layers with running moments, which would be averaged over different weights."""

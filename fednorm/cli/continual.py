@@ -16,8 +16,10 @@ from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
+from fednorm.streams.estimate import estimate_seconds
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.threads import torch_threads
 
 
 def collect_continual(
@@ -43,6 +45,9 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool
         return show_result(finished, as_json=as_json)
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
@@ -70,6 +75,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         )
     if len(data["experiences"]) > 20:
         console.print(f"  and {len(data['experiences']) - 20} more")
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if learner.get("passes") == "separate":
         console.print("new and memory samples go through the network in separate passes: two updates of statistics")
 

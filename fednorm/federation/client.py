@@ -31,7 +31,6 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
-from fednorm.config import TrainConfig
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
 from fednorm.federation.constants import constant_prints
@@ -140,9 +139,7 @@ def _described(bench: Workbench, context: Context) -> RecordDict:
     return RecordDict({"client": about, **constants})
 
 
-def fit(
-    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
-) -> dict[str, float]:
+def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -153,23 +150,12 @@ def fit(
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
         turn: What the message and the client's state bring along; nothing if None.
-        steps: How many of each phase, for timing; 0 for those of the configuration.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
     turn = turn or bench.turn(client, server_round)
-    turn.limit = steps
     return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
-
-
-def steps_of_round(train: TrainConfig, count: int) -> int:
-    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
-
-    A part of a pass is made of whole batches, one at least.
-    """
-    batches = -(-count // train.batch_size)
-    return train.local_steps or max(1, round(train.local_epochs * batches))
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
