@@ -129,7 +129,6 @@ class HBN(NormStrategy):
         self._moments = as_tensors({path: (layer.running_mean, layer.running_var) for path, layer in layers.items()}, 0)
         del self._moments[SAMPLES]
         self._found: list[dict[str, Estimate]] = []
-        self._grid: Grid | None = None
 
     def check(self, model: nn.Module) -> None:
         """Refuse a network without hybrid layers."""
@@ -155,7 +154,7 @@ class HBN(NormStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Begin a round's list of what clients found."""
-        self._found, self._grid = [], grid
+        self._found = []
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:

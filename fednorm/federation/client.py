@@ -11,6 +11,7 @@ Messages:
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -33,6 +34,7 @@ from torch.nn import functional
 
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
+from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Turn, held
 from fednorm.federation.replies import EXTRA
@@ -69,6 +71,11 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     def measure(message: Message, context: Context) -> Message:
         return Message(_measured(bench_of(context), message, context), reply_to=message)
 
+    @app.query("undo")
+    def take_back(message: Message, context: Context) -> Message:
+        undo.go_back(context.state, _int(message.content.config_records["config"], "server-round"))
+        return Message(RecordDict(), reply_to=message)
+
     @app.query("statistics")
     def statistics(message: Message, context: Context) -> Message:
         bench = bench_of(context)
@@ -89,7 +96,9 @@ def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict
     bench.begin_turn(context.state)
     turn = bench.turn(client, _int(config, "server-round"), message, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    before = undo.kept_now(context.state)
     bench.keep_local(context.state, turn.state)
+    undo.remember(context.state, before, turn.server_round)
     reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
@@ -99,6 +108,8 @@ def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict
 def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
     client, config = bench.client(context), message.content.config_records["config"]
+    if "mode" not in config:  # a round's, after which its trainings stand
+        undo.forget(context.state)
     complete = bench.receive(message.content.array_records["arrays"], context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
