@@ -140,6 +140,13 @@ def test_a_converted_model_may_need_more_pixels_than_the_model() -> None:
     assert report.norms[0].step.ok
 
 
+def test_control_variates_are_among_the_bytes_of_a_round() -> None:
+    """FedAvg sends every tensor down and up; SCAFFOLD c and dc_i besides, of what is learned."""
+    report = check(small(), strategies=["fedavg", "scaffold"], norms=["batch_norm"], steps=False)
+    plain, controlled = (verdict.plan["bytes_per_round"] for verdict in report.strategies if verdict.plan is not None)
+    assert controlled == plain + 2 * sum(parameter.nbytes for parameter in small().parameters())
+
+
 def test_names_of_models(strangers: str) -> None:
     assert type(load_model("mlp")).__name__ == "MLP"
     assert type(load_model("torchvision:resnet18")).__name__ == "ResNet"

@@ -155,6 +155,21 @@ class NormStrategy(Strategy):
         """Return the bytes of each client of a round in exchanges of the strategy's own, beside the training's."""
         return 0
 
+    def summary_of_plan(self, num_clients: int) -> dict[str, int]:
+        """Return the plan's summary, with the bytes that travel beside its tensors: the strategy's own.
+
+        Args:
+            num_clients: Clients of a round.
+        """
+        summary = self.plan.summary(num_clients)
+        return summary | {"bytes_per_round": summary["bytes_per_round"] + num_clients * self.extra_bytes}
+
+    @property
+    def extra_bytes(self) -> int:
+        """The bytes that each client of a round receives and sends beside the plan's tensors, once each."""
+        forms = [*map(Form.of, self.extra_to_send().values()), *self.extra_expected().values()]
+        return sum(form.nbytes for form in forms) + self.bytes_beside()
+
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:
         """Take in what one client sent besides, before :meth:`server_update`; called in the order of partition ids.
 
