@@ -81,6 +81,24 @@ class Result(dict[str, Any]):
         return False
 
     @property
+    def subject(self) -> str:
+        """What the run is about, by which it is shown and chosen: its kind, or ``memorization``."""
+        return "memorization" if self.memorizes else self.kind
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """What is drawn of how the run went, by what it is called: names for :func:`fednorm.report.curves.named`.
+
+        The last tells most.
+        """
+        raise NotImplementedError
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """Row i: the accuracy on every experience after experience i; empty where that means nothing."""
+        return ()
+
+    @property
     def headline(self) -> str:
         """The key, among :attr:`final`, of the score that the run is told by and chosen by."""
         raise NotImplementedError
@@ -167,6 +185,11 @@ class FederatedResult(Result):
         return [(line["round"], line) for line in self.lines]
 
     @property
+    def curves(self) -> Mapping[str, str]:
+        """The mean accuracy over domains."""
+        return {"mean accuracy": "mean"}
+
+    @property
     def headline(self) -> str:
         """The mean accuracy over domains."""
         return "mean"
@@ -222,6 +245,16 @@ class StreamResult(Result):
     def memorizes(self) -> bool:
         """Whether the stream is about memorization."""
         return bool(self["data"]["memorization"])
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """The accuracy on training images, and the average so far where there is something to forget."""
+        return {"training accuracy": "train_accuracy"} | ({} if self.memorizes else {"average accuracy": "average"})
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """The accuracy matrix; of a stream about memorization its diagonal alone was measured."""
+        return () if self.memorizes else self.accuracy_matrix
 
     @property
     def headline(self) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fednorm.records.result import Result
 from fednorm.report._common import Table
-from fednorm.report.curves import of_average, of_key
+from fednorm.report.curves import named
 from fednorm.report.plotting import finish, styled
 from fednorm.report.stream_table import stream_table
 from fednorm.report.table import accuracy_table
@@ -29,12 +29,8 @@ def figure(result: Result) -> Figure:
     with styled():
         drawing = Figure(figsize=(5.0, 3.0), layout="constrained")
         axes = drawing.subplots()
-        if result.kind == "federated":
-            curve, label = of_key(result, "mean"), "mean accuracy over domains"
-        elif result.memorizes:
-            curve, label = of_key(result, "train_accuracy"), "training accuracy"
-        else:
-            curve, label = of_average(result), "average accuracy so far"
+        label, name = list(result.curves.items())[-1]
+        curve = named(result, name)
         numbers = list(curve)
         axes.plot(numbers, [100 * curve[number] for number in numbers], marker="o", markersize=3)
         axes.set_title(result.method_name)

@@ -163,12 +163,11 @@ class _Builder:
         ]
         results = [result for method in comparison.methods for result in method.results]
         first = results[0]
-        memorization = bool(first["data"].get("memorization"))
         quantities = dict.fromkeys(key for run in runs for key in run["series"])
         return {
             "id": f"s{number}",
             "title": comparison.title,
-            "kind": "memorization" if memorization else comparison.kind,
+            "kind": comparison.first.subject,
             "headline": comparison.headline,
             "baseline": comparison.baseline,
             "caption": list(comparison.caption),
@@ -205,7 +204,7 @@ class _Builder:
             run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
         if evaluation := _evaluation(result.get("evaluation", {})):
             run["evaluation"] = evaluation
-        if not federated and result.get("accuracy_matrix"):
+        if result.get("accuracy_matrix"):
             run["matrix"] = [[number(value) for value in row] for row in result["accuracy_matrix"]]
         return run
 
@@ -225,7 +224,7 @@ class _Builder:
         """Return the curves of a continual run by experience, counted from 1."""
         lines, matrix = result["experiences"], result["accuracy_matrix"]
         found: dict[str, list[tuple[int, Any]]] = {}
-        if not result["data"].get("memorization"):
+        if not result_of(result).memorizes:
             seen = [[value for value in row[: i + 1] if value is not None] for i, row in enumerate(matrix)]
             found["average"] = [(i + 1, _mean(row)) for i, row in enumerate(seen) if row]
             for column in range(len(matrix[0]) if matrix else 0):

@@ -58,7 +58,7 @@ def best_of(configurations: Sequence[Sequence[Result]]) -> int:
 
 def rules(results: Sequence[Result]) -> list[str]:
     """Return by what :func:`best_by_method` chooses among these results, a sentence each."""
-    return list(dict.fromkeys(rule(_kind(result), on_test=False) for result in results))
+    return list(dict.fromkeys(rule(result_of(result).subject, on_test=False) for result in results))
 
 
 def rule(kind: str, *, on_test: bool) -> str:
@@ -90,12 +90,8 @@ def kind_of(config: RunConfig) -> str:
     return "federated"
 
 
-def _kind(result: Result) -> str:
-    return "memorization" if result_of(result).memorizes else result_of(result).kind
-
-
 def _require_held_out(result: Result) -> None:
-    if _kind(result) != "memorization" and result["config"]["evaluate"]["split"] != "validation":
+    if not result_of(result).memorizes and result["config"]["evaluate"]["split"] != "validation":
         raise ConfigError(
             f"Run {result['hash']} was scored on test images, and a configuration is chosen on validation images "
             "only. Run the study with evaluate.split = 'validation' and data.validation > 0."
