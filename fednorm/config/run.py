@@ -1,7 +1,8 @@
 """The configuration of a run of either kind: what a researcher chose, checked, and the methods it names.
 
 A run of kind ``federated`` has the sections data, model, norm, strategy, train, rounds and evaluate; one of kind
-``continual`` has data, scenario, model, norm, learner, train and evaluate. A section that a kind does not have stays at
+``continual`` has data, scenario, model, norm, learner, train and evaluate; one of kind ``federated_continual``, in which
+each client learns on a stream of its own, has all of them and grid. A section that a kind does not have stays at
 its default, and is part neither of the run's hash nor of its record.
 """
 
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, Family, Scalar, in_process
 from fednorm.config.schema import KINDS, Kind, choose
-from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.sections import DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.errors import ConfigError
 from fednorm.limits import shown
 
@@ -101,6 +102,9 @@ class ModelChoice(Choice[C]):
 SECTIONS: Mapping[Kind, tuple[str, ...]] = {
     "federated": ("data", "model", "norm", "strategy", "train", "rounds", "evaluate"),
     "continual": ("data", "scenario", "model", "norm", "learner", "train", "evaluate"),
+    "federated_continual": (
+        "data", "scenario", "grid", "model", "norm", "strategy", "learner", "train", "rounds", "evaluate"
+    ),
 }
 """The sections of each kind of run, in the order of its record."""
 
@@ -110,7 +114,7 @@ class RunConfig:
     """Everything a run's numbers depend on; :func:`~fednorm.config.resolve.resolve` makes it.
 
     Attributes:
-        kind: ``federated`` or ``continual``.
+        kind: ``federated``, ``continual`` or ``federated_continual``.
         seed: Of every random stream.
         threads: PyTorch threads; part of the configuration because sums depend on it in the last bits.
         device: ``cpu``, ``mps``, ``cuda`` or ``cuda:1``: where the model and the data are. Whether this machine has it
@@ -119,6 +123,7 @@ class RunConfig:
         compile: Whether forward passes go through ``torch.compile``.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
+        grid: Which client meets which part of the stream when.
         model: Which architecture.
         norm: Which normalization method.
         strategy: Which federated strategy.
@@ -144,6 +149,7 @@ class RunConfig:
     learner: Choice[LearnerSpec] = field(default_factory=lambda: Choice("er_ace", LEARNERS))
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: RoundConfig = field(default_factory=RoundConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -211,8 +217,12 @@ class RunConfig:
     @property
     def title(self) -> str:
         """Return what the run is called in the names of folders, its hash left out."""
-        method, where = (self.strategy, self.data) if self.kind == "federated" else (self.learner, self.scenario)
-        names = (filename(method.name), filename(self.norm.name), filename(where.name))
+        parts = {
+            "federated": (self.strategy, self.norm, self.data),
+            "continual": (self.learner, self.norm, self.scenario),
+            "federated_continual": (self.strategy, self.learner, self.norm, self.scenario),
+        }
+        names = (filename(part.name) for part in parts[self.kind])
         return f"{'-'.join(names)}-seed{self.seed}"
 
 

@@ -11,6 +11,7 @@ Messages:
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -69,6 +70,10 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     @app.query("measure")
     def measure(message: Message, context: Context) -> Message:
         return Message(_measured(bench_of(context), message, context), reply_to=message)
+
+    @app.query("boundary")
+    def boundary(message: Message, context: Context) -> Message:
+        return Message(bench_of(context).cross_boundary(message, context), reply_to=message)
 
     @app.query("statistics")
     def statistics(message: Message, context: Context) -> Message:
@@ -160,7 +165,8 @@ def fit(
     """
     turn = turn or bench.turn(client, server_round)
     turn.limit = steps
-    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
+    metrics = turn.fit(bench.strategy.local(bench.strategy))
+    return {"num-examples": len(turn.client.train), **metrics}
 
 
 def steps_of_round(train: TrainConfig, count: int) -> int:

@@ -113,6 +113,7 @@ class NormStrategy(Strategy):
         self.min_nodes = min_nodes
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
+        self.takes_part: Callable[[int, int], bool] = lambda partition_id, server_round: True
         self.norms: dict[int, float] = {}
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)
@@ -357,6 +358,7 @@ class NormStrategy(Strategy):
         nodes = self.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
+        nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
         if self.fraction == 1:
             return nodes
         size = max(1, round(self.fraction * len(nodes)))
@@ -381,7 +383,7 @@ class NormStrategy(Strategy):
             reply,
             self.plan,
             required=OURS if ours else (),
-            examples=ours.train if ours else 0,
+            examples=ours.train if ours and ours.constant else 0,
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )

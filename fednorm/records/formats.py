@@ -26,16 +26,18 @@ _BOTH: Mapping[str, Type] = {
     "data.notes": list,
     "final.selection": str,
 }
+_FEDERATED: Mapping[str, Type] = {
+    **_BOTH,
+    "rounds": list,
+    "evaluation": dict,
+    "final.per_domain": dict,
+    "final.mean": Number,
+    "final.worst": Number,
+    "final.round": int,
+}
 NEEDED: Mapping[str, Mapping[str, Type]] = {
-    "federated": {
-        **_BOTH,
-        "rounds": list,
-        "evaluation": dict,
-        "final.per_domain": dict,
-        "final.mean": Number,
-        "final.worst": Number,
-        "final.round": int,
-    },
+    "federated": _FEDERATED,
+    "federated_continual": {**_FEDERATED, "learner.name": str, "accuracy_tensor": list, "final.average_accuracy": Number},
     "continual": {
         **_BOTH,
         "learner.name": str,
@@ -46,8 +48,10 @@ NEEDED: Mapping[str, Mapping[str, Type]] = {
 }
 """Keys without which no table can be made of a result, and their types, by kind."""
 
+_OF_A_ROUND: tuple[str, Mapping[str, Type]] = "rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}
 _OF_A_LINE: Mapping[str, tuple[str, Mapping[str, Type]]] = {
-    "federated": ("rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}),
+    "federated": _OF_A_ROUND,
+    "federated_continual": _OF_A_ROUND,
     "continual": ("experiences", {"experience": int, "title": str}),
 }
 """Of each kind the list that grows while a run goes, and what each of its lines needs."""
@@ -66,6 +70,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "best_round": dict,
     "diagnostics": dict,
     "accuracy": list,
+    "own_accuracy": list,
     "task_accuracy": list,
     "anytime": list,
 }

@@ -270,25 +270,56 @@ class Learner(Passes):
         for each in experiences_of(experience):
             self.train(source_of(self, each, for_training(each)))
 
+    def train_passes(self, experience: Experience, passes: int) -> None:
+        """Train for some passes over an experience that goes on afterwards; :meth:`end` ends it.
+
+        As a client of a federation does, round by round. :attr:`train_epochs` is the number of passes in all.
+
+        Raises:
+            DataError: Its labels are not the network's classes.
+        """
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._begin_once()
+            self._epochs(self.progress.epoch + passes)
+
+    def end(self, experience: Experience) -> None:
+        """End an experience that :meth:`train_passes` has begun."""
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._end()
+
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
         self._stop_training = True
 
     def _learn(self, **kwargs: Any) -> None:
         """Train on :attr:`source`; the arguments are for whoever looks on, but for those of :meth:`_pass`."""
-        progress = self.progress
         with torch_seeded(self.seed, "learner"):
-            if not progress.begun:
-                self._begin()
-            while progress.epoch < self.train_epochs and not self._stop_training:
-                self._before_training_epoch(**kwargs)
-                self._pass(**kwargs)
-                self._after_training_epoch(**kwargs)
-                progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._begin_once()
+            self._epochs(self.train_epochs, **kwargs)
             self._stop_training = False
-            self.end_experience()
+            self._end()
+
+    def _begin_once(self) -> None:
+        if not self.progress.begun:
+            self._begin()
+
+    def _epochs(self, count: int, **kwargs: Any) -> None:
+        """Train until so many passes over :attr:`source` are finished."""
+        progress = self.progress
+        while progress.epoch < count and not self._stop_training:
+            self._before_training_epoch(**kwargs)
+            self._pass(**kwargs)
+            self._after_training_epoch(**kwargs)
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _end(self) -> None:
+        self.end_experience()
         self.step.end_experience()
-        self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+        self.progress = Progress(step=self.progress.step, ended=self.progress.ended + 1)
 
     def _take(self, source: Experience) -> None:
         """Begin with an experience, or go on with it, and count its tasks."""
