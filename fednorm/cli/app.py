@@ -82,6 +82,16 @@ def federated(  # noqa: PLR0913 - one parameter an option
     alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
+    scenario: Annotated[
+        str | None, typer.Option(help="Scenario: each client learns on a stream of its own (fednorm list scenarios).")
+    ] = None,
+    learner: Annotated[str | None, typer.Option(help="What learns there: fednorm list learners.")] = None,
+    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples each learner remembers.")] = None,
+    num_clients: Annotated[int | None, typer.Option("--clients", help="Clients that share a scenario.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of each client's experiences: same, rotated or own.")] = None,
+    per_experience: Annotated[
+        int | None, typer.Option("--rounds-per-experience", help="Rounds of communication in each experience.")
+    ] = None,
     norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
@@ -124,6 +134,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "data.alpha": alpha,
         "data.download": download,
         "strategy.name": strategy,
+        "scenario.name": scenario,
+        "learner.name": learner,
+        "learner.memory_size": memory_size,
+        "grid.clients": num_clients,
+        "grid.order": order,
+        "rounds.per_experience": per_experience,
         "norm.name": norm,
         "model.name": model,
         "rounds.num_rounds": rounds,

@@ -16,9 +16,10 @@ from fednorm.federation.estimate import estimate_seconds
 from fednorm.federation.server import Observer, read_back
 from fednorm.federation.simulate import plan, simulate
 from fednorm.federation.simulate_flower import simulate_flower
-from fednorm.federation.workbench import Workbench
+from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
+from fednorm.report.grid_table import boundaries_table, cells_table, grid_table, tensor_table
 from fednorm.report.progress import RoundProgress
 from fednorm.report.table import accuracy_table, evaluation_table, plan_table
 from fednorm.threads import torch_threads
@@ -34,14 +35,14 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
         return show_result(finished, as_json=as_json)
-    bench = Workbench(config)
+    bench = workbench_of(config)
     document = plan(config, bench)
     if layers:
         document["entries"] = [
             {**dataclasses.asdict(entry), "kind": entry.kind.value, "role": entry.role.value}
             for entry in bench.plan.entries
         ]
-    if dry_run:
+    if dry_run and config.kind == "federated":
         with torch_threads(config.threads):
             document["estimated_seconds"] = round(estimate_seconds(bench), 1)
     if dry_run and as_json:
@@ -75,6 +76,10 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
     if places := config["strategy"].get("local"):
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    if "grid" in document:
+        console.print(cells_table(document["grid"]).rich())
+        console.print(boundaries_table(document["grid"]).rich())
+        return
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
@@ -93,7 +98,11 @@ def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
         return print_json(result)
     console = out()
-    console.print(accuracy_table([result]).rich())
+    if "accuracy_tensor" in result:
+        console.print(grid_table([result]).rich())
+        console.print(tensor_table(result).rich())
+    else:
+        console.print(accuracy_table([result]).rich())
     if set(result["evaluation"]) - {"own"}:
         console.print(evaluation_table([result]).rich())
     if missing := result["final"].get("missing"):

@@ -1,8 +1,8 @@
 """The configuration of a run of either kind: what a researcher chose, checked, and the methods it names.
 
 A run of kind ``federated`` has the sections data, model, norm, strategy, train, rounds and evaluate; one of kind
-``continual`` has data, scenario, model, norm, learner, train and evaluate; one of kind ``federated_continual``, in which
-each client learns on a stream of its own, has all of them and grid. A section that a kind does not have stays at
+``continual`` has data, scenario, model, norm, learner, train and evaluate; one of kind ``federated_continual``, in
+which each client learns on a stream of its own, has all of them and grid. A section that a kind does not have stays at
 its default, and is part neither of the run's hash nor of its record.
 """
 
@@ -103,7 +103,16 @@ SECTIONS: Mapping[Kind, tuple[str, ...]] = {
     "federated": ("data", "model", "norm", "strategy", "train", "rounds", "evaluate"),
     "continual": ("data", "scenario", "model", "norm", "learner", "train", "evaluate"),
     "federated_continual": (
-        "data", "scenario", "grid", "model", "norm", "strategy", "learner", "train", "rounds", "evaluate"
+        "data",
+        "scenario",
+        "grid",
+        "model",
+        "norm",
+        "strategy",
+        "learner",
+        "train",
+        "rounds",
+        "evaluate",
     ),
 }
 """The sections of each kind of run, in the order of its record."""
@@ -217,7 +226,7 @@ class RunConfig:
     @property
     def title(self) -> str:
         """Return what the run is called in the names of folders, its hash left out."""
-        parts = {
+        parts: dict[str, tuple[Any, ...]] = {
             "federated": (self.strategy, self.norm, self.data),
             "continual": (self.learner, self.norm, self.scenario),
             "federated_continual": (self.strategy, self.learner, self.norm, self.scenario),

@@ -70,9 +70,7 @@ class TrainConfig(Section, name="train"):
         gt=0,
         kinds=FEDERATED,
     )
-    local_steps: int = key(
-        0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=ROUNDS
-    )
+    local_steps: int = key(0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=ROUNDS)
     epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
     momentum: float = key(0.0, "Of sgd and sgdp.", ge=0, lt=1)
     nesterov: bool = key(False, "Whether a step looks ahead along the momentum; of sgd, sgdp and adamp.")
@@ -225,7 +223,9 @@ class GridConfig(Section, name="grid"):
     partition: Literal["iid", "dirichlet"] = key(
         "iid", "How an experience's training images are dealt to the clients that meet it.", kinds=BOTH
     )
-    alpha: float = key(0.5, "Concentration of the Dirichlet distribution of labels; small means skewed.", gt=0, kinds=BOTH)
+    alpha: float = key(
+        0.5, "Concentration of the Dirichlet distribution of labels; small means skewed.", gt=0, kinds=BOTH
+    )
     order: Literal["same", "rotated", "own"] = key(
         "same",
         "When a client meets which experience: all the same at the same time; rotated, client k begins with experience "
@@ -233,12 +233,29 @@ class GridConfig(Section, name="grid"):
         "an experience's images.",
         kinds=BOTH,
     )
+    min_images: int = key(
+        2,
+        "Fewest training images of an experience with which a client takes part; with fewer it skips it.",
+        ge=1,
+        kinds=BOTH,
+    )
+    norms: Literal["keep", "reset", "freeze"] = key(
+        "keep",
+        "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
+        "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
+        "they are from then on, running statistics too.",
+        kinds=BOTH,
+    )
     joining: int = key(
-        0, "Clients, of the last ones, that join at each experience after the first; before it they hold nothing.", ge=0,
+        0,
+        "Clients, of the last ones, that join at each experience after the first; before it they hold nothing.",
+        ge=0,
         kinds=BOTH,
     )
     leaving: int = key(
-        0, "Clients, of the first ones, that leave before each experience after the first; they come back no more.", ge=0,
+        0,
+        "Clients, of the first ones, that leave before each experience after the first; they come back no more.",
+        ge=0,
         kinds=BOTH,
     )
 

@@ -1,13 +1,13 @@
 """The grid: clients times experiences; who meets which part of a stream when.
 
-A stream's experiences are dealt to the clients that meet them, each image to one client; a client's row of the grid is a
-stream of its own, at each time one experience, or nothing. A plain stream is the grid of one client, a plain federation
-that of one experience.
+A stream's experiences are dealt to the clients that meet them, each image to one client; a client's row of the grid is
+a stream of its own, at each time one experience, or nothing. A plain stream is the grid of one client, a plain
+federation that of one experience.
 
 Shapes: ``same``, everyone is at the same experience at the same time (Zhang et al., TARGET, arXiv 2303.06937, and those
 after it, with ``grid.partition = "dirichlet"`` within an experience); ``own``, each client meets the experiences in an
-order of its own (Yoon et al., FedWeIT, arXiv 2003.03196; Wuerkaixi et al., AF-FCL, arXiv 2402.01095); ``rotated``, client
-k begins with experience k and goes on from there, so that all experiences are met at all times.
+order of its own (Yoon et al., FedWeIT, arXiv 2003.03196; Wuerkaixi et al., AF-FCL, arXiv 2402.01095); ``rotated``,
+client k begins with experience k and goes on from there, so that all experiences are met at all times.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from fednorm.config import GridConfig
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.data.partition import dirichlet, iid
+from fednorm.data.source import Rows
 from fednorm.errors import ConfigError
 from fednorm.federated_continual.measures import Course
 from fednorm.rng import stream as generator
@@ -123,6 +124,13 @@ def make_grid(stream: Stream, config: GridConfig, seed: int) -> Grid:
         ]
         for (client, time), cell in zip(places, _dealt(experience, len(places), config, seed), strict=True):
             cells[client][time] = cell
+    for time in times:
+        if not any(row[time] for row in cells):
+            raise ConfigError(
+                f"At time {time + 1} of {len(stream)} no client has {config.min_images} training images "
+                "(grid.min_images) of the experience it is at. Raise grid.alpha, or lower grid.clients or "
+                "grid.min_images."
+            )
     return Grid(stream, tuple(map(tuple, cells)), tuple(map(tuple, there)))
 
 
@@ -141,25 +149,26 @@ def _is_there(config: GridConfig, client: int, time: int, times: int) -> bool:
 
 
 def _dealt(experience: Experience, count: int, config: GridConfig, seed: int) -> list[Cell]:
-    """Deal an experience's training and validation images; a client that gets no training image gets nothing."""
+    """Deal an experience's training and validation images; a client that gets too few training images gets nothing."""
     if count == 0:
         return []
     parts = {}
     for name, split in (("train", experience.train), ("validation", experience.validation)):
         rng = generator(seed, "grid", "deal", experience.number, name)
         labels = split.targets.cpu().numpy()
-        if count == 1:
+        if not len(labels):
+            parts[name] = [np.zeros(0, dtype=np.int64) for _ in range(count)]
+        elif count == 1:
             parts[name] = [np.arange(len(labels))]
         elif config.partition == "dirichlet":
             parts[name] = dirichlet(labels, count, rng, config.alpha)
         else:
             parts[name] = iid(labels, count, rng)
-    return [_cell(experience, *rows) for rows in zip(parts["train"], parts["validation"], strict=True)]
+    rows = zip(parts["train"], parts["validation"], strict=True)
+    return [_cell(experience, *own) if len(own[0]) >= config.min_images else None for own in rows]
 
 
-def _cell(experience: Experience, train: np.ndarray, validation: np.ndarray) -> Cell:
-    if not len(train):
-        return None
+def _cell(experience: Experience, train: Rows, validation: Rows) -> Cell:
     own = {
         name: _rows(split, rows)
         for name, split, rows in (
@@ -167,10 +176,10 @@ def _cell(experience: Experience, train: np.ndarray, validation: np.ndarray) -> 
             ("validation", experience.validation, validation),
         )
     }
-    return replace(experience, **own)
+    return replace(experience, train=own["train"], validation=own["validation"])
 
 
-def _rows(split: Split, rows: np.ndarray) -> Split:
+def _rows(split: Split, rows: Rows) -> Split:
     """Return some rows of a split, in the order of the split's own."""
     return replace(split, index=split.index[torch.from_numpy(np.sort(rows))])
 

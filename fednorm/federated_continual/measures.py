@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from fednorm.streams import metrics
+from fednorm.streams.metrics import Floats
 
 Row = Sequence[float | None]
 Tensor3 = Sequence[Sequence[Row]]
@@ -50,7 +53,7 @@ class Course:
     last: int
 
 
-def matrix_of(tensor: Tensor3, client: int, course: Course) -> list[list[float | None]]:
+def matrix_of(tensor: Tensor3, client: int, course: Course) -> Floats:
     """Return a client's accuracy matrix: a row for each of its cells and a column too, in the order in which they came.
 
     The last row is of the last time at which the client was there, which may be later than its last cell.
@@ -61,7 +64,8 @@ def matrix_of(tensor: Tensor3, client: int, course: Course) -> list[list[float |
         course: What it met.
     """
     times = [time for time, _ in course.cells[:-1]] + [course.last]
-    return [[tensor[time][client][number] for _, number in course.cells] for time in times]
+    rows = [[tensor[time][client][number] for _, number in course.cells] for time in times]
+    return np.array(rows, dtype=np.float64)
 
 
 def final(aggregated: Tensor3, own: Tensor3, courses: Sequence[Course]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A client's turn as a learner: some passes over the experience it is at, with all that it remembers.
 
-What a learner remembers (its memory of samples, its teacher, its springs, how far it has come) is the client's: it lives
-in ``Context.state`` as plain tensors under ``learner/``, is in every checkpoint, and is never sent.
+What a learner remembers (its memory of samples, its teacher, its springs, how far it has come) is the client's: it
+lives in ``Context.state`` as plain tensors under ``learner/``, is in every checkpoint, and is never sent.
 """
 
 from __future__ import annotations
@@ -89,11 +89,13 @@ class GridTurn(Turn):
         self.state, kept = split_state(self.state)
         local.begin(self)
         learner = bench.learner(client, adjust=lambda: local.adjust(self))
+        learner.epoch_watchers.append(lambda _: bench.norms.rest(time))
         recall(learner, kept)
         before = learner.progress.step, learner.seen, int(learner.hits_of_all), float(learner.loss_sum)
         if not learner.progress.begun:
             before = before[0], 0, 0, 0.0
-        learner.train_passes(cell, bench.passes(self.limit))
+        with bench.norms.frozen(time):
+            learner.train_passes(cell, bench.passes(self.limit))
         self.steps = learner.progress.step - before[0]
         trainee.optimizer.zero_grad(set_to_none=True)
         self.reply = held(local.end(self), "Local.end sends")

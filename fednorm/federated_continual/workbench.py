@@ -24,6 +24,7 @@ from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.cells import Grid, make_grid
+from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.turn import GridTurn, recall, remembered, split_state
 from fednorm.federation.local import Local, Turn
 from fednorm.federation.replies import UnfitReply, in_order, read_scores
@@ -57,7 +58,13 @@ class GridWorkbench(Workbench):
         self._options = config.learner.card.made_options(config.learner.options)
         _require_fit(config)
         super().__init__(config)
+        self.norms = NormBoundary(self.model, config.grid.norms)
         self._require_plain_training()
+        self.trainee.require_batches(
+            (f"Client {client} in experience {cell.number + 1}", len(cell.train))
+            for client in range(len(self.grid.cells))
+            for _, cell in self.grid.row(client)
+        )
         self.learner(0)  # what the learner refuses is refused before training
 
     # What a federation's workbench asks -------------------------------------------------------------------------------
@@ -90,8 +97,20 @@ class GridWorkbench(Workbench):
                     for row in grid.cells
                 ],
                 "present": [list(row) for row in grid.present],
+                "boundaries": self._boundaries(),
             },
         }
+
+    def _boundaries(self) -> list[dict[str, Any]]:
+        """Return what each kind of tensor is subject to at a round's boundary, and at an experience's."""
+        crossing = dict.fromkeys(self.norms.keys, self.config.grid.norms)
+        crossing |= dict.fromkeys(self.trainee.boundary.reset, "reset")
+        told = [
+            (entry.norm or "", entry.kind.value, entry.role.value, crossing.get(entry.key, "keep"))
+            for entry in self.plan.entries
+        ]
+        names = ("norm", "kind", "round", "experience")
+        return [{**dict(zip(names, row, strict=True)), "tensors": told.count(row)} for row in dict.fromkeys(told)]
 
     def turn(self, client: Client, server_round: int, *args: Any, **kwargs: Any) -> Turn:
         """Return a client's turn, with the images that it holds of the experience it is at."""
@@ -139,8 +158,8 @@ class GridWorkbench(Workbench):
     def learner(self, client: int, adjust: Callable[[], None] | None = None) -> Learner:
         """Return a client's learner on the workbench's model, remembering nothing yet.
 
-        Its random streams are those of a stream's learner with the run's seed for client 0, and of seeds derived from it
-        for the others, so that a federation of one client is the stream.
+        Its random streams are those of a stream's learner with the run's seed for client 0, and of seeds derived from
+        it for the others, so that a federation of one client is the stream.
         """
         config, trainee = self.config, self.trainee
         learner: Learner = config.learner.card.make(
@@ -154,7 +173,7 @@ class GridWorkbench(Workbench):
             seed=stream_seed(config.seed, "client", client) if client else config.seed,
             augment=trainee.augmentation,
             scaling=Scaling.stack(experience.train.scaling for experience in self.grid.stream),
-            begin=[trainee.begin_anew],
+            begin=[trainee.begin_anew, self.norms.begin],
             adjust=[*([adjust] if adjust else []), *trainee.adjust],
             after=trainee.after,
             device=trainee.device,
@@ -265,8 +284,8 @@ def _require_fit(config: RunConfig) -> None:
     learner = config.learner.card
     if config.strategy.card.pooled:
         raise ConfigError(
-            f"Strategy {config.strategy.name} trains on the images of all clients at once; then there is no grid. It is "
-            "the stream itself: kind = 'continual' (fednorm continual)."
+            f"Strategy {config.strategy.name} trains on the images of all clients at once; then there is no grid. It "
+            "is the stream itself: kind = 'continual' (fednorm continual)."
         )
     if learner.joint:
         raise ConfigError(

@@ -167,7 +167,7 @@ def _options(bench: Workbench) -> Document:
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
-    config, about = bench.config, describe(bench)
+    about = describe(bench)
     bench.strategy.expected, bench.strategy.takes_part = expected_of(bench), bench.takes_part
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()

@@ -56,6 +56,11 @@ class Common(TypedDict, total=False):
     frozen: frozenset[str]
 
 
+def _always(partition_id: int, server_round: int) -> bool:
+    del partition_id, server_round
+    return True
+
+
 class NormStrategy(Strategy):
     """Federated averaging by a norm plan; the base of every strategy here.
 
@@ -113,7 +118,7 @@ class NormStrategy(Strategy):
         self.min_nodes = min_nodes
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
-        self.takes_part: Callable[[int, int], bool] = lambda partition_id, server_round: True
+        self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)

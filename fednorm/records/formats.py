@@ -37,7 +37,12 @@ _FEDERATED: Mapping[str, Type] = {
 }
 NEEDED: Mapping[str, Mapping[str, Type]] = {
     "federated": _FEDERATED,
-    "federated_continual": {**_FEDERATED, "learner.name": str, "accuracy_tensor": list, "final.average_accuracy": Number},
+    "federated_continual": {
+        **_FEDERATED,
+        "learner.name": str,
+        "accuracy_tensor": list,
+        "final.average_accuracy": Number,
+    },
     "continual": {
         **_BOTH,
         "learner.name": str,
