@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fednorm.cards import DATA
 from fednorm.config import ONLINE, merge, require_online, resolve, with_references
 from fednorm.errors import StudyError
-from fednorm.records.result import KINDS, FederatedResult, StreamResult
+from fednorm.records.result import FederatedResult, GridResult, StreamResult
 
 if TYPE_CHECKING:
     import polars
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fednorm.streams.simulate import StreamObserver
 
 
-def federated(
+def federated(  # noqa: PLR0913 - by name only
     *,
     strategy: str = "fedavg",
     data: Any = None,
@@ -100,7 +100,8 @@ def federated(
     resolved = resolve(merge(named, config or {}), only=named["kind"])
     from fednorm.federation.simulate import simulate  # takes seconds; a mistake is told before
 
-    return KINDS[resolved.kind](simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
+    kind = GridResult if resolved.kind == "federated_continual" else FederatedResult
+    return kind(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
 
 
 def _shape(scenario: str | None, learner: str | None, clients: int | None, rounds: int) -> dict[str, Any]:

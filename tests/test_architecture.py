@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.registry",),
     ("fednorm.training",),
     ("fednorm.records",),
-    ("fednorm.federation", "fednorm.streams", "fednorm.avalanche"),
+    ("fednorm.federation", "fednorm.streams", "fednorm.avalanche", "fednorm.federated_continual"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api", "fednorm.inspection"),
     ("fednorm.report",),
@@ -151,7 +151,7 @@ def test_nothing_imports_the_command_line() -> None:
 
 
 def test_flower_and_avalanche_stay_in_their_places() -> None:
-    homes = ("fednorm.federation", "strategies", "fednorm.bench")
+    homes = ("fednorm.federation", "fednorm.federated_continual", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
     homes = ("fednorm.avalanche", "fednorm.bench.avalanche_apps")
     assert {name for name in importers("avalanche") if not any(within(name, home) for home in homes)} == set()

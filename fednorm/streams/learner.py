@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -26,10 +26,10 @@ from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
 from fednorm.device import on_cpu, place_of, wide
-from fednorm.errors import ConfigError, DataError
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
+from fednorm.streams.arguments import require_classes, unexpected
 from fednorm.streams.buffer import Samples
 from fednorm.streams.passes import BatchChanges, Passes
 from fednorm.streams.stream import Experience
@@ -38,8 +38,6 @@ from fednorm.training.step import TrainingStep, batch_coupled
 
 Tensors = dict[str, Tensor]
 
-OF_AVALANCHE = frozenset({"plugins", "evaluator", "eval_every", "peval_mode"})
-"""Arguments that Avalanche's strategies have and a learner has not."""
 Effect = Callable[[], None]
 
 
@@ -183,7 +181,7 @@ class Learner(Passes):
         **others: Any,
     ) -> None:
         if others:
-            raise _unexpected(type(self).__name__, others)
+            raise unexpected(type(self).__name__, others)
         self.model, self.optimizer, self.device = model, optimizer, place_of(model, device)
         self._criterion = criterion or nn.CrossEntropyLoss()
         self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
@@ -477,33 +475,3 @@ def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
-
-
-def _unexpected(name: str, arguments: Iterable[str]) -> Exception:
-    """Return the error for arguments that a learner does not have; Avalanche's are its strategy's."""
-    named = ", ".join(sorted(arguments))
-    if set(arguments) <= OF_AVALANCHE:
-        return ConfigError(
-            f"{name} is plain PyTorch and has no {named}. Take it as an Avalanche strategy, which has: "
-            f"fednorm.avalanche.strategy_of({name}), or for fednorm's own scenarios.learners.er_ace.ERACE and its like."
-        )
-    return TypeError(f"{name} got unexpected arguments: {named}")
-
-
-def require_classes(labels: Tensor, num_classes: int, name: str) -> None:
-    """Require that labels are classes of the network.
-
-    Args:
-        labels: The labels, integers.
-        num_classes: K.
-        name: What has them, for the error.
-
-    Raises:
-        DataError: One is negative, or not below ``num_classes``.
-    """
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name} has labels from {low} to {high}, and the learner has num_classes = {num_classes}: labels 0 to "
-            f"{num_classes - 1}. Make the learner, and its network, with as many classes as the stream has."
-        )
