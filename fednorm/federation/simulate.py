@@ -9,7 +9,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from fednorm.config import RunConfig
-from fednorm.federation.client import make_client_app
+from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import Observer, check, describe, make_server_app, read_back
 from fednorm.federation.workbench import Workbench
@@ -52,7 +52,7 @@ def simulate(
     results: list[dict[str, Any]] = []
     server_app = make_server_app(lambda _: made, lambda *_: record, observer, results.append)
     run_config = {"config": json.dumps(config.to_dict())}
-    grid = InProcessGrid(make_client_app(lambda _: made), len(made.federation.clients), dict(run_config))
+    grid = InProcessGrid(Sequential(made), len(made.federation.clients), dict(run_config))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
     with torch_threads(config.threads):
         server_app(grid, context)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 from torch import Tensor
 
 from fednorm import device as devices
@@ -167,7 +167,7 @@ class Workbench:
         self,
         client: Client,
         server_round: int,
-        message: Message | None = None,
+        content: RecordDict | None = None,
         context: Context | None = None,
         *,
         evaluating: bool = False,
@@ -177,14 +177,14 @@ class Workbench:
         Args:
             client: The client.
             server_round: The round.
-            message: What the server sent; None for what the strategy would send besides its tensors.
+            content: What the server sent; None for what the strategy would send besides its tensors.
             context: Where the client's state is; None for none.
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
-        content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
+        sent, state = content or RecordDict(), context.state if context else RecordDict()
         own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
-        if message is None:
+        beside = unpack(sent.array_records[EXTRA]) if EXTRA in sent else {}
+        if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
         return Turn(
@@ -196,9 +196,9 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(content.array_records["arrays"]) if message else {},
+            received=unpack(sent.array_records["arrays"]) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            config=dict(sent.config_records.get("config", self.strategy.client_config())),
             state=held(own, "A client keeps"),
         )
 
