@@ -33,6 +33,7 @@ def federated(  # noqa: PLR0913 - by name only
     seed: int = 1,
     data_dir: str | Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
@@ -66,6 +67,7 @@ def federated(  # noqa: PLR0913 - by name only
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the CPU if None.
+        workers: Processes that take the clients side by side, to the same bits; as many as pay if None.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
@@ -94,6 +96,7 @@ def federated(  # noqa: PLR0913 - by name only
         },
         **_shape(scenario, learner, clients, rounds),
         **({"device": device} if device is not None else {}),
+        **({"workers": workers} if workers is not None else {}),
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }

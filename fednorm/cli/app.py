@@ -30,6 +30,7 @@ try:
         RunsOption,
         ScheduleOption,
         SetOption,
+        WorkersOption,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -111,6 +112,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
@@ -155,6 +157,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect(config, flags, settings or [])
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
@@ -185,6 +188,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
@@ -214,6 +218,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
     run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)

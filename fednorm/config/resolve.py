@@ -58,7 +58,7 @@ LEADING: Mapping[Kind, tuple[str, ...]] = {
 }
 """The methods that bring defaults along for the rest of a run, a later one's over an earlier one's."""
 
-TOP = ("kind", "seed", "threads", *MACHINE)
+TOP = ("kind", "seed", "threads", "workers", *MACHINE)
 
 
 def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig:

@@ -34,6 +34,9 @@ C = TypeVar("C", bound=Card)
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
 
+MOST_WORKERS = 1024
+"""Processes of a run, on whatever machine; how many cores there are is asked when a run is made."""
+
 MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False}
 """What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
 
@@ -130,6 +133,8 @@ class RunConfig:
             is asked when a run is made, not here: records of other machines can be read.
         amp: ``bf16`` for forward passes under autocast in bfloat16; ``none``.
         compile: Whether forward passes go through ``torch.compile``.
+        workers: How many processes take a federation's clients side by side, or ``auto``. No number depends on it, and
+            it is part neither of the hash nor of the record.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
         grid: Which client meets which part of the stream when.
@@ -150,6 +155,7 @@ class RunConfig:
     device: str = "cpu"
     amp: str = "none"
     compile: bool = False
+    workers: int | str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
     model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
@@ -174,6 +180,11 @@ class RunConfig:
         choose("amp", self.amp, AMP)
         if type(self.compile) is not bool:
             raise ConfigError(f"compile must be true or false; got {shown(self.compile)}.")
+        if self.workers != "auto" and (type(self.workers) is not int or not 1 <= self.workers <= MOST_WORKERS):
+            raise ConfigError(
+                f"workers, the processes that take a federation's clients side by side, is 'auto' or a number from 1 "
+                f"to {MOST_WORKERS}; got {shown(self.workers)}."
+            )
 
     @classmethod
     def defaults(cls, kind: Kind) -> RunConfig:

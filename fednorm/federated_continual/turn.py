@@ -54,7 +54,7 @@ def recall(learner: Learner, kept: Mapping[str, Tensor]) -> None:
     learner.hits.copy_(kept[f"{PLACE}hits"])
     learner.hits_of_all.copy_(kept[f"{PLACE}hits_of_all"])
     learner.loss_sum.copy_(kept[f"{PLACE}loss_sum"])
-    own = {key.removeprefix(_OWN): t.to(learner.device) for key, t in kept.items() if key.startswith(_OWN)}
+    own = {k.removeprefix(_OWN): t.to(learner.device, copy=True) for k, t in kept.items() if k.startswith(_OWN)}
     learner.load_own_tensors(own)
 
 

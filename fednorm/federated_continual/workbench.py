@@ -195,11 +195,11 @@ class GridWorkbench(Workbench):
 
     # An experience's end ----------------------------------------------------------------------------------------------
 
-    def cross_boundary(self, message: Message, context: Context) -> RecordDict:
+    def cross_boundary(self, content: RecordDict, context: Context) -> RecordDict:
         """End a client's experience under the network that the server sent, and score it."""
-        client, config = self.client(context).partition_id, message.content.config_records["config"]
+        client, config = self.client(context).partition_id, content.config_records["config"]
         time = int(str(config["time"]))
-        self.receive(message.content.array_records["arrays"], context.state)
+        self.receive(content.array_records["arrays"], context.state)
         kept = unpack(context.state.array_records[STATE_RECORD]) if STATE_RECORD in context.state else {}
         own, kept = split_state(kept)
         learner, cell = self.learner(client), self.grid.cells[client][time]

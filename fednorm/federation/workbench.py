@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
@@ -132,9 +132,9 @@ class Workbench:
         """Return what the record says of the run besides."""
         return {}
 
-    def cross_boundary(self, message: Message, context: Context) -> RecordDict:
-        """Answer a message that says that an experience has ended; there are none here."""
-        del message, context
+    def cross_boundary(self, content: RecordDict, context: Context) -> RecordDict:
+        """Answer what says that an experience has ended; there are none here."""
+        del content, context
         raise ConfigError("This federation has no experiences, and so no boundary between two.")
 
     def after_round(self, grid: Grid, server_round: int, arrays: ArrayRecord) -> dict[str, Any]:
@@ -224,7 +224,7 @@ class Workbench:
         self,
         client: Client,
         server_round: int,
-        message: Message | None = None,
+        content: RecordDict | None = None,
         context: Context | None = None,
         *,
         evaluating: bool = False,
@@ -234,14 +234,14 @@ class Workbench:
         Args:
             client: The client.
             server_round: The round.
-            message: What the server sent; None for what the strategy would send besides its tensors.
+            content: What the server sent; None for what the strategy would send besides its tensors.
             context: Where the client's state is; None for none.
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
-        content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
+        sent, state = content or RecordDict(), context.state if context else RecordDict()
         own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
-        if message is None:
+        beside = unpack(sent.array_records[EXTRA]) if EXTRA in sent else {}
+        if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
         return self._made_turn(
@@ -253,9 +253,9 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(content.array_records["arrays"]) if message else {},
+            received=unpack(sent.array_records["arrays"]) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            config=dict(sent.config_records.get("config", self.strategy.client_config())),
             state=held(own, "A client keeps"),
         )
 

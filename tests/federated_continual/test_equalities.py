@@ -155,3 +155,13 @@ def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Any, strategy: st
         assert torch.equal(tensor, tensors[key]), key
     assert again["accuracy_tensor"] == result["accuracy_tensor"]
     assert again["own_accuracy_tensor"] == result["own_accuracy_tensor"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fedbn", "scaffold"])
+def test_workers_give_the_bits_of_one_client_after_the_other(tmp_path: Any, strategy: str) -> None:
+    values = {**GRID, "strategy": {"name": strategy}, "learner": {"name": "derpp", "memory_size": 12}}
+    one, first = run(tmp_path / "1", {**values, "workers": 1})
+    two, second = run(tmp_path / "2", {**values, "workers": 2})
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+    assert first["accuracy_tensor"] == second["accuracy_tensor"]
