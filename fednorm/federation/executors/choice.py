@@ -36,7 +36,7 @@ def workers_of(bench: Workbench) -> int:
         ConfigError: It asks for more than there are cores, or for what workers cannot do.
     """
     config, cores = bench.config, cores_of_a_run()
-    obstacle = _obstacle(config)
+    obstacle = obstacle_of(config)
     if config.workers == "auto":
         return 1 if obstacle else min(cores.share, _wanted(bench))
     if config.workers > 1 and obstacle:
@@ -49,8 +49,8 @@ def workers_of(bench: Workbench) -> int:
     return min(config.workers, cores.share)
 
 
-def _obstacle(config: RunConfig) -> str:
-    """Return why a run cannot have workers, as a clause; empty where it can."""
+def obstacle_of(config: RunConfig) -> str:
+    """Return why a run cannot have workers, as a clause; an empty string where it can."""
     if config.device != "cpu":
         return f"workers compute on the CPU; the device is {config.device}"
     if config.threads > 1:

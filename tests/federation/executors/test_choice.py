@@ -10,7 +10,7 @@ import pytest
 from fednorm import cores
 from fednorm.config import resolve
 from fednorm.errors import ConfigError
-from fednorm.federation.executors.choice import estimated_seconds, executor_of, workers_of
+from fednorm.federation.executors.choice import estimated_seconds, executor_of, obstacle_of, workers_of
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.executors.workers import Workers
 
@@ -56,14 +56,17 @@ def test_runs_at_the_same_time_share_the_cores(make_site: MakeSite) -> None:
     [
         ({"workers": 5}, "workers is 5, and 4 cores can be used here"),
         ({"workers": 2, "threads": 2}, "workers is 2, and each worker has one thread; threads is 2"),
-        ({"workers": 2, "compile": True}, "do not go through torch.compile"),
     ],
 )
 def test_what_workers_cannot_do_is_refused(make_site: MakeSite, sections: dict[str, Any], text: str) -> None:
-    if sections.get("compile"):
-        pytest.importorskip("torch._inductor")
     with pytest.raises(ConfigError, match=text):
         workers_of(make_site(**sections).bench)
+
+
+def test_other_devices_and_compiled_passes_have_no_workers() -> None:
+    assert "the device is cuda" in obstacle_of(resolve({"device": "cuda"}))
+    assert "torch.compile" in obstacle_of(resolve({"compile": True}))
+    assert not obstacle_of(resolve({}))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

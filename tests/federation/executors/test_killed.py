@@ -78,7 +78,8 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         assert self.process.wait(240) == 0
-        files = [*self.folder.glob("*/model.safetensors"), *self.folder.glob("*/clients/*.safetensors")]
+        files = [*self.folder.glob("*/model.safetensors"), *self.folder.glob("*/clients.safetensors")]
+        assert len(files) == 2
         return {f"{file.name}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
 
 
