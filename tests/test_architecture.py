@@ -136,7 +136,7 @@ def test_only_the_table_of_cards_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.cards"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue", "fednorm.inspection.strangers",
+        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue",
     }  # fmt: skip
 
 

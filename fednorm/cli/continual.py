@@ -16,8 +16,10 @@ from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
+from fednorm.streams.estimate import estimate_seconds
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.threads import torch_threads
 
 
 def collect_continual(
@@ -45,6 +47,9 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool
         err().print("workers does nothing here: a stream has one learner, which takes one experience after the other.")
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
@@ -72,6 +77,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         )
     if len(data["experiences"]) > 20:
         console.print(f"  and {len(data['experiences']) - 20} more")
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if learner.get("passes") == "separate":
         console.print("new and memory samples go through the network in separate passes: two updates of statistics")
 

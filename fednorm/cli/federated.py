@@ -12,6 +12,8 @@ from rich.console import Console
 from fednorm.cli.console import err, out, print_json
 from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
+from fednorm.federated_continual.estimate import estimate_seconds as estimate_grid
+from fednorm.federated_continual.workbench import GridWorkbench
 from fednorm.federation.estimate import estimate_seconds
 from fednorm.federation.server import Observer, read_back
 from fednorm.federation.simulate import plan, simulate
@@ -42,9 +44,10 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
             {**dataclasses.asdict(entry), "kind": entry.kind.value, "role": entry.role.value}
             for entry in bench.plan.entries
         ]
-    if dry_run and config.kind == "federated":
+    if dry_run:
         with torch_threads(config.threads):
-            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
+            how_long = estimate_grid(bench) if isinstance(bench, GridWorkbench) else estimate_seconds(bench)
+        document["estimated_seconds"] = round(how_long, 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
@@ -76,6 +79,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
     if places := config["strategy"].get("local"):
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "grid" in document:
         console.print(cells_table(document["grid"]).rich())
         console.print(boundaries_table(document["grid"]).rich())
@@ -89,8 +94,6 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         )
     if (workers := document["workers"]) > 1:
         console.print(f"workers: {workers} processes take the clients side by side")
-    if "estimated_seconds" in document:
-        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "entries" in document:
         console.print(plan_table(document["entries"]).rich())
 

@@ -95,7 +95,7 @@ class GridTurn(Turn):
         if not learner.progress.begun:
             before = before[0], 0, 0, 0.0
         with bench.norms.frozen(time):
-            learner.train_passes(cell, bench.passes(self.limit))
+            learner.train_passes(cell, bench.passes)
         self.steps = learner.progress.step - before[0]
         trainee.optimizer.zero_grad(set_to_none=True)
         self.reply = held(local.end(self), "Local.end sends")

@@ -26,6 +26,7 @@ from fednorm.federated_continual import measures
 from fednorm.federated_continual.cells import Grid, make_grid
 from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.turn import GridTurn, recall, remembered, split_state
+from fednorm.federation import undo
 from fednorm.federation.local import Local, Turn
 from fednorm.federation.replies import UnfitReply, in_order, read_scores
 from fednorm.federation.wire import unpack
@@ -151,9 +152,10 @@ class GridWorkbench(Workbench):
         """Return whether a round is the last of an experience."""
         return server_round % self.config.rounds.per_experience == 0
 
-    def passes(self, limit: int = 0) -> int:
-        """Return the passes of a round; one where it is only to be timed."""
-        return 1 if limit else int(self.config.train.local_epochs)
+    @property
+    def passes(self) -> int:
+        """Return the passes of a round."""
+        return int(self.config.train.local_epochs)
 
     def learner(self, client: int, adjust: Callable[[], None] | None = None) -> Learner:
         """Return a client's learner on the workbench's model, remembering nothing yet.
@@ -168,7 +170,7 @@ class GridWorkbench(Workbench):
             num_classes=self.federation.num_classes,
             options=self._options,
             train_mb_size=config.train.batch_size,
-            train_epochs=self.passes() * config.rounds.per_experience,
+            train_epochs=self.passes * config.rounds.per_experience,
             eval_mb_size=config.evaluate.batch_size,
             seed=stream_seed(config.seed, "client", client) if client else config.seed,
             augment=trainee.augmentation,
@@ -204,6 +206,7 @@ class GridWorkbench(Workbench):
         own, kept = split_state(kept)
         learner, cell = self.learner(client), self.grid.cells[client][time]
         recall(learner, kept)
+        undo.forget(context.state)
         if cell is not None and learner.progress.begun:
             learner.end(cell)
             self.keep_local(context.state, own | remembered(learner))

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,6 +68,21 @@ class Phase:
         return max(1, round(self.epochs * a_pass)) if self.epochs else 0
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a strategy's client side adds to the training of a run's ``train`` section, for an estimate of its time.
+
+    Attributes:
+        in_round: Passes over a client's images in each round.
+        before_evaluation: Passes over them before each evaluation.
+        measured: Images of a client that go through the network untrained in each round.
+    """
+
+    in_round: float = 0.0
+    before_evaluation: float = 0.0
+    measured: int = 0
+
+
 @dataclass
 class Turn:
     """One client's turn at the workbench's model: what its :class:`Local` may see and change.
@@ -87,7 +102,6 @@ class Turn:
         state: The client's named tensors, to be changed at will; kept after training, dropped after an evaluation.
         reply: What :meth:`Local.end` gave to be sent.
         steps: Updates so far, those of :meth:`train_aside` not counted.
-        limit: Steps of each phase in place of its own, for timing; 0 for its own.
     """
 
     trainee: Trainee
@@ -104,7 +118,6 @@ class Turn:
     state: dict[str, Tensor] = field(default_factory=dict)
     reply: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
-    limit: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -139,8 +152,6 @@ class Turn:
         step = self._step(local, lambda: local.adjust(self))
         with trainee.trainable.stage(self.probing), torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
-                if self.limit:
-                    phase = replace(phase, epochs=None, steps=self.limit)
                 if phase.parameters is not None and not phase.parameters & trainee.trainable.active:
                     continue  # of two phases, the one whose tensors are frozen
                 with _only(trainee.model, phase.parameters):
@@ -197,6 +208,12 @@ class Local:
     def __init__(self, strategy: Any) -> None:
         """Make the client side of one turn."""
         self.strategy = strategy
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Return what it adds to a run's training, by the strategy's options; by default nothing."""
+        del options
+        return Passes()
 
     def check(self, trainee: Trainee) -> None:
         """Raise a ConfigError if the method's formula does not hold for this training; asked once, before a run."""

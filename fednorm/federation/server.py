@@ -21,7 +21,7 @@ from fednorm.federation.checkpoint import kept, personal, restored, taken
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected, Form
+from fednorm.federation.replies import Expected
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
@@ -127,13 +127,11 @@ def describe(bench: Workbench) -> Document:
         for client in federation.clients
     ]
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
-    summary, strategy = bench.plan.summary(sampled), bench.strategy
-    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
-    summary["bytes_per_round"] += sampled * (sum(form.nbytes for form in beside) + strategy.bytes_beside())
+    extra = bench.strategy.extra_bytes
     return {
         "plan": {
-            **summary,
-            "bytes": bench.plan.bytes_by_role(),
+            **bench.strategy.summary_of_plan(sampled),
+            "bytes": bench.plan.bytes_by_role() | ({"extra": extra} if extra else {}),
             "tensors": bench.plan.tensors(),
         },
         "model": bench.about_model,

@@ -211,7 +211,7 @@ class Workbench:
         count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
         each += self.strategy.local(self.strategy).state_bytes(self.plan)
         require_memory(
-            count * each,
+            2 * count * each,  # and those before the last training, to which a rejected client goes back
             f"The local tensors of {count:,} clients",
             "Lower data.clients_per_domain or model.width, or take a strategy that keeps less on its clients.",
         )

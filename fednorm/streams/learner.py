@@ -230,6 +230,10 @@ class Learner(Passes):
     def load_own_tensors(self, tensors: Tensors) -> None:
         """Take back what :meth:`own_tensors` gave."""
 
+    def memory_filled(self) -> float:
+        """Return how full the memory is that :meth:`end_experience` takes its time with, above 0; 1 where none does."""
+        return 1.0
+
     @contextmanager
     def for_evaluation(self) -> Iterator[nn.Module]:
         """Give the model to evaluate, in evaluation mode."""

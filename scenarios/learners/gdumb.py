@@ -140,6 +140,10 @@ class GDumbLearner(Learner):
             (logits,) = self.pass_forward(samples)
             self.descend(self.loss_of(logits, samples))
 
+    def memory_filled(self) -> float:
+        """Return how full the memory is: all of it is learned at an experience's end."""
+        return len(self.buffer) / self.options.memory_size
+
     def before_update(self) -> None:
         """Clip the gradient."""
         if self.options.clip:
