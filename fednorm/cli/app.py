@@ -25,8 +25,10 @@ try:
         AugmentOption,
         CompileOption,
         DataDirOption,
+        DetailsOption,
         DeviceOption,
         JsonOption,
+        NotesOption,
         RunsOption,
         ScheduleOption,
         SetOption,
@@ -106,10 +108,13 @@ def federated(  # noqa: PLR0913 - one parameter an option
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run one federation, or go on with one that was cut short."""
     with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.federated import run_federated
         from fednorm.cli.options import collect
 
@@ -140,8 +145,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "amp": amp,
         "compile": compiled,
     }
-    resolved = collect(config, flags, settings or [])
-    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
+    resolved, depth = collect(config, flags, settings or []), Depth(details, notes)
+    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, depth=depth, as_json=as_json)
 
 
 @app.command()
@@ -172,10 +177,13 @@ def continual(  # noqa: PLR0913 - one parameter an option
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a learner on a stream of experiences, or go on with a run that was cut short."""
     with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.continual import collect_continual, run_continual
 
     flags = {
@@ -200,7 +208,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
-    run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
+    run_continual(resolved, runs=runs, dry_run=dry_run, depth=Depth(details, notes), as_json=as_json)
 
 
 @app.command()
@@ -217,10 +225,13 @@ def compare(
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
     with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.compare import run_compare
 
     run_compare(
@@ -232,6 +243,7 @@ def compare(
         select_on_test=select_on_test,
         dry_run=dry_run,
         markdown=markdown,
+        depth=Depth(details, notes),
         as_json=as_json,
     )
 
@@ -267,10 +279,13 @@ def report(  # noqa: PLR0913 - one parameter an option
     figures: Annotated[Path | None, typer.Option(help="Write figures to this folder.")] = None,
     figure_format: Annotated[str, typer.Option(help="pdf, svg or png.")] = "pdf",
     summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make tables, figures and one page from records."""
     with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.report import run_report
 
     if markdown and latex:
@@ -288,6 +303,7 @@ def report(  # noqa: PLR0913 - one parameter an option
         figure_format=figure_format,
         baseline=baseline,
         interval=interval,
+        depth=Depth(details, notes),
         as_json=as_json,
     )
 

@@ -101,7 +101,7 @@ def short_table(comparison: Comparison) -> Table:
         (name, f"{100 * score:.1f}", "" if name == first else signed(score - scores[first]))
         for name, score in scores.items()
     )
-    return Table(title, columns, rows, in_parts=True)
+    return Table(title, columns, rows)
 
 
 def _world(comparison: Comparison) -> tuple[str, str, str]:

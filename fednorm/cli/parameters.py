@@ -23,3 +23,10 @@ ScheduleOption = Annotated[
 AugmentOption = Annotated[
     str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
 ]
+
+DetailsOption = Annotated[
+    bool, typer.Option("--details", help="All tables, with all their columns, where not the one that answers.")
+]
+NotesOption = Annotated[
+    bool, typer.Option("--notes", help="All that must be known of the numbers, beneath each table.")
+]

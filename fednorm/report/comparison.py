@@ -12,7 +12,7 @@ from typing import Any
 
 from fednorm.errors import unknown_name
 from fednorm.records.result import result_of
-from fednorm.report import stream_table
+from fednorm.report import captions, stream_table
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
 from fednorm.report.grouping import (
     covers,
@@ -410,7 +410,15 @@ def comparison_table(comparison: Comparison) -> Table:
     cells = {name: [cell(method) for method in comparison.methods] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if name in (label, "n") or set(column) - {UNKNOWN, BASELINE}]
     rows = tuple(zip((m.label for m in comparison.methods), *(cells[name] for name in shown), strict=True))
-    return Table(f"Comparison (%): {comparison.title}", ("method", *shown), rows, comparison.caption, in_parts=True)
+    return Table(
+        f"Comparison (%): {comparison.title}",
+        ("method", *shown),
+        rows,
+        comparison.caption,
+        captions.of_comparison(comparison),
+        captions.warnings_of({method.label: method.results for method in comparison.methods}, comparison.caption),
+        (label, "difference", "paper", "ours − paper", "n", f"{100 * LEVEL:g} % interval"),
+    )
 
 
 def paper_table(comparison: Comparison) -> Table | None:
@@ -423,7 +431,7 @@ def paper_table(comparison: Comparison) -> Table | None:
     sources = dict.fromkeys(paper.source for method in told for paper in method.paper.values())
     notes = ("Ours (paper's, ours − paper's), in per cent.", f"Papers: {'; '.join(sources)}.", *comparison.caption[:2])
     title = f"Beside the paper (%): {comparison.title}"
-    return Table(title, ("method", *(s.label for s in keys)), rows, notes, in_parts=True)
+    return Table(title, ("method", *(s.label for s in keys)), rows, notes, notes[0])
 
 
 def signed(share: float) -> str:

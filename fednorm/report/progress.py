@@ -8,13 +8,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, Task, TaskID
 
 from fednorm.report._common import known
+from fednorm.report.bars import Line, clock
 
 if TYPE_CHECKING:
     from fednorm.federation.workbench import Workbench
     from fednorm.streams.workbench import ContinualWorkbench
+
+
+def _left(task: Task) -> str:
+    """Return a run's time left; empty before its first step, which says how long one takes."""
+    seconds = task.time_remaining
+    return "" if seconds is None or task.finished else f"{clock(seconds)} left"
 
 
 class _Bars:
@@ -29,12 +36,9 @@ class _Bars:
         self._console = console
         self._label = label
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(),
+            Line(_left, counted=True),
             console=console,
+            expand=True,
         )
         self._task: TaskID | None = None
         self._total = 0
