@@ -18,9 +18,11 @@ from fednorm.signals import raising, starting
 try:
     import typer
 
+    from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
     from fednorm.cli.measuring import bench_app, verify_app
     from fednorm.cli.parameters import (
+        KINDS,
         AmpOption,
         AugmentOption,
         CompileOption,
@@ -28,10 +30,15 @@ try:
         DetailsOption,
         DeviceOption,
         JsonOption,
+        ModelOption,
+        NormOption,
         NotesOption,
+        OptimizerOption,
+        RateOption,
         RunsOption,
         ScheduleOption,
         SetOption,
+        names,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -41,7 +48,6 @@ except KeyboardInterrupt:  # before anything has begun there is nothing to tell
 app = typer.Typer(
     callback=root,
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
     "on Flower and continual streams with Avalanche, and compare.",
@@ -74,7 +80,10 @@ def demo(
 @app.command()
 def federated(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Benchmark (fednorm list data), or package.module:yours.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Benchmark (fednorm list data), or package.module:yours.", autocompletion=names("data")),
+    ] = None,
     data_dir: DataDirOption = None,
     domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
     held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
@@ -83,15 +92,15 @@ def federated(  # noqa: PLR0913 - one parameter an option
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet or shards.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    strategy: Annotated[
+        str | None, typer.Option(help="Strategy: fednorm list strategies.", autocompletion=names("strategies"))
     ] = None,
+    norm: NormOption = None,
+    model: ModelOption = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients.")] = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: RateOption = None,
     schedule: ScheduleOption = None,
     augment: AugmentOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
@@ -114,8 +123,6 @@ def federated(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run one federation, or go on with one that was cut short."""
     with starting():
-        from fednorm.cli.answer import Depth
-        from fednorm.cli.federated import run_federated
         from fednorm.cli.options import collect
 
     flags = {
@@ -145,29 +152,36 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "amp": amp,
         "compile": compiled,
     }
-    resolved, depth = collect(config, flags, settings or []), Depth(details, notes)
+    resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
+    with starting():
+        from fednorm.cli.answer import Depth
+        from fednorm.cli.federated import run_federated
+
+    depth = Depth(details, notes)
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, depth=depth, as_json=as_json)
 
 
 @app.command()
 def continual(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    scenario: Annotated[str | None, typer.Option(help="Scenario: fednorm list scenarios.")] = None,
+    scenario: Annotated[
+        str | None, typer.Option(help="Scenario: fednorm list scenarios.", autocompletion=names("scenarios"))
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Data, where the scenario leaves a choice.")] = None,
     data_dir: DataDirOption = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
-    learner: Annotated[str | None, typer.Option(help="Learner: fednorm list learners.")] = None,
-    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    learner: Annotated[
+        str | None, typer.Option(help="Learner: fednorm list learners.", autocompletion=names("learners"))
     ] = None,
+    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
+    norm: NormOption = None,
+    model: ModelOption = None,
     online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: RateOption = None,
     schedule: ScheduleOption = None,
     augment: AugmentOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
@@ -183,8 +197,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Train a learner on a stream of experiences, or go on with a run that was cut short."""
     with starting():
-        from fednorm.cli.answer import Depth
-        from fednorm.cli.continual import collect_continual, run_continual
+        from fednorm.cli.options import collect_continual
 
     flags = {
         "scenario.name": scenario,
@@ -208,12 +221,21 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
+    with starting():
+        from fednorm.cli.answer import Depth
+        from fednorm.cli.continual import run_continual
+
     run_continual(resolved, runs=runs, dry_run=dry_run, depth=Depth(details, notes), as_json=as_json)
 
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm recipes.")],
+    study: Annotated[
+        str,
+        typer.Argument(
+            help="A study's TOML file, or the name of one that ships: fednorm recipes.", autocompletion=names("studies")
+        ),
+    ],
     data_dir: DataDirOption = None,
     runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
     jobs: Annotated[
@@ -230,6 +252,10 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
+    with starting():
+        from fednorm.study.recipes import find_study
+
+    find_study(study)  # a misspelt name is told before PyTorch is imported
     with starting():
         from fednorm.cli.answer import Depth
         from fednorm.cli.compare import run_compare
@@ -250,12 +276,20 @@ def compare(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A study, for its protocol, data and papers' numbers.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A study, for its protocol, data and papers' numbers.", autocompletion=names("studies")),
+    ] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Time a few steps of each method; say what it takes.")] = False,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the studies that ship and the papers they follow, or say what one of them does."""
+    with starting():
+        from fednorm.study.recipes import find_study
+
+    if name is not None:
+        find_study(name)
     with starting():
         from fednorm.cli.recipes import run_recipes
 
@@ -324,7 +358,11 @@ def export(
 @app.command("list")
 def list_names(
     what: Annotated[
-        str, typer.Argument(help="norms, strategies, models, data, scenarios, learners, optimizers or studies.")
+        str,
+        typer.Argument(
+            help="norms, strategies, models, data, scenarios, learners, optimizers or studies.",
+            autocompletion=lambda incomplete: [kind for kind in KINDS if kind.startswith(incomplete)],
+        ),
     ] = "",
     every: Annotated[bool, typer.Option("--all", help="Everything, and what of the reading list is not here.")] = False,
     as_json: JsonOption = False,
@@ -349,7 +387,6 @@ def data(
 ) -> None:
     """Show who holds what: images and labels of every client."""
     with starting():
-        from fednorm.cli.data import run_data
         from fednorm.cli.options import collect
 
     flags = {
@@ -358,15 +395,30 @@ def data(
         "data.domains": domains,
         "data.image_size": image_size,
     }
-    run_data(collect(None, flags, settings or []), as_json=as_json)
+    config = collect(None, flags, settings or [])
+    with starting():
+        from fednorm.cli.data import run_data
+
+    run_data(config, as_json=as_json)
 
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="A norm, strategy, model, benchmark or configuration section.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A norm, strategy, model, …; a section of the configuration (train), a key (train.lr), or config.",
+            autocompletion=names(*FAMILIES),
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Print a method's identity card: formula, paper, options, tensors and roles, deviations, how it was verified."""
+    """Print a method's identity card, or what a section or key of the configuration means."""
+    with starting():
+        from fednorm.cli.explain import explained
+
+    if explained(name, as_json=as_json):
+        return
     with starting():
         from fednorm.cli.catalogue import run_explain
 

@@ -2,10 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fednorm.cards import FAMILIES
+from fednorm.errors import canonical
+from fednorm.study.recipes import recipe_names
+
+
+def names(*families: str) -> Callable[[str], list[str]]:
+    """Return what completes a name of families that is typed in part; no method is imported for it.
+
+    Args:
+        families: Families' plurals, e.g. ``norms``; ``studies`` for those that ship.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        known = [name for family in families if family in FAMILIES for name in FAMILIES[family].names]
+        known += recipe_names() if "studies" in families else []
+        return [name for name in known if name.startswith(canonical(incomplete))]
+
+    return complete
+
+
+KINDS = (*FAMILIES, "studies")
+"""What ``fednorm list`` lists."""
+
+NormOption = Annotated[
+    str | None,
+    typer.Option(
+        "--norm", help="Norm: fednorm list norms; the strategy's own by default.", autocompletion=names("norms")
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Model: fednorm list models; timm:NAME; package.module:callable.",
+        autocompletion=names("models"),
+    ),
+]
+OptimizerOption = Annotated[
+    str | None,
+    typer.Option("--optimizer", help="Optimizer: fednorm list optimizers.", autocompletion=names("optimizers")),
+]
+RateOption = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help="Learning rate, per step, before the schedule.")
+]
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
