@@ -15,6 +15,7 @@ from rich.table import Column
 from rich.text import Text
 
 from fednorm.records.result import result_of
+from fednorm.report.numbers import percent
 from fednorm.study.runner import Failure, Progress
 
 TITLES: Mapping[str, str] = {"search": "search for hyper-parameters", "runs": "study"}
@@ -40,7 +41,7 @@ def duration(seconds: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.1f} %"
+    return "not measured" if share is None else f"{percent(share)} %"
 
 
 @dataclass
