@@ -16,6 +16,7 @@ from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report._common import Table
+from fednorm.report.numbers import percent
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
 from fednorm.study.cases import Study
@@ -110,7 +111,7 @@ def _chosen_table(selection: dict[str, Any]) -> Table:
         (
             choice["method"],
             ", ".join(f"{key} {value}" for key, value in choice["keys"].items()) or "nothing to choose",
-            f"{100 * choice['score']:.1f}",
+            percent(choice["score"]),
         )
         for choice in selection["chosen"]
     )

@@ -13,6 +13,7 @@ from fednorm.cli.console import err, out, print_json
 from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
 from fednorm.report._common import UNKNOWN, Table, flat
+from fednorm.report.numbers import percent
 from fednorm.report.study_progress import duration
 from fednorm.study.cases import Study
 from fednorm.study.estimate import estimate_seconds, seconds_at_once
@@ -93,7 +94,7 @@ def _data(study: Study) -> list[Any]:
 
 def _paper_table(study: Study) -> Table:
     rows = tuple(
-        (" + ".join(_named(entry["match"])), str(entry["score"]), f"{100 * entry['value']:.1f}", str(entry["source"]))
+        (" + ".join(_named(entry["match"])), str(entry["score"]), percent(entry["value"]), str(entry["source"]))
         for entry in study.paper
     )
     return Table("Papers' numbers (%)", ("method", "score", "value", "source"), rows)

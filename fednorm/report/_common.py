@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 from rich.console import RenderableType
@@ -14,6 +14,7 @@ from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import MACHINE, RunConfig, kind_of_device
 from fednorm.records.result import result_of
+from fednorm.report import numbers
 from fednorm.report.terminal import Fitted
 from fednorm.report.text import in_cell, in_markdown, one_line
 
@@ -25,7 +26,7 @@ IMMATERIAL = frozenset({"seed", *(".".join(path) for path in IMMATERIAL_KEYS)})
 SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 """How tables call settings that they name often."""
 
-UNKNOWN = "–"
+UNKNOWN = numbers.UNKNOWN
 """The cell of what was not measured."""
 
 
@@ -181,20 +182,25 @@ def known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def interval(values: Sequence[float | None], form: str = ".1f") -> str:
-    """Return the mean, and the sample standard deviation where there are several; n where some were not measured."""
-    numbers = known(values)
-    if not numbers:
+def interval(values: Sequence[float | None], text: Callable[[float], str] = numbers.fixed) -> str:
+    """Return the mean, and the sample standard deviation where there are several; n where some were not measured.
+
+    Args:
+        values: A value a run.
+        text: How a number is written.
+    """
+    measured = known(values)
+    if not measured:
         return UNKNOWN
-    text = format(mean(numbers), form)
-    if len(numbers) > 1:
-        text += f" ± {stdev(numbers):{form}}"
-    return text if len(numbers) == len(values) else f"{text} (n = {len(numbers)})"
+    told = text(fmean(measured))
+    if len(measured) > 1:
+        told += f" ± {text(stdev(measured))}"
+    return told if len(measured) == len(values) else f"{told} (n = {len(measured)})"
 
 
 def percent(values: Sequence[float | None]) -> str:
     """Return shares in [0, 1] as per cent, as :func:`interval` does."""
-    return interval([None if value is None else 100 * value for value in values])
+    return interval(values, numbers.percent)
 
 
 def evenly(count: int, at_most: int) -> list[int]:

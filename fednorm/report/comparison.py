@@ -12,7 +12,7 @@ from typing import Any
 
 from fednorm.errors import unknown_name
 from fednorm.records.result import result_of
-from fednorm.report import captions, stream_table
+from fednorm.report import captions, numbers, stream_table
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
 from fednorm.report.grouping import (
     covers,
@@ -26,6 +26,7 @@ from fednorm.report.grouping import (
     scored_on,
     unique,
 )
+from fednorm.report.numbers import signed
 from fednorm.study.statistics import LEVEL, METHODS, RESAMPLES, Difference, Interval, mean_ranks, paired_difference
 from fednorm.study.statistics import interval as interval_of
 
@@ -403,7 +404,7 @@ def comparison_table(comparison: Comparison) -> Table:
         "n": lambda method: str(method.scores[comparison.headline].n if comparison.headline in method.scores else 0),
         "difference": lambda method: _difference(method, comparison),
         "worst domain": lambda method: _mean(method.scores.get("worst")),
-        "rank": lambda method: UNKNOWN if method.rank is None else f"{method.rank:.1f}",
+        "rank": lambda method: numbers.fixed(method.rank),
         "paper": lambda method: _paper(method.paper.get(comparison.headline)),
         "ours − paper": lambda method: _from_paper(method.paper.get(comparison.headline)),
     }
@@ -434,23 +435,16 @@ def paper_table(comparison: Comparison) -> Table | None:
     return Table(title, ("method", *(s.label for s in keys)), rows, notes, notes[0])
 
 
-def signed(share: float) -> str:
-    """Return a share as signed per cent with a real minus sign, e.g. ``+1.2`` or ``−0.3``."""
-    return f"{100 * share:+.1f}".replace("-", "−")
-
-
 def _mean(found: Interval | None) -> str:
-    return UNKNOWN if found is None else f"{100 * found.mean:.1f}"
+    return UNKNOWN if found is None else numbers.percent(found.mean)
 
 
 def _deviation(found: Interval | None) -> str:
-    return UNKNOWN if found is None or found.std is None else f"± {100 * found.std:.1f}"
+    return UNKNOWN if found is None or found.std is None else f"± {numbers.percent(found.std)}"
 
 
 def _ends(found: Interval | None) -> str:
-    if found is None or found.low is None or found.high is None:
-        return UNKNOWN
-    return f"[{100 * found.low:.1f}, {100 * found.high:.1f}]".replace("-", "−")
+    return UNKNOWN if found is None else numbers.ends(found.low, found.high)
 
 
 def _difference(method: Method, comparison: Comparison) -> str:
@@ -461,14 +455,14 @@ def _difference(method: Method, comparison: Comparison) -> str:
         return UNKNOWN
     if found.low is None or found.high is None:
         return signed(found.mean) + (" (one seed)" if method.scores[comparison.headline].n > 1 else "")
-    ends = f"[{signed(found.low)}, {signed(found.high)}]"
+    ends = numbers.ends(found.low, found.high)
     return f"{signed(found.mean)} {ends}, {found.better} of {found.n} seeds better"
 
 
 def _paper(paper: Paper | None) -> str:
     if paper is None:
         return UNKNOWN
-    return f"{100 * paper.value:.1f}" + ("" if paper.std is None else f" ± {100 * paper.std:.1f}")
+    return numbers.percent(paper.value) + ("" if paper.std is None else f" ± {numbers.percent(paper.std)}")
 
 
 def _from_paper(paper: Paper | None) -> str:

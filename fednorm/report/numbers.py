@@ -1,9 +1,9 @@
 """Numbers as text: the one place that rounds, for tables, the terminal, LaTeX, figures and the page.
 
-A number is rounded once, in decimal, from the digits that it is written with (the shortest that give the same float
-again: what a record holds), half to even: 0.8125 is 81.2 %, 0.8135 is 81.4 %. Rounding the binary value, or one that
-was rounded before, now and then gives another last digit; so does multiplying by 100 in binary. The page's scripts do
-the same (``assets/numbers.js``), and a test holds both together.
+A number is rounded once, in decimal, half to even: 0.8125 is 81.2 %, 0.8135 is 81.4 %. It is rounded from its first
+twelve significant digits: what a float has beyond them is the noise of sums in binary, which would decide where a mean
+of seeds lies exactly between two digits. The page's scripts do the same (``assets/numbers.js``), and a test holds both
+together.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ UNKNOWN = "–"
 """The text of what was not measured, or is not finite."""
 
 MINUS = "−"
+
+DIGITS = 12
+"""Significant digits that a number is rounded from."""
 
 _EXACT = Context(prec=400, rounding=ROUND_HALF_EVEN, Emax=10_000, Emin=-10_000)
 
@@ -41,19 +44,19 @@ def signed(share: float | None, places: int = 1) -> str:
 
 
 def significant(value: float | None, digits: int = 3) -> str:
-    """Return a number with so many significant digits, without zeros that only fill up: ``0.274``, ``31``, ``1.2e−5``.
+    """Return a number with so many significant digits, without zeros that only fill up: ``0.274``, ``31``, ``1.2e−05``.
 
-    Below 0.0001 and from a million on, it has a power of ten.
+    Digits before the point are never dropped: ``12346``. Below 0.0001 and from a million on, it has a power of ten.
     """
     if value is None or not math.isfinite(value):
         return UNKNOWN
-    if value == 0:
-        return "0"
     number = _decimal(value)
-    rounded = number.quantize(Decimal(1).scaleb(number.adjusted() - digits + 1), context=_EXACT)
+    if number == 0:
+        return "0"
+    rounded = _significant(number, digits)
     power = rounded.adjusted()
     if -4 <= power < 6:
-        return _trimmed(rounded)
+        return _trimmed(_rounded(number, 0) if power >= digits else rounded)
     return f"{_trimmed(rounded.scaleb(-power))}e{MINUS if power < 0 else '+'}{abs(power):02d}"
 
 
@@ -65,11 +68,20 @@ def ends(low: float | None, high: float | None) -> str:
 
 
 def _decimal(value: float) -> Decimal:
-    return Decimal(repr(float(value)))
+    """Return a float's first twelve digits: what comes after them is the noise of sums in binary."""
+    return Decimal(f"{value:.{DIGITS - 1}e}")
+
+
+def _rounded(number: Decimal, places: int) -> Decimal:
+    return number.quantize(Decimal(1).scaleb(-places), context=_EXACT)
+
+
+def _significant(number: Decimal, digits: int) -> Decimal:
+    return _rounded(number, digits - 1 - number.adjusted())
 
 
 def _text(number: Decimal, places: int, sign: bool) -> str:
-    rounded = number.quantize(Decimal(1).scaleb(-places), context=_EXACT)
+    rounded = _rounded(number, places)
     if rounded == 0:
         return f"{abs(rounded):f}"
     before = MINUS if rounded < 0 else "+" if sign else ""

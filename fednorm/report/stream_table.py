@@ -7,7 +7,7 @@ is not finite, is a dash.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import geometric_mean, mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from fednorm.config import METHOD_OPTIONS, METHOD_SWITCHES, RunConfig
@@ -26,6 +26,7 @@ from fednorm.report._common import (
     seeds,
 )
 from fednorm.report.captions import of_table, warnings_of
+from fednorm.report.numbers import fixed, significant
 
 Cell = Callable[[Sequence[float | None]], str]
 
@@ -38,7 +39,7 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "worst case": ("worst_case_accuracy", percent),
     "online accuracy": ("online_accuracy", percent),
     "train accuracy": ("train_accuracy", percent),
-    "drift": ("drift", lambda values: interval(values, ".3g")),
+    "drift": ("drift", lambda values: interval(values, significant)),
 }
 """Columns of :func:`stream_table`: the score of ``final`` that each shows, and how."""
 
@@ -84,7 +85,7 @@ def stream_table(results: Sequence[Result]) -> Table:
         (
             name,
             *(cell([result["final"].get(key) for result in group]) for key, cell in shown.values()),
-            f"{mean(result['seconds'] for result in group):.0f}",
+            fixed(fmean(result["seconds"] for result in group), 0),
         )
         for name, group in groups.items()
     )
@@ -189,7 +190,7 @@ def drift_table(results: Sequence[Result]) -> Table:
     }
     layers = dict.fromkeys(layer for drifts in groups.values() for drift in drifts for layer in drift)
     rows = tuple(
-        (layer, *(interval([drift.get(layer) for drift in drifts], ".3g") for drifts in groups.values()))
+        (layer, *(interval([drift.get(layer) for drift in drifts], significant) for drifts in groups.values()))
         for layer in layers
     )
     note = (
@@ -219,7 +220,7 @@ def _averages(result: Result) -> dict[int, float | None]:
     for line in result["experiences"]:
         number = line["experience"]  # a joint learner's only line is that of the last experience
         seen = result["accuracy_matrix"][number][: number + 1]
-        averages[number] = mean(seen) if len(known(seen)) == number + 1 else None
+        averages[number] = fmean(seen) if len(known(seen)) == number + 1 else None
     return averages
 
 
@@ -230,10 +231,10 @@ def _diagnostic(line: Mapping[str, Any], what: str) -> Mapping[str, float | None
 def _from_to(group: Sequence[Result], what: str) -> str:
     """Return a quantity of the hidden layers after the first and after the last experience."""
     ends = [[_hidden_mean(_diagnostic(result["experiences"][end], what)) for result in group] for end in (0, -1)]
-    means = [mean(values) if (values := known(end)) else None for end in ends]
+    means = [fmean(values) if (values := known(end)) else None for end in ends]
     if means == [None, None]:
         return UNKNOWN
-    return " → ".join(UNKNOWN if value is None else f"{value:.3g}" for value in means)
+    return " → ".join(map(significant, means))
 
 
 def _hidden_mean(by_layer: Mapping[str, float | None]) -> float | None:

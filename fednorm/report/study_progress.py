@@ -14,6 +14,7 @@ from rich.progress import Task, TaskID
 
 from fednorm.records.result import result_of
 from fednorm.report.bars import Line
+from fednorm.report.numbers import percent
 from fednorm.study.runner import Failure, Progress
 
 TITLES: Mapping[str, str] = {"search": "search for hyper-parameters", "runs": "study"}
@@ -39,7 +40,7 @@ def duration(seconds: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.1f} %"
+    return "not measured" if share is None else f"{percent(share)} %"
 
 
 @dataclass

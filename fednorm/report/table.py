@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from fednorm.config import RunConfig
@@ -20,6 +20,7 @@ from fednorm.report._common import (
     seeds,
 )
 from fednorm.report.captions import of_table, warnings_of
+from fednorm.report.numbers import fixed
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "plan_table"]
 
@@ -41,8 +42,8 @@ def accuracy_table(results: Sequence[Result]) -> Table:
                 *cells,
                 percent([r["final"]["mean"] for r in group]),
                 percent([r["final"]["worst"] for r in group]),
-                f"{mean(r['seconds'] for r in group):.0f}",
-                f"{mean(_bytes_per_round(r) for r in group) / 1e6:.2f}",
+                fixed(fmean(r["seconds"] for r in group), 0),
+                fixed(fmean(map(_bytes_per_round, group)) / 1e6, 2),
             )
         )
     columns = ("method", *domains, "mean", "worst", "seconds", "MB a round")
@@ -145,7 +146,7 @@ def _text(value: Any) -> str:
 
 def _bytes_per_round(result: Result) -> float:
     lines = result["rounds"]
-    return float(mean(line["bytes_down"] + line["bytes_up"] for line in lines))
+    return float(fmean(line["bytes_down"] + line["bytes_up"] for line in lines))
 
 
 def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:

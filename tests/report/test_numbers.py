@@ -18,6 +18,7 @@ from fednorm.report.numbers import ends, fixed, percent, signed, significant
         (0.8125, "81.2"),  # a tie goes to the even digit
         (0.8135, "81.4"),  # a tie in decimal, a little less in binary
         (0.60545, "60.5"),  # rounded first to four digits it would be 60.6
+        ((0.812 + 0.813 + 0.8125) / 3, "81.2"),  # whichever way the sum rounded
         (0.3095, "31.0"),
         (0.30949999, "30.9"),
         (1.0, "100.0"),
@@ -43,7 +44,9 @@ def test_a_difference_has_its_sign(share: float, text: str) -> None:
         (0.2745, "0.274"),
         (0.27451, "0.275"),
         (31.0, "31"),
-        (12345.678, "12300"),
+        (12345.678, "12346"),
+        (999.6, "1000"),
+        (0.1 + 0.1745, "0.274"),  # a tie but for the noise
         (1234567.0, "1.23e+06"),
         (0.99999, "1"),
         (0.000012345, "1.23e−05"),
@@ -65,4 +68,4 @@ def test_ends_of_an_interval() -> None:
 @given(st.floats(-2, 2))
 def test_nothing_is_nearer_than_what_is_printed(share: float) -> None:
     printed = Fraction(percent(share).replace("−", "-"))
-    assert abs(printed - 100 * Fraction(repr(share))) <= Fraction(1, 20)
+    assert abs(printed - 100 * Fraction(repr(share))) <= Fraction(1, 20) + Fraction(1, 10**9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from functools import partial
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from fednorm.config import resolve
 from fednorm.federation.simulate import simulate
 from fednorm.report._common import Table, interval, percent
 from fednorm.report.latex import CHARACTERS, escaped
+from fednorm.report.numbers import fixed
 from fednorm.report.table import accuracy_table
 
 SMALL = {
@@ -82,7 +84,7 @@ def test_a_terminal_too_narrow_for_anything_still_ends() -> None:
 def test_numbers_as_text() -> None:
     assert percent([0.5, None, float("nan")]) == "50.0 (n = 1)"
     assert percent([None]) == percent([]) == percent([float("inf")]) == "–"
-    assert interval([1.0, 2.0], ".2f") == "1.50 ± 0.71"
+    assert interval([1.0, 2.0], partial(fixed, places=2)) == "1.50 ± 0.71"
 
 
 def test_latex_is_a_float_of_booktabs() -> None:
