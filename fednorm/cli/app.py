@@ -35,6 +35,7 @@ try:
         NotesOption,
         OptimizerOption,
         RateOption,
+        ReduceOption,
         RunsOption,
         ScheduleOption,
         SetOption,
@@ -245,6 +246,7 @@ def compare(
     select_on_test: Annotated[
         bool, typer.Option("--select-on-test", help="Choose by test images; every table will say so.")
     ] = False,
+    reduce: ReduceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     details: DetailsOption = False,
@@ -267,6 +269,7 @@ def compare(
         jobs=jobs,
         settings=settings or [],
         select_on_test=select_on_test,
+        reduce=reduce,
         dry_run=dry_run,
         markdown=markdown,
         depth=Depth(details, notes),
@@ -281,6 +284,7 @@ def recipes(
         typer.Argument(help="A study, for its protocol, data and papers' numbers.", autocompletion=names("studies")),
     ] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Time a few steps of each method; say what it takes.")] = False,
+    reduce: ReduceOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -293,7 +297,7 @@ def recipes(
     with starting():
         from fednorm.cli.recipes import run_recipes
 
-    run_recipes(name, data_dir, with_cost=cost, as_json=as_json)
+    run_recipes(name, data_dir, reduce=reduce, with_cost=cost, as_json=as_json)
 
 
 @app.command()

@@ -34,9 +34,10 @@ def run_compare(
     jobs: int | None,
     settings: Sequence[str],
     select_on_test: bool,
+    reduce: float | None = None,
     dry_run: bool,
     markdown: bool,
-    depth: Depth,
+    depth: Depth | None = None,
     as_json: bool,
 ) -> None:
     """Run a study and print its tables.
@@ -51,6 +52,7 @@ def run_compare(
         jobs: Runs at a time; one for each core if None.
         settings: ``section.key=value`` each, laid over every run.
         select_on_test: Whether hyper-parameters are chosen on test images.
+        reduce: A factor below 1 by which rounds, images and clients are fewer than the study's.
         dry_run: Whether to list the runs with their estimated time, and stop.
         markdown: Whether tables are printed in Markdown.
         depth: How much a terminal shows; Markdown has all of it.
@@ -65,13 +67,14 @@ def run_compare(
     overrides: dict[str, Any] = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}
     for setting in settings:
         overrides = merge(overrides, override(setting))
-    made = read_study(path, overrides, select_on_test=select_on_test)
-    folder, at_a_time = runs or Path("runs") / path.stem, jobs or default_jobs()
+    made = read_study(path, overrides, select_on_test=select_on_test, reduce=reduce)
+    less = "" if reduce is None else f"-reduced-{reduce:g}"
+    folder, at_a_time = runs or Path("runs") / f"{path.stem}{less}", jobs or default_jobs()
     require_path(folder, "--out")
     if dry_run:
         return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
     outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))
-    _show_outcome(outcome, folder, markdown=markdown, depth=depth, as_json=as_json)
+    _show_outcome(outcome, folder, markdown=markdown, depth=depth or Depth(), as_json=as_json)
     return _leave(outcome)
 
 

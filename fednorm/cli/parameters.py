@@ -76,3 +76,7 @@ DetailsOption = Annotated[
 NotesOption = Annotated[
     bool, typer.Option("--notes", help="All that must be known of the numbers, beneath each table.")
 ]
+ReduceOption = Annotated[
+    float | None,
+    typer.Option("--reduce", metavar="FACTOR", help="A smaller study: 0.1 for a tenth of rounds, images, clients."),
+]

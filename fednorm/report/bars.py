@@ -39,7 +39,7 @@ class Line(ProgressColumn):
         super().__init__(table_column=Column(ratio=1, no_wrap=True))
         self._left, self._counted = left, counted
 
-    def render(self, task: Task) -> _Drawn:  # type: ignore[override]  # any renderable will do
+    def render(self, task: Task) -> _Drawn:
         """Return the line, which fits itself to the width that it is given."""
         count = f"{task.completed:.0f}/{task.total:.0f}" if self._counted and task.total is not None else ""
         return _Drawn(task, count, str(task.fields["state"]), self._left(task))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fednorm.cards import NORMS, spelled
 from fednorm.records.result import result_of
@@ -15,6 +15,39 @@ if TYPE_CHECKING:
 
 NEVER_HIDDEN = ("Runs left out", "Missing from", "No difference is shown", "Reduced", "Departs", "Selected")
 """How sentences of a caption begin without which its numbers would mislead."""
+
+
+DEPARTS = "*"
+"""Marks a difference to a paper of runs that depart from their study."""
+
+
+def reduction_of(results: Sequence[Result], studies: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the factor by which all runs of these results are reduced; None where they are not, or not alike."""
+    runs = ((run, study) for study in studies for key in ("runs", "selection_runs") for run in study.get(key, ()))
+    of = {run: study.get("reduced") for run, study in runs}
+    factors = {of.get(result["hash"]) for result in results}
+    return factors.pop() if len(factors) == 1 else None
+
+
+def of_departures(results: Sequence[Result], studies: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what a caption says of runs that are not what their study's file says."""
+    hashes = {result["hash"] for result in results}
+    factors = sorted({study["reduced"] for study in studies if study.get("reduced")})
+    keys: dict[str, dict[str, None]] = {}
+    for study in studies:
+        for run, departs in (study.get("departs") or {}).items():
+            for key, (own, original) in departs.items() if run in hashes else ():
+                keys.setdefault(key, {})[f"{_written(own)}, not {_written(original)}"] = None
+    told = "; ".join(f"{key} {' or '.join(values)}" for key, values in keys.items())
+    said = (
+        [f"Reduced to {', '.join(f'{factor:g}' for factor in factors)} by --reduce, to look at it."] if factors else []
+    )
+    beside = f"; beside the paper: {DEPARTS}" if any(study.get("paper") for study in studies) else ""
+    return said + ([f"Departs from the study{beside}: {told}."] if told else [])
+
+
+def _written(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 
 def count_of(groups: Iterable[Sequence[Result]]) -> str:

@@ -84,6 +84,8 @@ class Paper:
         std: Its standard deviation as the paper gives it; None where it gives none.
         source: Where it stands, e.g. ``FedBN, table 1``.
         deviation: Our mean minus it; None where we have none.
+        departs: The keys in which our runs are not what their study's file says, which is as near to the paper as it
+            comes: what was set for one call (``--set``), or reduced (``--reduce``).
     """
 
     score: str
@@ -91,6 +93,7 @@ class Paper:
     std: float | None
     source: str
     deviation: float | None
+    departs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Comparison:
         baseline: What differences are to, as a caption calls it; None where there are none.
         caption: Sentences that say what the numbers are.
         split: The images that are scored: ``test`` or ``validation``.
+        reduced: The factor by which the study was made smaller; None where one of the runs is of a whole study.
         baselines: The labels of the methods that are a baseline; several where a study has one for each batch size,
             say: each method is compared with the one that shares most settings with it.
     """
@@ -142,6 +146,7 @@ class Comparison:
     caption: tuple[str, ...]
     split: str = "test"
     baselines: tuple[str, ...] = ()
+    reduced: float | None = None
 
     def score(self, key: str) -> Score | None:
         """Return the score with a key; None where no method has it."""
@@ -220,7 +225,10 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
     called = baselines[0] if len(baselines) == 1 else called
     caption = _caption(methods, headline, called, len(baselines), studies, interval)
     shown = title if split == "test" else f"{title}, {split} images"
-    return Comparison(shown, kind, headline, scores, tuple(methods), called or None, caption, split, tuple(baselines))
+    reduced = captions.reduction_of(results, studies)
+    shown += "" if reduced is None else f", reduced to {reduced:g} of the study"
+    about = (called or None, caption, split, tuple(baselines), reduced)
+    return Comparison(shown, kind, headline, scores, tuple(methods), *about)
 
 
 def _scores(results: Sequence[Result]) -> list[Score]:
@@ -320,7 +328,8 @@ def _papers(group: Sequence[Result], scores: Mapping[str, Interval], studies: Se
             deviation = scores[key].mean - value if key in scores else None
             depth = len(flat(entry["match"]))
             if key not in found or depth > found[key][0]:
-                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation)
+                departs = tuple((study.get("departs") or {}).get(group[0]["hash"], ()))
+                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation, departs)
     return {key: paper for key, (_, paper) in found.items()}
 
 
@@ -342,7 +351,7 @@ def _caption(
     if any(method.rank is not None for method in methods):
         said.append("Rank: mean over domains of the method's rank in each, 1 is best, ties share.")
     said += [text for study in studies if (text := _of_selection(study))]
-    return tuple(said)
+    return tuple(said + captions.of_departures([r for method in methods for r in method.results], studies))
 
 
 def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
@@ -466,7 +475,9 @@ def _paper(paper: Paper | None) -> str:
 
 
 def _from_paper(paper: Paper | None) -> str:
-    return UNKNOWN if paper is None or paper.deviation is None else signed(paper.deviation)
+    if paper is None or paper.deviation is None:
+        return UNKNOWN
+    return signed(paper.deviation) + (captions.DEPARTS if paper.departs else "")
 
 
 def _beside(ours: Interval | None, paper: Paper | None) -> str:
