@@ -28,14 +28,14 @@ import pkgutil
 import secrets
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_name
 
 if TYPE_CHECKING:
     from fednorm.data.benchmarks import Benchmark
@@ -185,7 +185,7 @@ class Family(Generic[C]):
     @cached_property
     def built_in(self) -> tuple[str, ...]:
         """The names of the methods that ship: the package's modules, those with an underscore first left out."""
-        found = pkgutil.iter_modules(_package(self.package).__path__)
+        found = pkgutil.iter_modules(_folders(self.package))
         return tuple(sorted(m.name for m in found if not m.name.startswith("_") and not m.ispkg))
 
     @cached_property
@@ -262,7 +262,23 @@ class Family(Generic[C]):
             return self._with_origin(import_module(module).SPEC, module)
         if reference in self.installed:
             return self._imported(self.installed[reference].value)
-        raise unknown_name(self.noun, reference, self.names)
+        raise self.unknown(reference)
+
+    def unknown(self, reference: str) -> UnknownNameError:
+        """Return the error for a name that nothing of the family has."""
+        return unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
+
+    def require_name(self, reference: str) -> None:
+        """Refuse a name that nothing has, without importing any method; an import path may be anything.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+        """
+        reference = spelled(reference)
+        library, colon, _ = reference.partition(":")
+        elsewhere = is_path(reference) or in_process(reference) or (colon and library in self.libraries)
+        if not elsewhere and reference not in self.names:
+            raise self.unknown(reference)
 
     def _imported(self, reference: str) -> C:
         return self._adopted(import_object(reference, self.noun), reference)
@@ -430,6 +446,14 @@ _PROCESS = secrets.token_hex(4)
 
 
 FEDNORM_API = 1
+
+
+def _folders(package: str) -> Iterable[str]:
+    """Return where a package's modules are: names alone are no reason to import what the package does."""
+    first, *below = package.split(".")
+    if first == "fednorm":
+        return [os.path.join(folder, *below) for folder in import_module(first).__path__]
+    return _package(package).__path__
 
 
 def _package(name: str) -> ModuleType:

@@ -200,7 +200,7 @@ def test_auto_is_batch_normalization(auto: dict[str, Any], scenario: str) -> Non
         ({"scenario": {"name": "split_digit"}}, "no scenario named 'split_digit'. Did you mean 'split_digits'"),
         ({"learner": {"name": "er-ase"}}, "no learner named 'er_ase'. Did you mean 'er_ace'"),
         ({"norm": {"name": "adab2m"}}, "no norm named 'adab2m'. Did you mean 'adab2n'"),
-        ({"learner": {"name": "zzz"}}, "no learner named 'zzz'. Known: derpp"),
+        ({"learner": {"name": "zzz"}}, r"no learner named 'zzz'. All \d+: fednorm list learners."),
     ],
 )
 def test_a_stream_s_unknown_names_come_with_the_nearest(values: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from fednorm.cli.answer import Depth, say_one
 from fednorm.cli.console import err, out, print_json
 from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
@@ -21,13 +22,22 @@ from fednorm.federation.simulate_flower import simulate_flower
 from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
-from fednorm.report.grid_table import boundaries_table, cells_table, grid_table, tensor_table
+from fednorm.report.grid_table import boundaries_table, cells_table
 from fednorm.report.progress import RoundProgress
-from fednorm.report.table import accuracy_table, evaluation_table, plan_table
+from fednorm.report.table import plan_table
 from fednorm.threads import torch_threads
 
 
-def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool, layers: bool, as_json: bool) -> None:
+def run_federated(
+    config: RunConfig,
+    *,
+    runs: Path,
+    runtime: str,
+    dry_run: bool,
+    layers: bool,
+    depth: Depth | None = None,
+    as_json: bool,
+) -> None:
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
@@ -36,7 +46,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
-        return show_result(finished, as_json=as_json)
+        return show_result(finished, depth or Depth(), as_json=as_json)
     bench = workbench_of(config)
     document = plan(config, bench)
     if layers:
@@ -56,7 +66,7 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
     here = runtime == "in-process"
     with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
         result = _run(config, bench, runs, runtime, progress)
-    return show_result(result, as_json=as_json)
+    return show_result(result, depth or Depth(), as_json=as_json)
 
 
 def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:
@@ -98,18 +108,12 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         console.print(plan_table(document["entries"]).rich())
 
 
-def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result: its tables, or the document."""
+def show_result(result: Mapping[str, Any], depth: Depth, *, as_json: bool) -> None:
+    """Print a result: the answer and its table, or the document."""
     if as_json:
         return print_json(result)
     console = out()
-    if "accuracy_tensor" in result:
-        console.print(grid_table([result]).rich())
-        console.print(tensor_table(result).rich())
-    else:
-        console.print(accuracy_table([result]).rich())
-    if set(result["evaluation"]) - {"own"}:
-        console.print(evaluation_table([result]).rich())
+    say_one(result, depth)
     if missing := result["final"].get("missing"):
         whom = ", ".join(missing["domains"]) or f"client {', '.join(map(str, missing['clients']))}"
         share = f"{100 * result['final']['answered']:.0f} %"

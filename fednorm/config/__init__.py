@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fednorm.cards import Scalar
 from fednorm.config.online import ONLINE, require_online
+from fednorm.config.resolve import REFERENCED as SECTION_FAMILIES
 from fednorm.config.resolve import VALUES as SECTION_VALUES
 from fednorm.config.resolve import checked_options, resolve, with_references
 from fednorm.config.run import (
@@ -30,6 +31,7 @@ __all__ = [
     "METHOD_OPTIONS",
     "METHOD_SWITCHES",
     "ONLINE",
+    "SECTION_FAMILIES",
     "SECTION_VALUES",
     "Choice",
     "DataConfig",

@@ -120,11 +120,13 @@ def manifest(document: Any) -> dict[str, Any]:
         raise Unfit(f"a study's manifest is a table of keys, not {shortened(document)}.")
     require_format(document)
     empty: dict[str, Any] = {"title": "", "about": "", "baseline": None, "paper": [], "selection": None}
-    found = {**empty, "selection_runs": [], **document}
+    found = {**empty, "selection_runs": [], "reduced": None, "departs": {}, **document}
     _require(found, _OF_A_STUDY, "the study's manifest")
     for key in ("baseline", "selection"):
         if found[key] is not None and not isinstance(found[key], dict):
             raise Unfit(f"the study's manifest should have a table or null as '{key}'; it has {shortened(found[key])}.")
+    if not isinstance(found["departs"], dict) or not all(isinstance(keys, dict) for keys in found["departs"].values()):
+        raise Unfit("'departs' of a study's manifest has a table of keys for each run.")
     if not all(isinstance(run, str) for run in (*found["runs"], *found["selection_runs"])):
         raise Unfit("the runs and selection_runs of a study's manifest are hashes, text each.")
     for number in found["paper"]:

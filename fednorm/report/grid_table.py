@@ -40,7 +40,12 @@ def grid_table(results: Sequence[Result]) -> Table:
         f"{seeds(results, groups)}.",
     )
     return Table(
-        f"Accuracy (%): {results[0]['data']['title']}", ("method", *SCORES.values(), "seconds"), tuple(rows), notes
+        f"Accuracy (%): {results[0]['data']['title']}",
+        ("method", *SCORES.values(), "seconds"),
+        tuple(rows),
+        notes,
+        caption=f"Means over clients after the last experience. {seeds(results, groups)}.",
+        first=(SCORES["average_accuracy"], SCORES["forgetting_max_minus_last"], SCORES["spatial_forgetting"]),
     )
 
 

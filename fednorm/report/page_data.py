@@ -1,7 +1,9 @@
 """The page's document: every number that the page shows, from results and comparisons, as plain JSON.
 
-The keys are read by ``assets/*.js`` only. Numbers have four significant digits; a configuration, a plan, a list of
-layers and a list of rounds that several runs share are stored once. What JSON cannot hold (NaN, infinity) is null.
+The keys are read by ``assets/*.js`` only. Numbers have as many digits as :mod:`fednorm.report.numbers` rounds from, so
+that the page rounds once, as the tables do; curves have fewer where the page would grow too large. A configuration, a
+plan, a list of layers and a list of rounds that several runs share are stored once. What JSON cannot hold (NaN,
+infinity) is null.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import json
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import RunConfig
@@ -17,6 +20,7 @@ from fednorm.records.result import result_of
 from fednorm.report._common import Result, evenly, flat
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
+from fednorm.report.numbers import DIGITS
 
 if TYPE_CHECKING:
     from fednorm.records.results import Loaded
@@ -26,11 +30,11 @@ Document = dict[str, Any]
 BUDGET = 4_600_000
 """Characters of the document at most: with Plotly (4.8 MB) and the page's own parts it stays below 10 MB."""
 
-THINNINGS = ((400, 60), (200, 40), (150, 28), (100, 20), (80, 14), (60, 10), (40, 7), (20, 4), (8, 2))
+THINNINGS = ((1000, 1000), (400, 60), (200, 40), (150, 28), (100, 20), (80, 14), (60, 10), (40, 7), (20, 4), (8, 2))
 """Points that a learning curve and a diagnostic of one layer have at most, tried in turn until the document fits."""
 
-DIGITS = 4
-"""Significant digits of what is measured."""
+COARSE = 4
+"""Significant digits of curves and diagnostics on a page that would otherwise be too large."""
 
 LEARNING: Mapping[str, tuple[str, bool]] = {
     "mean": ("mean accuracy over domains", True),
@@ -85,10 +89,10 @@ def _fits(document: Document) -> bool:
 
 
 def _thinned(full: Document, curve: int, diagnostic: int) -> Document:
-    """Return a document with at most so many points a curve and a diagnostic; it says so."""
+    """Return a document with at most so many points a curve and a diagnostic, of few digits; it says so."""
 
     def thin(run: Document) -> Document:
-        series = {key: [grid, _evenly(values, curve)] for key, (grid, values) in run["series"].items()}
+        series = {key: [grid, _coarse(values, curve)] for key, (grid, values) in run["series"].items()}
         layers = {key: {**of, "values": _deeply(of["values"], diagnostic)} for key, of in run["layers"].items()}
         return {**run, "series": series, "layers": layers}
 
@@ -106,9 +110,13 @@ def _evenly(values: Sequence[Any], at_most: int) -> list[Any]:
     return [values[i] for i in evenly(len(values), at_most)]
 
 
+def _coarse(values: Sequence[Any], at_most: int) -> list[Any]:
+    return [number(value, COARSE) for value in _evenly(values, at_most)]
+
+
 def _deeply(values: list[Any], at_most: int) -> list[Any]:
     """Return nested lists with the innermost ones thinned."""
-    return [_deeply(inner, at_most) for inner in values] if isinstance(values[0], list) else _evenly(values, at_most)
+    return [_deeply(inner, at_most) for inner in values] if isinstance(values[0], list) else _coarse(values, at_most)
 
 
 @dataclass
@@ -271,20 +279,20 @@ class _Builder:
         return found
 
 
-def number(value: Any) -> float | int | None:
-    """Return a measured value with four significant digits; None for what is unknown or not finite.
+def number(value: Any, digits: int = DIGITS) -> float | int | None:
+    """Return a measured value with so many significant digits; None for what is unknown or not finite.
 
     Integers stay whole.
     """
     if value is None or isinstance(value, int):
         return value
-    rounded = float(f"{value:.{DIGITS}g}")
+    rounded = float(f"{value:.{digits}g}")
     return rounded if math.isfinite(rounded) else None
 
 
 def _mean(values: Iterable[float]) -> float | int | None:
     known = list(values)
-    return number(sum(known) / len(known)) if known else None
+    return number(fmean(known)) if known else None
 
 
 def _scalar(value: Any) -> Any:

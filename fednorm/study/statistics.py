@@ -79,6 +79,11 @@ class Difference:
     method: str
     level: float
 
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether these seeds leave open which of the two is better: the interval holds 0, or there is none."""
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
+
 
 def interval(values: Sequence[float], *, method: str = "t", level: float = LEVEL) -> Interval:
     r"""Return the mean of values with its standard deviation and an interval.
