@@ -29,13 +29,13 @@ _COUNTS = ("step", "ended", "begun", "epoch", "batch", "seen", "met")
 def remembered(learner: Learner) -> dict[str, Tensor]:
     """Return what a learner is to go on with, its network and its optimizer left out, as tensors."""
     progress = learner.progress
-    counts = [*(int(getattr(progress, name)) for name in _COUNTS[:5]), learner.seen, learner.met]
+    counts = [*(int(getattr(progress, name)) for name in _COUNTS[:5]), learner.tally.seen, learner.met]
     plain = {
         "counts": torch.tensor(counts, dtype=torch.int64),
         "tasks": torch.tensor(learner.tasks_seen, dtype=torch.int64),
         "hits": learner.hits,
-        "hits_of_all": learner.hits_of_all,
-        "loss_sum": learner.loss_sum,
+        "hits_of_all": learner.tally.hits,
+        "loss_sum": learner.tally.loss_sum,
     }
     tensors = {PLACE + name: tensor for name, tensor in plain.items()}
     tensors |= {_OWN + key: tensor for key, tensor in learner.own_tensors().items()}
@@ -49,11 +49,11 @@ def recall(learner: Learner, kept: Mapping[str, Tensor]) -> None:
     *progress, seen, met = kept[f"{PLACE}counts"].tolist()
     learner.progress = Progress(**dict(zip(_COUNTS, progress, strict=False)))
     learner.progress.begun = bool(learner.progress.begun)
-    learner.seen, learner.met = seen, met
+    learner.tally.seen, learner.met = seen, met
     learner.tasks_seen = kept[f"{PLACE}tasks"].tolist()
     learner.hits.copy_(kept[f"{PLACE}hits"])
-    learner.hits_of_all.copy_(kept[f"{PLACE}hits_of_all"])
-    learner.loss_sum.copy_(kept[f"{PLACE}loss_sum"])
+    learner.tally.hits.copy_(kept[f"{PLACE}hits_of_all"])
+    learner.tally.loss_sum.copy_(kept[f"{PLACE}loss_sum"])
     own = {k.removeprefix(_OWN): t.to(learner.device, copy=True) for k, t in kept.items() if k.startswith(_OWN)}
     learner.load_own_tensors(own)
 
@@ -91,19 +91,18 @@ class GridTurn(Turn):
         learner = bench.learner(client, adjust=lambda: local.adjust(self))
         learner.epoch_watchers.append(lambda _: bench.norms.rest(time))
         recall(learner, kept)
-        before = learner.progress.step, learner.seen, int(learner.hits_of_all), float(learner.loss_sum)
-        if not learner.progress.begun:
-            before = before[0], 0, 0, 0.0
+        step, tally = learner.progress.step, learner.tally
+        before = (tally.seen, int(tally.hits), float(tally.loss_sum)) if learner.progress.begun else (0, 0, 0.0)
         with bench.norms.frozen(time):
             learner.train_passes(cell, bench.passes)
-        self.steps = learner.progress.step - before[0]
+        self.steps = learner.progress.step - step
         trainee.optimizer.zero_grad(set_to_none=True)
         self.reply = held(local.end(self), "Local.end sends")
         self.state |= remembered(learner)
-        seen = max(learner.seen - before[1], 1)
+        seen = max(tally.seen - before[0], 1)
         metrics = {
-            "loss": (float(learner.loss_sum) - before[3]) / seen,
-            "accuracy": (int(learner.hits_of_all) - before[2]) / seen,
+            "loss": (float(tally.loss_sum) - before[2]) / seen,
+            "accuracy": (int(tally.hits) - before[1]) / seen,
         }
         if bench.ends_experience(self.server_round):
             metrics |= bench.scores(learner, client, time, "own-accuracy")

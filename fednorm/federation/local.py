@@ -27,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ from fednorm.data.domain import Client
 from fednorm.errors import ConfigError
 from fednorm.federation.plan import NormPlan
 from fednorm.rng import torch_seeded, torch_stream
+from fednorm.training.loop import Tally, batches_of
 from fednorm.training.step import TrainingStep
 
 if TYPE_CHECKING:
@@ -158,7 +160,7 @@ class Turn:
                     self.steps += batches.train(step, phase)
         trainee.optimizer.zero_grad(set_to_none=True)
         self.reply = held(local.end(self), "Local.end sends")
-        return batches.means()
+        return batches.tally.means()
 
     def train_aside(self, local: Local, name: str, phase: Phase, adjust: Effect | None = None) -> None:
         """Train the tensors that are in the model now, beside the turn's own training.
@@ -285,9 +287,7 @@ class _Batches:
 
     def __init__(self, turn: Turn, rows: torch.Generator, augmenting: torch.Generator) -> None:
         self._turn, self._generator, self._augmenting = turn, rows, augmenting
-        self._losses: list[Tensor] = []
-        self._hits: list[Tensor] = []
-        self._seen = 0
+        self.tally = Tally(turn.trainee.device)
 
     def train(self, step: TrainingStep, phase: Phase) -> int:
         """Train on a phase's batches; return the number of updates."""
@@ -295,9 +295,7 @@ class _Batches:
         for rows in self._rows(phase):
             images, labels = split.batch(rows)
             loss, logits = step(split.scaling(augment(images, self._augmenting)), labels)
-            self._losses.append(loss * len(rows))
-            self._hits.append((logits.argmax(1) == labels).sum())
-            self._seen += len(rows)
+            self.tally.add(loss, (logits.argmax(1) == labels).sum(), len(rows))
             updates += 1
         return updates
 
@@ -307,17 +305,11 @@ class _Batches:
         size = trainee.config.train.batch_size
         wanted = phase.batches(trainee.config.train, -(-count // size)) if count else 0
         while wanted > 0:
-            rows_of_pass = torch.split(torch.randperm(count, generator=self._generator), size)
-            for rows in rows_of_pass[:wanted]:
-                if len(rows) > 1 or not trainee.batch_coupled:
+            order = torch.randperm(count, generator=self._generator)
+            for rows in islice(batches_of(order, size, single=not trainee.batch_coupled), wanted):
+                if len(rows):
                     yield rows
-            wanted -= len(rows_of_pass)
-
-    def means(self) -> dict[str, float]:
-        return {
-            "loss": torch.stack(self._losses).sum().item() / self._seen,
-            "accuracy": torch.stack(self._hits).sum().item() / self._seen,
-        }
+            wanted -= -(-count // size)
 
 
 @contextmanager

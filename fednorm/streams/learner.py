@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
-from fednorm.device import on_cpu, place_of, wide
+from fednorm.device import on_cpu, place_of
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
@@ -33,6 +33,7 @@ from fednorm.streams.arguments import require_classes, unexpected
 from fednorm.streams.buffer import Samples
 from fednorm.streams.passes import BatchChanges, Passes
 from fednorm.streams.stream import Experience
+from fednorm.training.loop import Tally, batches_of
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import TrainingStep, batch_coupled
 
@@ -141,9 +142,7 @@ class Learner(Passes):
         met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
             passes they are new no more.
         hits: How many of those the model got right just before it was trained on them, int64.
-        hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
-        seen: New samples of the present experience in all passes so far.
-        loss_sum: The sum over those of the loss before the update, float64 where the device has it.
+        tally: What was seen of the present experience's new samples, in all passes so far.
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
         watchers: Called with the learner after every step.
@@ -203,10 +202,9 @@ class Learner(Passes):
         self._current_task = 0
         self._changes = BatchChanges()
         self.slow_reading_was_said = False
-        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
-        self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
+        self.hits, self.met = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        self.tally = Tally(self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
     # What a method overrides ------------------------------------------------------------------------------------------
@@ -341,9 +339,8 @@ class Learner(Passes):
             for effect in self.begin:
                 effect(self.experience_number)
         self.hits.zero_()
-        self.hits_of_all.zero_()
-        self.loss_sum.zero_()
-        self.seen = self.met = 0
+        self.met = 0
+        self.tally.clear()
         self.begin_experience()
         self.progress.begun = True
 
@@ -359,14 +356,13 @@ class Learner(Passes):
         order = torch.randperm(count, generator=torch_stream(self.seed, *names))
         if not kwargs.get("shuffle", True):
             order = torch.arange(count)
-        batches = torch.split(order, self.train_mb_size)
-        if kwargs.get("drop_last", False) and len(batches[-1]) < self.train_mb_size:
-            batches = batches[:-1]
-        for rows in batches[progress.batch :]:
+        size, whole = self.train_mb_size, bool(kwargs.get("drop_last", False))
+        in_pass = count // size if whole else -(-count // size)
+        for rows in batches_of(order, size, single=not self.batch_coupled, begin=progress.batch, whole=whole):
             if self._stop_training:
                 break
-            if len(rows) > 1 or not self.batch_coupled:
-                self._set_rate(progress.epoch * len(batches) + progress.batch, self.train_epochs * len(batches))
+            if len(rows):
+                self._set_rate(progress.epoch * in_pass + progress.batch, self.train_epochs * in_pass)
                 self._train_on(self.source, rows, **kwargs)
             progress.step += 1
             progress.batch += 1
@@ -389,12 +385,10 @@ class Learner(Passes):
         self._before_step(new, **kwargs)
         logits = self.observe(new).detach()
         right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
-        self.hits_of_all += right
+        self.tally.add(self.loss, right, len(rows))
         if not self.progress.epoch:
             self.hits += right
             self.met += len(rows)
-        self.loss_sum += self.loss.detach() * len(rows)
-        self.seen += len(rows)
 
     def _before_step(self, new: Samples, **kwargs: Any) -> None:
         """Called with the samples that come, before every step."""
@@ -439,7 +433,7 @@ class Learner(Passes):
             if hasattr(effect, "state_dict"):
                 found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
         found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.cpu().double()}
+        counts = {"hits": self.hits, "hits_of_all": self.tally.hits, "loss_sum": self.tally.loss_sum.cpu().double()}
         return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
 
     def state(self) -> dict[str, Any]:
@@ -447,7 +441,7 @@ class Learner(Passes):
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return {
             "progress": asdict(self.progress),
-            "seen": self.seen,
+            "seen": self.tally.seen,
             "met": self.met,
             "rates": rates,
             "tasks": list(self.tasks_seen),
@@ -469,9 +463,10 @@ class Learner(Passes):
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors({key: tensor.to(self.device) for key, tensor in _below("own", tensors).items()})
         self.hits.copy_(tensors["count/hits"])
-        self.hits_of_all.copy_(tensors["count/hits_of_all"])
-        self.loss_sum.copy_(tensors["count/loss_sum"])
-        self.progress, self.seen, self.met = Progress(**state["progress"]), int(state["seen"]), int(state["met"])
+        self.tally.hits.copy_(tensors["count/hits_of_all"])
+        self.tally.loss_sum.copy_(tensors["count/loss_sum"])
+        self.progress = Progress(**state["progress"])
+        self.tally.seen, self.met = int(state["seen"]), int(state["met"])
         self.tasks_seen = [int(number) for number in state["tasks"]]
 
 

@@ -256,7 +256,7 @@ class _Run:
 
     def _line(self, source: Experience) -> Document:
         bench, learner = self.bench, self.bench.learner
-        rate = bench.mean_rate(learner.progress.ended - 1)
+        rate, seen = bench.mean_rate(learner.progress.ended - 1), learner.tally.means()
         with learner.for_evaluation() as model:
             scores = [
                 self._score(model, e) if is_scored(self._scope, e.number, source.number) else None for e in bench.stream
@@ -273,9 +273,9 @@ class _Run:
             "accuracy": overall,
             "task_accuracy": [score and score.among_own for score in scores] if bench.stream.label_tells_task else None,
             "online_accuracy": int(learner.hits) / max(learner.met, 1),
-            "average_online_accuracy": int(learner.hits_of_all) / max(learner.seen, 1),
+            "average_online_accuracy": seen["accuracy"],
             "train_accuracy": train_accuracy,
-            "train_loss": float(learner.loss_sum) / max(learner.seen, 1),
+            "train_loss": seen["loss"],
             "steps": learner.progress.step,
             "learning_rate": rate,
             "diagnostics": diagnostics,
