@@ -110,7 +110,6 @@ def federated(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Run one federation, or go on with one that was cut short."""
     with starting():
-        from fednorm.cli.federated import run_federated
         from fednorm.cli.options import collect
 
     flags = {
@@ -141,6 +140,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
     }
     resolved = collect(config, flags, settings or [])
+    with starting():  # takes a second or two: a mistake is told before
+        from fednorm.cli.federated import run_federated
+
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
 
 
@@ -176,7 +178,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Train a learner on a stream of experiences, or go on with a run that was cut short."""
     with starting():
-        from fednorm.cli.continual import collect_continual, run_continual
+        from fednorm.cli.options import collect_continual
 
     flags = {
         "scenario.name": scenario,
@@ -200,6 +202,9 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
+    with starting():  # takes a second or two: a mistake is told before
+        from fednorm.cli.continual import run_continual
+
     run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
 
 

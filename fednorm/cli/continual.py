@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from fednorm.cli.console import err, out, print_json
-from fednorm.cli.options import collect_values
 from fednorm.cli.standing import run_stands, saying_what_stands
-from fednorm.config import ONLINE, RunConfig, merge, require_online, resolve
+from fednorm.config import RunConfig
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
 from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
-
-
-def collect_continual(
-    config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
-) -> RunConfig:
-    """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
-
-    Raises:
-        FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
-    """
-    values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
-    resolved = resolve(values, only="continual")
-    return require_online(resolved) if online else resolved
 
 
 def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:

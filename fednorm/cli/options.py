@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fednorm.config import RunConfig, merge, override, read_config, resolve
+from fednorm.config import ONLINE, RunConfig, merge, override, read_config, require_online, resolve
 
 
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,3 +50,16 @@ def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[st
         FedNormError: A key or a value is wrong.
     """
     return resolve(collect_values(config, flags, settings), only="federated")
+
+
+def collect_continual(
+    config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
+) -> RunConfig:
+    """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
+
+    Raises:
+        FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
+    """
+    values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
+    resolved = resolve(values, only="continual")
+    return require_online(resolved) if online else resolved
