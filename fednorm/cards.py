@@ -21,6 +21,7 @@ may know libraries of its methods: ``timm:resnet26d`` is no import path but timm
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -28,14 +29,16 @@ import pkgutil
 import secrets
 import sys
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_name
+from fednorm.literals import literal
 
 if TYPE_CHECKING:
     from fednorm.data.benchmarks import Benchmark
@@ -199,6 +202,38 @@ class Family(Generic[C]):
         """Every name that needs no import path, sorted."""
         return tuple(sorted({*self.built_in, *self.installed}))
 
+    def require(self, reference: str) -> None:
+        """Refuse a name that nothing has, before anything is imported; what is imported by it may still be refused.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+        """
+        reference = spelled(reference)
+        if not is_path(reference) and reference not in self.built_in and reference not in self.installed:
+            raise self.unknown(reference)
+
+    def stated(self, reference: str, field_name: str, default: Any) -> Any:
+        """Return a field of a card, of a built-in one without importing its file where the file states it as a literal.
+
+        Tables of results need a word of a card now and then, and importing PyTorch for it takes longer than the table.
+
+        Args:
+            reference: The name or import path.
+            field_name: Which field.
+            default: What the field is where a file does not state it.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+            ConfigError: The import path cannot be imported, or names something else.
+        """
+        name = spelled(reference)
+        if name in self.built_in and name not in _CARDS.get(self.plural, {}):
+            for folder in _folders(self.package):
+                with contextlib.suppress(OSError, SyntaxError, ValueError):
+                    source = Path(folder, f"{name}.py").read_text(encoding="utf-8")
+                    return literal(source, self.card.rpartition(":")[2], field_name, default)
+        return getattr(self[reference], field_name)
+
     def is_foreign(self, reference: str) -> bool:
         """Return whether a reference is of a stranger's method, which fednorm's version does not identify."""
         return spelled(reference) not in self.built_in
@@ -267,18 +302,6 @@ class Family(Generic[C]):
     def unknown(self, reference: str) -> UnknownNameError:
         """Return the error for a name that nothing of the family has."""
         return unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
-
-    def require_name(self, reference: str) -> None:
-        """Refuse a name that nothing has, without importing any method; an import path may be anything.
-
-        Raises:
-            UnknownNameError: Nothing has that name.
-        """
-        reference = spelled(reference)
-        library, colon, _ = reference.partition(":")
-        elsewhere = is_path(reference) or in_process(reference) or (colon and library in self.libraries)
-        if not elsewhere and reference not in self.names:
-            raise self.unknown(reference)
 
     def _imported(self, reference: str) -> C:
         return self._adopted(import_object(reference, self.noun), reference)
@@ -448,12 +471,15 @@ _PROCESS = secrets.token_hex(4)
 FEDNORM_API = 1
 
 
-def _folders(package: str) -> Iterable[str]:
-    """Return where a package's modules are: names alone are no reason to import what the package does."""
-    first, *below = package.split(".")
-    if first == "fednorm":
-        return [os.path.join(folder, *below) for folder in import_module(first).__path__]
-    return _package(package).__path__
+def _folders(package: str) -> list[str]:
+    """Return where a package of built-in methods is; of what is on the way to it the first package alone is imported.
+
+    Raises:
+        ConfigError: It is a stranger's package of the same name.
+    """
+    first, *rest = package.split(".")
+    top = import_module(first) if rest else _package(first)
+    return [str(Path(folder, *rest)) for folder in top.__path__]
 
 
 def _package(name: str) -> ModuleType:

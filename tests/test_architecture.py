@@ -17,7 +17,15 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.cores", "fednorm.signals"),
+    (
+        "fednorm.errors",
+        "fednorm.rng",
+        "fednorm.roles",
+        "fednorm.threads",
+        "fednorm.cores",
+        "fednorm.signals",
+        "fednorm.literals",
+    ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),

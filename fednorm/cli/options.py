@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fednorm.cards import OPTIMIZERS
-from fednorm.config import ONLINE, SECTION_FAMILIES, RunConfig, merge, override, read_config, require_online, resolve
-from fednorm.errors import canonical
+from fednorm.config import ONLINE, RunConfig, merge, override, read_config, require_online, resolve
 
 
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,27 +40,7 @@ def collect_values(config: Path | None, flags: Mapping[str, Any], settings: Sequ
     values = merge(values, nested(flags))
     for setting in settings:
         values = merge(values, override(setting))
-    require_names(values)
     return values
-
-
-def require_names(values: Mapping[str, Any]) -> None:
-    """Refuse misspelt names before anything is imported that could run: PyTorch and Flower take seconds.
-
-    Args:
-        values: What the user wrote, as nested dictionaries; whatever else is wrong with it is told later.
-
-    Raises:
-        UnknownNameError: A section names what there is not.
-    """
-    for section, family in SECTION_FAMILIES.items():
-        table = values.get(section)
-        name = table.get("name") if isinstance(table, Mapping) else None
-        if isinstance(name, str) and not (section == "norm" and canonical(name) == "auto"):
-            family.require_name(name)
-    train = values.get("train")
-    if isinstance(train, Mapping) and isinstance(optimizer := train.get("optimizer"), str):
-        OPTIMIZERS.require_name(optimizer)
 
 
 def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
@@ -84,13 +62,7 @@ def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[st
 def collect_continual(
     config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
 ) -> RunConfig:
-    """Return the configuration of a run on a stream; arguments but the last are those of :func:`collect_values`.
-
-    Args:
-        config: A TOML file, if any.
-        flags: Dotted keys with the values of options.
-        settings: ``section.key=value`` each.
-        online: Whether each experience is passed over once, ten images a step.
+    """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
 
     Raises:
         FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.

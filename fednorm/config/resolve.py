@@ -81,6 +81,7 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
     values = _for_own_data(kind, values)
+    _require_words(kind, values)
     values = merge({"norm": {"name": DEFAULT_NORM}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     if isinstance(sections.get("device"), str):
@@ -93,6 +94,25 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
     sections["train"] = _with_optimizer(sections["train"])
     config = RunConfig(**sections)
     return _identified(config, values.get("sources", {}))
+
+
+def _require_words(kind: Kind, values: Mapping[str, Any]) -> None:
+    """Refuse a misspelt key or name before any method is imported, which takes seconds.
+
+    Raises:
+        ConfigError: A section is no table, or has a key that it does not have.
+        UnknownNameError: There is no such method.
+    """
+    for section in SECTIONS[kind]:
+        if section in VALUES:
+            VALUES[section].require_keys(kind, values.get(section, {}))
+    for section, family in REFERENCED.items():
+        name = _name_in(values, section) if section in SECTIONS[kind] else ""
+        if name and not (section == "norm" and canonical(name) == "auto"):
+            family.require(name)
+    train = values.get("train", {})
+    if isinstance(optimizer := train.get("optimizer"), str):
+        OPTIMIZERS.require(optimizer)
 
 
 def _benchmark(name: str) -> str:

@@ -161,7 +161,7 @@ def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> 
 def reconstructions(results: Iterable[Result]) -> list[str]:
     """Return a sentence for each of fednorm's norms among results whose formula is, in part, a reconstruction."""
     names = dict.fromkeys(spelled(str(result["config"]["norm"]["name"])) for result in results)
-    marked = {name: NORMS[name].reconstruction for name in names if name in NORMS.built_in}
+    marked = {name: NORMS.stated(name, "reconstruction", "") for name in names if name in NORMS.built_in}
     return [f"{name} (reconstruction, unverified): {what.rstrip('.')}." for name, what in marked.items() if what]
 
 

@@ -98,7 +98,8 @@ def warnings_of(groups: Mapping[str, Sequence[Result]], sentences: Iterable[str]
         name
         for group in groups.values()
         for result in group
-        if (name := spelled(str(result["config"]["norm"]["name"]))) in NORMS.built_in and NORMS[name].reconstruction
+        if (name := spelled(str(result["config"]["norm"]["name"]))) in NORMS.built_in
+        and NORMS.stated(name, "reconstruction", "")
     )
     if guessed:
         told.append(f"Reconstruction, unverified: {', '.join(guessed)} (fednorm explain NAME).")
