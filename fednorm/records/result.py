@@ -257,7 +257,7 @@ class StreamResult(Result):
 
         Weight decay stands among the settings, as is usual.
         """
-        defaults, found = RunConfig.defaults("continual").to_dict(), list[tuple[str, Any]]()
+        defaults, found = RunConfig.default_values("continual"), list[tuple[str, Any]]()
         for section in ("model", "train", "evaluate"):
             keys = [key for key in defaults[section] if key in METHOD_OPTIONS | METHOD_SWITCHES - {"weight_decay"}]
             values = {key: self.config[section].get(key, defaults[section][key]) for key in keys}
@@ -267,7 +267,7 @@ class StreamResult(Result):
     @property
     def method(self) -> tuple[Any, ...]:
         """Learner, norm, :data:`METHOD_OPTIONS` and :data:`METHOD_SWITCHES`, chosen for each stream."""
-        defaults, told = RunConfig.defaults("continual").to_dict(), list[tuple[str, str, Any]]()
+        defaults, told = RunConfig.default_values("continual"), list[tuple[str, str, Any]]()
         for section, values in self.config.items():
             for key, value in values.items() if isinstance(values, Mapping) else ():
                 if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
