@@ -37,7 +37,7 @@ def workers_of(bench: Workbench) -> int:
     """
     config, cores = bench.config, cores_of_a_run()
     obstacle = obstacle_of(config)
-    if config.workers == "auto":
+    if isinstance(config.workers, str):  # auto
         return 1 if obstacle else min(cores.share, _wanted(bench))
     if config.workers > 1 and obstacle:
         raise ConfigError(f"workers is {config.workers}, and {obstacle}. Set workers to 1, or leave it out.")
