@@ -13,7 +13,8 @@ from fednorm.federation.simulate import simulate
 from fednorm.limits import require_path
 from fednorm.records.result import result_of
 from fednorm.records.results import Loaded
-from fednorm.report.comparison import Comparison, comparisons, signed
+from fednorm.report.comparison import Comparison, comparisons
+from fednorm.report.numbers import percent, signed
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
 from fednorm.report.table import Table
@@ -98,10 +99,9 @@ def short_table(comparison: Comparison) -> Table:
     }
     columns = (section, head.label if head else comparison.headline, f"to {first}")
     rows = tuple(
-        (name, f"{100 * score:.1f}", "" if name == first else signed(score - scores[first]))
-        for name, score in scores.items()
+        (name, percent(score), "" if name == first else signed(score - scores[first])) for name, score in scores.items()
     )
-    return Table(title, columns, rows, in_parts=True)
+    return Table(title, columns, rows)
 
 
 def _world(comparison: Comparison) -> tuple[str, str, str]:

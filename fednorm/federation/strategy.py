@@ -59,6 +59,11 @@ class Common(TypedDict, total=False):
     frozen: frozenset[str]
 
 
+def _always(partition_id: int, server_round: int) -> bool:
+    del partition_id, server_round
+    return True
+
+
 class NormStrategy(Strategy):
     """Federated averaging by a norm plan; the base of every strategy here.
 
@@ -116,6 +121,7 @@ class NormStrategy(Strategy):
         self.min_nodes = min_nodes
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
+        self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)
@@ -387,6 +393,7 @@ class NormStrategy(Strategy):
         nodes = self.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
+        nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
         if self.fraction == 1:
             return nodes
         size = max(1, round(self.fraction * len(nodes)))
@@ -411,7 +418,7 @@ class NormStrategy(Strategy):
             reply,
             self.plan,
             required=OURS if ours else (),
-            examples=ours.train if ours else 0,
+            examples=ours.train if ours and ours.constant else 0,
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from inspect import Parameter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,23 +61,23 @@ def load_model(name: str, *, device: str = "cpu") -> nn.Module:
     return make_model(name, make_norm("batch_norm"), num_classes=CLASSES).to(device)
 
 
-def _filled(path: str, make: Any) -> Callable[[], Any]:
+def _filled(path: str, make: Any) -> Callable[..., Any]:
     """Return what makes a model, given what it asks for as a run gives it."""
     if not callable(make):
         raise ConfigError(f"{path!r} is a {type(make).__name__}; it must be a model or a function that makes one.")
     try:
         parameters = inspect.signature(make).parameters.values()
     except (TypeError, ValueError):  # compiled, and says nothing of itself
-        return make
+        return cast(Callable[..., Any], make)
     if not any(p.default is p.empty and p.kind not in (Parameter.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        return make
+        return cast(Callable[..., Any], make)
     card = MODELS[path]
     assert isinstance(card, ForeignModel)
     order = Order(norm=make_norm("batch_norm"), num_classes=CLASSES, image_size=card.input_size)
     return partial(make, **card.arguments(order))
 
 
-def _made(path: str, make: Callable[[], Any]) -> nn.Module:
+def _made(path: str, make: Callable[..., Any]) -> nn.Module:
     """Call what makes a model."""
     try:
         model = make()

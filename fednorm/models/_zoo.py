@@ -25,7 +25,7 @@ from torch import nn
 
 from fednorm.cards import Option, type_hints
 from fednorm.errors import ConfigError, UnknownNameError
-from fednorm.models import Make, Order
+from fednorm.models import Order
 from fednorm.models._foreign import ForeignModel
 
 _OURS = frozenset({"num_classes", "in_chans", "img_size", "image_size", "input_size", "norm_layer", "device", "dtype"})
@@ -160,7 +160,7 @@ def torchvision_names() -> list[str]:
     return list(models.list_models(module=models))
 
 
-def torchvision_maker(name: str) -> Make:
+def torchvision_maker(name: str) -> Callable[..., nn.Module]:
     """Return what makes one of torchvision's networks, of any task, without weights.
 
     Raises:
@@ -219,7 +219,7 @@ def torchvision_card(name: str) -> ZooModel:
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
-def timm_maker(name: str) -> Make:
+def timm_maker(name: str) -> Callable[..., nn.Module]:
     """Return what makes one of timm's networks, named with or without the tag of its weights, without these.
 
     Raises:
@@ -280,7 +280,7 @@ def timm_card(name: str) -> ZooModel:
     )
 
 
-MAKERS: Mapping[str, Callable[[str], Make]] = {"torchvision": torchvision_maker, "timm": timm_maker}
+MAKERS: Mapping[str, Callable[[str], Callable[..., nn.Module]]] = {"torchvision": torchvision_maker, "timm": timm_maker}
 """What makes a network of a library, by the library's name."""
 
 

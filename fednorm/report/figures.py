@@ -26,6 +26,7 @@ from fednorm.report.comparison import Comparison, Method
 from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
+from fednorm.report.numbers import fixed, percent
 from fednorm.report.plotting import COLOURS, Bands, Curves, finish, legend, legend_height, plain, styled
 from fednorm.study.statistics import LEVEL
 
@@ -256,7 +257,7 @@ def _best(comparison: Comparison) -> list[Method]:
 def _bar(axes: Axes, place: int, method: Method, key: str) -> None:
     found = method.scores[key]
     axes.barh(place, 100 * found.mean, height=0.62, color=COLOURS[0], alpha=0.35, edgecolor=COLOURS[0], linewidth=0.8)
-    ends = f"{100 * found.mean:.1f}"
+    ends = percent(found.mean)
     right = found.mean
     if found.low is not None and found.high is not None:
         reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
@@ -291,7 +292,7 @@ def _heat(figure: Figure, axes: Axes, cells: Sequence[Sequence[float]]) -> None:
             for column, value in enumerate(values, start=1):
                 if not math.isnan(value):
                     ink = "white" if value < 48 else "black"
-                    axes.annotate(f"{value:.0f}", (column, row), ha="center", va="center", color=ink, fontsize=7)
+                    axes.annotate(fixed(value, 0), (column, row), ha="center", va="center", color=ink, fontsize=7)
 
 
 def _range(counts: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -26,10 +26,10 @@ from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
 from fednorm.device import on_cpu, place_of
-from fednorm.errors import ConfigError, DataError
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
+from fednorm.streams.arguments import require_classes, unexpected
 from fednorm.streams.buffer import Samples
 from fednorm.streams.passes import BatchChanges, Passes
 from fednorm.streams.stream import Experience
@@ -39,8 +39,6 @@ from fednorm.training.step import TrainingStep, batch_coupled
 
 Tensors = dict[str, Tensor]
 
-OF_AVALANCHE = frozenset({"plugins", "evaluator", "eval_every", "peval_mode"})
-"""Arguments that Avalanche's strategies have and a learner has not."""
 Effect = Callable[[], None]
 
 
@@ -182,7 +180,7 @@ class Learner(Passes):
         **others: Any,
     ) -> None:
         if others:
-            raise _unexpected(type(self).__name__, others)
+            raise unexpected(type(self).__name__, others)
         self.model, self.optimizer, self.device = model, optimizer, place_of(model, device)
         self._criterion = criterion or nn.CrossEntropyLoss()
         self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
@@ -272,25 +270,56 @@ class Learner(Passes):
         for each in experiences_of(experience):
             self.train(source_of(self, each, for_training(each)))
 
+    def train_passes(self, experience: Experience, passes: int) -> None:
+        """Train for some passes over an experience that goes on afterwards; :meth:`end` ends it.
+
+        As a client of a federation does, round by round. :attr:`train_epochs` is the number of passes in all.
+
+        Raises:
+            DataError: Its labels are not the network's classes.
+        """
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._begin_once()
+            self._epochs(self.progress.epoch + passes)
+
+    def end(self, experience: Experience) -> None:
+        """End an experience that :meth:`train_passes` has begun."""
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._end()
+
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
         self._stop_training = True
 
     def _learn(self, **kwargs: Any) -> None:
         """Train on :attr:`source`; the arguments are for whoever looks on, but for those of :meth:`_pass`."""
-        progress = self.progress
         with torch_seeded(self.seed, "learner"):
-            if not progress.begun:
-                self._begin()
-            while progress.epoch < self.train_epochs and not self._stop_training:
-                self._before_training_epoch(**kwargs)
-                self._pass(**kwargs)
-                self._after_training_epoch(**kwargs)
-                progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._begin_once()
+            self._epochs(self.train_epochs, **kwargs)
             self._stop_training = False
-            self.end_experience()
+            self._end()
+
+    def _begin_once(self) -> None:
+        if not self.progress.begun:
+            self._begin()
+
+    def _epochs(self, count: int, **kwargs: Any) -> None:
+        """Train until so many passes over :attr:`source` are finished."""
+        progress = self.progress
+        while progress.epoch < count and not self._stop_training:
+            self._before_training_epoch(**kwargs)
+            self._pass(**kwargs)
+            self._after_training_epoch(**kwargs)
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _end(self) -> None:
+        self.end_experience()
         self.step.end_experience()
-        self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+        self.progress = Progress(step=self.progress.step, ended=self.progress.ended + 1)
 
     def _take(self, source: Experience) -> None:
         """Begin with an experience, or go on with it, and count its tasks."""
@@ -445,33 +474,3 @@ def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
-
-
-def _unexpected(name: str, arguments: Iterable[str]) -> Exception:
-    """Return the error for arguments that a learner does not have; Avalanche's are its strategy's."""
-    named = ", ".join(sorted(arguments))
-    if set(arguments) <= OF_AVALANCHE:
-        return ConfigError(
-            f"{name} is plain PyTorch and has no {named}. Take it as an Avalanche strategy, which has: "
-            f"fednorm.avalanche.strategy_of({name}), or for fednorm's own scenarios.learners.er_ace.ERACE and its like."
-        )
-    return TypeError(f"{name} got unexpected arguments: {named}")
-
-
-def require_classes(labels: Tensor, num_classes: int, name: str) -> None:
-    """Require that labels are classes of the network.
-
-    Args:
-        labels: The labels, integers.
-        num_classes: K.
-        name: What has them, for the error.
-
-    Raises:
-        DataError: One is negative, or not below ``num_classes``.
-    """
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name} has labels from {low} to {high}, and the learner has num_classes = {num_classes}: labels 0 to "
-            f"{num_classes - 1}. Make the learner, and its network, with as many classes as the stream has."
-        )

@@ -18,6 +18,7 @@ from fednorm.config import MACHINE, Kind, RunConfig
 from fednorm.data.benchmarks import Reader
 from fednorm.data.published import Published
 from fednorm.errors import DataError
+from fednorm.federated_continual import estimate as of_grids
 from fednorm.federation import estimate as of_rounds
 from fednorm.streams import estimate as of_streams
 from fednorm.threads import torch_threads
@@ -42,7 +43,11 @@ class Estimate:
     basis: str
 
 
-_WAYS: Mapping[Kind, ModuleType] = {"federated": of_rounds, "continual": of_streams}
+_WAYS: Mapping[Kind, ModuleType] = {
+    "federated": of_rounds,
+    "continual": of_streams,
+    "federated_continual": of_grids,
+}
 """What loads a kind's data (``load``), counts its work (``work``), and times it (``measure``)."""
 
 

@@ -79,8 +79,14 @@ def test_tables_go_to_standard_output_and_progress_to_the_other(call: Call) -> N
     assert outcome.code == 0
     assert "experience 2/2" in outcome.err
     assert "er_ace with norm adab2n" in outcome.err
-    for title in ("Accuracy (%): split", "forgetting", "Accuracy matrix (%): split", "Drift by layer", "record: "):
+    assert outcome.out.startswith("er_ace + adab2n (memory_size=20) ")  # the answer comes first
+    for title in ("Accuracy (%): split", "forgetting", "--details: 2 more tables", "record: "):
         assert title in outcome.out
+    assert "Accuracy matrix" not in outcome.out
+    whole = call("continual", "--norm", "adab2n", *SMALL, "--details", "--notes")  # reads the record back
+    for title in ("Accuracy (%): split", "Accuracy matrix (%): split", "Drift by layer", "Forgetting: percentage"):
+        assert title in whole.out
+    assert "--details:" not in whole.out
     assert "experience 1/2" not in outcome.out
     separate = call("continual", *SMALL, "--set", "learner.passes=separate", "--dry-run")
     assert "separate passes" in separate.out

@@ -53,8 +53,8 @@ function curvesOf(section, quantity, axis) {
     const curve = overSeeds(curves);
     const label = section.methods[index].label;
     const text = curve.mean.map((value, i) => {
-      const band = curve.n > 1 ? ` (${ends(curve.low[i], curve.high[i], false)})` : "";
-      return `${show(value, false)}${band}`;
+      const band = curve.n > 1 ? ` ${ends(curve.low[i] / times, curve.high[i] / times, quantity.percent)}` : "";
+      return show(value / times, quantity.percent) + band;
     });
     traces.push(...curveTraces(label, section.view.style(index), curve, text, section.view.shown.length > 4));
   }
