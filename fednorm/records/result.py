@@ -82,8 +82,8 @@ class Result(dict[str, Any]):
 
     @property
     def subject(self) -> str:
-        """What the run is about, by which it is shown and chosen: its kind, or ``memorization``."""
-        return "memorization" if self.memorizes else self.kind
+        """What the run is about, by which it is shown and chosen: ``federated``, ``continual`` or ``memorization``."""
+        raise NotImplementedError
 
     @property
     def curves(self) -> Mapping[str, str]:
@@ -185,6 +185,11 @@ class FederatedResult(Result):
         return [(line["round"], line) for line in self.lines]
 
     @property
+    def subject(self) -> str:
+        """Clients."""
+        return "federated"
+
+    @property
     def curves(self) -> Mapping[str, str]:
         """The mean accuracy over domains."""
         return {"mean accuracy": "mean"}
@@ -245,6 +250,11 @@ class StreamResult(Result):
     def memorizes(self) -> bool:
         """Whether the stream is about memorization."""
         return bool(self["data"]["memorization"])
+
+    @property
+    def subject(self) -> str:
+        """What comes one after another, or how much can be learned by heart."""
+        return "memorization" if self.memorizes else "continual"
 
     @property
     def curves(self) -> Mapping[str, str]:
@@ -313,6 +323,11 @@ class GridResult(FederatedResult):
     """The result of a federation whose clients learn on streams of their own."""
 
     kind = "federated_continual"
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """The accuracy on training images; other images are scored where an experience ends."""
+        return {"training accuracy": "train_accuracy"}
 
     @property
     def headline(self) -> str:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from fednorm.records.result import Result
 from fednorm.report._common import Table
 from fednorm.report.curves import named
+from fednorm.report.grid_table import grid_table
 from fednorm.report.plotting import finish, styled
 from fednorm.report.stream_table import stream_table
 from fednorm.report.table import accuracy_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TABLES: Mapping[str, Callable[[Sequence[Result]], Table]] = {
+    "federated": accuracy_table,
+    "continual": stream_table,
+    "federated_continual": grid_table,
+}
+"""The table that the command line prints, by kind of run."""
 
 
 def figure(result: Result) -> Figure:
@@ -46,7 +55,7 @@ def html(result: Result) -> str:
     Args:
         result: The result of a finished run.
     """
-    table = accuracy_table([result]) if result.kind == "federated" else stream_table([result])
+    table = TABLES[result.kind]([result])
     return f"{_table(table)}<img alt='{escape(result.method_name)}' src='data:image/png;base64,{_picture(result)}'>"
 
 

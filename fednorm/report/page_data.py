@@ -149,7 +149,7 @@ class _Builder:
 
     def _run(self, result: Result, method: int, comparison: Comparison) -> Document:
         own = result_of(result)
-        federated, lines = own.kind == "federated", own.lines
+        lines = own.lines
         whole = self.curved is None or result["hash"] in self.curved
         run: Document = {
             "hash": str(result["hash"]),
@@ -160,7 +160,9 @@ class _Builder:
             "final": {score.key: number(score_of(result, score.key)) for score in comparison.scores},
             "seconds": number(result.get("seconds")),
             "parameters": result.get("parameters"),
-            "series": (self._federated(lines) if federated else self._continual(result)) if whole else {},
+            "series": (self._by_round(lines) if own.subject == "federated" else self._continual(result))
+            if whole
+            else {},
             "layers": self._diagnostics(lines, own.unit) if whole else {},
         }
         plan = result.get("plan")
@@ -186,7 +188,7 @@ class _Builder:
             if key not in ("seed", "kind", "data.dir")
         ]
 
-    def _federated(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    def _by_round(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         """Return the curves of a federated run: [number of the grid, values] by quantity."""
         domains = dict.fromkeys(domain for line in rounds for domain in line.get("per_domain", ()))
         found = {key: [(line["round"], line[key]) for line in rounds if key in line] for key in LEARNING}

@@ -11,8 +11,11 @@ import torch
 
 import fednorm
 from fednorm.errors import ConfigError
-from fednorm.records.result import FederatedResult, StreamResult, result_of
-from fednorm.records.results import load
+from fednorm.records.result import FederatedResult, GridResult, StreamResult, result_of
+from fednorm.records.results import Loaded, load
+from fednorm.report.comparison import comparisons
+from fednorm.report.figures import drawings
+from fednorm.report.page_data import document
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 8, "test_per_domain": 5, "domains": ["scans", "photo"]},
@@ -37,6 +40,27 @@ def federated(runs: Path) -> FederatedResult:
 @pytest.fixture(scope="module")
 def stream() -> StreamResult:
     return fednorm.continual(learner="naive", config=STREAM)
+
+
+@pytest.fixture(scope="module")
+def grid() -> GridResult:
+    rounds = {"rounds": {"per_experience": 2}, "train": {"batch_size": 4}}
+    return fednorm.federated(
+        strategy="fedavg", learner="naive", scenario="split_digits", clients=2, config=STREAM | rounds
+    )
+
+
+def test_a_grid_has_a_page_figures_and_a_table_too(grid: GridResult) -> None:
+    """It is shown as a federation is: by round."""
+    assert (grid.kind, grid.subject, grid.unit) == ("federated_continual", "federated", "round")
+    (comparison,) = comparisons([grid])
+    page = document(Loaded([grid], [], []), [comparison])
+    (section,) = page["sections"]
+    (run,) = section["runs"]
+    assert section["kind"] == "federated"
+    assert page["grids"][run["series"]["train_accuracy"][0]] == [1, 2, 3, 4]
+    assert [drawing.end for drawing in drawings(comparison)] == ["comparison", "training_accuracy_by_round"]
+    assert "spatial" in grid._repr_html_()
 
 
 def test_a_result_is_the_table_that_was_written(federated: FederatedResult) -> None:
