@@ -83,7 +83,7 @@ class Result(dict[str, Any]):
     @property
     def subject(self) -> str:
         """What the run is about, by which it is shown and chosen: its kind, or ``memorization``."""
-        return "memorization" if self.memorizes else self.kind
+        raise NotImplementedError
 
     @property
     def curves(self) -> Mapping[str, str]:
@@ -185,6 +185,11 @@ class FederatedResult(Result):
         return [(line["round"], line) for line in self.lines]
 
     @property
+    def subject(self) -> str:
+        """Clients."""
+        return "federated"
+
+    @property
     def curves(self) -> Mapping[str, str]:
         """The mean accuracy over domains."""
         return {"mean accuracy": "mean"}
@@ -245,6 +250,11 @@ class StreamResult(Result):
     def memorizes(self) -> bool:
         """Whether the stream is about memorization."""
         return bool(self["data"]["memorization"])
+
+    @property
+    def subject(self) -> str:
+        """What comes one after another, or how much can be learned by heart."""
+        return "memorization" if self.memorizes else "continual"
 
     @property
     def curves(self) -> Mapping[str, str]:
@@ -335,6 +345,11 @@ class GridResult(FederatedResult):
     def matrix(self) -> Sequence[Sequence[float | None]]:
         """Row i: the mean over clients of the accuracy on every experience after experience i."""
         return [[_mean_of_known(column) for column in zip(*clients, strict=True)] for clients in self.accuracy_tensor]
+
+    @property
+    def subject(self) -> str:
+        """Clients on what comes one after another."""
+        return "federated_continual"
 
     @property
     def headline(self) -> str:

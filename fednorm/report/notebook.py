@@ -19,6 +19,13 @@ from fednorm.report.table import accuracy_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TABLES: Mapping[str, Callable[[Sequence[Result]], Table]] = {
+    "federated": accuracy_table,
+    "continual": stream_table,
+    "federated_continual": grid_table,
+}
+"""The table that the command line prints, by kind of run."""
+
 
 def figure(result: Result) -> Figure:
     """Return how a run went: the mean accuracy by round, or the average accuracy by experience.
@@ -40,14 +47,6 @@ def figure(result: Result) -> Figure:
         axes.set_ylabel(f"{label} (%)")
         finish(axes, share=True)
     return drawing
-
-
-TABLES: Mapping[str, Callable[[Sequence[Result]], Table]] = {
-    "federated": accuracy_table,
-    "continual": stream_table,
-    "federated_continual": grid_table,
-}
-"""What makes the table of a result, by its kind."""
 
 
 def html(result: Result) -> str:
