@@ -82,7 +82,7 @@ class Result(dict[str, Any]):
 
     @property
     def subject(self) -> str:
-        """What the run is about, by which it is shown and chosen: ``federated``, ``continual`` or ``memorization``."""
+        """What the run is about, by which it is shown and chosen: its kind, or ``memorization``."""
         raise NotImplementedError
 
     @property
@@ -323,11 +323,33 @@ class GridResult(FederatedResult):
     """The result of a federation whose clients learn on streams of their own."""
 
     kind = "federated_continual"
+    unit = "experience"
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """What happened in each round."""
+        lines: Sequence[Mapping[str, Any]] = self["rounds"]
+        return lines
+
+    @property
+    def steps(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The rounds in which an experience ended, by its number from 1."""
+        return [(line["experience"] + 1, line) for line in self.lines if "experience" in line]
 
     @property
     def curves(self) -> Mapping[str, str]:
-        """The accuracy on training images; other images are scored where an experience ends."""
-        return {"training accuracy": "train_accuracy"}
+        """What aggregation takes from a client's own network, and the mean accuracy on what clients have met."""
+        return {"spatial forgetting": "spatial_forgetting", "average accuracy": "average_accuracy"}
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """Row i: the mean over clients of the accuracy on every experience after experience i."""
+        return [[_mean_of_known(column) for column in zip(*clients, strict=True)] for clients in self.accuracy_tensor]
+
+    @property
+    def subject(self) -> str:
+        """Clients on what comes one after another."""
+        return "federated_continual"
 
     @property
     def headline(self) -> str:
@@ -367,6 +389,11 @@ def result_of(document: Mapping[str, Any]) -> Result:
     if isinstance(document, Result):
         return document
     return KINDS[str(document["config"].get("kind", "federated"))](document)
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _options(section: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -160,10 +160,8 @@ class _Builder:
             "final": {score.key: number(score_of(result, score.key)) for score in comparison.scores},
             "seconds": number(result.get("seconds")),
             "parameters": result.get("parameters"),
-            "series": (self._by_round(lines) if own.subject == "federated" else self._continual(result))
-            if whole
-            else {},
-            "layers": self._diagnostics(lines, own.unit) if whole else {},
+            "series": self._curves(own) if whole else {},
+            "layers": self._diagnostics(lines, "experience" if own.kind == "continual" else "round") if whole else {},
         }
         plan = result.get("plan")
         if plan:
@@ -171,8 +169,8 @@ class _Builder:
             run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
         if whole and (evaluation := _evaluation(result.get("evaluation", {}))):
             run["evaluation"] = evaluation
-        if whole and result.get("accuracy_matrix"):
-            run["matrix"] = [[number(value) for value in row] for row in result["accuracy_matrix"]]
+        if whole and own.matrix:
+            run["matrix"] = [[number(value) for value in row] for row in own.matrix]
         return run
 
     def _configuration(self, config: Mapping[str, Any]) -> list[int]:
@@ -188,8 +186,29 @@ class _Builder:
             if key not in ("seed", "kind", "data.dir")
         ]
 
-    def _by_round(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-        """Return the curves of a federated run: [number of the grid, values] by quantity."""
+    def _curves(self, own: Result) -> dict[str, list[Any]]:
+        """Return a run's curves: [number of the grid, values] by quantity."""
+        made = {"federated": self._federated, "continual": self._continual, "federated_continual": self._grid}
+        return made[result_of(own).kind](own)
+
+    def _grid(self, own: Result) -> dict[str, list[Any]]:
+        """Return the curves of clients on streams by experience, counted from 1."""
+        result = result_of(own)
+        found = {
+            key: [(number, line.get(name)) for number, line in result.steps]
+            for key, name in (("average", "average_accuracy"), ("spatial", "spatial_forgetting"))
+        }
+        found |= {
+            f"experience.{column}": [
+                (time + 1, row[column]) for time, row in enumerate(result.matrix) if row[column] is not None
+            ]
+            for column in range(len(result.matrix[0]))
+        }
+        return self._series(found)
+
+    def _federated(self, result: Result) -> dict[str, list[Any]]:
+        """Return the curves of a federated run by round."""
+        rounds = result["rounds"]
         domains = dict.fromkeys(domain for line in rounds for domain in line.get("per_domain", ()))
         found = {key: [(line["round"], line[key]) for line in rounds if key in line] for key in LEARNING}
         found |= {
@@ -286,6 +305,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _experiences(result: Result) -> Sequence[Mapping[str, Any]]:
+    if "grid" in result:
+        return [{"title": title} for title in result["grid"]["experiences"]]
     experiences: Sequence[Mapping[str, Any]] = result["data"].get("experiences") or result.get("experiences") or ()
     return experiences
 
@@ -331,6 +352,8 @@ def _quantity(key: str, first: Result) -> Document:
         title = titles[int(rest)] if int(rest) < len(titles) else ""
         label = f"experience {int(rest) + 1}" + (f" ({title})" if title else "")
         return {"key": key, "label": label, "percent": True, "group": "Experience", "view": "learning"}
+    if head == "spatial":
+        return {"key": key, "label": "spatial forgetting", "percent": True, "group": "All", "view": "learning"}
     if head == "average":
         label = "average accuracy over experiences so far"
         return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}

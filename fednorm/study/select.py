@@ -72,6 +72,7 @@ def rule(kind: str, *, on_test: bool) -> str:
     said = {
         "federated": f"Chosen by the mean {images} accuracy over domains",
         "continual": f"Chosen by the average accuracy on {images} images after the last experience",
+        "federated_continual": f"Chosen by the mean accuracy of clients on {images} images after the last experience",
         "memorization": "Chosen by plasticity, the training accuracy in the last tenth of the experiences: "
         "a memorization stream has no images to hold out",
     }
@@ -83,11 +84,9 @@ def kind_of(config: RunConfig) -> str:
     """Return the kind of run as the rules of selection tell them apart, before it has been run.
 
     Returns:
-        ``federated``, ``continual`` or ``memorization``.
+        The run's kind, or ``memorization``.
     """
-    if config.kind == "continual":
-        return "memorization" if config.scenario.card.memorization else "continual"
-    return "federated"
+    return "memorization" if config.kind == "continual" and config.scenario.card.memorization else config.kind
 
 
 def _require_held_out(result: Result) -> None:

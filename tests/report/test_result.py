@@ -51,15 +51,22 @@ def grid() -> GridResult:
 
 
 def test_a_grid_has_a_page_figures_and_a_table_too(grid: GridResult) -> None:
-    """It is shown as a federation is: by round."""
-    assert (grid.kind, grid.subject, grid.unit) == ("federated_continual", "federated", "round")
+    """It is shown as a stream is, by experience, in means over its clients."""
+    assert (grid.kind, grid.subject, grid.unit) == ("federated_continual", "federated_continual", "experience")
     (comparison,) = comparisons([grid])
     page = document(Loaded([grid], [], []), [comparison])
     (section,) = page["sections"]
     (run,) = section["runs"]
-    assert section["kind"] == "federated"
-    assert page["grids"][run["series"]["train_accuracy"][0]] == [1, 2, 3, 4]
-    assert [drawing.end for drawing in drawings(comparison)] == ["comparison", "training_accuracy_by_round"]
+    assert section["kind"] == "federated_continual"
+    times = len(grid.accuracy_tensor)
+    assert page["grids"][run["series"]["average"][0]] == list(range(1, times + 1))
+    assert run["matrix"][0][0] == pytest.approx(sum(row[0] for row in grid.accuracy_tensor[0]) / 2, abs=1e-4)
+    assert [drawing.end for drawing in drawings(comparison)] == [
+        "comparison",
+        "spatial_forgetting_by_experience",
+        "average_accuracy_by_experience",
+        "accuracy_matrix-fedavg-naive-batch_norm",
+    ]
     assert "spatial" in grid._repr_html_()
 
 
