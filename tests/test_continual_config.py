@@ -44,7 +44,7 @@ def test_the_kind_says_which_configuration_it_is() -> None:
         "federated",
         "continual",
     ]
-    with pytest.raises(ConfigError, match="kind must be one of federated, continual; got 'contnual'"):
+    with pytest.raises(ConfigError, match=r"kind must be one of federated, continual, .*; got 'contnual'"):
         resolve({"kind": "contnual"})
 
 
@@ -60,7 +60,7 @@ def test_the_kind_says_which_configuration_it_is() -> None:
         ("train.learning_rat=1", r"no configuration key 'train\.learning_rat'\. Did you mean 'learning_rate'\?"),
         (
             "train.local_epochs=1",
-            r"no configuration key 'train\.local_epochs'\. It is a key of federated runs\. Did you mean 'epochs'\?",
+            r"no configuration key 'train\.local_epochs'\. It is a key of federated .* runs\. Did you mean 'epochs'\?",
         ),
         ("evaluate.kinds=own", r"no configuration key 'evaluate\.kinds'.*Known here: split, experiences, batch_size"),
         ("evaluate.probe=2", r"no configuration key 'evaluate\.probe'\."),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.markup import escape
 
 from fednorm.cli.console import out
-from fednorm.report import stream_table
+from fednorm.report import grid_table, stream_table
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, comparison_table, comparisons, kind_of, paper_table, scored_on
 from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
@@ -60,7 +60,7 @@ def answers(
     for result in results:
         groups.setdefault(scored_on(result), []).append(result)
     for group, comparison in zip(groups.values(), compared, strict=True):
-        own, asked = _stream(group, curve) if kind_of(group[0]) == "continual" else _federated(group, curve)
+        own, asked = TABLES[kind_of(group[0])](group, curve)
         papers = [table] if (table := paper_table(comparison)) is not None else []
         several = [comparison_table(comparison)] if len(group) > 1 else []
         tables = (*several, *papers, *own)
@@ -87,6 +87,21 @@ def _stream(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Tab
     if len(group) == 1 and group[0]["final"].get("drift") is not None:
         rest.append(stream_table.drift_table(group))
     return [scores, *curves, *rest], [scores, *curves]
+
+
+def _grid(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Table]]:
+    """Return all tables, and those that were asked for: the scores; how accuracy went, experience by experience."""
+    scores = grid_table.grid_table(group)
+    rest = [grid_table.tensor_table(result) for result in group[:1]]
+    return [scores, *rest], [scores, *(rest if curve or len(group) == 1 else [])]
+
+
+TABLES: Mapping[str, Callable[[Sequence[Result], bool], tuple[list[Table], list[Table]]]] = {
+    "federated": _federated,
+    "continual": _stream,
+    "federated_continual": _grid,
+}
+"""What makes the tables of results of a kind."""
 
 
 def say(all_answers: Sequence[Answer], depth: Depth, more: Sequence[Table] = ()) -> None:

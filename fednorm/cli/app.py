@@ -27,9 +27,12 @@ try:
         AugmentOption,
         CompileOption,
         DataDirOption,
+        DataOption,
         DetailsOption,
         DeviceOption,
         JsonOption,
+        LearnerOption,
+        MemoryOption,
         ModelOption,
         NormOption,
         NotesOption,
@@ -37,8 +40,12 @@ try:
         RateOption,
         ReduceOption,
         RunsOption,
+        ScenarioOption,
         ScheduleOption,
         SetOption,
+        StrategyOption,
+        StudyArgument,
+        WorkersOption,
         names,
     )
     from fednorm.cli.welcome import root
@@ -81,10 +88,7 @@ def demo(
 @app.command()
 def federated(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Benchmark (fednorm list data), or package.module:yours.", autocompletion=names("data")),
-    ] = None,
+    data: DataOption = None,
     data_dir: DataDirOption = None,
     domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
     held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
@@ -93,8 +97,14 @@ def federated(  # noqa: PLR0913 - one parameter an option
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet or shards.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
-    strategy: Annotated[
-        str | None, typer.Option(help="Strategy: fednorm list strategies.", autocompletion=names("strategies"))
+    strategy: StrategyOption = None,
+    scenario: ScenarioOption = None,
+    learner: LearnerOption = None,
+    memory_size: MemoryOption = None,
+    num_clients: Annotated[int | None, typer.Option("--clients", help="Clients that share a scenario.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of each client's experiences: same, rotated or own.")] = None,
+    per_experience: Annotated[
+        int | None, typer.Option("--rounds-per-experience", help="Rounds of communication in each experience.")
     ] = None,
     norm: NormOption = None,
     model: ModelOption = None,
@@ -113,6 +123,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
@@ -137,6 +148,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "data.alpha": alpha,
         "data.download": download,
         "strategy.name": strategy,
+        "scenario.name": scenario,
+        "learner.name": learner,
+        "learner.memory_size": memory_size,
+        "grid.clients": num_clients,
+        "grid.order": order,
+        "rounds.per_experience": per_experience,
         "norm.name": norm,
         "model.name": model,
         "rounds.num_rounds": rounds,
@@ -152,6 +169,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
     with starting():
@@ -165,17 +183,13 @@ def federated(  # noqa: PLR0913 - one parameter an option
 @app.command()
 def continual(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    scenario: Annotated[
-        str | None, typer.Option(help="Scenario: fednorm list scenarios.", autocompletion=names("scenarios"))
-    ] = None,
+    scenario: ScenarioOption = None,
     data: Annotated[str | None, typer.Option(help="Data, where the scenario leaves a choice.")] = None,
     data_dir: DataDirOption = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
-    learner: Annotated[
-        str | None, typer.Option(help="Learner: fednorm list learners.", autocompletion=names("learners"))
-    ] = None,
-    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
+    learner: LearnerOption = None,
+    memory_size: MemoryOption = None,
     norm: NormOption = None,
     model: ModelOption = None,
     online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
@@ -189,6 +203,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
@@ -220,6 +235,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
     with starting():
@@ -231,12 +247,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
 
 @app.command()
 def compare(
-    study: Annotated[
-        str,
-        typer.Argument(
-            help="A study's TOML file, or the name of one that ships: fednorm recipes.", autocompletion=names("studies")
-        ),
-    ],
+    study: StudyArgument,
     data_dir: DataDirOption = None,
     runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
     jobs: Annotated[

@@ -15,8 +15,10 @@ from fednorm.config import RunConfig
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
+from fednorm.streams.estimate import estimate_seconds
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.threads import torch_threads
 
 
 def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth | None = None, as_json: bool) -> None:
@@ -27,8 +29,13 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth 
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
         return show_result(finished, depth or Depth(), as_json=as_json)
+    if config.workers not in ("auto", 1):
+        err().print("workers does nothing here: a stream has one learner, which takes one experience after the other.")
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
@@ -56,6 +63,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         )
     if len(data["experiences"]) > 20:
         console.print(f"  and {len(data['experiences']) - 20} more")
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if learner.get("passes") == "separate":
         console.print("new and memory samples go through the network in separate passes: two updates of statistics")
 

@@ -53,12 +53,47 @@ RateOption = Annotated[
     float | None, typer.Option("--learning-rate", "--lr", help="Learning rate, per step, before the schedule.")
 ]
 
+ScenarioOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scenario",
+        help="Scenario: fednorm list scenarios. In a federation each client learns on a stream of its own.",
+        autocompletion=names("scenarios"),
+    ),
+]
+LearnerOption = Annotated[
+    str | None,
+    typer.Option("--learner", help="What learns: fednorm list learners.", autocompletion=names("learners")),
+]
+MemoryOption = Annotated[int | None, typer.Option("--memory-size", help="Samples a learner remembers.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option("--strategy", help="Strategy: fednorm list strategies.", autocompletion=names("strategies")),
+]
+
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Benchmark (fednorm list data), or package.module:yours.", autocompletion=names("data")
+    ),
+]
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A study's TOML file, or the name of one that ships: fednorm recipes.", autocompletion=names("studies")
+    ),
+]
+
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder of the real data.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
 AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
 CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="Processes that take the clients side by side, to the same bits; by default what pays."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
 ]

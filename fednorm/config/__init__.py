@@ -20,7 +20,7 @@ from fednorm.config.run import (
     kind_of_device,
 )
 from fednorm.config.schema import Kind, choose, nearest
-from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Choice",
     "DataConfig",
     "EvaluateConfig",
+    "GridConfig",
     "KeyPath",
     "Kind",
     "ModelChoice",

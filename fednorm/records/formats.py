@@ -26,15 +26,22 @@ _BOTH: Mapping[str, Type] = {
     "data.notes": list,
     "final.selection": str,
 }
+_FEDERATED: Mapping[str, Type] = {
+    **_BOTH,
+    "rounds": list,
+    "evaluation": dict,
+    "final.per_domain": dict,
+    "final.mean": Number,
+    "final.worst": Number,
+    "final.round": int,
+}
 NEEDED: Mapping[str, Mapping[str, Type]] = {
-    "federated": {
-        **_BOTH,
-        "rounds": list,
-        "evaluation": dict,
-        "final.per_domain": dict,
-        "final.mean": Number,
-        "final.worst": Number,
-        "final.round": int,
+    "federated": _FEDERATED,
+    "federated_continual": {
+        **_FEDERATED,
+        "learner.name": str,
+        "accuracy_tensor": list,
+        "final.average_accuracy": Number,
     },
     "continual": {
         **_BOTH,
@@ -46,8 +53,10 @@ NEEDED: Mapping[str, Mapping[str, Type]] = {
 }
 """Keys without which no table can be made of a result, and their types, by kind."""
 
+_OF_A_ROUND: tuple[str, Mapping[str, Type]] = "rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}
 _OF_A_LINE: Mapping[str, tuple[str, Mapping[str, Type]]] = {
-    "federated": ("rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}),
+    "federated": _OF_A_ROUND,
+    "federated_continual": _OF_A_ROUND,
     "continual": ("experiences", {"experience": int, "title": str}),
 }
 """Of each kind the list that grows while a run goes, and what each of its lines needs."""
@@ -66,6 +75,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "best_round": dict,
     "diagnostics": dict,
     "accuracy": list,
+    "own_accuracy": list,
     "task_accuracy": list,
     "anytime": list,
 }
@@ -141,11 +151,12 @@ def migrated(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("config"), dict):
         raise Unfit("it is not a result of a run, which has its configuration under 'config'.")
     require_format(document)
-    _require_writable(document)
+    if not _is_writable(document):
+        _require_writable(document)
     kind = document.get("kind") or document["config"].get("kind") or "federated"
     if kind not in NEEDED:
         raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(NEEDED)} runs.")
-    defaults = RunConfig.defaults(cast(Kind, kind)).to_dict()
+    defaults = RunConfig.default_values(cast(Kind, kind))
     _require_like(document["config"], defaults, "config")
     config = {**merge(defaults, document["config"]), "kind": kind}
     result = {"kind": kind, **document, "config": config}
@@ -166,6 +177,33 @@ def migrated(document: Any) -> dict[str, Any]:
 
 DEEPEST = 12
 """Tables within tables that a result has at most; today's have seven."""
+
+
+def _is_writable(document: Mapping[str, Any]) -> bool:
+    """Return whether :func:`_require_writable` would surely not raise: the same rules, without names of places."""
+    level: list[Any] = [document]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif not _is_plain(value):
+                return False
+        if not inner:
+            return True
+        level = inner
+    return False
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is not int or abs(value) < 2**63
 
 
 def _require_writable(value: Any, place: str = "it", depth: int = 0) -> None:

@@ -257,7 +257,7 @@ class StreamResult(Result):
 
         Weight decay stands among the settings, as is usual.
         """
-        defaults, found = RunConfig.defaults("continual").to_dict(), list[tuple[str, Any]]()
+        defaults, found = RunConfig.default_values("continual"), list[tuple[str, Any]]()
         for section in ("model", "train", "evaluate"):
             keys = [key for key in defaults[section] if key in METHOD_OPTIONS | METHOD_SWITCHES - {"weight_decay"}]
             values = {key: self.config[section].get(key, defaults[section][key]) for key in keys}
@@ -267,7 +267,7 @@ class StreamResult(Result):
     @property
     def method(self) -> tuple[Any, ...]:
         """Learner, norm, :data:`METHOD_OPTIONS` and :data:`METHOD_SWITCHES`, chosen for each stream."""
-        defaults, told = RunConfig.defaults("continual").to_dict(), list[tuple[str, str, Any]]()
+        defaults, told = RunConfig.default_values("continual"), list[tuple[str, str, Any]]()
         for section, values in self.config.items():
             for key, value in values.items() if isinstance(values, Mapping) else ():
                 if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
@@ -276,7 +276,38 @@ class StreamResult(Result):
         return self["data"]["title"], *names, tuple(sorted(told))
 
 
-KINDS: Mapping[str, type[Result]] = {kind.kind: kind for kind in (FederatedResult, StreamResult)}
+class GridResult(FederatedResult):
+    """The result of a federation whose clients learn on streams of their own."""
+
+    kind = "federated_continual"
+
+    @property
+    def headline(self) -> str:
+        """The mean over clients of each one's mean accuracy over the experiences it has met."""
+        return "average_accuracy"
+
+    @property
+    def accuracy_tensor(self) -> Sequence[Sequence[Sequence[float | None]]]:
+        """By time, client and experience: the accuracy of the network that the server sent."""
+        tensor: Sequence[Sequence[Sequence[float | None]]] = self["accuracy_tensor"]
+        return tensor
+
+    @property
+    def method_name(self) -> str:
+        """The strategy, the learner and the norm, and their options that are not at the default."""
+        sections = [self.config[name] for name in ("strategy", "learner", "norm")]
+        options = [f"{key}={value}" for section in sections for key, value in section.items() if key != "name"]
+        name = " + ".join(str(section["name"]) for section in sections)
+        return f"{name} ({', '.join(options)})" if options else name
+
+    @property
+    def method(self) -> tuple[Any, ...]:
+        """Strategy, learner and norm, chosen for each grid; their options are tuned."""
+        names = (self.config[name]["name"] for name in ("strategy", "learner", "norm"))
+        return self["data"]["title"], *names
+
+
+KINDS: Mapping[str, type[Result]] = {kind.kind: kind for kind in (FederatedResult, StreamResult, GridResult)}
 
 
 def result_of(document: Mapping[str, Any]) -> Result:

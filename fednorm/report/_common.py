@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import RenderableType
 
 from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
-from fednorm.config import MACHINE, RunConfig, kind_of_device
+from fednorm.config import MACHINE, Kind, RunConfig, kind_of_device
 from fednorm.records.result import result_of
 from fednorm.report import numbers
 from fednorm.report.terminal import Fitted
@@ -105,17 +106,19 @@ def by_method(results: Sequence[Result], name_of: Callable[[Result], str]) -> di
     Returns:
         The groups by their labels, in the order in which they first appear.
     """
-    keys: dict[str, list[Result]] = {}
+    groups: dict[str, list[Result]] = {}
+    own: dict[str, dict[str, Any]] = {}
     for result in results:
-        keys.setdefault(repr(sorted(settings(result).items())), []).append(result)
-    groups = list(keys.values())
-    names = [name_of(group[0]) for group in groups]
-    alike = [[other[0] for other, called in zip(groups, names, strict=True) if called == name] for name in names]
-    labels = [
-        f"{name} {_difference(group[0], others)}" if len(others) > 1 else name
-        for name, group, others in zip(names, groups, alike, strict=True)
-    ]
-    return dict(zip(labels, groups, strict=True))
+        values = settings(result)
+        key = repr(sorted(values.items()))
+        groups.setdefault(key, []).append(result)
+        own.setdefault(key, values)
+    names = {key: name_of(group[0]) for key, group in groups.items()}
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for key, name in names.items():
+        alike.setdefault(name, []).append(own[key])
+    odd = {name: varied(others) for name, others in alike.items() if len(others) > 1}
+    return {_label(names[key], own[key], odd.get(names[key])): group for key, group in groups.items()}
 
 
 def settings(result: Result) -> dict[str, Any]:
@@ -124,8 +127,7 @@ def settings(result: Result) -> dict[str, Any]:
     A key that a record of an older version lacks has its default, as in the configuration's hash.
     """
     config = result["config"]
-    defaults = RunConfig.defaults(config.get("kind", "federated"))
-    keys = {**MACHINE, **flat(defaults.to_dict()), **flat(config)}
+    keys = {**_defaults(config.get("kind", "federated")), **flat(config)}
     keys["device"] = kind_of_device(keys["device"])
     return {key: value for key, value in keys.items() if key not in IMMATERIAL}
 
@@ -141,11 +143,22 @@ def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return keys
 
 
-def _difference(result: Result, others: Sequence[Result]) -> str:
-    """Return the settings that tell a result from others of the same name."""
-    own, rest = settings(result), [settings(other) for other in others]
-    odd = [key for key in own if any(own[key] != other.get(key) for other in rest)]
-    return ", ".join(f"{SHORT.get(key, key)} {own[key]}" for key in odd)
+@cache
+def _defaults(kind: Kind) -> Mapping[str, Any]:
+    return {**MACHINE, **flat(RunConfig.default_values(kind))}
+
+
+def varied(several: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys in which not all settings are the same."""
+    first = several[0]
+    return {key for own in several for key in own.keys() | first.keys() if own.get(key) != first.get(key)}
+
+
+def _label(name: str, own: Mapping[str, Any], odd: Collection[str] | None) -> str:
+    """Return a method's name, and the settings that tell it from others of the same name."""
+    if odd is None:
+        return name
+    return f"{name} {', '.join(f'{SHORT.get(key, key)} {value}' for key, value in own.items() if key in odd)}"
 
 
 def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> str:

@@ -12,8 +12,9 @@ from typing import Any
 
 from fednorm.errors import unknown_name
 from fednorm.records.result import result_of
-from fednorm.report import captions, numbers, stream_table
+from fednorm.report import captions, grid_table, numbers, stream_table
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
+from fednorm.report.baselines import Nearest, baselines_of
 from fednorm.report.grouping import (
     covers,
     data_settings,
@@ -185,16 +186,16 @@ def comparisons(
         groups = by_method(group, name_of)
         require_one_run_a_seed(groups)
         known += list(groups)
-        concerned = [study for study in studies if _of(study, group)]
+        hashes = {result["hash"] for result in group}
+        concerned = [study for study in studies if not hashes.isdisjoint(_runs(study, "runs", "selection_runs"))]
         made.append(_compare(groups, concerned, baseline, interval))
     if baseline is not None and made and not any(comparison.baseline for comparison in made):
         raise unknown_name("method to be the baseline", baseline, known)
     return made
 
 
-def _of(study: Study, group: Sequence[Result], runs: Sequence[str] = ("runs", "selection_runs")) -> bool:
-    hashes = {found for key in runs for found in study.get(key, ())}
-    return any(result["hash"] in hashes for result in group)
+def _runs(study: Study, *keys: str) -> set[str]:
+    return {run for key in keys for run in study.get(key, ())}
 
 
 def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, interval: str) -> Comparison:
@@ -204,10 +205,12 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
     own = {label: settings(group[0]) for label, group in groups.items()}
     means = {label: _intervals(group, scores, interval) for label, group in groups.items()}
     ranks = _ranks(own, means)
-    baselines = _baselines(groups, studies, baseline)
+    baselines = baselines_of(groups, studies, baseline)
+    nearest = Nearest(baselines, own)
+    reported = [(study, _runs(study, "runs")) for study in studies if study.get("paper")]
     methods = []
     for label, group in groups.items():
-        against = _nearest(label, baselines, own)
+        against = nearest.to(label)
         differences = _differences(group, groups[against], scores, interval) if against else {}
         methods.append(
             Method(
@@ -216,7 +219,7 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
                 means[label],
                 differences,
                 ranks.get(label),
-                _papers(group, means[label], studies) if split == "test" else {},
+                _papers(group, means[label], reported) if split == "test" else {},
                 against if differences else None,
             )
         )
@@ -233,6 +236,8 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
 
 def _scores(results: Sequence[Result]) -> list[Score]:
     """Return the scores that results of a kind can have, the headline first."""
+    if kind_of(results[0]) == "federated_continual":
+        return [Score(key, label, True, -1 if "forgetting" in key else 1) for key, label in grid_table.SCORES.items()]
     if kind_of(results[0]) == "federated":
         domains = dict.fromkeys(name for result in results for name in result["final"].get("per_domain", {}))
         return [
@@ -277,49 +282,26 @@ def _differences(
 
 def _ranks(own: Mapping[str, Settings], means: Mapping[str, Mapping[str, Interval]]) -> dict[str, float]:
     ranks: dict[str, float] = {}
-    data = {label: data_settings(values) for label, values in own.items()}
-    for same in dict.fromkeys(data.values()):
+    data: dict[str, list[str]] = {}
+    for label, values in own.items():
+        data.setdefault(data_settings(values), []).append(label)
+    for labels in data.values():
         by_domain = {
             label: {key: found.mean for key, found in means[label].items() if key.startswith("per_domain.")}
-            for label in own
-            if data[label] == same
+            for label in labels
         }
         if len(by_domain) > 1 and len(set.intersection(*map(set, by_domain.values()))) > 1:
             ranks |= mean_ranks(by_domain)
     return ranks
 
 
-def _baselines(groups: Groups, studies: Sequence[Study], baseline: str | None) -> list[str]:
-    """Return the labels of the methods that are a baseline: as asked for, else as the first study that has one says."""
-    if baseline is not None:
-        named = [label for label, group in groups.items() if name_of(group[0]) == baseline]
-        return [baseline] if baseline in groups else named
-    subset = next((study["baseline"] for study in studies if study.get("baseline")), None)
-    return [label for label, group in groups.items() if matches(group[0], subset)] if subset else []
-
-
-def _nearest(label: str, baselines: Sequence[str], own: Mapping[str, Settings]) -> str | None:
-    """Return the baseline that a method is compared with: on the same data, the one that differs in fewest settings.
-
-    None for a baseline itself, and where no baseline or more than one is nearest: nothing is guessed.
-    """
-    if label in baselines:
-        return None
-    mine, data = own[label], data_settings(own[label])
-    apart = {
-        other: sum(mine.get(key) != own[other].get(key) for key in mine | own[other])
-        for other in baselines
-        if data_settings(own[other]) == data
-    }
-    nearest = [other for other, count in apart.items() if count == min(apart.values())]
-    return nearest[0] if len(nearest) == 1 else None
-
-
-def _papers(group: Sequence[Result], scores: Mapping[str, Interval], studies: Sequence[Study]) -> dict[str, Paper]:
-    """Return the numbers that studies with these runs give for a method; the most specific entry of a score counts."""
+def _papers(
+    group: Sequence[Result], scores: Mapping[str, Interval], studies: Sequence[tuple[Study, set[str]]]
+) -> dict[str, Paper]:
+    """Return the numbers that studies, given with their runs, have for a method; of a score's the most specific."""
     found: dict[str, tuple[int, Paper]] = {}
-    for study in studies:
-        entries = (study.get("paper") or ()) if _of(study, group, ("runs",)) else ()
+    for study, runs in studies:
+        entries = study["paper"] if any(result["hash"] in runs for result in group) else ()
         own = resolved(group[0]) if entries else {}
         for entry in entries:
             if not covers(own, entry["match"]):

@@ -83,11 +83,13 @@ class RoundProgress(_Bars):
         config = bench.config
         done = first_round - 1
         name = f"{config.strategy.name} + {config.norm.name}"
-        self._begin(name, config.rounds.num_rounds, done, f"going on from round {done}")
+        self._begin(name, bench.num_rounds, done, f"going on from round {done}")
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Show one finished round."""
         state = "loss not finite" if line["train_loss"] is None else f"loss {line['train_loss']:.3f}"
+        if "experience" in line:
+            state += f", experience {line['experience'] + 1} ended"
         if "mean" in line:
             state += f", mean accuracy {percent(line['mean'])} %, worst {percent(line['worst'])} %"
         if missing := line.get("missing"):

@@ -275,7 +275,7 @@ def _settings(groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
 
 
 def _training(result: Result) -> list[str]:
-    config, defaults = result["config"], RunConfig.defaults("continual").to_dict()["train"]
+    config, defaults = result["config"], RunConfig.default_values("continual")["train"]
     train, model = config["train"], config["model"]
     width = f" of width {model['width']}" if model.get("width") else ""
     told = [f"{model['name']}{width}", train["optimizer"], f"lr {train['learning_rate']:g}"]

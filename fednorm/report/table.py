@@ -132,7 +132,7 @@ def _names(results: Sequence[Result]) -> list[str]:
 
 def _tuned(result: Result) -> list[str]:
     """Return the learning rate, and whatever else of the training is not at its default."""
-    train, defaults = result["config"]["train"], RunConfig.defaults("federated").to_dict()["train"]
+    train, defaults = result["config"]["train"], RunConfig.default_values("federated")["train"]
     told = [f"lr {train['learning_rate']:g}"]
     for key, value in train.items():
         if key in defaults and key not in ("learning_rate", "checkpoint_every") and value != defaults[key]:

@@ -99,6 +99,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     monkeypatch.setattr("fednorm.cli.continual.simulate", lambda *_, **__: pytest.fail("it trained"))
     dry = call("continual", "--json", "--dry-run", "--runs", tmp_path / "dry", *SMALL)
     document = dry.document
+    assert document.pop("estimated_seconds") >= 0
     assert document == {key: whole[key] for key in document}
     assert {"config", "hash", "parameters", "data", "steps", "norm", "learner", "scenario"} <= set(document)
     assert not (tmp_path / "dry").exists()
@@ -106,6 +107,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     assert plain.code == 0
     assert "experience 2: classes" in plain.out
     assert "12 train, 6 test images" in plain.out
+    assert "estimated time: " in plain.out
 
 
 def test_the_learner_and_the_norm_are_the_same_in_any_spelling(call: Call) -> None:

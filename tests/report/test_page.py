@@ -21,7 +21,8 @@ from fednorm.records.results import Loaded
 from fednorm.report import page_data
 from fednorm.report.comparison import comparisons
 from fednorm.report.page import SCRIPTS, embeddable, page, write_page
-from fednorm.report.page_data import document, number
+from fednorm.report.page_data import document
+from fednorm.report.page_size import number
 
 LAYERS = ("norm1", "norm2")
 TENSORS = [
@@ -167,7 +168,7 @@ def test_what_runs_share_is_stored_once() -> None:
     found = made(loaded(*results))
     assert (len(found["configs"]), len(found["plans"]), len(found["layers"])) == (2, 1, 1)
     assert (len(found["grids"]), len(found["times"])) == (1, 1)
-    config = {key: (text, default) for key, text, default in found["configs"][1]}
+    config = {key: (text, default) for key, text, default in map(found["settings"].__getitem__, found["configs"][1])}
     assert config["strategy.name"] == ("fedbn", False)
     assert config["train.batch_size"][1] is True
     assert config.keys().isdisjoint({"seed", "data.dir"})
