@@ -40,6 +40,12 @@ def spatial_forgetting(own: Sequence[Row], aggregated: Sequence[Row]) -> float |
     return mean(gaps) if gaps else None
 
 
+def average(rows: Sequence[Row]) -> float | None:
+    """Return the mean over clients of each one's mean over the experiences that it has met, of one time."""
+    met = [[x for x in row if x is not None] for row in rows]
+    return _mean(mean(row) for row in met if row)
+
+
 @dataclass(frozen=True)
 class Course:
     """What a client met.

@@ -239,6 +239,7 @@ class GridWorkbench(Workbench):
             "experience": time,
             "accuracy": aggregated,
             "own_accuracy": own,
+            "average_accuracy": measures.average(aggregated),
             "spatial_forgetting": measures.spatial_forgetting(own, aggregated),
         }
 

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from fednorm.cards import SCENARIOS
 from fednorm.config import Kind, RunConfig, merge
+from fednorm.errors import FedNormError
 
 FORMAT = 2
 """Of records, summaries and manifests of studies.
@@ -249,13 +251,21 @@ def _filled_federation(result: dict[str, Any]) -> dict[str, Any]:
 def _filled_stream(result: dict[str, Any]) -> dict[str, Any]:
     config, lines = result["config"], result["experiences"]
     split = config["evaluate"]["split"]
-    memorization = config["scenario"]["name"] == "random_labels"
-    result["data"] = {"memorization": memorization, **result["data"]}
+    if "memorization" not in result["data"]:
+        result["data"]["memorization"] = _memorizes(config["scenario"]["name"])
     result["final"] = {"selection": f"after the last experience, {split} images", **result["final"]}
     filled = {"learner": config["learner"], "seconds": _seconds(lines), **result}
     filled.setdefault("accuracy_matrix", [line.get("accuracy") for line in lines])
     _require_matrix(filled)
     return filled
+
+
+def _memorizes(scenario: str) -> bool:
+    """Return whether a scenario is about memorization, as its card has it; one that is not here is not known to be."""
+    try:
+        return SCENARIOS[scenario].memorization
+    except FedNormError:
+        return False
 
 
 def _seconds(lines: Iterable[Mapping[str, Any]]) -> float | None:

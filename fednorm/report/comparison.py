@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fednorm.errors import unknown_name
+from fednorm.records.result import Result as TypedResult
 from fednorm.records.result import result_of
 from fednorm.report import captions, grid_table, numbers, stream_table
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
@@ -148,6 +149,11 @@ class Comparison:
     split: str = "test"
     baselines: tuple[str, ...] = ()
     reduced: float | None = None
+
+    @property
+    def first(self) -> TypedResult:
+        """The first result, which tells what all of them are about."""
+        return result_of(self.methods[0].results[0])
 
     def score(self, key: str) -> Score | None:
         """Return the score with a key; None where no method has it."""

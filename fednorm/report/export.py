@@ -25,7 +25,10 @@ KEPT = (
 )
 """What a summary keeps of a result."""
 
-KEPT_OF_ROUNDS = ("round", "train_loss", "mean", "bytes_down", "bytes_up")
+KEPT_OF_ROUNDS = (
+    *("round", "train_loss", "mean", "bytes_down", "bytes_up"),
+    *("experience", "average_accuracy", "spatial_forgetting"),
+)
 
 KEPT_OF_EXPERIENCES = ("experience", "title", "online_accuracy", "train_accuracy")
 

@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from fednorm.errors import ConfigError
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, Method
-from fednorm.report.curves import Curve, mean_matrix, of_average, of_diagnostic, of_domain, of_key
+from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
 from fednorm.report.numbers import fixed, percent
@@ -117,13 +117,8 @@ def drawings(comparison: Comparison, interval: str = "t") -> list[Drawing]:
     """
     figures = _Figures(comparison, Bands(interval))
     found = [figures.bars()]
-    if comparison.kind == "federated":
-        found += [figures.curve("mean accuracy", partial(of_key, key="mean")), figures.by_domain()]
-    else:
-        found.append(figures.curve("training accuracy", partial(of_key, key="train_accuracy")))
-        if comparison.headline != "plasticity":
-            found.append(figures.curve("average accuracy", of_average))
-            found += map(figures.matrix, figures.methods)
+    found += [figures.curve(label, partial(named, name=name)) for label, name in comparison.first.curves.items()]
+    found += [figures.by_domain(), *map(figures.matrix, figures.methods)]
     return [drawing for drawing in (*found, figures.normalization()) if drawing is not None]
 
 
@@ -134,7 +129,7 @@ class _Figures:
         self.comparison = comparison
         self.methods = _best(comparison)
         self.bands = bands
-        self.step = "round" if comparison.kind == "federated" else "experience"
+        self.step = comparison.first.unit
 
     def bars(self) -> Drawing | None:
         """Return the headline score of each method: its mean, interval and seeds, and a paper's number."""
