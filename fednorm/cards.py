@@ -300,12 +300,8 @@ class Family(Generic[C]):
         raise self.unknown(reference)
 
     def unknown(self, reference: str) -> UnknownNameError:
-        """Return the error for a name that nothing of the family has; of a file that stands here, how it is named."""
-        error = unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
-        if reference.isidentifier() and Path(f"{reference}.py").is_file():
-            here = f"{reference}.py is a file of this folder: an object in it is {reference}:OBJECT, e.g. {reference}:SPEC."
-            return UnknownNameError(f"There is no {self.noun} named {reference!r}. {here}")
-        return error
+        """Return the error for a name that nothing of the family has."""
+        return unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
 
     def _imported(self, reference: str) -> C:
         return self._adopted(import_object(reference, self.noun), reference)

@@ -52,7 +52,7 @@ def test_what_looks_like_markup_is_shown_as_it_is() -> None:
 def test_a_table_that_fits_stands_in_one_part() -> None:
     lines = shown(Table("Title", COLUMNS, ROWS, ("One note.", "Another.")), 100)
     assert lines[0] == "Title"
-    assert lines[1] == "method                                  average accuracy  forgetting (max − last)  seconds"
+    assert lines[1] == "method                                 average accuracy  forgetting (max − last)  seconds"
     assert set(lines[2]) == {"─"}
     assert lines[3:] == [
         "er_ace + batch_norm (passes=separate)        54.1 ± 1.2               25.0 ± 0.3       34",
