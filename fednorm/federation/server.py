@@ -30,6 +30,7 @@ from fednorm.federation.workbench import (
     Workbench,
     process_workbench,
 )
+from fednorm.records import further
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import finite
 from fednorm.records.record import RunRecord
@@ -187,7 +188,8 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
         own = personal(bench, grid, result.arrays, bench.num_rounds)
-        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
+        rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own, further=rest)
     return document
 
 
@@ -207,13 +209,15 @@ class _Journal:
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
         self._data = data
         self._pending: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        """That of the last round, once there is one: what a longer run would go on with."""
 
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
-        elif self._record and (checkpoint := self._record.load_checkpoint(self._data)):
+        elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
@@ -222,6 +226,14 @@ class _Journal:
         if self._observer:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
+
+    def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
+        """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
+        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        checkpoint = record.load_checkpoint(self._data)
+        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+            self.last = checkpoint
+        return checkpoint
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
@@ -237,6 +249,8 @@ class _Journal:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
+                if report.server_round == self._bench.num_rounds:
+                    self.last = self._pending
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
