@@ -37,7 +37,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_name
 from fednorm.literals import literal
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class Family(Generic[C]):
         """
         reference = spelled(reference)
         if not is_path(reference) and reference not in self.built_in and reference not in self.installed:
-            raise unknown_name(self.noun, reference, self.names)
+            raise self.unknown(reference)
 
     def stated(self, reference: str, field_name: str, default: Any) -> Any:
         """Return a field of a card, of a built-in one without importing its file where the file states it as a literal.
@@ -297,7 +297,11 @@ class Family(Generic[C]):
             return self._with_origin(import_module(module).SPEC, module)
         if reference in self.installed:
             return self._imported(self.installed[reference].value)
-        raise unknown_name(self.noun, reference, self.names)
+        raise self.unknown(reference)
+
+    def unknown(self, reference: str) -> UnknownNameError:
+        """Return the error for a name that nothing of the family has."""
+        return unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
 
     def _imported(self, reference: str) -> C:
         return self._adopted(import_object(reference, self.noun), reference)

@@ -10,10 +10,9 @@ from typing import Any
 
 from fednorm.cards import FAMILIES, Card, is_path
 from fednorm.cli.console import out, print_json
+from fednorm.cli.explain import explained
 from fednorm.cli.identity import roles_of_kinds, roles_of_tensors, text_of
-from fednorm.config import SECTION_VALUES
-from fednorm.config.schema import kinds_of
-from fednorm.errors import ConfigError, FedNormError, canonical, unknown_name
+from fednorm.errors import ConfigError, FedNormError, canonical
 from fednorm.federation.spec import StrategySpec
 from fednorm.spec import NormSpec
 from fednorm.streams.learner import LearnerSpec
@@ -23,7 +22,9 @@ Row = dict[str, Any]
 
 def run_explain(name: str, *, as_json: bool) -> None:
     """Explain one name, wherever it is registered, or what an import path names."""
-    found = _section(canonical(name)) if canonical(name) in SECTION_VALUES else _described(name)
+    if explained(name, as_json=as_json):
+        return None
+    found = _described(name)
     if as_json:
         return print_json(found)
     out().print(text_of(found), markup=False, soft_wrap=True)
@@ -37,10 +38,7 @@ def _described(name: str) -> Row:
     for family in FAMILIES.values():
         if canonical(name) in family.names:
             return _card(family.noun, family[name])
-    known = [*SECTION_VALUES, *(known for family in FAMILIES.values() for known in family.names)]
-    raise unknown_name(
-        "norm, strategy, scenario, learner, model, benchmark, optimizer or section", canonical(name), known
-    )
+    raise AssertionError(name)  # fednorm.cli.explain has refused it
 
 
 def _of_path(name: str) -> Row:
@@ -85,15 +83,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "items"):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list | frozenset) else value
-
-
-def _section(name: str) -> Row:
-    """Return the keys of a section: type, default, meaning, which runs have it."""
-    section = SECTION_VALUES[name]
-    lines = [f"{key} ({', '.join(kinds_of(info))}): {info.description}" for key, info in section.model_fields.items()]
-    return {
-        "what": "section of the configuration",
-        "name": name,
-        "options": {key: info.default for key, info in section.model_fields.items()},
-        "about": "\n".join([inspect.getdoc(section) or "", "", *lines]),
-    }

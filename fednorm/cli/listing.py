@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from rich.table import Column, Table
+from rich.text import Text
+
 from fednorm.cards import FAMILIES
 from fednorm.cli.console import out, print_json
 from fednorm.cli.reading_list import NOT_APPLICABLE
@@ -72,9 +75,25 @@ def run_list(what: str, *, every: bool = False, as_json: bool) -> None:
 
 def _print_rows(what: str, rows: list[Row]) -> None:
     width = max((len(row["name"]) for row in rows), default=0)
+    if rows and out().is_terminal:
+        return _print_for_a_person(rows)
     for row in rows:
         mark = "[reconstruction, unverified]" if row.get("reconstruction") else ""
         lines = [row.get("summary", ""), mark, row.get("note", "")]
         out().print(f"{row['name']:<{width}}  {' '.join(line for line in lines if line)}", markup=False, soft_wrap=True)
     if not rows:
         out().print(f"There are no {what} yet.")
+    return None
+
+
+def _print_for_a_person(rows: list[Row]) -> None:
+    """Print names beside what they are, broken between words; notes stand beneath, dim."""
+    grid = Table.grid(Column(no_wrap=True), Column(), padding=(0, 2, 0, 0))
+    for row in rows:
+        lines = Text(row.get("summary", ""))
+        if row.get("reconstruction"):
+            lines.append("\nreconstruction, unverified", style="yellow")
+        if row.get("note"):
+            lines.append(f"\n{row['note']}", style="dim")
+        grid.add_row(Text(row["name"], style="bold"), lines)
+    out().print(grid)

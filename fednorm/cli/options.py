@@ -46,10 +46,17 @@ def collect_values(config: Path | None, flags: Mapping[str, Any], settings: Sequ
 def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
     """Return the configuration of a federated run; arguments are those of :func:`collect_values`.
 
+    Where a scenario, a learner or a grid is named, each client learns on a stream of its own.
+
     Raises:
         FedNormError: A key or a value is wrong.
     """
-    return resolve(collect_values(config, flags, settings), only="federated")
+    values = collect_values(config, flags, settings)
+    own_streams = any(section in values for section in ("scenario", "learner", "grid"))
+    if "kind" not in values and own_streams:
+        values = {"kind": "federated_continual", **values}
+    kind = values.get("kind", "federated")
+    return resolve(values, only="federated_continual" if kind == "federated_continual" else "federated")
 
 
 def collect_continual(

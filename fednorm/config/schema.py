@@ -22,8 +22,8 @@ from pydantic_core import ErrorDetails
 from fednorm.errors import ConfigError
 from fednorm.limits import INTEGER, require_float, shown
 
-Kind = Literal["federated", "continual"]
-KINDS: tuple[Kind, ...] = ("federated", "continual")
+Kind = Literal["federated", "continual", "federated_continual"]
+KINDS: tuple[Kind, ...] = ("federated", "continual", "federated_continual")
 
 
 def key(

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fednorm.cards import NORMS
 from fednorm.config import RunConfig
+from fednorm.cores import share_cores
 from fednorm.errors import FedNormError
 
 if TYPE_CHECKING:
@@ -134,7 +135,7 @@ class _Rounds:
         self._accuracy: float | None = None
 
     def begin(self, bench: Workbench, first_round: int) -> None:
-        self._total = bench.config.rounds.num_rounds
+        self._total = bench.num_rounds
         self._tell(Progress(first_round - 1, self._total, "round", None))
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -175,6 +176,7 @@ class Worker:
     Args:
         context: Starts processes: that of :func:`context_for`.
         runs: The folder of records.
+        among: How many workers share the cores.
 
     Attributes:
         connection: Readable when the worker has something to say, or has ended.
@@ -186,12 +188,12 @@ class Worker:
     PATIENCE = 10.0
     """Seconds in which a worker that was asked to end may put its files in order."""
 
-    def __init__(self, context: Context, runs: Path) -> None:
+    def __init__(self, context: Context, runs: Path, among: int = 1) -> None:
         self.connection, far = context.Pipe()
         self.config: RunConfig | None = None
         self.ready = self.dead = False
         with _for_children():
-            arguments = (far, runs, dict(os.environ))
+            arguments = (far, runs, among, dict(os.environ))
             self._process = context.Process(target=serve, args=arguments, daemon=True, name="fednorm worker")
             try:
                 self._process.start()
@@ -306,14 +308,16 @@ def _for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here, the rest being in order
 
 
-def serve(connection: Connection, runs: Path, environment: Mapping[str, str]) -> None:
+def serve(connection: Connection, runs: Path, among: int, environment: Mapping[str, str]) -> None:
     """Be a worker: take configurations from the pipe, run them, tell how they go; end when the pipe is closed.
 
     Args:
         connection: The worker's end of the pipe.
         runs: The folder of records.
+        among: How many workers share the cores.
         environment: The parent's environment variables; the process that this one was forked off may have older ones.
     """
+    share_cores(among)
     signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
     signal.signal(signal.SIGTERM, _leave)
     os.environ.clear()

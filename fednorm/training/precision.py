@@ -30,7 +30,7 @@ LEAST_USES = 240
 def cpu_features() -> Mapping[str, Any]:
     """Return what this machine's CPU can do, by PyTorch's names; nothing where PyTorch does not say."""
     with contextlib.suppress(AttributeError, RuntimeError):
-        return dict(torch.cpu.get_capabilities())  # type: ignore[no-untyped-call]
+        return dict(torch.cpu.get_capabilities())
     return {}
 
 
