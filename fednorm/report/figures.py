@@ -292,13 +292,11 @@ def _looks(comparison: Comparison, shown: Sequence[Method]) -> dict[str, dict[st
     """Return how each method that is shown looks: rows of one method have its colour, in tones."""
     places = [place for place, method in zip(kin(comparison), comparison.methods, strict=True) if method in shown]
     order = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in places))}
-    tones = Counter(group for group, _ in places)
-    seen: Counter[int] = Counter()
-    looks = {}
-    for method, (group, _) in zip(shown, places, strict=True):
-        looks[method.label] = look(order[group], seen[group], tones[group])
-        seen[group] += 1
-    return looks
+    tones = {group: sorted(tone for other, tone in places if other == group) for group in order}
+    return {
+        method.label: look(order[group], tones[group].index(tone), len(tones[group]))
+        for method, (group, tone) in zip(shown, places, strict=True)
+    }
 
 
 def _swept(comparison: Comparison, sweep: Sweep) -> dict[str, list[tuple[float, Method]]]:

@@ -84,10 +84,10 @@ def look(number: int, tone: int = 0, tones: int = 1) -> dict[str, Any]:
         tone: Of a row among those that share a number: the first has the full colour, the others lighter ones.
         tones: How many rows share it.
     """
-    red, green, blue = to_rgb(COLOURS[number % len(COLOURS)])
     pale = 0.6 * tone / max(1, tones - 1)
+    red, green, blue = (part + (1 - part) * pale for part in to_rgb(COLOURS[number % len(COLOURS)]))
     return {
-        "color": to_hex([part + (1 - part) * pale for part in (red, green, blue)]).upper(),
+        "color": to_hex((red, green, blue)).upper(),
         "linestyle": LINES[(number if tones == 1 else tone) % len(LINES)],
         "marker": MARKERS[(number if tones == 1 else tone) % len(MARKERS)],
     }
