@@ -101,16 +101,16 @@ def short_table(comparison: Comparison) -> Table:
     rows = tuple(
         (name, percent(score), "" if name == first else signed(score - scores[first])) for name, score in scores.items()
     )
-    return Table(title, columns, rows, in_parts=True)
+    return Table(title, columns, rows)
 
 
 def _world(comparison: Comparison) -> tuple[str, str, str]:
     """Return what differs within one of the demo's worlds, its title, and what the others are compared with."""
-    if comparison.kind == "federated":
-        return "strategy", "Five clients, each with digits of its own kind (%)", "fedavg"
-    if comparison.headline == "plasticity":
-        return "norm", "A stream of labels that are drawn anew again and again (%)", "none"
-    return "norm", "A stream of two digits at a time, learned online with a memory (%)", "batch_norm"
+    return {
+        "federated": ("strategy", "Five clients, each with digits of its own kind (%)", "fedavg"),
+        "continual": ("norm", "A stream of two digits at a time, learned online with a memory (%)", "batch_norm"),
+        "memorization": ("norm", "A stream of labels that are drawn anew again and again (%)", "none"),
+    }[comparison.first.subject]
 
 
 def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:

@@ -11,19 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fednorm.errors import unknown_name
+from fednorm.records.result import Result as TypedResult
 from fednorm.records.result import result_of
-from fednorm.report import numbers, stream_table
-from fednorm.report._common import (
-    UNKNOWN,
-    Result,
-    Table,
-    by_method,
-    flat,
-    incomplete,
-    name_of,
-    percent,
-    settings,
-)
+from fednorm.report import captions, grid_table, numbers, stream_table
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
 from fednorm.report.baselines import Nearest, baselines_of
 from fednorm.report.grouping import (
     covers,
@@ -102,6 +93,8 @@ class Paper:
         std: Its standard deviation as the paper gives it; None where it gives none.
         source: Where it stands, e.g. ``FedBN, table 1``.
         deviation: Our mean minus it; None where we have none.
+        departs: The keys in which our runs are not what their study's file says, which is as near to the paper as it
+            comes: what was set for one call (``--set``), or reduced (``--reduce``).
     """
 
     score: str
@@ -109,6 +102,7 @@ class Paper:
     std: float | None
     source: str
     deviation: float | None
+    departs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +141,7 @@ class Comparison:
         baseline: What differences are to, as a caption calls it; None where there are none.
         caption: Sentences that say what the numbers are.
         split: The images that are scored: ``test`` or ``validation``.
+        reduced: The factor by which the study was made smaller; None where one of the runs is of a whole study.
         baselines: The labels of the methods that are a baseline; several where a study has one for each batch size,
             say: each method is compared with the one that shares most settings with it.
     """
@@ -160,6 +155,12 @@ class Comparison:
     caption: tuple[str, ...]
     split: str = "test"
     baselines: tuple[str, ...] = ()
+    reduced: float | None = None
+
+    @property
+    def first(self) -> TypedResult:
+        """The first result, which tells what all of them are about."""
+        return result_of(self.methods[0].results[0])
 
     def score(self, key: str) -> Score | None:
         """Return the score with a key; None where no method has it."""
@@ -240,11 +241,16 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
     called = baselines[0] if len(baselines) == 1 else called
     caption = _caption(methods, headline, called, len(baselines), studies, interval)
     shown = title if split == "test" else f"{title}, {split} images"
-    return Comparison(shown, kind, headline, scores, tuple(methods), called or None, caption, split, tuple(baselines))
+    reduced = captions.reduction_of(results, studies)
+    shown += "" if reduced is None else f", reduced to {reduced:g} of the study"
+    about = (called or None, caption, split, tuple(baselines), reduced)
+    return Comparison(shown, kind, headline, scores, tuple(methods), *about)
 
 
 def _scores(results: Sequence[Result]) -> list[Score]:
     """Return the scores that results of a kind can have, the headline first."""
+    if kind_of(results[0]) == "federated_continual":
+        return [Score(key, label, True, -1 if "forgetting" in key else 1) for key, label in grid_table.SCORES.items()]
     if kind_of(results[0]) == "federated":
         domains = dict.fromkeys(name for result in results for name in result["final"].get("per_domain", {}))
         return [
@@ -323,7 +329,8 @@ def _papers(
             deviation = scores[key].mean - value if key in scores else None
             depth = len(flat(entry["match"]))
             if key not in found or depth > found[key][0]:
-                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation)
+                departs = tuple((study.get("departs") or {}).get(group[0]["hash"], ()))
+                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation, departs)
     return {key: paper for key, (_, paper) in found.items()}
 
 
@@ -346,7 +353,7 @@ def _caption(
     if any(method.rank is not None for method in methods):
         said.append("Rank: mean over domains of the method's rank in each, 1 is best, ties share.")
     said += [text for study in studies if (text := _of_selection(study))]
-    return tuple(said)
+    return tuple(said + captions.of_departures([r for method in methods for r in method.results], studies))
 
 
 def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
@@ -422,7 +429,15 @@ def comparison_table(comparison: Comparison) -> Table:
     cells = {name: [cell(method) for method in comparison.methods] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if name in (label, "n") or set(column) - {UNKNOWN, BASELINE}]
     rows = tuple(zip((m.label for m in comparison.methods), *(cells[name] for name in shown), strict=True))
-    return Table(f"Comparison (%): {comparison.title}", ("method", *shown), rows, comparison.caption, in_parts=True)
+    return Table(
+        f"Comparison (%): {comparison.title}",
+        ("method", *shown),
+        rows,
+        comparison.caption,
+        captions.of_comparison(comparison),
+        captions.warnings_of({method.label: method.results for method in comparison.methods}, comparison.caption),
+        (label, "difference", "paper", "ours − paper", "n", f"{100 * LEVEL:g} % interval"),
+    )
 
 
 def paper_table(comparison: Comparison) -> Table | None:
@@ -435,7 +450,7 @@ def paper_table(comparison: Comparison) -> Table | None:
     sources = dict.fromkeys(paper.source for method in told for paper in method.paper.values())
     notes = ("Ours (paper's, ours − paper's), in per cent.", f"Papers: {'; '.join(sources)}.", *comparison.caption[:2])
     title = f"Beside the paper (%): {comparison.title}"
-    return Table(title, ("method", *(s.label for s in keys)), rows, notes, in_parts=True)
+    return Table(title, ("method", *(s.label for s in keys)), rows, notes, notes[0])
 
 
 def _mean(found: Interval | None) -> str:
@@ -469,7 +484,9 @@ def _paper(paper: Paper | None) -> str:
 
 
 def _from_paper(paper: Paper | None) -> str:
-    return UNKNOWN if paper is None or paper.deviation is None else signed(paper.deviation)
+    if paper is None or paper.deviation is None:
+        return UNKNOWN
+    return signed(paper.deviation) + (captions.DEPARTS if paper.departs else "")
 
 
 def _beside(ours: Interval | None, paper: Paper | None) -> str:

@@ -61,6 +61,11 @@ def _lost(accuracies: Sequence[float | None]) -> float | None:
     return max(measured) - measured[-1] if measured and len(measured) == len(accuracies) else None
 
 
+def named(result: Result, name: str) -> Curve:
+    """Return one of a result's own curves (:attr:`~fednorm.records.result.Result.curves`)."""
+    return of_average(result) if name == "average" else of_key(result, name)
+
+
 def of_diagnostic(result: Result, quantity: str) -> Curve:
     """Return a diagnostic as one number a step: drift is the mean over layers and domains.
 
@@ -82,7 +87,7 @@ def of_diagnostic(result: Result, quantity: str) -> Curve:
 
 def mean_matrix(results: Sequence[Result]) -> list[list[float | None]]:
     """Return the accuracy matrix as the mean over runs; None where any of them did not measure an accuracy."""
-    matrices = [result["accuracy_matrix"] for result in results]
+    matrices = [result_of(result).matrix for result in results]
     return [
         [fmean(cells) if len(known(cells)) == len(cells) else None for cells in zip(*rows, strict=True)]
         for rows in zip(*matrices, strict=True)

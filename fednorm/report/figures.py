@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from fednorm.errors import ConfigError
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, Method
-from fednorm.report.curves import Curve, mean_matrix, of_average, of_diagnostic, of_domain, of_forgetting, of_key
+from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain, of_forgetting
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
 from fednorm.report.numbers import fixed, percent, significant
@@ -116,14 +116,10 @@ def drawings(comparison: Comparison) -> list[Drawing]:
     """
     figures = _Figures(comparison)
     found = [figures.bars(), *map(figures.swept, sweeps(comparison))]
-    if comparison.kind == "federated":
-        found += [figures.curve("mean accuracy", partial(of_key, key="mean")), figures.by_domain()]
-    else:
-        found.append(figures.curve("training accuracy", partial(of_key, key="train_accuracy")))
-        if comparison.headline != "plasticity":
-            found.append(figures.curve("average accuracy", of_average))
-            found.append(figures.curve("forgetting", of_forgetting))
-            found += map(figures.matrix, figures.methods)
+    found += [figures.curve(label, partial(named, name=name)) for label, name in comparison.first.curves.items()]
+    if comparison.kind == "continual" and not comparison.first.memorizes:
+        found.append(figures.curve("forgetting", of_forgetting))
+    found += [figures.by_domain(), *map(figures.matrix, figures.methods)]
     return [drawing for drawing in (*found, figures.normalization()) if drawing is not None]
 
 
@@ -135,7 +131,7 @@ class _Figures:
         self.methods = _best(comparison)
         self.looks = _looks(comparison, self.methods)
         self.bands = Bands(self.looks)
-        self.step = "round" if comparison.kind == "federated" else "experience"
+        self.step = comparison.first.unit
 
     def bars(self) -> Drawing | None:
         """Return the headline score of each method: its mean, interval and seeds, and a paper's number."""

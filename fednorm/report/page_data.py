@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.config import Kind, RunConfig
 from fednorm.records.result import result_of
+from fednorm.report import captions
 from fednorm.report._common import Result, flat
 from fednorm.report.comparison import Comparison, Method, Score
 from fednorm.report.curves import of_forgetting
@@ -132,7 +133,6 @@ class _Builder:
         ]
         results = [result for method in comparison.methods for result in method.results]
         first = results[0]
-        memorization = bool(first["data"].get("memorization"))
         quantities = dict.fromkeys(key for run in runs for key in run["series"])
         return {
             "id": part.id,
@@ -146,7 +146,7 @@ class _Builder:
                 n: number(quantile(n)) for n in sorted({len(m.results) for m in comparison.methods}) if n > 2
             },
             "title": comparison.title,
-            "kind": "memorization" if memorization else comparison.kind,
+            "kind": comparison.first.subject,
             "headline": comparison.headline,
             "baseline": comparison.baseline,
             "caption": list(comparison.caption),
@@ -161,7 +161,7 @@ class _Builder:
 
     def _run(self, result: Result, method: int, comparison: Comparison) -> Document:
         own = result_of(result)
-        federated, lines = own.kind == "federated", own.lines
+        lines = own.lines
         whole = self.curved is None or result["hash"] in self.curved
         run: Document = {
             "hash": str(result["hash"]),
@@ -172,8 +172,8 @@ class _Builder:
             "final": {score.key: number(score_of(result, score.key)) for score in comparison.scores},
             "seconds": number(result.get("seconds")),
             "parameters": result.get("parameters"),
-            "series": (self._federated(lines) if federated else self._continual(result)) if whole else {},
-            "layers": self._diagnostics(lines, own.unit) if whole else {},
+            "series": self._curves(own) if whole else {},
+            "layers": self._diagnostics(lines, "experience" if own.kind == "continual" else "round") if whole else {},
         }
         plan = result.get("plan")
         if plan:
@@ -181,8 +181,8 @@ class _Builder:
             run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
         if whole and (evaluation := _evaluation(result.get("evaluation", {}))):
             run["evaluation"] = evaluation
-        if whole and not federated and result.get("accuracy_matrix"):
-            run["matrix"] = [[number(value) for value in row] for row in result["accuracy_matrix"]]
+        if whole and own.matrix:
+            run["matrix"] = [[number(value) for value in row] for row in own.matrix]
         return run
 
     def _configuration(self, config: Mapping[str, Any]) -> list[int]:
@@ -198,8 +198,29 @@ class _Builder:
             if key not in ("seed", "kind", "data.dir")
         ]
 
-    def _federated(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-        """Return the curves of a federated run: [number of the grid, values] by quantity."""
+    def _curves(self, own: Result) -> dict[str, list[Any]]:
+        """Return a run's curves: [number of the grid, values] by quantity."""
+        made = {"federated": self._federated, "continual": self._continual, "federated_continual": self._grid}
+        return made[result_of(own).kind](own)
+
+    def _grid(self, own: Result) -> dict[str, list[Any]]:
+        """Return the curves of clients on streams by experience, counted from 1."""
+        result = result_of(own)
+        found = {
+            key: [(number, line.get(name)) for number, line in result.steps]
+            for key, name in (("average", "average_accuracy"), ("spatial", "spatial_forgetting"))
+        }
+        found |= {
+            f"experience.{column}": [
+                (time + 1, row[column]) for time, row in enumerate(result.matrix) if row[column] is not None
+            ]
+            for column in range(len(result.matrix[0]))
+        }
+        return self._series(found)
+
+    def _federated(self, result: Result) -> dict[str, list[Any]]:
+        """Return the curves of a federated run by round."""
+        rounds = result["rounds"]
         domains = dict.fromkeys(domain for line in rounds for domain in line.get("per_domain", ()))
         found = {key: [(line["round"], line[key]) for line in rounds if key in line] for key in LEARNING}
         found |= {
@@ -214,7 +235,7 @@ class _Builder:
         """Return the curves of a continual run by experience, counted from 1."""
         lines, matrix = result["experiences"], result["accuracy_matrix"]
         found: dict[str, list[tuple[int, Any]]] = {}
-        if not result["data"].get("memorization"):
+        if not result_of(result).memorizes:
             seen = [[value for value in row[: i + 1] if value is not None] for i, row in enumerate(matrix)]
             found["average"] = [(i + 1, _mean(row)) for i, row in enumerate(seen) if row]
             found["forgetting"] = list(of_forgetting(result).items())
@@ -297,6 +318,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _experiences(result: Result) -> Sequence[Mapping[str, Any]]:
+    if "grid" in result:
+        return [{"title": title} for title in result["grid"]["experiences"]]
     experiences: Sequence[Mapping[str, Any]] = result["data"].get("experiences") or result.get("experiences") or ()
     return experiences
 
@@ -347,6 +370,7 @@ def _method(method: Method, place: tuple[int, int]) -> Document:
                 "std": number(of.std),
                 "source": of.source,
                 "deviation": number(of.deviation),
+                "mark": captions.DEPARTS if of.departs else "",
             }
             for key, of in method.paper.items()
         },
@@ -363,6 +387,8 @@ def _quantity(key: str, first: Result) -> Document:
         title = titles[int(rest)] if int(rest) < len(titles) else ""
         label = f"experience {int(rest) + 1}" + (f" ({title})" if title else "")
         return {"key": key, "label": label, "percent": True, "group": "Experience", "view": "learning"}
+    if head == "spatial":
+        return {"key": key, "label": "spatial forgetting", "percent": True, "group": "All", "view": "learning"}
     if head == "average":
         label = "average accuracy over experiences so far"
         return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}

@@ -9,14 +9,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, Task, TaskID
 
 from fednorm.report._common import known
+from fednorm.report.bars import Line, clock
 from fednorm.report.numbers import percent
 
 if TYPE_CHECKING:
     from fednorm.federation.workbench import Workbench
     from fednorm.streams.workbench import ContinualWorkbench
+
+
+def _left(task: Task) -> str:
+    """Return a run's time left; empty before its first step, which says how long one takes."""
+    seconds = task.time_remaining
+    return "" if seconds is None or task.finished else f"{clock(seconds)} left"
 
 
 class _Bars:
@@ -31,12 +38,9 @@ class _Bars:
         self._console = console
         self._label = label
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(),
+            Line(_left, counted=True),
             console=console,
+            expand=True,
         )
         self._task: TaskID | None = None
         self._total = 0
@@ -79,11 +83,13 @@ class RoundProgress(_Bars):
         config = bench.config
         done = first_round - 1
         name = f"{config.strategy.name} + {config.norm.name}"
-        self._begin(name, config.rounds.num_rounds, done, f"going on from round {done}")
+        self._begin(name, bench.num_rounds, done, f"going on from round {done}")
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Show one finished round."""
         state = "loss not finite" if line["train_loss"] is None else f"loss {line['train_loss']:.3f}"
+        if "experience" in line:
+            state += f", experience {line['experience'] + 1} ended"
         if "mean" in line:
             state += f", mean accuracy {percent(line['mean'])} %, worst {percent(line['worst'])} %"
         if missing := line.get("missing"):

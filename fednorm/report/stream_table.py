@@ -25,6 +25,7 @@ from fednorm.report._common import (
     reconstructions,
     seeds,
 )
+from fednorm.report.captions import of_table, warnings_of
 from fednorm.report.numbers import fixed, significant
 
 Cell = Callable[[Sequence[float | None]], str]
@@ -41,6 +42,9 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "drift": ("drift", lambda values: interval(values, significant)),
 }
 """Columns of :func:`stream_table`: the score of ``final`` that each shows, and how."""
+
+FIRST = ("average accuracy", "plasticity", "forgetting (max − last)", "late average", "online accuracy")
+"""Columns that a narrow terminal has before the others."""
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
@@ -95,7 +99,8 @@ def stream_table(results: Sequence[Result]) -> Table:
         *dict.fromkeys(note for result in results for note in result["data"]["notes"]),
     )
     columns = ("method", *shown, "seconds")
-    return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, rows, notes, in_parts=True)
+    title = f"Accuracy (%): {results[0]['data']['title']}"
+    return Table(title, columns, rows, notes, of_table(groups), warnings_of(groups), FIRST)
 
 
 def matrix_table(result: Result) -> Table:
@@ -118,7 +123,7 @@ def matrix_table(result: Result) -> Table:
     if len(columns) < count:
         notes.append(f"{len(columns)} of {count} experiences, evenly spaced.")
     heads = ("accuracy on experience", *(str(column + 1) for column in columns))
-    return Table(f"Accuracy matrix (%): {result['data']['title']}", heads, rows, tuple(notes), in_parts=True)
+    return Table(f"Accuracy matrix (%): {result['data']['title']}", heads, rows, tuple(notes))
 
 
 def average_table(results: Sequence[Result]) -> Table:
@@ -166,7 +171,8 @@ def plasticity_table(results: Sequence[Result]) -> Table:
         "last experience; geometric mean over hidden layers (all but the last), mean over seeds.",
     )
     columns = (*table.columns, "plasticity", "weight norm", "effective lr")
-    return Table(title, columns, rows, notes, in_parts=True)
+    first = ("plasticity", table.columns[-1], table.columns[1])
+    return Table(title, columns, rows, notes, of_table(groups), warnings_of(groups), first)
 
 
 def drift_table(results: Sequence[Result]) -> Table:
@@ -191,7 +197,7 @@ def drift_table(results: Sequence[Result]) -> Table:
         "After the last experience: how far running mean and deviation are from those of all the data seen, root mean "
         "square over channels, in standard deviations."
     )
-    return Table(f"Drift by layer: {results[0]['data']['title']}", ("layer", *groups), rows, (note,), in_parts=True)
+    return Table(f"Drift by layer: {results[0]['data']['title']}", ("layer", *groups), rows, (note,))
 
 
 def _by_experience(
@@ -205,7 +211,7 @@ def _by_experience(
         for name, seeds_of in curves.items()
     )
     notes = (f"{len(shown)} of {count} experiences, evenly spaced.",) if len(shown) < count else ()
-    return Table(title, (head, *(str(number + 1) for number in shown)), rows, notes, in_parts=True)
+    return Table(title, (head, *(str(number + 1) for number in shown)), rows, notes)
 
 
 def _averages(result: Result) -> dict[int, float | None]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fednorm.cards import spelled
-from fednorm.records.result import result_of
 from fednorm.report._common import SHORT, name_of, settings, varied
 from fednorm.report.comparison import Comparison, Method
 
@@ -32,7 +31,7 @@ def kin(comparison: Comparison) -> list[tuple[int, int]]:
 
     A strategy keeps one colour whatever is swept; the second number, in order of what is swept, is its tone and marker.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for place, method in enumerate(comparison.methods):
         groups.setdefault(_names(method), []).append(place)
     first = next(iter(sweeps(comparison)), None)
@@ -45,7 +44,7 @@ def kin(comparison: Comparison) -> list[tuple[int, int]]:
 
 def group_names(comparison: Comparison) -> list[str]:
     """Return what the groups of :func:`kin` are called: a method's name without its options."""
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[str, ...], str] = {}
     for method in comparison.methods:
         first.setdefault(_names(method), name_of(method.results[0]).partition(" (")[0])
     return list(first.values())
@@ -53,7 +52,7 @@ def group_names(comparison: Comparison) -> list[str]:
 
 def sweeps(comparison: Comparison) -> list[Sweep]:
     """Return the numeric settings of which a method has several values, the one that tells most rows apart first."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     own = [settings(method.results[0]) for method in comparison.methods]
     for method, values in zip(comparison.methods, own, strict=True):
         groups.setdefault(_names(method), []).append(values)
@@ -66,10 +65,9 @@ def sweeps(comparison: Comparison) -> list[Sweep]:
     ]
 
 
-def _names(method: Method) -> tuple[str, str]:
-    result = result_of(method.results[0])
-    config = result["config"]
-    return spelled(str(config[result.actor]["name"])), spelled(str(config["norm"]["name"]))
+def _names(method: Method) -> tuple[str, ...]:
+    config = method.results[0]["config"]
+    return tuple(spelled(str(config[part]["name"])) for part in ("strategy", "learner", "norm") if part in config)
 
 
 def _distinct(key: str, several: Sequence[Mapping[str, Any]]) -> int:

@@ -19,6 +19,7 @@ from fednorm.report._common import (
     reconstructions,
     seeds,
 )
+from fednorm.report.captions import of_table, warnings_of
 from fednorm.report.numbers import fixed
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "plan_table"]
@@ -46,7 +47,15 @@ def accuracy_table(results: Sequence[Result]) -> Table:
             )
         )
     columns = ("method", *domains, "mean", "worst", "seconds", "MB a round")
-    return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, tuple(rows), _notes(results, groups))
+    return Table(
+        f"Accuracy (%): {results[0]['data']['title']}",
+        columns,
+        tuple(rows),
+        _notes(results, groups),
+        of_table(groups),
+        warnings_of(groups),
+        ("mean", "worst"),
+    )
 
 
 def curve_table(results: Sequence[Result]) -> Table:
@@ -94,7 +103,8 @@ def evaluation_table(results: Sequence[Result]) -> Table:
     )
     reasons |= dict.fromkeys(incomplete({name: [result] for name, result in zip(names, results, strict=True)}))
     columns = ("evaluated under", *domains, "mean")
-    return Table(f"Evaluation matrix (%): {results[0]['data']['title']}", columns, tuple(rows), tuple(reasons))
+    title = f"Evaluation matrix (%): {results[0]['data']['title']}"
+    return Table(title, columns, tuple(rows), tuple(reasons), first=("mean",))
 
 
 def plan_table(entries: Sequence[Mapping[str, Any]]) -> Table:
@@ -103,7 +113,7 @@ def plan_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple(
         (e["key"], e["layer_type"], e["norm"] or UNKNOWN, e["kind"], e["role"], _shape(e["shape"])) for e in entries
     )
-    return Table("Norm plan", columns, rows)
+    return Table("Norm plan", columns, rows, first=("role", "kind"), texts=columns[1:5])
 
 
 def _shape(sizes: Sequence[int]) -> str:

@@ -38,7 +38,10 @@ def verdict(comparison: Comparison) -> str:
         best = max(measured, key=lambda method: better * method.scores[key].mean)
         said = _alone(best, score.label, best.scores[key], len(measured), better)
     paper = best.paper.get(key)
-    return said if paper is None or paper.deviation is None else f"{said}; {_beside(paper.deviation)}"
+    if paper is not None and paper.deviation is not None:
+        departs = f", from whose protocol it departs ({', '.join(paper.departs)})" if paper.departs else ""
+        said = f"{said}; {_beside(paper.deviation)}{departs}"
+    return said if comparison.reduced is None else f"{said}; reduced to {comparison.reduced:g} of the study"
 
 
 def distinct_best(comparison: Comparison, key: str) -> Method | None:

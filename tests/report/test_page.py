@@ -220,7 +220,7 @@ def test_differences_papers_and_titles_come_from_the_study() -> None:
     fedbn = section["methods"][1]
     assert (section["baseline"], fedbn["baseline"]) == ("fedavg", "fedavg")
     assert fedbn["differences"]["mean"] == [1, 0.05, None, None, 1, 0, 0]
-    assert fedbn["paper"]["mean"] == {"value": 0.85, "std": None, "source": "Table 1", "deviation": -0.05}
+    assert fedbn["paper"]["mean"] == {"value": 0.85, "std": None, "source": "Table 1", "deviation": -0.05, "mark": ""}
     assert section["methods"][0]["differences"] == {}
 
 

@@ -1,6 +1,6 @@
 // Learning and plasticity: a line and a band over seeds for each method, of whichever quantity is picked.
 
-const IN_TURN = { federated: "round", continual: "experience", memorization: "experience" };
+const IN_TURN = { federated: "round", continual: "experience", memorization: "experience", federated_continual: "experience" };
 
 function curvesBlock(section, view, heading, about) {
   const offered = section.quantities.filter((quantity) => quantity.view === view);

@@ -28,7 +28,7 @@ function imagesOf(section) {
 
 function panel(section) {
   section.view = new Methods(section);
-  const federated = section.kind === "federated";
+  const federated = section.kind.startsWith("federated");
   const bold = section.scores.some((score) => known(score.best))
     ? "Scores that are shares are in per cent; bold: the best mean, where its paired interval to every other method leaves out 0."
     : "Scores that are shares are in per cent; no mean is bold: these seeds tell no method from all others.";

@@ -81,7 +81,7 @@ class ComparisonTable {
   fillPaper(cell, paper, score) {
     if (!paper) return cell.append(el("span", { class: "number", text: UNKNOWN }));
     cell.append(el("span", { class: "number", text: show(paper.value, score.percent) + (known(paper.std) ? ` ± ${show(paper.std, score.percent)}` : "") }));
-    if (known(paper.deviation)) cell.append(el("span", { class: "spread", text: `ours ${withSign(paper.deviation, score.percent)}` }));
+    if (known(paper.deviation)) cell.append(el("span", { class: "spread", text: `ours ${withSign(paper.deviation, score.percent)}${paper.mark}` }));
     cell.title = paper.source;
     return cell;
   }
