@@ -225,13 +225,13 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, Document()
+        config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
-            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+            beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
-            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
-        found |= self._bench.after_round(self._grid, report.server_round, arrays)
-        line = round_line(report, self._bench.strategy.expected) | finite(found)
+            beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        beside |= self._bench.after_round(self._grid, report.server_round, arrays)
+        line = round_line(report, self._bench.strategy.expected) | finite(beside)
         self.lines.append(line)
         if self._record:
             self._record.append_line(line)
@@ -248,12 +248,12 @@ class _Journal:
         report = strategy.report = RoundReport(last["round"])
         messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
-        made = round_line(report, strategy.expected)
+        again = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
-        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        clients = {**last["clients"], "evaluate": again["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
-        line |= {key: made[key] for key in SCORES if key in made}
-        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        line |= {key: again[key] for key in SCORES if key in again}
+        self.lines.append({**line, "rejected": kept + again["rejected"], "clients": clients})
         if self._record:
             self._record.keep_lines(len(self.lines) - 1)
             self._record.append_line(self.lines[-1])
