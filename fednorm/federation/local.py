@@ -285,22 +285,37 @@ class _Batches:
         return updates
 
     def _rows(self, phase: Phase) -> Iterator[Tensor]:
-        """Yield the rows of a phase's batches; a part of a pass is made of whole batches, one at least."""
-        trainee, count = self._turn.trainee, len(self._turn.client.train)
-        size = trainee.config.train.batch_size
-        wanted = phase.batches(trainee.config.train, -(-count // size)) if count else 0
-        while wanted > 0:
-            rows_of_pass = torch.split(torch.randperm(count, generator=self._generator), size)
-            for rows in rows_of_pass[:wanted]:
-                if len(rows) > 1 or not trainee.batch_coupled:
-                    yield rows
-            wanted -= len(rows_of_pass)
+        trainee = self._turn.trainee
+        single = not trainee.batch_coupled
+        return rows_of_phase(self._generator, len(self._turn.client.train), trainee.config.train, phase, single=single)
 
     def means(self) -> dict[str, float]:
         return {
             "loss": torch.stack(self._losses).sum().item() / self._seen,
             "accuracy": torch.stack(self._hits).sum().item() / self._seen,
         }
+
+
+def rows_of_phase(
+    generator: torch.Generator, count: int, train: TrainConfig, phase: Phase, *, single: bool
+) -> Iterator[Tensor]:
+    """Yield the rows of a phase's batches; a part of a pass is made of whole batches, one at least.
+
+    Args:
+        generator: Of the turn's stream of batches; a pass draws one permutation.
+        count: The client's training images.
+        train: Section ``train`` of the run.
+        phase: The phase.
+        single: Whether a batch of one image is trained on; else it is left out.
+    """
+    size = train.batch_size
+    wanted = phase.batches(train, -(-count // size)) if count else 0
+    while wanted > 0:
+        rows_of_pass = torch.split(torch.randperm(count, generator=generator), size)
+        for rows in rows_of_pass[:wanted]:
+            if len(rows) > 1 or single:
+                yield rows
+        wanted -= len(rows_of_pass)
 
 
 @contextmanager
