@@ -101,6 +101,11 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="client: one after the other; cohort: many small clients at once; auto: cohort if it pays."),
+    ] = None,
+    cohort_size: Annotated[int | None, typer.Option(help="Most clients of a cohort; by the model's size.")] = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
@@ -139,6 +144,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "engine": engine,
+        "cohort_size": cohort_size,
     }
     resolved = collect(config, flags, settings or [])
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)

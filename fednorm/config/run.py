@@ -33,11 +33,15 @@ C = TypeVar("C", bound=Card)
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
 
-MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False}
+MOST_COHORT = 100_000
+"""Clients of a cohort."""
+
+MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False, "engine": "client", "cohort_size": 0}
 """What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
 
 DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")
 AMP = ("none", "bf16")
+ENGINES = ("auto", "client", "cohort")
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,10 @@ class RunConfig:
             is asked when a run is made, not here: records of other machines can be read.
         amp: ``bf16`` for forward passes under autocast in bfloat16; ``none``.
         compile: Whether forward passes go through ``torch.compile``.
+        engine: ``client`` for one client after the other; ``cohort`` for many small clients as one stack of tensors;
+            ``auto`` for cohorts where a client's step is so little work that they pay, and the method has a stacked
+            form. Part of the configuration because sums depend on it in the last bits.
+        cohort_size: The most clients of a cohort; 0 for as many as the model's size suggests.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
         model: Which architecture.
@@ -136,6 +144,8 @@ class RunConfig:
     device: str = "cpu"
     amp: str = "none"
     compile: bool = False
+    engine: str = "client"
+    cohort_size: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
     model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
@@ -159,6 +169,22 @@ class RunConfig:
         choose("amp", self.amp, AMP)
         if type(self.compile) is not bool:
             raise ConfigError(f"compile must be true or false; got {shown(self.compile)}.")
+        self._require_engine()
+
+    def _require_engine(self) -> None:
+        choose("engine", self.engine, ENGINES)
+        if type(self.cohort_size) is not int or not 0 <= self.cohort_size <= MOST_COHORT:
+            raise ConfigError(
+                f"cohort_size is a number of clients, 1 to {MOST_COHORT:,}, or 0 for as many as the model's size "
+                f"suggests; got {shown(self.cohort_size)}."
+            )
+        if self.kind == "continual" and (self.engine, self.cohort_size) != ("client", 0):
+            raise ConfigError("engine and cohort_size are of federated runs: a stream has one learner. Leave them out.")
+        if self.engine == "client" and self.cohort_size:
+            raise ConfigError(
+                f"cohort_size is {self.cohort_size}, and engine 'client' takes clients one at a time. Set engine to "
+                "'cohort' or 'auto'."
+            )
 
     @classmethod
     def defaults(cls, kind: Kind) -> RunConfig:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
+from fednorm.federation.stack import StackRow
 from fednorm.roles import Role
 
 HALF = (torch.float16, torch.bfloat16)
@@ -27,7 +28,8 @@ class Average:
     average of finite values is finite, so a tensor whose sum *could* leave the range of its type (by the largest
     values seen) is summed in float64 from there on. Pooled moments are combined in float64 by
     :func:`~fednorm.federation.pooling.pool_moments`; a pooled quadratic mean has no variance beside it, and its
-    weighted average *is* the pooled one. Integers are the first client's.
+    weighted average *is* the pooled one. Integers are the first client's. Rows of one stack are summed together, in
+    float64.
     """
 
     def __init__(self, plan: NormPlan) -> None:
@@ -42,6 +44,7 @@ class Average:
         self._bounds: dict[str, float] = {}
         self._moments: list[dict[str, Tensor]] = []
         self._weights: list[float] = []
+        self._rows: list[tuple[StackRow, float]] = []
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Add one client's tensors with a weight > 0; the tensors are not changed."""
@@ -50,6 +53,14 @@ class Average:
             self._integers = {k: tensors[k].clone() for k in self._plan.sent if not tensors[k].is_floating_point()}
             floats = [k for k in self._plan.sent if k not in self._integers and k not in self._pooled]
             self._types = {key: tensors[key].dtype for key in floats}
+        if self._rows and (not isinstance(tensors, StackRow) or tensors.stack is not self._rows[0][0].stack):
+            self._add_rows()
+        if isinstance(tensors, StackRow):
+            self._rows.append((tensors, weight))
+            self._moments.append({key: tensors[key] for key in self._pooled})
+            self._weights.append(weight)
+            return
+        first = not self._sums and not self._wide
         self._widen(tensors, weight)
         narrow = [key for key in self._types if key not in self._wide]
         if first:
@@ -63,10 +74,33 @@ class Average:
 
     def result(self) -> dict[str, Tensor]:
         """Return the average, in the plan's order; call it once."""
+        self._add_rows()
         if self._sums:
             torch._foreach_div_(list(self._sums.values()), sum(self._weights))
         averaged = self._sums | self._narrowed() | self._integers | self._pool()
         return {key: averaged[key] for key in self._plan.sent}
+
+    def _add_rows(self) -> None:
+        """Add the rows of one stack that have come so far."""
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        stack, numbers = rows[0][0].stack, [row.number for row, _ in rows]
+        weights = torch.tensor([weight for _, weight in rows], dtype=torch.float64)
+        whole = numbers == list(range(stack.count))
+        for key, dtype in self._types.items():
+            values = stack.tensors[key] if whole else stack.tensors[key][numbers]
+            total, scale = self._wide[key] if key in self._wide else self._made_wide(key, values[0], dtype)
+            if total.numel():
+                total += (values.reshape(len(rows), -1).double().T @ (weights * scale)).view(total.shape)
+
+    def _made_wide(self, key: str, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Go over to float64 with one tensor; return its sum so far, and what weights are multiplied by."""
+        scale = SCALE if dtype is torch.float64 else 1.0
+        so_far = self._sums.pop(key, None)
+        total = torch.zeros(like.shape, dtype=torch.float64) if so_far is None else so_far.double()
+        self._wide[key] = (total * scale, scale)
+        return self._wide[key]
 
     def _widen(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Go over to float64 with every tensor whose sum may not fit its type with this client's added."""
@@ -76,10 +110,7 @@ class Average:
             self._bounds[key] = self._bounds.get(key, 0.0) + weight * _largest(tensors[key])
             fits = 2 * self._bounds[key] < torch.finfo(dtype).max  # 2: sums are rounded
             if dtype in HALF or not fits:
-                scale = SCALE if dtype is torch.float64 else 1.0
-                so_far = self._sums.pop(key, None)
-                total = torch.zeros_like(tensors[key], dtype=torch.float64) if so_far is None else so_far.double()
-                self._wide[key] = (total * scale, scale)
+                self._made_wide(key, tensors[key], dtype)
 
     def _narrowed(self) -> dict[str, Tensor]:
         """Return the averages that were summed in float64, in their own types."""

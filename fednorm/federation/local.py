@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -186,13 +186,40 @@ class Turn:
         )
 
 
+class StackedLocal:
+    """What a strategy's clients do to their gradients, for K clients at once: tensors have an axis of clients in front."""
+
+    def __init__(self, strategy: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Begin a round's training.
+
+        Args:
+            strategy: The strategy, for its options.
+            config: The message's settings.
+            tensors: The learned parameters that are shared, by key, shape (K, ...), as the server sent them; not to be
+                written to, and changed by the training.
+        """
+
+    def adjust(self, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Change gradients in place; those of parameters that are not trained now are not there.
+
+        Args:
+            tensors: The parameters, by key, shape (K, ...).
+            gradients: Likewise.
+        """
+
+
 class Local:
     """What a strategy adds to a client's training; the base adds nothing, as FedAvg's clients do.
 
     Attributes:
         strategy: The strategy, for its options. The client's process has a strategy of its own, of the same
             configuration: what the server's changes from round to round travels, or is not known here.
+        stacked: What makes of the strategy what ``begin`` and ``adjust`` do for several clients at once
+            (:class:`StackedLocal`); None where nothing does, and for a class that has its own ``begin``, ``loss``,
+            ``adjust`` or ``end`` below the class that says this.
     """
+
+    stacked: ClassVar[type[StackedLocal] | None] = None
 
     def __init__(self, strategy: Any) -> None:
         """Make the client side of one turn."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
 from fednorm.federation.plan import Entry, NormPlan
+from fednorm.federation.stack import RowRecord
 from fednorm.federation.wire import Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
@@ -90,7 +91,7 @@ class Update:
         extra: What the strategy asked for besides.
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metrics: dict[str, float]
     nbytes: int
     extra: dict[str, Tensor] = field(default_factory=dict)
@@ -197,8 +198,12 @@ def read_update(
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
-    tensors = _tensors(arrays, plan.sent, plan)
-    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
+    tensors: Mapping[str, Tensor]
+    if isinstance(arrays, RowRecord) and arrays.row.stack.sound(plan)[arrays.row.number]:
+        tensors, size = arrays.row, arrays.row.stack.nbytes  # checked together with the other rows
+    else:
+        tensors, size = _tensors(arrays, plan.sent, plan), nbytes(arrays.values())
+    size += sum(tensor.nbytes for tensor in beside.values())
     return Update(tensors, _sound(metrics, required, shares), size, beside)
 
 

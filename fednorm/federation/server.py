@@ -18,6 +18,7 @@ from fednorm.errors import IncompleteError
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
 from fednorm.federation.checkpoint import kept, personal, restored, taken
+from fednorm.federation.cohort.engine import engine_of
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
@@ -141,6 +142,7 @@ def describe(bench: Workbench) -> Document:
         "strategy": {"name": bench.config.strategy.name, **_options(bench)},
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
         **described(bench.config, bench.trainee.device),
+        **({"engine": engine_of(bench).to_dict()} if bench.config.engine != "client" else {}),
         "data": {
             "title": federation.title,
             "notes": list(federation.notes),

@@ -9,6 +9,9 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from fednorm.config import RunConfig
+from fednorm.federation.cohort.engine import engine_of
+from fednorm.federation.executors import Executor
+from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import Observer, check, describe, make_server_app, read_back
@@ -52,8 +55,18 @@ def simulate(
     results: list[dict[str, Any]] = []
     server_app = make_server_app(lambda _: made, lambda *_: record, observer, results.append)
     run_config = {"config": json.dumps(config.to_dict())}
-    grid = InProcessGrid(Sequential(made), len(made.federation.clients), dict(run_config))
+    grid = InProcessGrid(executor_of(made), len(made.federation.clients), dict(run_config))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
     with torch_threads(config.threads):
         server_app(grid, context)
     return results[0]
+
+
+def executor_of(bench: Workbench) -> Executor:
+    """Return what carries out the clients' turns in this process, before the first of them.
+
+    Raises:
+        ConfigError: The run's engine cannot carry them out.
+    """
+    engine = engine_of(bench)
+    return Cohort(bench, engine.cohort_size) if engine.name == "cohort" else Sequential(bench)

@@ -374,7 +374,9 @@ class NormStrategy(Strategy):
 
         return in_order(replies, self.nodes, self._awaited, reject)
 
-    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
+    def _read_update(
+        self, node: Node, reply: Message
+    ) -> tuple[Mapping[str, Tensor], ClientReport, Mapping[str, Tensor]]:
         """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""
         ours = self.expected.get(node.partition_id) if node.described else None
         update = read_update(

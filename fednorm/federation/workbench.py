@@ -9,8 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
@@ -33,6 +34,9 @@ from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
 from fednorm.training.footprint import require_footprint
 from fednorm.training.trainee import Trainee
+
+if TYPE_CHECKING:
+    from fednorm.federation.cohort.engine import Engine
 
 LOCAL_RECORD = "fednorm.local"
 """The record of a client's ``Context.state`` that holds its local tensors."""
@@ -57,6 +61,7 @@ class Workbench:
         plan: The strategy's norm plan.
         trainee: What trains: the model, its optimizer, the effects around an update.
         schedule: Of the learning rate, over the rounds.
+        engine: What carries out its clients' turns, once that is decided.
     """
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
@@ -66,6 +71,7 @@ class Workbench:
             FedNormError: Something in the configuration does not fit the rest.
         """
         self.config = config
+        self.engine: Engine | None = None
         devices.device_of(config)  # before data are read
         input_size = config.model.card.input_size
         loaded = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
@@ -201,6 +207,16 @@ class Workbench:
             config=dict(sent.config_records.get("config", self.strategy.client_config())),
             state=held(own, "A client keeps"),
         )
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """The initial values of the tensors that the server does not send, by key; not to be written to."""
+        return self._initial
+
+    @property
+    def learned(self) -> Collection[str]:
+        """The keys of the learned parameters that are shared: those that a term of a federated method acts on."""
+        return self._learned.keys()
 
     @property
     def statistics(self) -> tuple[str, ...]:

@@ -73,6 +73,9 @@ class Images:
     Args:
         splits: One a client; none is empty.
         device: Where they are, and where batches are to be.
+
+    Attributes:
+        group_of: For each split the number of its group, of those that share one array and one scaling; shape (K,).
     """
 
     def __init__(self, splits: Sequence[Split], device: torch.device) -> None:
@@ -84,6 +87,8 @@ class Images:
         self._groups = [self._grouped(own) for own in places.values()]
         order = torch.tensor([place for own in places.values() for place in own])
         self._order = order.argsort().to(device)
+        numbers = torch.tensor([number for number, own in enumerate(places.values()) for _ in own])
+        self.group_of = numbers[order.argsort()]
 
     def _grouped(self, places: list[int]) -> _Group:
         own = [self._splits[place].index for place in places]
@@ -119,6 +124,33 @@ class Images:
         if len(parts) == 1:
             return parts[0]
         images, labels = (torch.cat([part[i] for part in parts])[self._order] for i in (0, 1))
+        return images, labels
+
+    def rows_of(self, owners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return single images, each of a split of its own.
+
+        Args:
+            owners: The places of their splits, in ascending order of groups, int64 on the CPU, shape (n,).
+            rows: Their rows of these, shape (n,).
+
+        Returns:
+            Images as a network is given them, shape (n, C, H, W), and labels, shape (n,).
+        """
+        parts = []
+        groups = self.group_of[owners]
+        for number, group in enumerate(self._groups):
+            of_group = groups == number
+            if not of_group.any():
+                continue
+            first = self._splits[group.places[0]]
+            if type(first) is not Split:
+                parts.append(first.inputs(rows[of_group]))
+                continue
+            begins = torch.zeros(len(self._splits), dtype=torch.int64)
+            begins[group.places] = group.begins[:, 0]
+            where = group.index[(rows[of_group] + begins[owners[of_group]]).to(self._device)]
+            parts.append((first.scaling(first.images[where]), first.labels[where]))
+        images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         return images, labels
 
     def _pixels(self, group: _Group, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,15 +52,17 @@ class StackedNetwork:
             module.training = modes[path]
 
     def stack(self, tensors: Mapping[str, Tensor], count: int) -> Tensors:
-        """Return tensors of one client, by keys of the state dict, as those of ``count`` clients, in memory of their own."""
-        return {key: tensors[key].expand(count, *tensors[key].shape).clone() for key in self.keys}
+        """Return one client's tensors, by keys of the state dict, as those of ``count`` clients, in their own memory."""
+        return {key: several(tensors[key], count) for key in self.keys}
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys of all stacked tensors."""
         return self.parameters + self.buffers
 
-    def train(self, tensors: Mapping[str, Tensor], images: Tensor, mask: Tensor, count: Tensor) -> tuple[Tensor, Tensors]:
+    def train(
+        self, tensors: Mapping[str, Tensor], images: Tensor, mask: Tensor, count: Tensor
+    ) -> tuple[Tensor, Tensors]:
         """Return the logits of a training pass, differentiable by the tensors, and what it makes of the buffers.
 
         Args:
@@ -107,3 +109,8 @@ class StackedNetwork:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def several(tensor: Tensor, count: int) -> Tensor:
+    """Return a tensor as that of ``count`` clients, in memory of its own; without the layout that one client's has."""
+    return tensor.expand(count, *tensor.shape).clone(memory_format=torch.contiguous_format)

@@ -202,5 +202,3 @@ class _Step:
             change(tensors)
         for key, old in before.items():
             tensors[key].copy_(where(active, tensors[key], old))
-
-

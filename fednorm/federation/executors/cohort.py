@@ -1,0 +1,258 @@
+"""Many small clients at once: jobs of one kind are carried out cohort by cohort, all else one after the other.
+
+What a client sends and keeps is what it is where it takes its turn alone, up to rounding; it does not depend on which
+clients are in its cohort, and is the same to the bit for cohorts of the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from flwr.app import MetricRecord, RecordDict
+from torch import Tensor
+
+from fednorm.data.domain import Client, Split
+from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
+from fednorm.federation.cohort.network import Tensors, several
+from fednorm.federation.cohort.training import CohortTraining
+from fednorm.federation.executors import Answer, Job
+from fednorm.federation.executors.sequential import answer
+from fednorm.federation.local import Local, Phase
+from fednorm.federation.stack import RowRecord, Stack, StackRow
+from fednorm.federation.wire import pack, unpack
+from fednorm.federation.workbench import LOCAL_RECORD, Workbench
+from fednorm.norms import spec_of
+
+IMAGES = 512
+"""Images of a pass where all clients have one network."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Turn:
+    """One client's training: the job, whose it is, and how long it takes."""
+
+    job: Job
+    client: Client
+    phases: tuple[Phase, ...]
+    steps: int
+
+    @property
+    def parts(self) -> tuple[frozenset[str] | None, ...]:
+        """What its phases train: clients of one cohort train the same."""
+        return tuple(phase.parameters for phase in self.phases)
+
+
+@dataclass(frozen=True, eq=False)
+class _Result:
+    """What a cohort's training left, on the CPU.
+
+    Attributes:
+        sent: The tensors of the plan that travel.
+        kept: Those that stay, by key of the state dict, shape (K, ...).
+        sound: Of which clients those that stay are finite.
+        loss: Of each client.
+        accuracy: Of each client.
+    """
+
+    sent: Stack
+    kept: Tensors
+    sound: list[bool]
+    loss: list[float]
+    accuracy: list[float]
+
+
+class Cohort:
+    """Trains and evaluates clients of one shape together.
+
+    Args:
+        bench: The run's workbench, before any turn: its model holds the run's initial tensors.
+        size: K, the most clients of a cohort.
+    """
+
+    def __init__(self, bench: Workbench, size: int) -> None:
+        self._bench, self._size = bench, size
+        self._training = CohortTraining(bench)
+        self._local = bench.strategy.local
+        specs = [spec_of(module) for module in bench.model.modules()]
+        self._apart = any(spec is not None and spec.coupled_in_evaluation for spec in specs)
+
+    def close(self) -> None:
+        """Do nothing: the workbench is whoever's it was."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        """Yield the answer to each job; see :class:`~fednorm.federation.executors.Executor`."""
+        for (kind, _), group in groupby(jobs, key=lambda job: (job.kind, id(job.content))):
+            of_kind = list(group)
+            if kind == "train":
+                yield from self._train(of_kind)
+            elif kind == "evaluate" and self._can_evaluate(of_kind[0]):
+                yield from self._evaluate(of_kind)
+            else:
+                yield from (answer(self._bench, job) for job in of_kind)
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def _train(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        turns = [self._turn(job) for job in jobs]
+        done: dict[int, tuple[_Result, int]] = {}
+        cohorts = iter(self._cohorts(turns))
+        for place, turn in enumerate(turns):
+            if not turn.steps:  # it fails in the words of a client that is alone
+                yield answer(self._bench, turn.job)
+                continue
+            while place not in done:
+                places, result = self._trained(next(cohorts), turns)
+                done |= {other: (result, number) for number, other in enumerate(places)}
+            yield self._answer(turn, *done.pop(place))
+
+    def _turn(self, job: Job) -> _Turn:
+        bench = self._bench
+        client, train = bench.client(job.context), bench.config.train
+        phases: Sequence[Phase] = (Phase(),)
+        if self._local.phases is not Local.phases:
+            turn = bench.turn(client, _round(job.content), job.content, job.context)
+            phases = self._local(bench.strategy).phases(turn)
+        count = len(client.train)
+        steps = sum(phase.batches(train, -(-count // train.batch_size)) for phase in phases) if count else 0
+        return _Turn(job, client, tuple(phases), steps)
+
+    def _cohorts(self, turns: Sequence[_Turn]) -> list[list[int]]:
+        """Return the places of each cohort's turns: clients that train alike, and about equally long."""
+        places = [place for place, turn in enumerate(turns) if turn.steps]
+        size = _share(len(places), self._size)
+        alike: dict[object, list[int]] = {}
+        for place in sorted(places, key=lambda place: turns[place].steps):
+            alike.setdefault(turns[place].parts, []).append(place)
+        return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
+
+    def _trained(self, places: list[int], turns: Sequence[_Turn]) -> tuple[list[int], _Result]:
+        size = _share(sum(turn.steps > 0 for turn in turns), self._size)
+        padded = places + places[-1:] * (size - len(places))
+        cohort = [turns[place] for place in padded]
+        content, bench = cohort[0].job.content, self._bench
+        tensors = self._stacked([turn.job for turn in cohort])
+        config = content.config_records["config"]
+        adjust = None
+        if self._local.stacked is not None:
+            learned = {key: tensors[key] for key in bench.learned if key in tensors}
+            adjust = self._local.stacked(bench.strategy, dict(config), learned).adjust
+        trained = self._training.train(
+            [turn.client for turn in cohort],
+            tensors,
+            server_round=_round(content),
+            phases=[turn.phases for turn in cohort],
+            adjust=adjust,
+        )
+        host = {key: tensor.cpu() for key, tensor in trained.tensors.items()}
+        same = self._training.network.same
+        kept = {key: host[same[key]] for key in bench.plan.local}
+        sound = _finite(kept, size)
+        sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size)
+        return places, _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
+
+    def _stacked(self, jobs: Sequence[Job]) -> Tensors:
+        """Return what each client's model holds before its turn, as of :meth:`Workbench.receive`."""
+        bench, device = self._bench, self._bench.trainee.device
+        sent = unpack(jobs[0].content.array_records["arrays"])
+        own = [_own(job) for job in jobs]
+        stacked: Tensors = {}
+        for key in self._training.network.keys:
+            first = sent[key] if key in sent else bench.initial[key]
+            if (key not in sent or key in bench.plan.counters) and any(key in one for one in own):
+                stacked[key] = (
+                    torch.stack([one.get(key, first).to(first.device) for one in own]).to(device).contiguous()
+                )
+            else:
+                stacked[key] = several(first.to(device), len(jobs))
+        return stacked
+
+    def _answer(self, turn: _Turn, result: _Result, number: int) -> Answer:
+        if result.kept and result.sound[number]:
+            own = {key: tensor[number].clone() for key, tensor in result.kept.items()}
+            turn.job.context.state[LOCAL_RECORD] = pack(own)
+        metrics = {"num-examples": len(turn.client.train), "loss": result.loss[number]}
+        metrics["accuracy"] = result.accuracy[number]
+        arrays = RowRecord(StackRow(result.sent, number))
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})
+
+    # Evaluation -------------------------------------------------------------------------------------------------------
+
+    def _can_evaluate(self, job: Job) -> bool:
+        mode = job.content.config_records["config"].get("mode", "own")
+        plain = self._local.before_evaluation is Local.before_evaluation
+        return not self._apart and (mode == "given" or (mode == "own" and plain))
+
+    def _evaluate(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        bench = self._bench
+        sent = unpack(jobs[0].content.array_records["arrays"])
+        wanted = [key for key in bench.plan.local if key in bench.statistics and key not in sent]
+        clients = [bench.client(job.context) for job in jobs]
+        ready = [
+            client.held_out or all(key in own for key in wanted)
+            for client, own in ((c, _own(job) if wanted else {}) for c, job in zip(clients, jobs, strict=True))
+        ]
+        together = [place for place, is_ready in enumerate(ready) if is_ready]
+        scores = dict(zip(together, self._scored([jobs[p] for p in together], sent), strict=True))
+        for place, job in enumerate(jobs):
+            # The statistics of a client that has never trained are estimated first.
+            yield RecordDict({"metrics": MetricRecord(dict(scores[place]))}) if place in scores else answer(bench, job)
+
+    def _scored(self, jobs: Sequence[Job], sent: Mapping[str, Tensor]) -> list[Scores]:
+        """Return the scores of clients that are evaluated with the tensors they have."""
+        if not jobs:
+            return []
+        bench, evaluate = self._bench, self._bench.config.evaluate
+        in_a_round = "mode" not in jobs[0].content.config_records["config"]
+        clients = [bench.client(job.context) for job in jobs]
+        first = [c.validation if evaluate.split == "validation" else c.test for c in clients]
+        scores = self._scored_on(jobs, sent, first)
+        if evaluate.best_round and in_a_round:
+            more = self._scored_on(jobs, sent, [client.validation for client in clients])
+            scores = [a | {f"validation-{key}": v for key, v in b.items()} for a, b in zip(scores, more, strict=True)]
+        return scores
+
+    def _scored_on(self, jobs: Sequence[Job], sent: Mapping[str, Tensor], splits: Sequence[Split]) -> list[Scores]:
+        bench, network, device = self._bench, self._training.network, self._bench.trainee.device
+        mine = [key for key in network.keys if key in bench.plan.local and key not in sent]
+        shared = {key: (sent[key] if key in sent else bench.initial[key]).to(device) for key in network.keys}
+        if not mine:
+            return scored_alike(network, shared, splits, IMAGES, device)
+        for key in mine:
+            del shared[key]
+        rows = min(bench.config.evaluate.batch_size, max(map(len, splits)) or 1)
+        size, scores = _share(len(jobs), self._size), list[Scores]()
+        for start in range(0, len(jobs), size):
+            places = list(range(start, min(start + size, len(jobs))))
+            padded = places + places[-1:] * (size - len(places))
+            own = [_own(jobs[place]) for place in padded]
+            stacked = {key: torch.stack([one.get(key, bench.initial[key]) for one in own]).to(device) for key in mine}
+            found = scored_apart(network, stacked, shared, [splits[place] for place in padded], rows, device)
+            scores += found[: len(places)]
+        return scores
+
+
+def _share(count: int, size: int) -> int:
+    """Return how large cohorts are: all of one size, which follows from how many clients are asked."""
+    return -(-count // max(1, -(-count // size)))
+
+
+def _own(job: Job) -> dict[str, Tensor]:
+    """Return what a client keeps of the model."""
+    records = job.context.state.array_records
+    return unpack(records[LOCAL_RECORD]) if LOCAL_RECORD in records else {}
+
+
+def _round(content: RecordDict) -> int:
+    return int(str(content.config_records["config"].get("server-round", 0)))
+
+
+def _finite(tensors: Mapping[str, Tensor], count: int) -> list[bool]:
+    """Return of which clients every value of every float tensor is finite."""
+    sound = torch.ones(count, dtype=torch.bool)
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.numel():
+            sound &= tensor.flatten(1).isfinite().all(1) if tensor.ndim > 1 else tensor.isfinite()
+    return sound.tolist()

@@ -1,0 +1,117 @@
+"""Several clients' updates as one: each tensor with an axis of clients in front, checked and averaged at once.
+
+A cohort's clients send rows of one stack. A :class:`RowRecord` is an ``ArrayRecord`` like any other to whoever reads it;
+our own strategies see the stack behind it, and need no loop over clients and tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from flwr.app import Array, ArrayRecord
+from torch import Tensor
+
+from fednorm.federation.plan import NormPlan
+from fednorm.federation.wire import MemoryArray
+from fednorm.roles import Kind
+
+NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
+
+
+class Stack:
+    """The tensors of K clients' updates, on the CPU; nobody writes to them.
+
+    Args:
+        tensors: By key of the plan, in its order, shape (K, ...).
+        count: K.
+
+    Attributes:
+        nbytes: Bytes of one client's.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
+        self.tensors, self.count = tensors, count
+        self.nbytes = sum(tensor[0].nbytes for tensor in tensors.values())
+        self._sound: list[bool] | None = None
+        self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
+
+    def sound(self, plan: NormPlan) -> list[bool]:
+        """Return which clients' values are all finite, and not negative where they cannot be."""
+        if self._sound is None:
+            sound = torch.ones(self.count, dtype=torch.bool)
+            for key, tensor in self.tensors.items():
+                if not tensor.is_floating_point() or not tensor.numel():
+                    continue
+                flat = tensor.reshape(self.count, -1)
+                sound &= flat.sum(1).isfinite() | flat.isfinite().all(1)  # a finite sum proves it in one cheap pass
+                if plan.by_key[key].kind in NEVER_NEGATIVE:
+                    sound &= ~(flat < 0).any(1)
+            self._sound = sound.tolist()
+        return self._sound
+
+    def norms(self, old: Mapping[str, Tensor]) -> list[float]:
+        """Return how far each client has gone from what all of them were sent, as of ``update_norm``; not finite
+        where single precision does not suffice.
+        """
+        if self._norms is None or self._norms[0] is not old:
+            total = torch.zeros(self.count, dtype=torch.float64)
+            for key, tensor in self.tensors.items():
+                if key in old and tensor.is_floating_point() and tensor.numel():
+                    total += (tensor - old[key]).reshape(self.count, -1).square().sum(1)
+            self._norms = (old, total.sqrt().tolist())
+        return self._norms[1]
+
+
+class StackRow(Mapping[str, Tensor]):
+    """One client's tensors of a stack."""
+
+    def __init__(self, stack: Stack, number: int) -> None:
+        self.stack, self.number = stack, number
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a tensor, which must not be written to."""
+        return self.stack.tensors[key][self.number]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys."""
+        return iter(self.stack.tensors)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.stack.tensors)
+
+
+class _Arrays(Mapping[str, Array]):
+    """The tensors of a row as Flower's arrays, each made when it is asked for."""
+
+    def __init__(self, row: StackRow) -> None:
+        self._row = row
+
+    def __getitem__(self, key: str) -> Array:
+        return MemoryArray(self._row[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._row)
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+
+class RowRecord(ArrayRecord):
+    """An ``ArrayRecord`` of one row of a stack; it must not be written to."""
+
+    def __init__(self, row: StackRow) -> None:
+        super().__init__()
+        self.__dict__["row"] = row
+        self.__dict__["_data"] = _Arrays(row)
+
+    @property
+    def row(self) -> StackRow:
+        """Return the row."""
+        row: StackRow = self.__dict__["row"]
+        return row
+
+
+# Flower writes a record's class name into its serialized form and looks it up on the other side.
+RowRecord.__qualname__ = ArrayRecord.__qualname__
