@@ -30,6 +30,7 @@ def federated(
     seed: int = 1,
     data_dir: str | Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
@@ -58,6 +59,7 @@ def federated(
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the CPU if None.
+        workers: Processes that take the clients side by side, to the same bits; as many as pay if None.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
@@ -83,6 +85,7 @@ def federated(
         "data": {"name": DATA.add(data), **({"dir": str(data_dir)} if data_dir is not None else {})},
         "rounds": {"num_rounds": rounds},
         **({"device": device} if device is not None else {}),
+        **({"workers": workers} if workers is not None else {}),
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }

@@ -30,6 +30,7 @@ try:
         RunsOption,
         ScheduleOption,
         SetOption,
+        WorkersOption,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -106,6 +107,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
         typer.Option(help="client: one after the other; cohort: many small clients at once; auto: cohort if it pays."),
     ] = None,
     cohort_size: Annotated[int | None, typer.Option(help="Most clients of a cohort; by the model's size.")] = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
@@ -146,6 +148,7 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
         "engine": engine,
         "cohort_size": cohort_size,
+        "workers": workers,
     }
     resolved = collect(config, flags, settings or [])
     run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
@@ -176,6 +179,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
@@ -205,6 +209,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
     run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)

@@ -41,6 +41,8 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
         return show_result(finished, as_json=as_json)
+    if config.workers not in ("auto", 1):
+        err().print("workers does nothing here: a stream has one learner, which takes one experience after the other.")
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
     if dry_run and as_json:

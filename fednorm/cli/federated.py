@@ -82,6 +82,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
         )
+    if (workers := document["workers"]) > 1:
+        console.print(f"workers: {workers} processes take the clients side by side")
     if "estimated_seconds" in document:
         console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "entries" in document:

@@ -13,6 +13,10 @@ DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder o
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
 AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
 CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="Processes that take the clients side by side, to the same bits; by default what pays."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
 ]

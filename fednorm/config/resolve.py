@@ -53,7 +53,7 @@ VALUES: Mapping[str, type[Section]] = {
 LEADING: Mapping[Kind, str] = {"federated": "strategy", "continual": "scenario"}
 """The method that brings defaults along for the rest of a run."""
 
-TOP = ("kind", "seed", "threads", *MACHINE)
+TOP = ("kind", "seed", "threads", "workers", *MACHINE)
 
 
 def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig:

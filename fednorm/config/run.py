@@ -36,6 +36,9 @@ MOST_THREADS = 1024
 MOST_COHORT = 100_000
 """Clients of a cohort."""
 
+MOST_WORKERS = 1024
+"""Processes of a run, on whatever machine; how many cores there are is asked when a run is made."""
+
 MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False, "engine": "client", "cohort_size": 0}
 """What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
 
@@ -125,6 +128,8 @@ class RunConfig:
             ``auto`` for cohorts where a client's step is so little work that they pay, and the method has a stacked
             form. Part of the configuration because sums depend on it in the last bits.
         cohort_size: The most clients of a cohort; 0 for as many as the model's size suggests.
+        workers: How many processes take a federation's clients side by side, or ``auto``. No number depends on it, and
+            it is part neither of the hash nor of the record.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
         model: Which architecture.
@@ -146,6 +151,7 @@ class RunConfig:
     compile: bool = False
     engine: str = "client"
     cohort_size: int = 0
+    workers: int | str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
     model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
@@ -169,6 +175,11 @@ class RunConfig:
         choose("amp", self.amp, AMP)
         if type(self.compile) is not bool:
             raise ConfigError(f"compile must be true or false; got {shown(self.compile)}.")
+        if self.workers != "auto" and (type(self.workers) is not int or not 1 <= self.workers <= MOST_WORKERS):
+            raise ConfigError(
+                f"workers, the processes that take a federation's clients side by side, is 'auto' or a number from 1 "
+                f"to {MOST_WORKERS}; got {shown(self.workers)}."
+            )
         self._require_engine()
 
     def _require_engine(self) -> None:

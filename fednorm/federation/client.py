@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
@@ -37,7 +37,7 @@ from fednorm.device import wide
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Turn, held
 from fednorm.federation.replies import EXTRA
-from fednorm.federation.wire import pack
+from fednorm.federation.wire import pack, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.training.recalibration import in_batches, reestimate
 
@@ -156,7 +156,7 @@ def _statistics(bench: Workbench, content: RecordDict, context: Context) -> Reco
     if LOCAL_RECORD in context.state.array_records:
         own = context.state.array_records[LOCAL_RECORD]
         keys = (key for pair in bench.plan.moments() for key in pair)
-        reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
+        reply["arrays"] = pack({key: tensor_of(own[key]) for key in keys if key in own})
     return reply
 
 

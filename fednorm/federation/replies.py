@@ -198,11 +198,8 @@ def read_update(
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
-    tensors: Mapping[str, Tensor]
-    if isinstance(arrays, RowRecord) and arrays.row.stack.sound(plan)[arrays.row.number]:
-        tensors, size = arrays.row, arrays.row.stack.nbytes  # checked together with the other rows
-    else:
-        tensors, size = _tensors(arrays, plan.sent, plan), nbytes(arrays.values())
+    tensors = _tensors(arrays, plan.sent, plan)
+    size = arrays.row.stack.nbytes if isinstance(arrays, RowRecord) else nbytes(arrays.values())
     size += sum(tensor.nbytes for tensor in beside.values())
     return Update(tensors, _sound(metrics, required, shares), size, beside)
 
@@ -260,7 +257,7 @@ def read_local(reply: Message, plan: NormPlan, *, examples: int = 0) -> tuple[fl
     metrics = _sound(_metrics(content, at_least=0, examples=examples or None, verb="trains on"), (), shares=True)
     if "arrays" not in content.array_records:
         return None
-    return metrics["num-examples"], _tensors(content.array_records["arrays"], plan.local, plan)
+    return metrics["num-examples"], dict(_tensors(content.array_records["arrays"], plan.local, plan))
 
 
 @reader
@@ -274,7 +271,7 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     if "arrays" not in records:
         return {}
     kept = [key for pair in plan.moments() for key in pair if plan.by_key[key].role is Role.LOCAL]
-    return _tensors(records["arrays"], kept, plan)
+    return dict(_tensors(records["arrays"], kept, plan))
 
 
 @reader
@@ -408,8 +405,10 @@ def _fits_a_float(value: float) -> bool:
     return not isinstance(value, int) or abs(value) < 2**63
 
 
-def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor]:
+def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> Mapping[str, Tensor]:
     """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be."""
+    if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
+        return arrays.row  # checked together with the others of its stack
     if odd := sorted(set(arrays) ^ set(keys)):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"

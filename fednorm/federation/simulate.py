@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
 
 from fednorm.config import RunConfig
-from fednorm.federation.cohort.engine import engine_of
 from fednorm.federation.executors import Executor
-from fednorm.federation.executors.cohort import Cohort
-from fednorm.federation.executors.sequential import Sequential
+from fednorm.federation.executors.choice import executor_of, workers_of
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import Observer, check, describe, make_server_app, read_back
 from fednorm.federation.workbench import Workbench
@@ -28,11 +28,17 @@ def plan(config: RunConfig, bench: Workbench | None = None) -> dict[str, Any]:
     """
     bench = bench or Workbench(config)
     check(bench)
-    return {"kind": "federated", **describe(bench), "hash": config.hash, "config": config.to_dict()}
+    workers = workers_of(bench)
+    return {"kind": "federated", **describe(bench), "workers": workers, "hash": config.hash, "config": config.to_dict()}
 
 
 def simulate(
-    config: RunConfig, *, runs: Path | None, observer: Observer | None = None, bench: Workbench | None = None
+    config: RunConfig,
+    *,
+    runs: Path | None,
+    observer: Observer | None = None,
+    bench: Workbench | None = None,
+    executor: Callable[[Workbench], Executor] = executor_of,
 ) -> dict[str, Any]:
     """Run a federation on the in-process grid; a run that was cut short goes on, a finished one is read back.
 
@@ -41,6 +47,7 @@ def simulate(
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
         bench: The run's workbench, if it was made already.
+        executor: Makes what carries out the clients' turns: by default what the configuration asks for, or what pays.
 
     Returns:
         The result, as in ``result.json``.
@@ -55,18 +62,9 @@ def simulate(
     results: list[dict[str, Any]] = []
     server_app = make_server_app(lambda _: made, lambda *_: record, observer, results.append)
     run_config = {"config": json.dumps(config.to_dict())}
-    grid = InProcessGrid(executor_of(made), len(made.federation.clients), dict(run_config))
+    carrying = executor(made)
+    grid = InProcessGrid(carrying, len(made.federation.clients), dict(run_config))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
-    with torch_threads(config.threads):
+    with torch_threads(config.threads), closing(carrying):
         server_app(grid, context)
     return results[0]
-
-
-def executor_of(bench: Workbench) -> Executor:
-    """Return what carries out the clients' turns in this process, before the first of them.
-
-    Raises:
-        ConfigError: The run's engine cannot carry them out.
-    """
-    engine = engine_of(bench)
-    return Cohort(bench, engine.cohort_size) if engine.name == "cohort" else Sequential(bench)

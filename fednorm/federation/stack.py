@@ -6,7 +6,7 @@ our own strategies see the stack behind it, and need no loop over clients and te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from flwr.app import Array, ArrayRecord
@@ -33,22 +33,43 @@ class Stack:
     def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
         self.tensors, self.count = tensors, count
         self.nbytes = sum(tensor[0].nbytes for tensor in tensors.values())
-        self._sound: list[bool] | None = None
+        self._fits: tuple[object, list[bool]] | None = None
+        self._parts: dict[tuple[str, ...], Stack] = {}
         self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
 
-    def sound(self, plan: NormPlan) -> list[bool]:
-        """Return which clients' values are all finite, and not negative where they cannot be."""
-        if self._sound is None:
-            sound = torch.ones(self.count, dtype=torch.bool)
-            for key, tensor in self.tensors.items():
-                if not tensor.is_floating_point() or not tensor.numel():
-                    continue
-                flat = tensor.reshape(self.count, -1)
-                sound &= flat.sum(1).isfinite() | flat.isfinite().all(1)  # a finite sum proves it in one cheap pass
-                if plan.by_key[key].kind in NEVER_NEGATIVE:
-                    sound &= ~(flat < 0).any(1)
-            self._sound = sound.tolist()
-        return self._sound
+    def part(self, keys: Sequence[str]) -> Stack:
+        """Return the stack of some of the tensors, in the order of the keys; made once."""
+        names = tuple(keys)
+        if names not in self._parts:
+            self._parts[names] = Stack({key: self.tensors[key] for key in names}, self.count)
+        return self._parts[names]
+
+    def fits(self, keys: Sequence[str], plan: NormPlan) -> list[bool]:
+        """Return whose tensors are those of the keys, of the plan's forms, finite, and not negative where none is."""
+        asked = (tuple(keys), id(plan))
+        if self._fits is None or self._fits[0] != asked:
+            self._fits = (asked, self._checked(plan).tolist() if self._is_of(keys, plan) else [False] * self.count)
+        return self._fits[1]
+
+    def _is_of(self, keys: Sequence[str], plan: NormPlan) -> bool:
+        forms = [(plan.by_key[key].shape, plan.by_key[key].dtype) for key in keys]
+        own = [(tuple(t.shape[1:]), str(t.dtype).removeprefix("torch.")) for t in self.tensors.values()]
+        return tuple(self.tensors) == tuple(keys) and own == forms
+
+    def _checked(self, plan: NormPlan) -> Tensor:
+        sound = torch.ones(self.count, dtype=torch.bool)
+        for key, tensor in self.tensors.items():
+            if not tensor.is_floating_point() or not tensor.numel():
+                continue
+            flat = tensor.reshape(self.count, -1)
+            sound &= flat.sum(1).isfinite() | flat.isfinite().all(1)
+            if plan.by_key[key].kind in NEVER_NEGATIVE:
+                sound &= ~(flat < 0).any(1)
+        return sound
+
+    def rows(self, key: str, numbers: Sequence[int]) -> Tensor:
+        """Return one tensor of some of the clients, shape (k, ...), in memory of its own."""
+        return self.tensors[key].clone() if list(numbers) == list(range(self.count)) else self.tensors[key][numbers]
 
     def norms(self, old: Mapping[str, Tensor]) -> list[float]:
         """Return how far each client has gone from what all of them were sent, as of ``update_norm``; not finite

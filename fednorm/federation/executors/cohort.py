@@ -51,14 +51,14 @@ class _Result:
 
     Attributes:
         sent: The tensors of the plan that travel.
-        kept: Those that stay, by key of the state dict, shape (K, ...).
+        kept: Those that stay.
         sound: Of which clients those that stay are finite.
         loss: Of each client.
         accuracy: Of each client.
     """
 
     sent: Stack
-    kept: Tensors
+    kept: Stack
     sound: list[bool]
     loss: list[float]
     accuracy: list[float]
@@ -77,6 +77,8 @@ class Cohort:
         self._training = CohortTraining(bench)
         self._local = bench.strategy.local
         specs = [spec_of(module) for module in bench.model.modules()]
+        # Where a round has every client, it replaces every row of the last: rows need not be copied out of their stack.
+        self._whole = bench.config.rounds.fraction == 1
         self._apart = any(spec is not None and spec.coupled_in_evaluation for spec in specs)
 
     def close(self) -> None:
@@ -90,8 +92,19 @@ class Cohort:
                 yield from self._train(of_kind)
             elif kind == "evaluate" and self._can_evaluate(of_kind[0]):
                 yield from self._evaluate(of_kind)
+            elif kind == "query.statistics":
+                yield from (self._statistics(job) for job in of_kind)
             else:
                 yield from (answer(self._bench, job) for job in of_kind)
+
+    def _statistics(self, job: Job) -> Answer:
+        """Return the running moments that a client keeps: rows of a stack, where it keeps one."""
+        own = _own(job)
+        if not isinstance(own, StackRow):
+            return answer(self._bench, job)
+        keys = [key for pair in self._bench.plan.moments() for key in pair if key in own]
+        metrics = MetricRecord({"num-examples": len(self._bench.client(job.context).train)})
+        return RecordDict({"metrics": metrics, "arrays": RowRecord(StackRow(own.stack.part(keys), own.number))})
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -148,8 +161,8 @@ class Cohort:
         )
         host = {key: tensor.cpu() for key, tensor in trained.tensors.items()}
         same = self._training.network.same
-        kept = {key: host[same[key]] for key in bench.plan.local}
-        sound = _finite(kept, size)
+        kept = Stack({key: host[same[key]] for key in bench.plan.local}, size)
+        sound = _finite(kept.tensors, size)
         sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size)
         return places, _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
 
@@ -170,9 +183,10 @@ class Cohort:
         return stacked
 
     def _answer(self, turn: _Turn, result: _Result, number: int) -> Answer:
-        if result.kept and result.sound[number]:
-            own = {key: tensor[number].clone() for key, tensor in result.kept.items()}
-            turn.job.context.state[LOCAL_RECORD] = pack(own)
+        if result.kept.tensors and result.sound[number]:
+            row = StackRow(result.kept, number)
+            own = RowRecord(row) if self._whole else pack({key: tensor.clone() for key, tensor in row.items()})
+            turn.job.context.state[LOCAL_RECORD] = own
         metrics = {"num-examples": len(turn.client.train), "loss": result.loss[number]}
         metrics["accuracy"] = result.accuracy[number]
         arrays = RowRecord(StackRow(result.sent, number))
@@ -192,7 +206,7 @@ class Cohort:
         clients = [bench.client(job.context) for job in jobs]
         ready = [
             client.held_out or all(key in own for key in wanted)
-            for client, own in ((c, _own(job) if wanted else {}) for c, job in zip(clients, jobs, strict=True))
+            for client, own in ((c, _own(job) if wanted else ()) for c, job in zip(clients, jobs, strict=True))
         ]
         together = [place for place, is_ready in enumerate(ready) if is_ready]
         scores = dict(zip(together, self._scored([jobs[p] for p in together], sent), strict=True))
@@ -227,8 +241,8 @@ class Cohort:
         for start in range(0, len(jobs), size):
             places = list(range(start, min(start + size, len(jobs))))
             padded = places + places[-1:] * (size - len(places))
-            own = [_own(jobs[place]) for place in padded]
-            stacked = {key: torch.stack([one.get(key, bench.initial[key]) for one in own]).to(device) for key in mine}
+            own = _Own([jobs[place] for place in padded])
+            stacked = {key: own.stacked(key, bench.initial[key].cpu()).to(device) for key in mine}
             found = scored_apart(network, stacked, shared, [splits[place] for place in padded], rows, device)
             scores += found[: len(places)]
         return scores
@@ -239,10 +253,44 @@ def _share(count: int, size: int) -> int:
     return -(-count // max(1, -(-count // size)))
 
 
-def _own(job: Job) -> dict[str, Tensor]:
+class _Own:
+    """What several clients keep of the model."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._each = [_own(job) for job in jobs]
+        self._stacks: dict[int, tuple[Stack, list[int], list[int]]] = {}
+        for place, own in enumerate(self._each):
+            if isinstance(own, StackRow):
+                _, places, numbers = self._stacks.setdefault(id(own.stack), (own.stack, [], []))
+                places.append(place)
+                numbers.append(own.number)
+
+    def anybody(self, key: str) -> bool:
+        """Return whether any of them keeps a tensor."""
+        return any(key in own for own in self._each)
+
+    def stacked(self, key: str, otherwise: Tensor) -> Tensor:
+        """Return a tensor of each, shape (K, ...), in memory of its own; ``otherwise`` for whom does not keep it."""
+        if len(self._stacks) == 1:
+            stack, places, numbers = next(iter(self._stacks.values()))
+            if len(places) == len(self._each) and key in stack.tensors:
+                return stack.rows(key, numbers)
+        if sum(len(places) for _, places, _ in self._stacks.values()) < len(self._each):
+            return torch.stack([own.get(key, otherwise) for own in self._each]).contiguous()
+        out = several(otherwise, len(self._each))
+        for stack, places, numbers in self._stacks.values():
+            if key in stack.tensors:
+                out[places] = stack.tensors[key][numbers]
+        return out
+
+
+def _own(job: Job) -> Mapping[str, Tensor]:
     """Return what a client keeps of the model."""
     records = job.context.state.array_records
-    return unpack(records[LOCAL_RECORD]) if LOCAL_RECORD in records else {}
+    if LOCAL_RECORD not in records:
+        return {}
+    record = records[LOCAL_RECORD]
+    return record.row if isinstance(record, RowRecord) else unpack(record)
 
 
 def _round(content: RecordDict) -> int:
