@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
 
 import torch
-from flwr.app import Array, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
@@ -191,7 +191,7 @@ def read_update(
     """
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
-    records = dict(content.array_records)
+    records = {key: value for key, value in content.items() if isinstance(value, ArrayRecord)}
     if EXTRA in records and not extra and len(records) > 1:
         raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
     beside = _extra(records.pop(EXTRA, {}), extra) if extra else {}
@@ -365,7 +365,7 @@ def _last_line(reason: str) -> str:
 
 def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> MetricRecord:
     """Return a reply's metrics, its number of examples checked."""
-    records = content.metric_records
+    records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
     record = next(iter(records.values()))

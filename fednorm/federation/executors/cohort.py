@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.data.domain import Client, Split
@@ -286,11 +286,10 @@ class _Own:
 
 def _own(job: Job) -> Mapping[str, Tensor]:
     """Return what a client keeps of the model."""
-    records = job.context.state.array_records
-    if LOCAL_RECORD not in records:
-        return {}
-    record = records[LOCAL_RECORD]
-    return record.row if isinstance(record, RowRecord) else unpack(record)
+    record = job.context.state.get(LOCAL_RECORD)  # .array_records makes a new dictionary at every call
+    if isinstance(record, RowRecord):
+        return record.row
+    return unpack(record) if isinstance(record, ArrayRecord) else {}
 
 
 def _round(content: RecordDict) -> int:
