@@ -187,7 +187,7 @@ class Turn:
 
 
 class StackedLocal:
-    """What a strategy's clients do to their gradients, for K clients at once: tensors have an axis of clients in front."""
+    """What a strategy's clients do to their gradients, for K clients at once: tensors have an axis of them in front."""
 
     def __init__(self, strategy: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Begin a round's training.

@@ -1,7 +1,7 @@
 """Several clients' updates as one: each tensor with an axis of clients in front, checked and averaged at once.
 
-A cohort's clients send rows of one stack. A :class:`RowRecord` is an ``ArrayRecord`` like any other to whoever reads it;
-our own strategies see the stack behind it, and need no loop over clients and tensors.
+A cohort's clients send rows of one stack. A :class:`RowRecord` is an ``ArrayRecord`` like any other to whoever reads
+it; our own strategies see the stack behind it, and need no loop over clients and tensors.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class Stack:
         return self.tensors[key].clone() if list(numbers) == list(range(self.count)) else self.tensors[key][numbers]
 
     def norms(self, old: Mapping[str, Tensor]) -> list[float]:
-        """Return how far each client has gone from what all of them were sent, as of ``update_norm``; not finite
-        where single precision does not suffice.
+        """Return how far each client has gone from what all of them were sent, as of ``update_norm``.
+
+        It is not finite where single precision does not suffice.
         """
         if self._norms is None or self._norms[0] is not old:
             total = torch.zeros(self.count, dtype=torch.float64)

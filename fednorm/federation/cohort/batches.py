@@ -1,7 +1,7 @@
 """The batches of a cohort: which rows each client draws in each step, and their images as one tensor.
 
-Rows and augmentations are drawn from each client's own streams, exactly as its turn alone draws them. Batches are padded
-to one number of rows, which is the run's and not the cohort's, so that nothing depends on who else is there: a padded
+Rows and augmentations are drawn from each client's own streams, as its turn alone draws them. Batches are padded to one
+number of rows, which is the run's and not the cohort's, so that nothing depends on who else is there: a padded
 row repeats the first image of its batch and is masked, a client that has no batch left repeats its first one and is
 not updated.
 """

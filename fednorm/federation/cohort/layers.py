@@ -41,6 +41,12 @@ class Padding:
     count: Tensor | None = None
     made: dict[str, Tensor] = field(default_factory=dict)
 
+    def now(self) -> tuple[Tensor, Tensor]:
+        """Return the mask, and how many images there are."""
+        assert self.mask is not None, "the step sets it"
+        assert self.count is not None, "the step sets it"
+        return self.mask, self.count
+
 
 class MaskedBatchNorm(nn.Module):
     """PyTorch's batch normalization over the images of a padded batch.
@@ -68,15 +74,14 @@ class MaskedBatchNorm(nn.Module):
             return self.evaluated(x)
         mean, var, centred, n = self._moments(x)
         self.track(mean.detach(), var.detach(), n)
-        return self.scaled(x, centred, mean, var)
+        return self.scaled(x, centred, var)
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Return the input normalized by the running moments."""
         return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
-    def scaled(self, x: Tensor, centred: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, centred: Tensor, var: Tensor) -> Tensor:
         """Return the input normalized by the batch's moments, scaled and shifted."""
-        del mean
         scale = (var + self.eps).rsqrt()
         y = centred * per_channel(scale if self.weight is None else scale * self.weight, x)
         return y if self.bias is None else y + per_channel(self.bias, x)
@@ -117,8 +122,7 @@ class MaskedBatchNorm(nn.Module):
 
     def _moments(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return mean, biased variance, the centred input, and over how many values they are."""
-        mask, count = self.padding.mask, self.padding.count
-        assert mask is not None and count is not None, "the step sets the mask"
+        mask, count = self.padding.now()
         n = count * (x[0].numel() // x.shape[1])
         weight = mask / n
         mean = weight @ _summed(x)
@@ -156,17 +160,16 @@ class MaskedRenorm(MaskedBatchNorm):
         """Return the input normalized by the running moments; ``running_var`` has its eps inside."""
         return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
 
-    def scaled(self, x: Tensor, centred: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, centred: Tensor, var: Tensor) -> Tensor:
         """Return (x - mean) / sd * r + d, scaled and shifted; r and d count as constants."""
         r, d = self._correction
         y = centred * per_channel((var + self.eps).rsqrt() * (self.weight * r), x)
         return y + per_channel(torch.addcmul(self.bias, self.weight, d), x)
 
-    def track(self, mean: Tensor, var: Tensor, n: Tensor) -> None:
+    def track(self, mean: Tensor, var: Tensor, n: Tensor) -> None:  # noqa: ARG002 - its variance is not made unbiased
         """Take r and d by the bounds of before, then move the running moments and the bounds."""
         options, sd = self.layer_options, (var + self.eps).sqrt()
-        count = self.padding.count
-        assert count is not None
+        _, count = self.padding.now()
         samples = {name: self.now(name) for name in ("r_samples", "d_samples")}
         r_bound = (1.0 + options["growth"] * samples["r_samples"].double()).to(sd.dtype)
         d_bound = (options["growth"] * samples["d_samples"].double()).to(sd.dtype)
@@ -195,15 +198,14 @@ class MaskedBatchChannel(MaskedBatchNorm):
         if not self.training or self.layer_options["statistics"] == "batch" or self.momentum is None:
             return super().forward(x)
         with torch.no_grad():
-            mask, count = self.padding.mask, self.padding.count
-            assert mask is not None and count is not None, "the step sets the mask"
+            mask, count = self.padding.now()
             weight = mask / (count * (x[0].numel() // x.shape[1]))
             around = weight @ _summed((x - per_channel(self.now("running_mean"), x)).square())
             rate = self.rate(self.counted())
             self.note("running_mean", torch.lerp(self.now("running_mean"), weight @ _summed(x), rate))
             self.note("running_var", torch.lerp(self.now("running_var"), around, rate))
         mean, var = self.now("running_mean"), self.now("running_var")
-        return self.scaled(x, x - per_channel(mean, x), mean, var)
+        return self.scaled(x, x - per_channel(mean, x), var)
 
 
 Twin = Callable[[_BatchNorm, str, Padding], nn.Module]

@@ -52,7 +52,7 @@ class StackedNetwork:
             module.training = modes[path]
 
     def stack(self, tensors: Mapping[str, Tensor], count: int) -> Tensors:
-        """Return one client's tensors, by keys of the state dict, as those of ``count`` clients, in their own memory."""
+        """Return one client's tensors, by keys of the state dict, as those of ``count`` clients, copied."""
         return {key: several(tensors[key], count) for key in self.keys}
 
     @property
@@ -102,10 +102,9 @@ class StackedNetwork:
             if not tensors:
                 logits: Tensor = functional_call(self._network, dict(shared), (images.flatten(0, 1),))
                 return logits.unflatten(0, images.shape[:2])
-            logits = vmap(lambda own, x: functional_call(self._network, {**shared, **own}, (x,)), randomness="error")(
-                dict(tensors), images
-            )
-            return logits
+            one = vmap(lambda own, x: functional_call(self._network, {**shared, **own}, (x,)), randomness="error")
+            stacked: Tensor = one(dict(tensors), images)
+            return stacked
         finally:
             for module, mode in modes:
                 module.training = mode

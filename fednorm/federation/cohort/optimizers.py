@@ -1,7 +1,7 @@
 """Updates of a stack of clients: PyTorch's optimizers written out, with an axis of clients before each tensor.
 
-SGD and the Adams act on every entry by itself, so that their formulas need no change. What an optimizer remembers begins
-anew with every round, as it does for one client, and is a stack of its own.
+SGD and the Adams act on every entry by itself, so that their formulas need no change. What an optimizer remembers
+begins anew with every round, as it does for one client, and is a stack of its own.
 """
 
 from __future__ import annotations

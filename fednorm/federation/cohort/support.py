@@ -1,8 +1,8 @@
 """Which runs a cohort can carry out: what has a stacked form, and a trial that the stack computes what a client does.
 
 Strategies, effects and optimizers act by code of their own, and are known by their types. Of layers only those are
-known that take moments from the batch; of all else in a network, a stranger's too, a trial tells: one step of two clients,
-stacked and padded and each alone, must have the same gradients.
+known that take moments from the batch; of all else in a network, a stranger's too, a trial tells: one step of two
+clients, stacked and padded and each alone, must have the same gradients.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def _of_local(local: type[Local], strategy: str) -> Iterator[str]:
         place = next(place for place, kind in enumerate(line) if name in vars(kind))
         if line[place] is not Local and (place < stacked or local.stacked is None):
             yield (
-                f"clients of strategy {strategy} do something of their own in training ({local.__name__}.{name}), which "
-                "has no stacked form"
+                f"clients of strategy {strategy} do something of their own in training ({local.__name__}.{name}), "
+                "which has no stacked form"
             )
             return
 
@@ -85,7 +85,8 @@ def _of_layers(bench: Workbench) -> Iterator[str]:
         spec = spec_of(module)
         coupled = spec is not None and getattr(module, "batch_coupled", spec.batch_coupled)
         if coupled and type(module) not in TWINS:
-            yield f"layer {path} ({type(module).__name__}) takes moments from the batch, and has no form for padded batches"
+            kind = type(module).__name__
+            yield f"layer {path} ({kind}) takes moments from the batch, and has no form for padded batches"
 
 
 def trial(bench: Workbench) -> str:
@@ -120,8 +121,8 @@ def trial(bench: Workbench) -> str:
                 alone = _alone(bench, batch[number, :images_of], labels[number, :images_of])
                 if key := _differing({key: tensor[number] for key, tensor in found.items()}, alone, set(trained)):
                     return (
-                        f"{key} of a padded batch is not what it is of the batch alone, so that something in the network "
-                        "looks at other rows than an image's own"
+                        f"{key} of a padded batch is not what it is of the batch alone, so that something in the "
+                        "network looks at other rows than an image's own"
                     )
         finally:
             bench.write(before)

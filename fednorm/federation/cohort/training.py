@@ -1,8 +1,8 @@
 """A round's training of many clients at once, each as if it were alone.
 
 What a turn does (:class:`~fednorm.federation.local.Turn`) is done to a stack: the same batches, the same loss, the same
-effects in the same order, the same optimizer. A client that has no step left, or whose numbers are none any more, changes
-nothing of the others'.
+effects in the same order, the same optimizer. A client that has no step left, or whose numbers are none any more,
+changes nothing of the others'.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
-import tempfile
+import weakref
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -59,10 +59,8 @@ class Arena:
     """Shared bytes, as many as were needed so far; a process that is forked has them too, and sees them grow."""
 
     def __init__(self) -> None:
-        if hasattr(os, "memfd_create"):  # Linux
-            self._file = os.fdopen(os.memfd_create("fednorm"), "r+b", buffering=0)
-        else:
-            self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - as long as the arena
+        self._file = os.memfd_create("fednorm")  # Linux
+        self._close = weakref.finalize(self, os.close, self._file)
         self._map: mmap.mmap | None = None
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -70,11 +68,11 @@ class Arena:
         """Make so many bytes accessible; whether they have moved, so that views of them are of the old place."""
         if nbytes <= len(self.bytes):
             return False
-        size = max(os.fstat(self._file.fileno()).st_size, 1)
+        size = max(os.fstat(self._file).st_size, 1)
         while size < nbytes:
             size *= 2
-        os.ftruncate(self._file.fileno(), size)
-        self._map = mmap.mmap(self._file.fileno(), size)  # the old one goes with the last view of it
+        os.ftruncate(self._file, size)
+        self._map = mmap.mmap(self._file, size)  # the old one goes with the last view of it
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         return True
 
@@ -82,7 +80,7 @@ class Arena:
         """Give this process's part in the memory back, once the last view of it is gone."""
         self.bytes = torch.empty(0, dtype=torch.uint8)
         self._map = None
-        self._file.close()
+        self._close()
 
 
 class Sender:

@@ -42,7 +42,7 @@ def workers_of(bench: Workbench) -> int:
     """
     config, cores = bench.config, cores_of_a_run()
     cohort = "a cohort trains in one process" if engine_of(bench).name == "cohort" else ""
-    obstacle = cohort or _obstacle(config)
+    obstacle = cohort or obstacle_of(config)
     if config.workers == "auto":
         return 1 if obstacle else min(cores.share, _wanted(bench))
     if config.workers > 1 and obstacle:
@@ -55,8 +55,8 @@ def workers_of(bench: Workbench) -> int:
     return min(config.workers, cores.share)
 
 
-def _obstacle(config: RunConfig) -> str:
-    """Return why a run cannot have workers, as a clause; empty where it can."""
+def obstacle_of(config: RunConfig) -> str:
+    """Return why a run cannot have workers, as a clause; an empty string where it can."""
     if config.device != "cpu":
         return f"workers compute on the CPU; the device is {config.device}"
     if config.threads > 1:

@@ -69,7 +69,7 @@ TRAIN: Mapping[str, dict[str, Any]] = {
 
 
 def workbench(
-    counts: Sequence[int] = RAGGED, *, norm: str = "batch_norm", double: bool = True, **more: Any
+    make: MakeFederation, counts: Sequence[int] = RAGGED, *, norm: str = "batch_norm", double: bool = True, **more: Any
 ) -> Workbench:
     name, options = norm.split()[0], NORMS.get(norm, {})
     if name.startswith("batch") or name == "continual_norm":
