@@ -118,9 +118,10 @@ class Images:
             images, labels = self._pixels(group, rows)
             if augmentation and counts is not None:
                 own = [(int(counts[place]), generators[place]) for place in group.places]
-                images = _augmented(images.unflatten(0, (len(own), -1)), own, augmentation).flatten(0, 1)
+                images = _augmented(images.view(len(own), -1, *images.shape[1:]), own, augmentation).flatten(0, 1)
             images = self._splits[group.places[0]].scaling(images)
-            parts.append((images.unflatten(0, (len(group.places), -1)), labels.unflatten(0, (len(group.places), -1))))
+            count = len(group.places)
+            parts.append((images.reshape(count, -1, *images.shape[1:]), labels.view(count, -1)))
         if len(parts) == 1:
             return parts[0]
         images, labels = (torch.cat([part[i] for part in parts])[self._order] for i in (0, 1))

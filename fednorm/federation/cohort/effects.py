@@ -33,7 +33,8 @@ def _length(tensor: Tensor, axes: int) -> Tensor:
     """Return the Euclidean norms over all but the first axes, of the shape of these."""
     if tensor.ndim <= axes:
         return tensor.abs()
-    return torch.linalg.vector_norm(tensor.flatten(axes), dim=axes)
+    lengths: Tensor = torch.linalg.vector_norm(tensor.flatten(axes), dim=axes)
+    return lengths
 
 
 class StackedL2Init:

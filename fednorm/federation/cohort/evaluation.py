@@ -98,7 +98,7 @@ def scored_apart(
         logits = network.evaluate(own, shared, batch)
         mask = torch.arange(size) < plan.counts[:, step, None]
         losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-        loss += torch.where(mask, losses.unflatten(0, labels.shape).cpu(), 0).sum(1)
+        loss += torch.where(mask, losses.view(labels.shape).cpu(), 0).sum(1)
         hits += ((logits.argmax(-1) == labels).cpu() & mask).sum(1)
     return _scores([len(split) for split in splits], loss.tolist(), hits.tolist())
 

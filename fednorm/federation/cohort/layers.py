@@ -51,11 +51,19 @@ class Padding:
 class MaskedBatchNorm(nn.Module):
     """PyTorch's batch normalization over the images of a padded batch.
 
+    Attributes:
+        weight: As of the layer, None where it has none; likewise the bias and the buffers.
+
     Args:
         layer: The layer that it stands for, whose tensors it has.
         path: The layer's path in its network.
         padding: Where the step's mask is.
     """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
 
     def __init__(self, layer: _BatchNorm, path: str, padding: Padding) -> None:
         super().__init__()
@@ -105,8 +113,8 @@ class MaskedBatchNorm(nn.Module):
     def rate(self, seen: Tensor) -> Tensor:
         """Return the batch's weight in the running moments, a scalar."""
         if self.momentum is None:
-            return 1.0 / seen.to(self.running_mean.dtype)
-        return torch.full_like(seen, self.momentum, dtype=self.running_mean.dtype)
+            return 1.0 / seen.to(self.now("running_mean").dtype)
+        return torch.full_like(seen, self.momentum, dtype=self.now("running_mean").dtype)
 
     def now(self, name: str) -> Tensor:
         """Return a buffer as the step has it so far: a layer may be called more than once in a pass."""
@@ -142,7 +150,7 @@ class MaskedCorrected(MaskedBatchNorm):
         keep = (1.0 - self.momentum) ** kappa
         many = seen.to(wide)
         eta = 1.0 / many if keep == 1.0 else (1.0 - keep) / (1.0 - torch.pow(torch.full_like(many, keep), many))
-        return eta.to(self.running_mean.dtype)
+        return eta.to(self.now("running_mean").dtype)
 
 
 class MaskedContinual(MaskedBatchNorm):
@@ -155,6 +163,9 @@ class MaskedContinual(MaskedBatchNorm):
 
 class MaskedRenorm(MaskedBatchNorm):
     """The twin of ``batch_renorm``'s layer: r and d pull towards the running moments."""
+
+    weight: Tensor
+    bias: Tensor
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Return the input normalized by the running moments; ``running_var`` has its eps inside."""
@@ -187,6 +198,9 @@ class MaskedRenorm(MaskedBatchNorm):
 
 class MaskedBatchChannel(MaskedBatchNorm):
     """The twin of ``batch_channel_norm``'s layer: batch moments, or estimates, then each sample's groups."""
+
+    group_weight: Tensor
+    group_bias: Tensor
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``."""

@@ -100,8 +100,8 @@ class StackedNetwork:
         self._network.eval()
         try:
             if not tensors:
-                logits: Tensor = functional_call(self._network, dict(shared), (images.flatten(0, 1),))
-                return logits.unflatten(0, images.shape[:2])
+                alike: Tensor = functional_call(self._network, dict(shared), (images.flatten(0, 1),))
+                return alike.view(*images.shape[:2], -1)
             one = vmap(lambda own, x: functional_call(self._network, {**shared, **own}, (x,)), randomness="error")
             stacked: Tensor = one(dict(tensors), images)
             return stacked

@@ -138,7 +138,7 @@ def _stacked(
         tensors[key].requires_grad_()
     mask = torch.arange(images.shape[1], device=images.device) < counts[:, None]
     logits, made = network.train(tensors, images, mask.to(images.dtype), counts.to(images.dtype))
-    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").unflatten(0, mask.shape)
+    losses = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(mask.shape)
     total = (torch.where(mask, losses, 0).sum(1) / counts).sum()
     gradients = torch.autograd.grad(total, [tensors[key] for key in trained], allow_unused=True)
     buffers = {key: tensors[key] for key in network.buffers} | made

@@ -170,7 +170,7 @@ class _Step:
         logits, made = self.network.train({**own, **buffers}, images, mask.to(images.dtype), count.to(images.dtype))
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=self.smoothing
-        ).unflatten(0, labels.shape)
+        ).view(labels.shape)
         loss = torch.where(mask, losses, 0).sum(1) / count
         grads = torch.autograd.grad(loss.sum(), [own[key] for key in self.trained], allow_unused=True)
         with torch.no_grad():

@@ -24,7 +24,7 @@ from fednorm.federation.simulate import simulate
 from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
-from strategies.fedprox import FedProx
+from strategies.fedprox import FedProx, Proximal
 
 MakeFederation = Callable[..., Federation]
 
@@ -197,7 +197,7 @@ class WithMeddling(NormStrategy):
     local = Meddling
 
 
-class Nearer(FedProx.local):  # type: ignore[misc]
+class Nearer(Proximal):
     def adjust(self, turn: Turn) -> None:
         super().adjust(turn)
 
@@ -230,7 +230,10 @@ def _network(layer: nn.Module) -> Callable[..., nn.Module]:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategy": {"name": WithMeddling}}, "Meddling.adjust"),
     ({"strategy": {"name": BelowProx}}, "Nearer.adjust"),
-    ({"strategy": {"name": "scaffold"}}, "clients of strategy scaffold do something of their own"),
+    (
+        {"strategy": {"name": "scaffold"}, "train": {"momentum": 0.0}},
+        "clients of strategy scaffold do something of their own",
+    ),
     ({"norm": {"name": "adab2n"}}, "takes part in the training step"),
     ({"norm": {"name": "l1_norm"}}, "no form for padded batches"),
     ({"norm": {"name": "power_norm"}}, "no form for padded batches"),
@@ -278,7 +281,7 @@ def test_the_engine_is_part_of_a_runs_identity() -> None:
     plain = resolve({})
     assert plain.engine == "client"
     assert resolve({"engine": "client"}).hash == plain.hash
-    others = [{"engine": "auto"}, {"engine": "cohort"}, {"engine": "cohort", "cohort_size": 50}]
+    others: list[dict[str, Any]] = [{"engine": "auto"}, {"engine": "cohort"}, {"engine": "cohort", "cohort_size": 50}]
     assert len({plain.hash, *(resolve(other).hash for other in others)}) == 4
 
 

@@ -24,7 +24,7 @@ MakeFederation = Callable[[Sequence[int]], Federation]
 RAGGED = (8, 13, 5, 2, 9, 1)
 """Images of each client; batches have four, so that last batches have one, two and four."""
 
-NORMS = {
+NORMS: Mapping[str, dict[str, Any]] = {
     "batch_norm": {},
     "batch_norm_corrected": {},
     "batch_renorm": {"growth": 0.05},
@@ -173,7 +173,7 @@ def test_in_single_precision_a_step_is_the_same_up_to_rounding(norm: str, make_f
 
 
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(counts=st.lists(st.integers(2, 11), min_size=1, max_size=5), size=st.integers(2, 6), seed=st.integers(0, 99))
+@given(counts=st.lists(st.integers(2, 11), min_size=1, max_size=5), size=st.integers(3, 6), seed=st.integers(0, 99))
 def test_whatever_the_shapes_a_cohort_is_its_clients(
     counts: list[int], size: int, seed: int, make_federation: MakeFederation
 ) -> None:
