@@ -188,8 +188,8 @@ class Workbench:
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
         sent, state = content or RecordDict(), context.state if context else RecordDict()
-        own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(sent.array_records[EXTRA]) if EXTRA in sent else {}
+        own = unpack(state[STATE_RECORD]) if STATE_RECORD in state else {}
+        beside = unpack(sent[EXTRA]) if EXTRA in sent else {}
         if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
@@ -202,9 +202,9 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(sent.array_records["arrays"]) if content else {},
+            received=unpack(sent["arrays"]) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(sent.config_records.get("config", self.strategy.client_config())),
+            config=dict(sent["config"] if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),
         )
 
@@ -235,7 +235,7 @@ class Workbench:
             has never trained.
         """
         sent = unpack(arrays)
-        own = unpack(state.array_records[LOCAL_RECORD]) if LOCAL_RECORD in state.array_records else {}
+        own = unpack(state[LOCAL_RECORD]) if LOCAL_RECORD in state else {}
         self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
 
@@ -255,7 +255,7 @@ class Workbench:
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
-        self.trainee.begin_turn(unpack(state.array_records[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
+        self.trainee.begin_turn(unpack(state[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
 
     def keep_local(self, state: RecordDict, own: Mapping[str, Tensor] | None = None) -> None:
         """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.
