@@ -11,6 +11,8 @@ Messages:
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
+* ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -31,9 +33,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
-from fednorm.config import TrainConfig
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
+from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
@@ -89,7 +91,9 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
     bench.begin_turn(context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    before = undo.kept_now(context.state)
     bench.keep_local(context.state, turn.state)
+    undo.remember(context.state, before, turn.server_round)
     reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
@@ -99,6 +103,8 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
 def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
     client, config = bench.client(context), content["config"]
+    if "mode" not in config:  # a round's, after which its trainings stand
+        undo.forget(context.state)
     complete = bench.receive(content["arrays"], context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
@@ -161,18 +167,29 @@ def _statistics(bench: Workbench, content: RecordDict, context: Context) -> Reco
     return reply
 
 
+def _boundary(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    return bench.cross_boundary(content, context)
+
+
+def _undone(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Go back to what the client kept before its training in a round."""
+    del bench
+    undo.go_back(context.state, _int(content.config_records["config"], "server-round"))
+    return RecordDict()
+
+
 QUERIES: Mapping[str, Callable[[Workbench, RecordDict, Context], RecordDict]] = {
     "describe": _described,
     "local": _local,
     "measure": _measured,
+    "boundary": _boundary,
+    "undo": _undone,
     "statistics": _statistics,
 }
 """How a client answers each query, by its name."""
 
 
-def fit(
-    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
-) -> dict[str, float]:
+def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -183,23 +200,13 @@ def fit(
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
         turn: What the server and the client's state bring along; nothing if None.
-        steps: How many of each phase, for timing; 0 for those of the configuration.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
     turn = turn or bench.turn(client, server_round)
-    turn.limit = steps
-    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
-
-
-def steps_of_round(train: TrainConfig, count: int) -> int:
-    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
-
-    A part of a pass is made of whole batches, one at least.
-    """
-    batches = -(-count // train.batch_size)
-    return train.local_steps or max(1, round(train.local_epochs * batches))
+    metrics = turn.fit(bench.strategy.local(bench.strategy))
+    return {"num-examples": len(turn.client.train), **metrics}
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

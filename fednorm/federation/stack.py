@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array
 from torch import Tensor
 
 from fednorm.federation.plan import NormPlan
-from fednorm.federation.wire import MemoryArray
+from fednorm.federation.wire import LazyRecord, MemoryArray
 from fednorm.roles import Kind
 
 NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
@@ -120,13 +120,12 @@ class _Arrays(Mapping[str, Array]):
         return len(self._row)
 
 
-class RowRecord(ArrayRecord):
+class RowRecord(LazyRecord):
     """An ``ArrayRecord`` of one row of a stack; it must not be written to."""
 
     def __init__(self, row: StackRow) -> None:
-        super().__init__()
+        super().__init__(_Arrays(row))
         self.__dict__["row"] = row
-        self.__dict__["_data"] = _Arrays(row)
 
     @property
     def row(self) -> StackRow:
@@ -135,5 +134,5 @@ class RowRecord(ArrayRecord):
         return row
 
 
-# Flower writes a record's class name into its serialized form and looks it up on the other side.
-RowRecord.__qualname__ = ArrayRecord.__qualname__
+# As for any record of Flower's: its name is written down where it is serialized.
+RowRecord.__qualname__ = LazyRecord.__qualname__

@@ -80,6 +80,19 @@ class MemoryArray(Array):
 MemoryArray.__qualname__ = Array.__qualname__
 
 
+class LazyRecord(ArrayRecord):
+    """An ``ArrayRecord`` whose arrays are made when they are asked for; it must not be written to."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        """Take the arrays by key."""
+        super().__init__()
+        self.__dict__["_data"] = arrays
+
+
+# Flower writes a record's class name into its serialized form and looks it up on the other side.
+LazyRecord.__qualname__ = ArrayRecord.__qualname__
+
+
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record of tensors that will not be written to again; what is on another device is copied to the CPU."""
     return array_record({key: MemoryArray(tensor.detach().cpu()) for key, tensor in tensors.items()})

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm.data.domain import Client
+from fednorm.device import wide
 from fednorm.federation.cohort.batches import Images, Plan
 from fednorm.federation.cohort.effects import ADJUST, Adjust, After, StackedProjection, keys_by_identity
 from fednorm.federation.cohort.network import StackedNetwork, Tensors
@@ -98,7 +99,7 @@ class CohortTraining:
         images = Images([client.train for client in clients], device)
         optimizer = MAKERS[trainee.config.train.optimizer](trainee.config.train)
         rate = self._bench.schedule.at(max(server_round, 1) - 1, 0, 1)
-        zeros = torch.zeros(len(clients), device=device)
+        zeros = torch.zeros(len(clients), dtype=wide(device), device=device)
         seen = _Seen(zeros, zeros, zeros)
         probing = server_round <= trainee.config.train.linear_probe_rounds
         with trainee.trainable.stage(probing):

@@ -43,7 +43,7 @@ def workers_of(bench: Workbench) -> int:
     config, cores = bench.config, cores_of_a_run()
     cohort = "a cohort trains in one process" if engine_of(bench).name == "cohort" else ""
     obstacle = cohort or obstacle_of(config)
-    if config.workers == "auto":
+    if isinstance(config.workers, str):  # auto
         return 1 if obstacle else min(cores.share, _wanted(bench))
     if config.workers > 1 and obstacle:
         raise ConfigError(f"workers is {config.workers}, and {obstacle}. Set workers to 1, or leave it out.")
@@ -95,4 +95,4 @@ def estimated_seconds(bench: Workbench) -> float:
     operations = sum(weight.numel() * (places if weight.dim() == 4 else 1) for weight in weights)
     images = trained * (IMAGE + 3 * operations * OPERATION) + scored * (IMAGE + operations * OPERATION)
     turns = len(clients) * (share + 1 / config.rounds.evaluate_every)
-    return config.rounds.num_rounds * (turns * TURN + images)
+    return bench.num_rounds * (turns * TURN + images)

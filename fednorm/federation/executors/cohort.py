@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.data.domain import Client, Split
+from fednorm.federation import undo
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, several
 from fednorm.federation.cohort.training import CohortTraining
@@ -147,7 +148,7 @@ class Cohort:
         cohort = [turns[place] for place in padded]
         content, bench = cohort[0].job.content, self._bench
         tensors = self._stacked([turn.job for turn in cohort])
-        config = content.config_records["config"]
+        config = content["config"]
         adjust = None
         if self._local.stacked is not None:
             learned = {key: tensors[key] for key in bench.learned if key in tensors}
@@ -183,10 +184,13 @@ class Cohort:
         return stacked
 
     def _answer(self, turn: _Turn, result: _Result, number: int) -> Answer:
+        state = turn.job.context.state
+        before = undo.kept_now(state)
         if result.kept.tensors and result.sound[number]:
             row = StackRow(result.kept, number)
             own = RowRecord(row) if self._whole else pack({key: tensor.clone() for key, tensor in row.items()})
-            turn.job.context.state[LOCAL_RECORD] = own
+            state[LOCAL_RECORD] = own
+        undo.remember(state, before, _round(turn.job.content))
         metrics = {"num-examples": len(turn.client.train), "loss": result.loss[number]}
         metrics["accuracy"] = result.accuracy[number]
         arrays = RowRecord(StackRow(result.sent, number))
@@ -195,12 +199,15 @@ class Cohort:
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _can_evaluate(self, job: Job) -> bool:
-        mode = job.content.config_records["config"].get("mode", "own")
+        mode = job.content["config"].get("mode", "own")
         plain = self._local.before_evaluation is Local.before_evaluation
         return not self._apart and (mode == "given" or (mode == "own" and plain))
 
     def _evaluate(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         bench = self._bench
+        if "mode" not in jobs[0].content["config"]:  # a round's, after which its trainings stand
+            for job in jobs:
+                undo.forget(job.context.state)
         sent = unpack(jobs[0].content.array_records["arrays"])
         wanted = [key for key in bench.plan.local if key in bench.statistics and key not in sent]
         clients = [bench.client(job.context) for job in jobs]
@@ -219,7 +226,7 @@ class Cohort:
         if not jobs:
             return []
         bench, evaluate = self._bench, self._bench.config.evaluate
-        in_a_round = "mode" not in jobs[0].content.config_records["config"]
+        in_a_round = "mode" not in jobs[0].content["config"]
         clients = [bench.client(job.context) for job in jobs]
         first = [c.validation if evaluate.split == "validation" else c.test for c in clients]
         scores = self._scored_on(jobs, sent, first)
@@ -293,7 +300,7 @@ def _own(job: Job) -> Mapping[str, Tensor]:
 
 
 def _round(content: RecordDict) -> int:
-    return int(str(content.config_records["config"].get("server-round", 0)))
+    return int(str(content["config"].get("server-round", 0)))
 
 
 def _finite(tensors: Mapping[str, Tensor], count: int) -> list[bool]:

@@ -292,7 +292,7 @@ def test_the_engine_is_part_of_a_runs_identity() -> None:
         ({"engine": "cohort", "cohort_size": -1}, "cohort_size is a number of clients"),
         ({"engine": "cohort", "cohort_size": True}, "cohort_size is a number of clients"),
         ({"cohort_size": 50}, "takes clients one at a time"),
-        ({"kind": "continual", "engine": "cohort"}, "a stream has one learner"),
+        ({"kind": "continual", "engine": "cohort"}, "take their turns one at a time"),
     ],
 )
 def test_an_engine_that_cannot_be_is_refused_in_a_sentence(values: dict[str, Any], words: str) -> None:
