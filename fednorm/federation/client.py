@@ -11,6 +11,8 @@ Messages:
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
+* ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -31,13 +33,13 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
-from fednorm.config import TrainConfig
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
+from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
-from fednorm.federation.wire import pack
+from fednorm.federation.wire import arrays_of, config_of, pack
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.training.recalibration import in_batches, reestimate
 
@@ -84,12 +86,14 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
 
 def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Train as the message's round has it; keep what is the client's own, and return what is sent."""
-    client, config = bench.client(context), content["config"]
-    bench.receive(content["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     bench.begin_turn(context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    before = undo.kept_now(context.state)
     bench.keep_local(context.state, turn.state)
+    undo.remember(context.state, before, turn.server_round)
     reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
@@ -98,8 +102,10 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
 
 def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
-    client, config = bench.client(context), content["config"]
-    complete = bench.receive(content["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    if "mode" not in config:  # a round's, after which its trainings stand
+        undo.forget(context.state)
+    complete = bench.receive(arrays_of(content, "arrays"), context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
     elif not client.held_out:
@@ -115,8 +121,8 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
-    client, config = bench.client(context), content["config"]
-    bench.receive(content["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
     found = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
     return RecordDict({EXTRA: pack(found), "metrics": MetricRecord({"num-examples": len(client.train)})})
@@ -155,24 +161,35 @@ def _statistics(bench: Workbench, content: RecordDict, context: Context) -> Reco
     del content
     reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
     if LOCAL_RECORD in context.state:
-        own = context.state[LOCAL_RECORD]
+        own = arrays_of(context.state, LOCAL_RECORD)
         keys = (key for pair in bench.plan.moments() for key in pair)
         reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
     return reply
+
+
+def _boundary(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    return bench.cross_boundary(content, context)
+
+
+def _undone(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Go back to what the client kept before its training in a round."""
+    del bench
+    undo.go_back(context.state, _int(config_of(content), "server-round"))
+    return RecordDict()
 
 
 QUERIES: Mapping[str, Callable[[Workbench, RecordDict, Context], RecordDict]] = {
     "describe": _described,
     "local": _local,
     "measure": _measured,
+    "boundary": _boundary,
+    "undo": _undone,
     "statistics": _statistics,
 }
 """How a client answers each query, by its name."""
 
 
-def fit(
-    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
-) -> dict[str, float]:
+def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -183,23 +200,13 @@ def fit(
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
         turn: What the server and the client's state bring along; nothing if None.
-        steps: How many of each phase, for timing; 0 for those of the configuration.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
     turn = turn or bench.turn(client, server_round)
-    turn.limit = steps
-    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
-
-
-def steps_of_round(train: TrainConfig, count: int) -> int:
-    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
-
-    A part of a pass is made of whole batches, one at least.
-    """
-    batches = -(-count // train.batch_size)
-    return train.local_steps or max(1, round(train.local_epochs * batches))
+    metrics = turn.fit(bench.strategy.local(bench.strategy))
+    return {"num-examples": len(turn.client.train), **metrics}
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

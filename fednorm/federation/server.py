@@ -21,7 +21,7 @@ from fednorm.federation.checkpoint import kept, personal, restored, taken
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected, Form
+from fednorm.federation.replies import Expected
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
@@ -127,13 +127,11 @@ def describe(bench: Workbench) -> Document:
         for client in federation.clients
     ]
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
-    summary, strategy = bench.plan.summary(sampled), bench.strategy
-    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
-    summary["bytes_per_round"] += sampled * (sum(form.nbytes for form in beside) + strategy.bytes_beside())
+    extra = bench.strategy.extra_bytes
     return {
         "plan": {
-            **summary,
-            "bytes": bench.plan.bytes_by_role(),
+            **bench.strategy.summary_of_plan(sampled),
+            "bytes": bench.plan.bytes_by_role() | ({"extra": extra} if extra else {}),
             "tensors": bench.plan.tensors(),
         },
         "model": bench.about_model,
@@ -147,6 +145,7 @@ def describe(bench: Workbench) -> Document:
             "clients": clients,
             "digest": federation.digest(),
         },
+        **bench.about(),
     }
 
 
@@ -154,7 +153,9 @@ def expected_of(bench: Workbench) -> dict[int, Expected]:
     """Return what a run knows of its clients before they answer, by partition id."""
     scored = bench.config.evaluate.split
     return {
-        client.partition_id: Expected(client.domain, client.held_out, len(client.train), len(getattr(client, scored)))
+        client.partition_id: Expected(
+            client.domain, client.held_out, len(client.train), len(getattr(client, scored)), bench.trains_on_all
+        )
         for client in bench.federation.clients
     }
 
@@ -164,8 +165,8 @@ def _options(bench: Workbench) -> Document:
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
-    config, about = bench.config, describe(bench)
-    bench.strategy.expected = expected_of(bench)
+    about = describe(bench)
+    bench.strategy.expected, bench.strategy.takes_part = expected_of(bench), bench.takes_part
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()
     if record:
@@ -174,18 +175,18 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         result = bench.strategy.start(
             grid,
             arrays,
-            num_rounds=config.rounds.num_rounds,
+            num_rounds=bench.num_rounds,
             first_round=first_round,
-            evaluate_every=config.rounds.evaluate_every,
+            evaluate_every=bench.evaluate_every,
             on_round=journal.round,
         )
-        if first_round > config.rounds.num_rounds and "missing" in journal.lines[-1]:
+        if first_round > bench.num_rounds and "missing" in journal.lines[-1]:
             journal.evaluate_again(arrays)
     finally:
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
-        own = personal(bench, grid, result.arrays, config.rounds.num_rounds)
+        own = personal(bench, grid, result.arrays, bench.num_rounds)
         record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
     return document
 
@@ -229,6 +230,7 @@ class _Journal:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
             found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        found |= self._bench.after_round(self._grid, report.server_round, arrays)
         line = round_line(report, self._bench.strategy.expected) | finite(found)
         self.lines.append(line)
         if self._record:
@@ -280,8 +282,9 @@ def _document(
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
     matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, known, min_answered=least)
     evaluation = matrix.run()
+    beside = bench.measures(lines)
     return {
-        "kind": "federated",
+        "kind": bench.config.kind,
         **about,
         "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
         "final": {
@@ -290,7 +293,9 @@ def _document(
             "round": last["round"],
             "selection": f"last round, {bench.config.evaluate.split} images",
             **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
+            **beside.pop("final", {}),
         },
+        **beside,
         "evaluation": evaluation,
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,

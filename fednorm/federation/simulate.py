@@ -15,7 +15,7 @@ from fednorm.federation.executors import Executor
 from fednorm.federation.executors.choice import executor_of, workers_of
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import Observer, check, describe, make_server_app, read_back
-from fednorm.federation.workbench import Workbench
+from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.records.record import RunRecord
 from fednorm.threads import torch_threads
 
@@ -26,10 +26,10 @@ def plan(config: RunConfig, bench: Workbench | None = None) -> dict[str, Any]:
     Raises:
         FedNormError: The configuration cannot be run.
     """
-    bench = bench or Workbench(config)
+    bench = bench or workbench_of(config)
     check(bench)
     workers = workers_of(bench)
-    return {"kind": "federated", **describe(bench), "workers": workers, "hash": config.hash, "config": config.to_dict()}
+    return {"kind": config.kind, **describe(bench), "workers": workers, "hash": config.hash, "config": config.to_dict()}
 
 
 def simulate(
@@ -58,7 +58,7 @@ def simulate(
     record = RunRecord(runs, config) if runs else None
     if record and (finished := read_back(record, config)):
         return finished
-    made = bench or Workbench(config)
+    made = bench or workbench_of(config)
     results: list[dict[str, Any]] = []
     server_app = make_server_app(lambda _: made, lambda *_: record, observer, results.append)
     run_config = {"config": json.dumps(config.to_dict())}

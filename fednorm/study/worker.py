@@ -110,7 +110,7 @@ class _Rounds:
         self._accuracy: float | None = None
 
     def begin(self, bench: Workbench, first_round: int) -> None:
-        self._total = bench.config.rounds.num_rounds
+        self._total = bench.num_rounds
         self._tell(Progress(first_round - 1, self._total, "round", None))
 
     def round(self, line: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ import sys
 from fednorm.config import RunConfig
 from fednorm.cores import cores_of_a_run
 from fednorm.errors import ConfigError
+from fednorm.federation.estimate import images_of_round
 from fednorm.federation.executors import Executor
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.executors.workers import Workers
@@ -37,7 +38,7 @@ def workers_of(bench: Workbench) -> int:
     """
     config, cores = bench.config, cores_of_a_run()
     obstacle = obstacle_of(config)
-    if config.workers == "auto":
+    if isinstance(config.workers, str):  # auto
         return 1 if obstacle else min(cores.share, _wanted(bench))
     if config.workers > 1 and obstacle:
         raise ConfigError(f"workers is {config.workers}, and {obstacle}. Set workers to 1, or leave it out.")
@@ -78,15 +79,13 @@ def estimated_seconds(bench: Workbench) -> float:
     A weight is used once an image, forward, and twice backward; a convolution's at every place, of which a layer has
     a sixteenth of the image's, say.
     """
-    config, clients = bench.config, bench.federation.training_clients
-    share = max(1, round(config.rounds.fraction * len(clients))) / max(len(clients), 1)
-    train = config.train
-    steps = train.local_steps * train.batch_size * len(clients)
-    trained = share * (steps or train.local_epochs * sum(len(client.train) for client in clients))
-    scored = sum(len(client.test) for client in clients) / config.rounds.evaluate_every
+    train, clients = bench.config.train, bench.federation.training_clients
+    share = max(1, round(bench.config.rounds.fraction * len(clients))) / max(len(clients), 1)
+    trained = share * sum(images_of_round(train, len(client.train)) for client in clients)
+    scored = sum(len(client.test) for client in clients) / bench.evaluate_every
     places = (bench.federation.image_size / 4) ** 2
     weights = (parameter for parameter in bench.model.parameters() if parameter.dim() > 1)
     operations = sum(weight.numel() * (places if weight.dim() == 4 else 1) for weight in weights)
     images = trained * (IMAGE + 3 * operations * OPERATION) + scored * (IMAGE + operations * OPERATION)
-    turns = len(clients) * (share + 1 / config.rounds.evaluate_every)
-    return config.rounds.num_rounds * (turns * TURN + images)
+    turns = len(clients) * (share + 1 / bench.evaluate_every)
+    return bench.num_rounds * (turns * TURN + images)

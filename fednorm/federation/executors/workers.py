@@ -25,7 +25,7 @@ from fednorm.federation.executors.sequential import Sequential, answer
 from fednorm.federation.wire import nbytes
 from fednorm.federation.workbench import Workbench
 
-HERE = frozenset({"query.describe", "query.local", "query.statistics"})
+HERE = frozenset({"query.describe", "query.local", "query.statistics", "query.undo"})
 """What is not worth a worker: nothing is computed."""
 
 TRIES = 2
