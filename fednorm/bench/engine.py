@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.simulate import simulate
+from fednorm.federation.workbench import Workbench
 from fednorm.records.versions import versions
 from fednorm.report.table import Table
 from fednorm.threads import torch_threads
@@ -71,9 +73,14 @@ def run_bare(case: Case, *, channels_last: bool = True) -> Cost:
     return cost(clock.wall, clock.cpu, watch.memory, tensors)
 
 
-def run_fednorm(case: Case) -> Cost:
-    """Run a case on the in-process grid, without a record."""
-    bench = case.workbench()
+def run_fednorm(case: Case, *, engine: str = "client") -> Cost:
+    """Run a case on the in-process grid, without a record.
+
+    Args:
+        case: The case.
+        engine: ``client`` or ``cohort``.
+    """
+    bench = Workbench(replace(case.config(), engine=engine), case.federation())
     with torch_threads(THREADS), ProcessWatch(descendants=False) as watch:
         clock = RoundClock()
         simulate(bench.config, runs=None, observer=clock, bench=bench)
@@ -106,6 +113,7 @@ ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "bare": run_bare,
     "bare-contiguous": partial(run_bare, channels_last=False),
     "fednorm": run_fednorm,
+    "fednorm-cohort": partial(run_fednorm, engine="cohort"),
     "flower": run_flower,
 }
 """How each engine runs a case. ``bare-contiguous`` is the bare loop in PyTorch's default memory layout."""

@@ -39,7 +39,7 @@ from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
-from fednorm.federation.wire import pack, tensor_of
+from fednorm.federation.wire import arrays_of, config_of, pack, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.training.recalibration import in_batches, reestimate
 
@@ -86,8 +86,8 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
 
 def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Train as the message's round has it; keep what is the client's own, and return what is sent."""
-    client, config = bench.client(context), content["config"]
-    bench.receive(content["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     bench.begin_turn(context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
@@ -102,10 +102,10 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
 
 def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
-    client, config = bench.client(context), content["config"]
+    client, config = bench.client(context), config_of(content)
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
-    complete = bench.receive(content["arrays"], context.state)
+    complete = bench.receive(arrays_of(content, "arrays"), context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
     elif not client.held_out:
@@ -121,8 +121,8 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
-    client, config = bench.client(context), content["config"]
-    bench.receive(content["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
     found = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
     return RecordDict({EXTRA: pack(found), "metrics": MetricRecord({"num-examples": len(client.train)})})
@@ -161,7 +161,7 @@ def _statistics(bench: Workbench, content: RecordDict, context: Context) -> Reco
     del content
     reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
     if LOCAL_RECORD in context.state:
-        own = context.state[LOCAL_RECORD]
+        own = arrays_of(context.state, LOCAL_RECORD)
         keys = (key for pair in bench.plan.moments() for key in pair)
         reply["arrays"] = pack({key: tensor_of(own[key]) for key in keys if key in own})
     return reply
@@ -174,7 +174,7 @@ def _boundary(bench: Workbench, content: RecordDict, context: Context) -> Record
 def _undone(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Go back to what the client kept before its training in a round."""
     del bench
-    undo.go_back(context.state, _int(content.config_records["config"], "server-round"))
+    undo.go_back(context.state, _int(config_of(content), "server-round"))
     return RecordDict()
 
 

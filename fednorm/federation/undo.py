@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
-from fednorm.federation.wire import LazyRecord, MemoryArray, tensor_of
+from fednorm.federation.wire import LazyRecord, MemoryArray, arrays_of, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, STATE_RECORD, TRAINEE_RECORD
 
 BEFORE_RECORD = "fednorm.before"
@@ -49,7 +49,7 @@ class _Before(Mapping[str, Array]):
 
 def kept_now(state: RecordDict) -> dict[str, ArrayRecord]:
     """Return what a client keeps: records that are replaced by training, and never written to."""
-    return {name: record for name in KEPT if isinstance(record := state.get(name), ArrayRecord)}
+    return {name: arrays_of(state, name) for name in KEPT if name in state}
 
 
 def remember(state: RecordDict, before: Mapping[str, ArrayRecord], server_round: int) -> None:
@@ -80,8 +80,10 @@ def go_back(state: RecordDict, server_round: int) -> None:
         state: The client's ``Context.state``.
         server_round: The round.
     """
-    before = state.get(BEFORE_RECORD)
-    if not isinstance(before, ArrayRecord) or int(tensor_of(before[ROUND])) != server_round:
+    if BEFORE_RECORD not in state:
+        return
+    before = arrays_of(state, BEFORE_RECORD)
+    if int(tensor_of(before[ROUND])) != server_round:
         return
     records: dict[str, ArrayRecord] = {}
     for path, array in before.items():

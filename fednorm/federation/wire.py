@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
@@ -101,6 +101,16 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 def unpack(record: ArrayRecord) -> dict[str, Tensor]:
     """Return a record's tensors; they must not be written to."""
     return {key: tensor_of(array) for key, array in record.items()}
+
+
+def arrays_of(records: RecordDict, name: str) -> ArrayRecord:
+    """Return one of our own records of arrays; to sort all records by their types takes longer than to use one."""
+    return cast(ArrayRecord, records[name])
+
+
+def config_of(records: RecordDict) -> ConfigRecord:
+    """Return the settings that a message of ours brings."""
+    return cast(ConfigRecord, records["config"])
 
 
 def tensor_of(array: Array) -> Tensor:

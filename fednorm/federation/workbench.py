@@ -29,7 +29,7 @@ from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import Common, NormStrategy
-from fednorm.federation.wire import pack, unpack
+from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.memory import require_memory
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
@@ -244,8 +244,8 @@ class Workbench:
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
         sent, state = content or RecordDict(), context.state if context else RecordDict()
-        own = unpack(state[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(sent[EXTRA]) if EXTRA in sent else {}
+        own = unpack(arrays_of(state, STATE_RECORD)) if STATE_RECORD in state else {}
+        beside = unpack(arrays_of(sent, EXTRA)) if EXTRA in sent else {}
         if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
@@ -258,9 +258,9 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(sent["arrays"]) if content else {},
+            received=unpack(arrays_of(sent, "arrays")) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(sent["config"] if "config" in sent else self.strategy.client_config()),
+            config=dict(config_of(sent) if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),
         )
 
@@ -291,7 +291,7 @@ class Workbench:
             has never trained.
         """
         sent = unpack(arrays)
-        own = unpack(state[LOCAL_RECORD]) if LOCAL_RECORD in state else {}
+        own = unpack(arrays_of(state, LOCAL_RECORD)) if LOCAL_RECORD in state else {}
         self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
 
@@ -311,7 +311,7 @@ class Workbench:
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
-        self.trainee.begin_turn(unpack(state[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
+        self.trainee.begin_turn(unpack(arrays_of(state, TRAINEE_RECORD)) if TRAINEE_RECORD in state else {})
 
     def keep_local(self, state: RecordDict, own: Mapping[str, Tensor] | None = None) -> None:
         """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.

@@ -8,6 +8,7 @@ from fednorm.config import RunConfig
 from fednorm.cores import cores_of_a_run
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.engine import engine_of
+from fednorm.federation.estimate import images_of_round
 from fednorm.federation.executors import Executor
 from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
@@ -27,10 +28,9 @@ def executor_of(bench: Workbench) -> Executor:
     Raises:
         ConfigError: The configuration asks for workers that cannot be had, or for an engine that cannot carry it out.
     """
-    engine = engine_of(bench)
+    engine, count = engine_of(bench), workers_of(bench)
     if engine.name == "cohort":
         return Cohort(bench, engine.cohort_size)
-    count = workers_of(bench)
     return Workers(bench, count) if count > 1 else Sequential(bench)
 
 
@@ -84,15 +84,13 @@ def estimated_seconds(bench: Workbench) -> float:
     A weight is used once an image, forward, and twice backward; a convolution's at every place, of which a layer has
     a sixteenth of the image's, say.
     """
-    config, clients = bench.config, bench.federation.training_clients
-    share = max(1, round(config.rounds.fraction * len(clients))) / max(len(clients), 1)
-    train = config.train
-    steps = train.local_steps * train.batch_size * len(clients)
-    trained = share * (steps or train.local_epochs * sum(len(client.train) for client in clients))
-    scored = sum(len(client.test) for client in clients) / config.rounds.evaluate_every
+    train, clients = bench.config.train, bench.federation.training_clients
+    share = max(1, round(bench.config.rounds.fraction * len(clients))) / max(len(clients), 1)
+    trained = share * sum(images_of_round(train, len(client.train)) for client in clients)
+    scored = sum(len(client.test) for client in clients) / bench.evaluate_every
     places = (bench.federation.image_size / 4) ** 2
     weights = (parameter for parameter in bench.model.parameters() if parameter.dim() > 1)
     operations = sum(weight.numel() * (places if weight.dim() == 4 else 1) for weight in weights)
     images = trained * (IMAGE + 3 * operations * OPERATION) + scored * (IMAGE + operations * OPERATION)
-    turns = len(clients) * (share + 1 / config.rounds.evaluate_every)
+    turns = len(clients) * (share + 1 / bench.evaluate_every)
     return bench.num_rounds * (turns * TURN + images)

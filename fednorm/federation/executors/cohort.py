@@ -23,7 +23,7 @@ from fednorm.federation.executors import Answer, Job
 from fednorm.federation.executors.sequential import answer
 from fednorm.federation.local import Local, Phase
 from fednorm.federation.stack import RowRecord, Stack, StackRow
-from fednorm.federation.wire import pack, unpack
+from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
 from fednorm.norms import spec_of
 
@@ -148,7 +148,7 @@ class Cohort:
         cohort = [turns[place] for place in padded]
         content, bench = cohort[0].job.content, self._bench
         tensors = self._stacked([turn.job for turn in cohort])
-        config = content["config"]
+        config = config_of(content)
         adjust = None
         if self._local.stacked is not None:
             learned = {key: tensors[key] for key in bench.learned if key in tensors}
@@ -170,7 +170,7 @@ class Cohort:
     def _stacked(self, jobs: Sequence[Job]) -> Tensors:
         """Return what each client's model holds before its turn, as of :meth:`Workbench.receive`."""
         bench, device = self._bench, self._bench.trainee.device
-        sent = unpack(jobs[0].content.array_records["arrays"])
+        sent = unpack(arrays_of(jobs[0].content, "arrays"))
         own = [_own(job) for job in jobs]
         stacked: Tensors = {}
         for key in self._training.network.keys:
@@ -199,16 +199,18 @@ class Cohort:
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _can_evaluate(self, job: Job) -> bool:
-        mode = job.content["config"].get("mode", "own")
+        mode = config_of(job.content).get("mode", "own")
         plain = self._local.before_evaluation is Local.before_evaluation
         return not self._apart and (mode == "given" or (mode == "own" and plain))
 
     def _evaluate(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         bench = self._bench
-        if "mode" not in jobs[0].content["config"]:  # a round's, after which its trainings stand
+        if "mode" not in config_of(jobs[0].content):  # a round's, after which its trainings stand
             for job in jobs:
                 undo.forget(job.context.state)
-        sent = unpack(jobs[0].content.array_records["arrays"])
+        last = jobs[-1]
+        bench.receive(arrays_of(last.content, "arrays"), last.context.state)  # the model is left as if one by one
+        sent = unpack(arrays_of(last.content, "arrays"))
         wanted = [key for key in bench.plan.local if key in bench.statistics and key not in sent]
         clients = [bench.client(job.context) for job in jobs]
         ready = [
@@ -226,7 +228,7 @@ class Cohort:
         if not jobs:
             return []
         bench, evaluate = self._bench, self._bench.config.evaluate
-        in_a_round = "mode" not in jobs[0].content["config"]
+        in_a_round = "mode" not in config_of(jobs[0].content)
         clients = [bench.client(job.context) for job in jobs]
         first = [c.validation if evaluate.split == "validation" else c.test for c in clients]
         scores = self._scored_on(jobs, sent, first)
@@ -300,7 +302,7 @@ def _own(job: Job) -> Mapping[str, Tensor]:
 
 
 def _round(content: RecordDict) -> int:
-    return int(str(content["config"].get("server-round", 0)))
+    return int(str(config_of(content).get("server-round", 0)))
 
 
 def _finite(tensors: Mapping[str, Tensor], count: int) -> list[bool]:

@@ -16,7 +16,7 @@ from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.engine import engine_of
-from fednorm.federation.executors import Executor, Failure, Job
+from fednorm.federation.executors import Executor, Job
 from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.local import Local, Turn
@@ -300,8 +300,8 @@ def test_an_engine_that_cannot_be_is_refused_in_a_sentence(values: dict[str, Any
         resolve(values)
 
 
-def test_a_client_without_a_step_fails_in_its_own_words(make_federation: MakeFederation) -> None:
+def test_a_client_without_a_step_answers_as_it_does_alone(make_federation: MakeFederation) -> None:
     bench = bench_of(make_federation, configuration(), counts=(8, 0, 9))
-    executor, jobs = Cohort(bench, 3), _jobs(bench, "train")
-    answers = list(executor.run(jobs))
-    assert [isinstance(answer, Failure) for answer in answers] == [False, True, False]
+    answers = list(Cohort(bench, 3).run(_jobs(bench, "train")))
+    assert [metrics["num-examples"] for metrics in _metrics(answers)] == [8, 0, 9]
+    assert _metrics(answers)[1] == _metrics(list(Sequential(bench).run(_jobs(bench, "train"))))[1]
