@@ -102,6 +102,9 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
         )
+    if engine := document.get("engine"):
+        size = f" of {engine['cohort_size']} clients at most" if "cohort_size" in engine else ""
+        console.print(f"engine: {engine['name']}{size}: {engine['why']}", markup=False, soft_wrap=True)
     if (workers := document["workers"]) > 1:
         console.print(f"workers: {workers} processes take the clients side by side")
     if "entries" in document:
