@@ -17,10 +17,12 @@ from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.engine import engine_of
 from fednorm.federation.executors import Executor, Job
+from fednorm.federation.executors.choice import executor_of
 from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.local import Local, Turn
 from fednorm.federation.simulate import simulate
+from fednorm.federation.simulate_flower import simulate_flower
 from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
@@ -298,6 +300,13 @@ def test_the_engine_is_part_of_a_runs_identity() -> None:
 def test_an_engine_that_cannot_be_is_refused_in_a_sentence(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         resolve(values)
+
+
+def test_flower_s_runtime_and_workers_know_no_cohorts(tmp_path: Path, make_federation: MakeFederation) -> None:
+    with pytest.raises(ConfigError, match="Flower's runtime takes each client for itself"):
+        simulate_flower(configuration(), runs=tmp_path)
+    with pytest.raises(ConfigError, match="a cohort trains in one process"):
+        executor_of(bench_of(make_federation, configuration(workers=2)))
 
 
 def test_a_client_without_a_step_answers_as_it_does_alone(make_federation: MakeFederation) -> None:
