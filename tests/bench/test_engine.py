@@ -52,6 +52,13 @@ def test_contiguous_bare_loop_computes_the_same() -> None:
         torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
 
 
+def test_a_cohort_computes_what_one_client_after_the_other_does() -> None:
+    case = Case(name="many", clients=7, train=16, test=7, image_size=8, width=4, batch_size=16, rounds=1)
+    cohort, ours = run_fednorm(case, engine="cohort"), run_fednorm(case)
+    for key, tensor in cohort.tensors.items():
+        torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_bare_loop_is_federated_averaging() -> None:
     """Two clients of different size on a linear model, whose gradient is written out in float64."""
     torch.manual_seed(0)

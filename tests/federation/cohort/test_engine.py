@@ -83,9 +83,18 @@ def assert_alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], re
         assert off <= relative * most, f"{key}: off by {off:.2e} of {most:.2e}"
 
 
-@pytest.mark.parametrize("norm", ["batch_norm", "group_norm", "nap"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.cover(1)
+OFTEN = {("fedavg pooled", "batch_norm"), ("fedbn", "batch_norm"), ("fedprox", "nap"), ("fedrep", "group_norm")}
+"""The cells that the default tier has."""
+
+
+@pytest.mark.parametrize(
+    ("strategy", "norm"),
+    [
+        pytest.param(strategy, norm, marks=() if (strategy, norm) in OFTEN else pytest.mark.slow)
+        for strategy in STRATEGIES
+        for norm in ("batch_norm", "group_norm", "nap")
+    ],
+)
 def test_every_strategy_is_the_same_by_cohorts(
     strategy: str, norm: str, tmp_path: Path, make_federation: MakeFederation
 ) -> None:
@@ -121,8 +130,10 @@ class _StopAfter:
             raise _Stopped
 
 
-@pytest.mark.parametrize("strategy", ["fedbn", "fedavgm"])
-@pytest.mark.parametrize("fraction", [1.0, 0.6])
+@pytest.mark.parametrize(
+    ("strategy", "fraction"),
+    [("fedbn", 0.6), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in (("fedbn", 1.0), ("fedavgm", 0.6)))],
+)
 def test_a_run_that_was_cut_short_goes_on_to_the_same_bits(
     strategy: str, fraction: float, tmp_path: Path, make_federation: MakeFederation
 ) -> None:
@@ -153,6 +164,7 @@ def _metrics(answers: Sequence[Any]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedper", "local"])
 @pytest.mark.parametrize("normalize", ["half", "domain"])
+@pytest.mark.cover(1)
 def test_an_evaluation_is_the_same_by_cohorts(strategy: str, normalize: str, make_federation: MakeFederation) -> None:
     """Also of a client that has never trained, whose statistics are estimated first, and of one without test images."""
     config = configuration(strategy, data={"normalize": normalize})

@@ -137,7 +137,19 @@ def assert_close(found: Tensor, expected: Tensor, relative: float, what: str) ->
     assert off <= relative * max(most, 1e-2), f"{what}: off by {off:.2e} of {most:.2e}"
 
 
-@pytest.mark.parametrize("norm", NORMS)
+OFTEN = ("group_norm", "sws", "nap", "gated_norm")
+"""Of the norms that look at one image at a time, those that the default tier has."""
+
+
+def _of_tiers() -> list[Any]:
+    batch = ("batch", "continual")
+    return [
+        norm if norm.startswith(batch) or norm in OFTEN else pytest.param(norm, marks=pytest.mark.slow)
+        for norm in NORMS
+    ]
+
+
+@pytest.mark.parametrize("norm", _of_tiers())
 def test_a_client_of_a_cohort_computes_what_it_computes_alone(norm: str, make_federation: MakeFederation) -> None:
     require_alike(workbench(make_federation, norm=norm, train={"momentum": 0.9}), relative=1e-9)
 
