@@ -30,6 +30,7 @@ from fednorm.federation.workbench import (
     Workbench,
     process_workbench,
 )
+from fednorm.records import further
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import finite
 from fednorm.records.record import RunRecord
@@ -187,7 +188,8 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
         own = personal(bench, grid, result.arrays, bench.num_rounds)
-        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
+        rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own, further=rest)
     return document
 
 
@@ -207,13 +209,15 @@ class _Journal:
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
         self._data = data
         self._pending: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        """That of the last round, once there is one: what a longer run would go on with."""
 
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
-        elif self._record and (checkpoint := self._record.load_checkpoint(self._data)):
+        elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
@@ -223,20 +227,30 @@ class _Journal:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
 
+    def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
+        """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
+        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        checkpoint = record.load_checkpoint(self._data)
+        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+            self.last = checkpoint
+        return checkpoint
+
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, Document()
+        config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
-            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+            beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
-            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
-        found |= self._bench.after_round(self._grid, report.server_round, arrays)
-        line = round_line(report, self._bench.strategy.expected) | finite(found)
+            beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        beside |= self._bench.after_round(self._grid, report.server_round, arrays)
+        line = round_line(report, self._bench.strategy.expected) | finite(beside)
         self.lines.append(line)
         if self._record:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
+                if report.server_round == self._bench.num_rounds:
+                    self.last = self._pending
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
@@ -248,12 +262,12 @@ class _Journal:
         report = strategy.report = RoundReport(last["round"])
         messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
-        made = round_line(report, strategy.expected)
+        again = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
-        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        clients = {**last["clients"], "evaluate": again["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
-        line |= {key: made[key] for key in SCORES if key in made}
-        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        line |= {key: again[key] for key in SCORES if key in again}
+        self.lines.append({**line, "rejected": kept + again["rejected"], "clients": clients})
         if self._record:
             self._record.keep_lines(len(self.lines) - 1)
             self._record.append_line(self.lines[-1])
