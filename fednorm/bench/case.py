@@ -55,12 +55,15 @@ class Case:
 
     def small(self) -> Case:
         """Return the case with as little of everything as it takes to run it."""
-        few = {
-            "clients": min(self.clients, 3),
-            "train": min(self.train, 2 * self.batch_size),
-            "test": min(self.test, 2),
-        }
-        return replace(self, **few, image_size=min(self.image_size, 8), width=4, rounds=1)
+        return replace(
+            self,
+            clients=min(self.clients, 3),
+            train=min(self.train, 2 * self.batch_size),
+            test=min(self.test, 2),
+            image_size=min(self.image_size, 8),
+            width=4,
+            rounds=1,
+        )
 
     @property
     def summary(self) -> str:

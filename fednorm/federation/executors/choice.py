@@ -79,7 +79,7 @@ def _wanted(bench: Workbench) -> int:
 
 def _fitting(bench: Workbench) -> int:
     """Return how many workers there is memory for; where there is not enough, no bit depends on it."""
-    state = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
+    state: int = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
     return free_memory() // (COPIES * state + BESIDE)
 
 
