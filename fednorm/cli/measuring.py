@@ -19,7 +19,9 @@ verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 @bench_app.command("engine")
 def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
-    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas: bare, workers, flower, bare-contiguous.")
+    ] = "bare,workers",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,

@@ -14,12 +14,16 @@ from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.executors.workers import Workers
 from fednorm.federation.workbench import Workbench
+from fednorm.memory import free_memory
 
 TURN, OPERATION, IMAGE = 3e-3, 1e-10, 2e-5
 """About the seconds of a client's turn, of a multiplication and addition, and of an image beside its operations."""
 
 WORTH = 4.0
 """Seconds of work, so estimated, from which workers are started: to fork them takes a few tenths of one."""
+
+COPIES, BESIDE = 10, 2**28
+"""What a worker takes, about: so many copies of the model (its own, gradients, what comes and goes), and more bytes."""
 
 
 def executor_of(bench: Workbench) -> Executor:
@@ -44,7 +48,7 @@ def workers_of(bench: Workbench) -> int:
     cohort = "a cohort trains in one process" if engine_of(bench).name == "cohort" else ""
     obstacle = cohort or obstacle_of(config)
     if isinstance(config.workers, str):  # auto
-        return 1 if obstacle else min(cores.share, _wanted(bench))
+        return 1 if obstacle else max(1, min(cores.share, _wanted(bench), _fitting(bench)))
     if config.workers > 1 and obstacle:
         raise ConfigError(f"workers is {config.workers}, and {obstacle}. Set workers to 1, or leave it out.")
     if config.workers > cores.all:
@@ -76,6 +80,12 @@ def _wanted(bench: Workbench) -> int:
     if sampled < 2 or estimated_seconds(bench) < WORTH:
         return 1
     return sampled
+
+
+def _fitting(bench: Workbench) -> int:
+    """Return how many workers there is memory for; where there is not enough, no bit depends on it."""
+    state: int = sum(tensor.nbytes for tensor in bench.model.state_dict().values())
+    return free_memory() // (COPIES * state + BESIDE)
 
 
 def estimated_seconds(bench: Workbench) -> float:
