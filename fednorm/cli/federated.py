@@ -77,11 +77,10 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
+        count = sum(client.get("clients", 1) for client in members)
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
         held = "held out, " if members[0]["held_out"] else ""
-        console.print(
-            f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
-        )
+        console.print(f"  {domain}: {held}{count:,} client{'s'[: count > 1]}, {train} train, {test} test images")
     if "estimated_seconds" in document:
         console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "entries" in document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fednorm.cards import Scalar
+from fednorm.config.evaluated import ALL_CLIENTS, SAMPLED_CLIENTS
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import VALUES as SECTION_VALUES
 from fednorm.config.resolve import checked_options, resolve, with_references
@@ -23,6 +24,7 @@ from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, Rou
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
 
 __all__ = [
+    "ALL_CLIENTS",
     "DEFAULT_NORM",
     "EVALUATIONS",
     "IMMATERIAL",
@@ -30,6 +32,7 @@ __all__ = [
     "METHOD_OPTIONS",
     "METHOD_SWITCHES",
     "ONLINE",
+    "SAMPLED_CLIENTS",
     "SECTION_VALUES",
     "Choice",
     "DataConfig",

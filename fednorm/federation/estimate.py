@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-from fednorm.config import RunConfig, TrainConfig
+from fednorm.config import ALL_CLIENTS, SAMPLED_CLIENTS, RunConfig, TrainConfig
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.device import seconds
 from fednorm.federation.client import fit, score, steps_of_round
@@ -45,7 +46,8 @@ def measure(bench: Workbench) -> Rates:
     Args:
         bench: A workbench of the run.
     """
-    client = max(bench.federation.training_clients, key=lambda client: len(client.train))
+    counts = bench.federation.counts
+    client = bench.federation.clients[int((counts.train * counts.trains).argmax())]
     before = bench.read(bench.model.state_dict())
     batch = _first(client, max(bench.config.train.batch_size, 2))
     _seconds_to_fit(bench, batch)
@@ -79,17 +81,27 @@ def total_seconds(config: RunConfig, federation: Federation, rates: Rates) -> fl
         federation: Who holds how many images.
         rates: What the parts cost.
     """
-    rounds, clients = config.rounds, federation.training_clients
-    trained = sum(images_of_round(config.train, len(client.train)) for client in clients)
-    validating = config.evaluate.split == "validation"
-    scored = sum(len(client.validation if validating else client.test) for client in federation.clients)
-    held_back = sum(len(client.validation) for client in clients) if config.evaluate.best_round else 0
+    rounds, counts = config.rounds, federation.counts
+    clients = int(counts.trains.sum())
+    sizes = zip(*np.unique(counts.train[counts.trains], return_counts=True), strict=True)
+    trained = sum(int(many) * images_of_round(config.train, int(count)) for count, many in sizes)
+    share = _share_evaluated(config, len(counts))
+    scored = share * int((counts.validation if config.evaluate.split == "validation" else counts.test).sum())
+    held_back = share * int(counts.validation[counts.trains].sum()) if config.evaluate.best_round else 0
     extra = sum(len(federation.domains) if kind == "cross" else 1 for kind in config.evaluate.kinds if kind != "own")
     evaluations = -(-rounds.num_rounds // rounds.evaluate_every) + extra
-    a_round = rounds.fraction * (trained * rates.train + len(clients) * COPIES * rates.copy)
-    an_evaluation = scored * rates.test + len(federation.clients) * rates.copy
+    a_round = rounds.fraction * (trained * rates.train + clients * COPIES * rates.copy)
+    an_evaluation = scored * rates.test + share * len(counts) * rates.copy
     choosing = -(-rounds.num_rounds // rounds.evaluate_every) * held_back * rates.test
     return rounds.num_rounds * a_round + evaluations * an_evaluation + choosing
+
+
+def _share_evaluated(config: RunConfig, clients: int) -> float:
+    """Return the share of the clients that an evaluation is made on."""
+    which = config.evaluate.clients
+    if which == SAMPLED_CLIENTS:
+        return config.rounds.fraction
+    return 1.0 if which == ALL_CLIENTS else min(1.0, int(which) / max(clients, 1))
 
 
 def images_of_round(train: TrainConfig, count: int) -> int:

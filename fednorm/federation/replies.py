@@ -24,6 +24,7 @@ from fednorm.federation.wire import Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
+    from fednorm.data.clients import Counts
     from fednorm.federation.nodes import Node
 
 P = ParamSpec("P")
@@ -130,7 +131,7 @@ class About:
     train: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expected:
     """What a run knows of one of its clients before it has answered anything.
 
@@ -145,6 +146,32 @@ class Expected:
     held_out: bool
     train: int
     scored: int
+
+
+class ExpectedClients(Mapping[int, Expected]):
+    """What a run knows of its clients, by partition id; each put together when it is asked for.
+
+    Args:
+        counts: How many images each client has.
+        split: The split that is scored.
+    """
+
+    def __init__(self, counts: Counts, split: str) -> None:
+        self._counts = counts
+        self._scored = counts.validation if split == "validation" else counts.test
+
+    def __getitem__(self, partition_id: int) -> Expected:
+        counts = self._counts
+        if not (isinstance(partition_id, int) and 0 <= partition_id < len(counts)):
+            raise KeyError(partition_id)
+        domain, held_out = counts.domains[counts.domain[partition_id]], bool(counts.held_out[partition_id])
+        return Expected(domain, held_out, int(counts.train[partition_id]), int(self._scored[partition_id]))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._counts)))
+
+    def __len__(self) -> int:
+        return len(self._counts)
 
 
 def reader(read: Callable[P, T]) -> Callable[P, T]:
@@ -291,7 +318,7 @@ def read_measured(reply: Message, forms: Mapping[str, Form]) -> dict[str, Tensor
 
 def in_order(
     replies: Iterable[Message],
-    nodes: Iterable[Node],
+    nodes: Iterable[Node] | Mapping[int, Node],
     awaited: Sequence[int],
     reject: Callable[[int | None, UnfitReply], None],
 ) -> Iterator[tuple[Node, Message]]:
@@ -299,11 +326,11 @@ def in_order(
 
     Args:
         replies: Replies as they come.
-        nodes: The nodes that the run knows.
+        nodes: The nodes that the run knows; or these by their ids.
         awaited: Partition ids of those that were asked, in order.
         reject: Is told of replies that no awaited client sent, with the client's partition id or None.
     """
-    known = {node.node_id: node for node in nodes}
+    known = nodes if isinstance(nodes, Mapping) else {node.node_id: node for node in nodes}
     waiting: dict[int, tuple[Node, Message]] = {}
     came: set[int] = set()
     following = iter(awaited)

@@ -53,6 +53,7 @@ def simulate(
     server_app = make_server_app(lambda _: made, lambda *_: record, observer, results.append)
     run_config = {"config": json.dumps(config.to_dict())}
     grid = InProcessGrid(make_client_app(lambda _: made), len(made.federation.clients), dict(run_config))
+    grid.ours = True
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
     with torch_threads(config.threads):
         server_app(grid, context)

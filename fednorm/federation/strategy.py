@@ -23,9 +23,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
+from fednorm.config import ALL_CLIENTS
 from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError, RoleError
 from fednorm.federation.aggregation import Average, all_finite
 from fednorm.federation.constants import constant_prints
+from fednorm.federation.evaluated import evaluated
 from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node, discover
 from fednorm.federation.plan import NormPlan, norm_plan
@@ -36,6 +38,17 @@ from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.recognition.places import patterns_of
 from fednorm.rng import stream
 from fednorm.roles import LEARNED, Role, RoleRule
+
+
+class _Known:
+    """The nodes of a run by what they do: of a hundred thousand, nobody goes through all in every round."""
+
+    def __init__(self, nodes: tuple[Node, ...]) -> None:
+        self.nodes = nodes
+        self.by_id = {node.node_id: node for node in nodes}
+        self.seen = [node for node in nodes if not node.held_out]
+        self.trainers = [node for node in self.seen if node.trains]
+
 
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
@@ -79,6 +92,7 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
+        evaluates: Which clients are evaluated (``evaluate.clients``).
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
@@ -114,7 +128,9 @@ class NormStrategy(Strategy):
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
         self.norms: dict[int, float] = {}
+        self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
+        self._known = _Known(())
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
         self._awaited: list[int] = []
@@ -237,11 +253,16 @@ class NormStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Address the shared tensors to every client that took part in the federation."""
+        """Address the shared tensors to the clients of the federation that are evaluated, by default to all."""
         self.discover(grid)
         self.report.evaluated = True
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
-        return self._address(content, "evaluate", [node for node in self.nodes if not node.held_out])
+        nodes = evaluated(
+            self.known.seen, self.evaluates, sampled=self.report.sampled, expected=self.expected, seed=self.seed
+        )
+        if self.evaluates != ALL_CLIENTS:
+            self.report.scored = tuple(node.partition_id for node in nodes)
+        return self._address(content, "evaluate", nodes)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every client's metrics, and return their average weighted by test images."""
@@ -354,25 +375,32 @@ class NormStrategy(Strategy):
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.discover(grid)
-        nodes = self.trainers
+        nodes = self.known.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
         if self.fraction == 1:
-            return nodes
+            return list(nodes)
         size = max(1, round(self.fraction * len(nodes)))
         chosen = stream(self.seed, "sample", "round", server_round).choice(len(nodes), size=size, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
     @property
+    def known(self) -> _Known:
+        """The nodes by what they do, found once."""
+        if self._known.nodes is not self.nodes:
+            self._known = _Known(self.nodes)
+        return self._known
+
+    @property
     def trainers(self) -> list[Node]:
         """The nodes that train: those that are not held out and have something to train on, as far as is known."""
-        return [node for node in self.nodes if node.trains and not node.held_out]
+        return list(self.known.trainers)
 
     def _in_order(self, replies: Iterable[Message], during: str = "") -> Iterator[tuple[Node, Message]]:
         def reject(partition_id: int | None, unfit: UnfitReply) -> None:
             self.report.reject(partition_id, unfit, during)
 
-        return in_order(replies, self.nodes, self._awaited, reject)
+        return in_order(replies, self.known.by_id, self._awaited, reject)
 
     def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
         """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TRACES = (".lock", ".launch", ".writable", "run.json")
+TRACES = (".lock", ".launch", ".writable", "run.json", "clients.sqlite", "clients.sqlite-journal")
 """Files of a record that say nothing of how its run went."""
 
 

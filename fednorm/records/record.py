@@ -8,6 +8,8 @@
         model.safetensors         the final server tensors
         evaluated.safetensors     a stream's tensors in its last evaluation, where the learner evaluates others
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
+        clients.sqlite            of a federation of more than 512 clients in place of these, and of what checkpoints
+                                  have of them, from the first round on: a row for each client that has trained
         personal.safetensors      what stands in each client's own network in place of the server's, likewise; where the
                                   strategy evaluates clients with another (Ditto's own model, a fine-tuned one)
         result.json               the result; there once the run has finished
@@ -49,6 +51,7 @@ from fednorm.records.integrity import (
 )
 from fednorm.records.journal import Journal
 from fednorm.records.leftovers import anything_stands, beside_a_result, not_there, nothing_left, remove_empty
+from fednorm.records.states import STATES, States
 from fednorm.records.versions import versions
 
 ABOUT, RESULT = "run.json", "result.json"
@@ -65,6 +68,11 @@ class RunRecord:
     Args:
         root: The folder that holds records.
         config: The run's configuration.
+
+    Attributes:
+        folder: The run's folder.
+        config: The configuration.
+        states: The table of what the clients of a large federation keep.
     """
 
     def __init__(self, root: Path, config: RunConfig) -> None:
@@ -73,7 +81,8 @@ class RunRecord:
         self._folder = Folder(self.folder, config.hash)
         unit = UNITS[config.kind]
         self._journal = Journal(self._folder, f"{unit}s.jsonl")
-        self._checkpoints = Checkpoints(self._folder, self._journal, unit)
+        self.states = States(self._folder)
+        self._checkpoints = Checkpoints(self._folder, self._journal, unit, self.states)
 
     def prepare(self) -> None:
         """Make the run's folder.
@@ -95,7 +104,10 @@ class RunRecord:
             RecordError: The folder cannot be made or written, or another process is running this very run.
         """
         with self.held(".lock", f"Another process is running this run now ({self.folder})."):
-            yield
+            try:
+                yield
+            finally:
+                self.states.close()
 
     @contextmanager
     def held(self, name: str, who: str) -> Iterator[None]:
@@ -221,6 +233,7 @@ class RunRecord:
         clients: Mapping[int, Tensors] | None = None,
         evaluated: Tensors | None = None,
         personal: Mapping[int, Tensors] | None = None,
+        table: bool = False,
     ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
@@ -230,6 +243,7 @@ class RunRecord:
             clients: Each client's local tensors, by partition id.
             evaluated: The tensors of the model that was evaluated, where they are not those of the model.
             personal: What each client's own network has in place of the model's, by partition id.
+            table: Whether clients' tensors are in the record's table, committed, and not given here.
         """
         if evaluated:
             self._folder.save_tensors(EVALUATED, evaluated)
@@ -238,7 +252,7 @@ class RunRecord:
             if of_clients:
                 named = {f"{pid}/{key}": t for pid, tensors in of_clients.items() for key, t in tensors.items()}
                 self._folder.save_tensors(name, named)
-        parts = dict(self._folder.digests)
+        parts = dict(self._folder.digests) | ({STATES: self.states.digest()} if table else {})
         if chain := self._journal.chain().digests:
             self._journal.sync()
             parts[self._journal.name] = chain[-1]
@@ -275,6 +289,7 @@ class RunRecord:
             EVALUATED: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             PERSONAL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            STATES: lambda _: self.states.verified(),
         }
         path = self.folder / name
         try:
