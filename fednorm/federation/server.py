@@ -34,6 +34,7 @@ from fednorm.federation.workbench import (
     process_workbench,
 )
 from fednorm.records.checkpoint import Checkpoint
+from fednorm.records.columns import reports
 from fednorm.records.formats import finite
 from fednorm.records.record import RunRecord
 
@@ -193,7 +194,7 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record and (large := in_table(grid)):
-        scored = [client["client"] for client in journal.lines[-1]["clients"]["evaluate"]]
+        scored = [client["client"] for client in reports(record.folder, record.lines()[-1])["evaluate"]]
         table = finished_table(bench, large, result.arrays, config.rounds.num_rounds, scored)
         record.finish(document, unpack(result.arrays), table=table)
     elif record:
@@ -233,7 +234,7 @@ class _Journal:
                     large.attach(self._record.states, checkpoint.ended)
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
-            trained = self.lines[-1].get("clients", {}).get("train", ()) if self.lines else ()
+            trained = reports(self._record.folder, self.lines[-1]).get("train", ()) if self.lines else ()
             self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
         if self._observer:
             self._observer.begin(self._bench, first_round)
@@ -246,12 +247,14 @@ class _Journal:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
             found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
-        if large := in_table(self._grid):
+        large = in_table(self._grid)
+        if large:
             large.end_round(report.server_round)
         line = round_line(report, self._bench.strategy.expected) | finite(found)
-        self.lines.append(line)
+        # Of many clients, memory does not grow with the rounds.
+        self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
-            self._record.append_line(line)
+            self._record.append_line(line, columns=bool(large))
             if isinstance(self._grid, InProcessGrid):
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
@@ -267,13 +270,14 @@ class _Journal:
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
         made = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
-        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        before = reports(self._record.folder, self._record.lines()[-1]) if self._record else last["clients"]
+        clients = {**before, "evaluate": made["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
         line |= {key: made[key] for key in SCORES if key in made}
         self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
         if self._record:
             self._record.keep_lines(len(self.lines) - 1)
-            self._record.append_line(self.lines[-1])
+            self._record.append_line(self.lines[-1], columns=bool(in_table(self._grid)))
 
     def close(self) -> None:
         """Write the last round's checkpoint where that is not done: a run that ends, well or not, keeps its rounds."""

@@ -3,6 +3,7 @@
     RUNS/fedbn-batch_norm-digits-seed1-0123456789ab/
         run.json                  the resolved configuration, its hash, versions, the plan, the data's title and notes
         rounds.jsonl              one line a round: every client's metrics
+        clients/*.parquet         of a federation of more than 512 clients, these, a file a round
         checkpoint.safetensors    the server's tensors, its optimizer's, every client's; the round; while it runs
         previous.safetensors      the checkpoint before that one
         model.safetensors         the final server tensors
@@ -38,6 +39,7 @@ import fednorm.records.files as files
 from fednorm.config import RunConfig
 from fednorm.errors import RecordError
 from fednorm.records.checkpoint import Checkpoint, Checkpoints
+from fednorm.records.columns import content_of, in_columns, tables
 from fednorm.records.folder import Folder, Tensors
 from fednorm.records.formats import Unfit
 from fednorm.records.integrity import (
@@ -144,9 +146,14 @@ class RunRecord:
             ABOUT, {"config": self.config.to_dict(), "hash": self.config.hash, "versions": versions(), **about}
         )
 
-    def append_line(self, line: Mapping[str, Any]) -> None:
-        """Append the line of a round or an experience; a full disk leaves none of it."""
-        self._journal.append(line)
+    def append_line(self, line: Mapping[str, Any], *, columns: bool = False) -> None:
+        """Append the line of a round or an experience; a full disk leaves none of it.
+
+        Args:
+            line: The line.
+            columns: Whether what its clients reported goes to a file of columns (:mod:`fednorm.records.columns`).
+        """
+        self._journal.append(in_columns(self._folder, line) if columns else line)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the rounds or experiences, up to the first that is not whole, if any.
@@ -185,6 +192,8 @@ class RunRecord:
         """
         self._require_about()
         checkpoint = self._checkpoints.load()
+        if checkpoint:
+            self._require_columns()
         if checkpoint and data is not None and checkpoint.data not in (None, data):
             raise RecordError(
                 f"The checkpoint {self._checkpoints.paths[0]} was trained on other data: their digest is "
@@ -211,6 +220,14 @@ class RunRecord:
                 f"{path} is not that of this run: {reason(error)}. Where this one file is damaged, remove it, and it "
                 "is written again; where the folder is another run's or an older fednorm's, choose another with --runs."
             ) from error
+
+    def _require_columns(self) -> None:
+        """Refuse to go on from rounds of which what clients reported is lost."""
+        try:
+            for clients in tables(self.lines()):
+                content_of(self.folder, clients)
+        except RecordError as error:
+            raise RecordError(f"{error} {self._checkpoints.remedy()}") from error
 
     def start_over(self) -> None:
         """Forget the rounds of an earlier attempt that left no checkpoint.
@@ -306,4 +323,9 @@ class RunRecord:
         chain = read_chain(files.read(path), self.config.hash)
         if chain.broken:
             raise Unfit(chain.broken)
+        try:
+            for clients in tables(chain.lines):
+                content_of(self.folder, clients)
+        except RecordError as error:
+            raise Unfit(str(error)) from error
         return chain.digest(len(chain.lines))

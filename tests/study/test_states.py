@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from polars.testing import assert_frame_equal
 from safetensors.torch import load_file
 
 import fednorm
@@ -25,8 +26,11 @@ from fednorm.config import merge, resolve
 from fednorm.errors import ConfigError, DamageWarning, RecordError
 from fednorm.federation import contexts
 from fednorm.federation.simulate import simulate
+from fednorm.records.columns import frame_of, reports
 from fednorm.records.folder import Folder
 from fednorm.records.formats import Unfit
+from fednorm.records.result import FederatedResult
+from fednorm.records.results import load
 from fednorm.records.states import States
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
@@ -82,7 +86,7 @@ class Model:
 steps = st.lists(st.tuples(st.dictionaries(st.integers(0, 4), st.floats(-9, 9), max_size=3), st.booleans()), max_size=9)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(steps=steps, back=st.booleans())
 def test_the_last_two_checkpoints_can_be_gone_back_to(
     steps: list[tuple[dict[int, float], bool]], back: bool, tmp_path_factory: pytest.TempPathFactory
@@ -159,6 +163,8 @@ import sys
 from pathlib import Path
 import torch
 from fednorm.records.folder import Folder
+from fednorm.records.result import FederatedResult
+from fednorm.records.results import load
 from fednorm.records.states import States
 
 states, draw = States(Folder(Path(sys.argv[1]), "abc")), torch.Generator().manual_seed(0)
@@ -230,6 +236,7 @@ class Left:
         self.clients = {client: states.read(client) for client in states.clients()}
         states.close()
         self.lines = [plain(json.loads(line)) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        self.reports = [reports(folder, line) for line in self.lines]
         result = plain(json.loads((folder / "result.json").read_text()))
         self.result = {key: value for key, value in result.items() if key != "rounds"}
 
@@ -238,7 +245,7 @@ class Left:
         assert same(self.model, other.model)
         assert self.clients.keys() == other.clients.keys()
         assert all(same(kept, other.clients[client]) for client, kept in self.clients.items())
-        return (self.lines, self.result) == (other.lines, other.result)
+        return (self.lines, self.reports, self.result) == (other.lines, other.reports, other.result)
 
 
 class Stop:
@@ -279,7 +286,11 @@ def go_on(runs: Path) -> tuple[Path, Stop]:
     return Path(simulate(resolve(LARGE), runs=runs, observer=watch)["run"]), watch
 
 
-@pytest.mark.parametrize("kind", KEEPING)
+@pytest.mark.parametrize(
+    "kind",
+    ["momentum", "a model of its own", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KEEPING if kind not in
+                                         ("momentum", "a model of its own"))],
+)  # fmt: skip
 def test_a_table_changes_no_number(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same five clients, all in memory, and one at a time from a table."""
     config = resolve(merge(SMALL, KEEPING[kind]))
@@ -304,6 +315,36 @@ def test_a_table_changes_no_number(kind: str, tmp_path: Path, monkeypatch: pytes
     assert bool(states.clients()) == (kind != "nothing")
     assert not (two / "clients.safetensors").exists()
     states.close()
+
+
+def test_what_clients_reported_is_in_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = resolve(merge(SMALL, KEEPING["local tensors"]))
+    whole = simulate(config, runs=tmp_path / "memory")
+    monkeypatch.setattr(contexts, "SMALL", 1)
+    other = simulate(config, runs=tmp_path / "table")
+    one, two = (frame_of(Path(result["run"])) for result in (whole, other))
+    assert two.columns[:4] == ["round", "phase", "client", "domain"]
+    assert len(two) == sum(3 + 5 for _ in range(3))
+    assert_frame_equal(one, two.select(one.columns))
+    (again,) = load([tmp_path / "table"]).results
+    assert isinstance(again, FederatedResult)
+    assert_frame_equal(again.clients(), two)
+    lines = Left(Path(other["run"])).lines
+    assert [line["clients"]["table"] for line in lines] == [f"clients/round-00000{n}.parquet" for n in (1, 2, 3)]
+    path = Path(other["run"]) / lines[1]["clients"]["table"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RecordError, match=r"round-000002\.parquet is not what was written there"):
+        simulate(config, runs=tmp_path / "table")
+
+
+def test_a_lost_file_of_columns_is_named(cut: Path, large: Left, tmp_path: Path) -> None:
+    path = cut / "clients" / "round-000002.parquet"
+    path.unlink()
+    with pytest.raises(RecordError, match=rf"{path} cannot be read: .*Remove .*checkpoint.*to start this run over"):
+        go_on(tmp_path)
+    for name in ("checkpoint.safetensors", "previous.safetensors"):
+        (cut / name).unlink()
+    assert Left(go_on(tmp_path)[0]) == large
 
 
 def test_a_client_s_model_is_read_from_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,13 +422,15 @@ def test_a_table_of_another_run_is_refused_by_name(cut: Path, tmp_path: Path) ->
         simulate(resolve(merge(LARGE, {"seed": 2})), runs=other, observer=Stop(1))
     shutil.copyfile(next(other.iterdir()) / "clients.sqlite", cut / "clients.sqlite")
     shutil.rmtree(other)
-    before = {path.name: path.read_bytes() for path in cut.iterdir()}
+    before = {path.name: path.read_bytes() for path in cut.iterdir() if path.is_file()}
     with pytest.raises(RecordError, match=rf"{cut / 'clients.sqlite'} .*of another run"):
         go_on(tmp_path)
-    assert {path.name: path.read_bytes() for path in cut.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in cut.iterdir() if path.is_file()} == before
 
 
-@pytest.mark.parametrize("what", ["lost", "a directory", "no table"])
+@pytest.mark.parametrize(
+    "what", ["no table", *(pytest.param(w, marks=pytest.mark.slow) for w in ("lost", "a directory"))]
+)
 def test_without_its_table_a_checkpoint_is_refused_and_the_run_starts_over(
     what: str, cut: Path, large: Left, tmp_path: Path
 ) -> None:
@@ -419,7 +462,8 @@ def test_a_damaged_row_of_the_last_round_leaves_the_checkpoint_before(cut: Path,
     assert Left(folder) == large
 
 
-@settings(max_examples=6, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_damaged_bit_is_named_or_changes_nothing(
     place: float, bit: int, cut_once: Path, large: Left, tmp_path_factory: pytest.TempPathFactory
@@ -460,7 +504,7 @@ def test_a_finished_record_whose_table_is_damaged_is_named(tmp_path: Path) -> No
 def test_only_the_sampled_or_drawn_clients_are_evaluated_and_the_result_says_so(tmp_path: Path) -> None:
     values = merge(LARGE, {"rounds": {"num_rounds": 2}})
     seen: Callable[[dict[str, Any]], list[list[int]]] = lambda result: [  # noqa: E731
-        [client["client"] for client in line["clients"]["evaluate"]] for line in Left(Path(result["run"])).lines
+        [client["client"] for client in each["evaluate"]] for each in Left(Path(result["run"])).reports
     ]
     sampled = simulate(resolve(values), runs=tmp_path)
     assert seen(sampled) == [line["sampled"] for line in sampled["rounds"]]
