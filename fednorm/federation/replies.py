@@ -19,6 +19,7 @@ from flwr.app import Array, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
+from fednorm.federation.flat import flattened
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.wire import Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
@@ -89,12 +90,14 @@ class Update:
         metrics: ``num-examples`` and whatever other numbers it reports.
         nbytes: Bytes of all tensors.
         extra: What the strategy asked for besides.
+        flat: The floating-point tensors as one vector, of a small model (:mod:`fednorm.federation.flat`).
     """
 
     tensors: dict[str, Tensor]
     metrics: dict[str, float]
     nbytes: int
     extra: dict[str, Tensor] = field(default_factory=dict)
+    flat: Tensor | None = None
 
 
 EXTRA = "extra"
@@ -224,9 +227,9 @@ def read_update(
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
-    tensors = _tensors(arrays, plan.sent, plan)
+    tensors, flat = _tensors(arrays, plan.sent, plan)
     size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
-    return Update(tensors, _sound(metrics, required, shares), size, beside)
+    return Update(tensors, _sound(metrics, required, shares), size, beside, flat)
 
 
 @reader
@@ -282,7 +285,7 @@ def read_local(reply: Message, plan: NormPlan, *, examples: int = 0) -> tuple[fl
     metrics = _sound(_metrics(content, at_least=0, examples=examples or None, verb="trains on"), (), shares=True)
     if "arrays" not in content.array_records:
         return None
-    return metrics["num-examples"], _tensors(content.array_records["arrays"], plan.local, plan)
+    return metrics["num-examples"], _tensors(content.array_records["arrays"], plan.local, plan)[0]
 
 
 @reader
@@ -296,7 +299,7 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     if "arrays" not in records:
         return {}
     kept = [key for pair in plan.moments() for key in pair if plan.by_key[key].role is Role.LOCAL]
-    return _tensors(records["arrays"], kept, plan)
+    return _tensors(records["arrays"], kept, plan)[0]
 
 
 @reader
@@ -430,21 +433,31 @@ def _fits_a_float(value: float) -> bool:
     return not isinstance(value, int) or abs(value) < 2**63
 
 
-def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor]:
-    """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be."""
+def _tensors(
+    arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be.
+
+    With them comes what :func:`~fednorm.federation.flat.flattened` makes of them.
+    """
     if odd := sorted(set(arrays) ^ set(keys)):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
     tensors = {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
-    for key, tensor in tensors.items():
-        if not all_finite([tensor]):
-            raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
-        kind = plan.by_key[key].kind
-        if kind in NOT_NEGATIVE and tensor.numel() and tensor.min() < 0:
+    flat = flattened(tensors)
+    if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
+        for key, tensor in tensors.items():
+            if not all_finite([tensor]):
+                raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
+    limited = {key: kind for key in keys if (kind := plan.by_key[key].kind) in NOT_NEGATIVE and tensors[key].numel()}
+    if limited and torch.cat([tensors[key].reshape(-1).float() for key in limited]).min() >= 0:
+        return tensors, flat
+    for key, kind in limited.items():
+        if tensors[key].min() < 0:
             raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[kind]}", Cause.OTHER)
-    return tensors
+    return tensors, flat
 
 
 def _extra(arrays: Mapping[str, Array], forms: Mapping[str, Form]) -> dict[str, Tensor]:

@@ -28,10 +28,21 @@ from fednorm.errors import AggregationError, ConfigError, DivergedError, Incompl
 from fednorm.federation.aggregation import Average, all_finite
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.evaluated import evaluated
+from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node, discover
 from fednorm.federation.plan import NormPlan, norm_plan
-from fednorm.federation.replies import EXTRA, Cause, Expected, Form, UnfitReply, in_order, read_scores, read_update
+from fednorm.federation.replies import (
+    EXTRA,
+    Cause,
+    Expected,
+    Form,
+    UnfitReply,
+    Update,
+    in_order,
+    read_scores,
+    read_update,
+)
 from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
@@ -133,6 +144,7 @@ class NormStrategy(Strategy):
         self._known = _Known(())
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
+        self._sent_flat: Tensor | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -221,6 +233,7 @@ class NormStrategy(Strategy):
         beside = pack(self.extra_to_send())
         self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
         self._sent = unpack(arrays)
+        self._sent_flat = flattened(self._sent)
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen)
@@ -233,18 +246,18 @@ class NormStrategy(Strategy):
         average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
             try:
-                tensors, told, extra = self._read_update(node, reply)
+                update, told = self._read_update(node, reply)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit)
                 continue
             self.report.train.append(told)
             norms[node.partition_id] = told.update_norm or 0.0
             if self._keeps_statistics:
-                self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
+                self.report.statistics[node.partition_id] = {key: update.tensors[key] for key in self._travelling}
             weight = told.metrics["num-examples"] if self.weighting == "examples" else 1.0
-            average.add(tensors, weight)
-            if extra:
-                self.aggregate_extra(node.partition_id, extra, weight)
+            average.add(update.tensors, weight, update.flat)
+            if update.extra:
+                self.aggregate_extra(node.partition_id, update.extra, weight)
         if not self.report.train:
             return None, None
         self.norms = norms
@@ -402,8 +415,8 @@ class NormStrategy(Strategy):
 
         return in_order(replies, self.known.by_id, self._awaited, reject)
 
-    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
-        """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""
+    def _read_update(self, node: Node, reply: Message) -> tuple[Update, ClientReport]:
+        """Return what a client sent, and what it reported, or raise UnfitReply."""
         ours = self.expected.get(node.partition_id) if node.described else None
         update = read_update(
             reply,
@@ -413,12 +426,12 @@ class NormStrategy(Strategy):
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )
-        norm = update_norm(update.tensors, self._sent)
+        norm = update_norm(update.tensors, self._sent, update.flat, self._sent_flat)
         if self.max_update_norm and not norm <= self.max_update_norm:
             limit = f"the limit, rounds.max_update_norm, is {self.max_update_norm:g}"
             raise UnfitReply(f"the norm of its update is {norm:.4g}, and {limit}", Cause.NORM)
         self.report.bytes_up += update.nbytes
-        return update.tensors, ClientReport(node.partition_id, node.domain, update.metrics, norm), update.extra
+        return update, ClientReport(node.partition_id, node.domain, update.metrics, norm)
 
     # Rounds that cannot be gone on from ---------------------------------------------------------------------------
 
