@@ -125,7 +125,7 @@ def test_every_configuration_key_is_told_with_its_default(made: dict[str, str]) 
         for key, info in section.model_fields.items():
             (row,) = (line for line in part.splitlines() if line.startswith(f"| `{key}` |"))
             assert prose.text(info.description or "").replace("|", "\\|") in row
-    assert "| `learning_rate` | float, greater than 0 | `0.01`; `0.03` on streams | both |" in text
+    assert "| `learning_rate` | float, greater than 0 | `0.01`; `0.03` on streams | all |" in text
     assert all(f"| `{key}` |" in text for key in ("kind", "seed", "threads", "device", "amp", "compile", "width"))
 
 

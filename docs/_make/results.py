@@ -11,7 +11,8 @@ from pathlib import Path
 from _make.blocks import DOCS, ROOT, filled, names
 from fednorm.cli.report import tables
 from fednorm.records.results import Loaded, load
-from fednorm.report.comparison import Comparison, Method, comparisons, signed
+from fednorm.report.comparison import Comparison, Method, comparisons
+from fednorm.report.numbers import ends, percent, signed
 
 PAGES = DOCS / "results"
 CURVE = "-curve"
@@ -118,7 +119,7 @@ def _row(question: Question) -> str:
     method = next(m for m in side_by_side.methods if m.label == question.method)
     other = next(m for m in side_by_side.methods if m.label == method.baseline)
     answer, difference = verdict(method, side_by_side)
-    scores = " / ".join(f"{100 * m.scores[side_by_side.headline].mean:.1f}" for m in (method, other))
+    scores = " / ".join(percent(m.scores[side_by_side.headline].mean) for m in (method, other))
     command = f"`fednorm compare {question.study} --data-dir DIR`"
     page = f"docs/results/{question.study}.md"
     return f"| [{question.text}]({page}) | {answer} | {scores} | {difference} | {command} |"
@@ -130,12 +131,12 @@ def verdict(method: Method, compared: Comparison) -> tuple[str, str]:
     if found.low is None or found.high is None:
         word = "ahead" if found.mean > 0 else "behind"
         return f"{word}; one seed", signed(found.mean)
-    ends = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}], {found.better} of {found.n}"
+    told = f"{signed(found.mean)} {ends(found.low, found.high)}, {found.better} of {found.n}"
     if found.low > 0:
-        return "yes", ends
+        return "yes", told
     if found.high < 0:
-        return "no, behind", ends
-    return "not shown", ends
+        return "no, behind", told
+    return "not shown", told
 
 
 def command_lines(path: Path) -> list[str]:

@@ -46,6 +46,7 @@ class Average:
         self._first: Mapping[str, Tensor] = {}
         self._moments: list[dict[str, Tensor]] = []
         self._weights: list[float] = []
+        self._only: Mapping[str, Tensor] | None = None
 
     def add(self, tensors: Mapping[str, Tensor], weight: float, flat: Tensor | None = None) -> None:
         """Add one client's tensors with a weight > 0; the tensors are not changed.
@@ -57,6 +58,7 @@ class Average:
                 a small model is summed at once, to the same bits.
         """
         first = not self._weights
+        self._only = tensors if first else None
         if first:
             self._integers = {k: tensors[k].clone() for k in self._plan.sent if not tensors[k].is_floating_point()}
             floats = [k for k in self._plan.sent if k not in self._integers and k not in self._pooled]
@@ -96,7 +98,9 @@ class Average:
             total.add_(tensors[key].to(torch.float64), alpha=weight * scale)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the average, in the plan's order; call it once."""
+        """Return the average, in the plan's order; call it once. Of one client it is the client's, to the bit."""
+        if self._only is not None:  # n x / n, rounded twice, is not always x
+            return {key: self._only[key].clone() for key in self._plan.sent}
         if self._flat is not None:
             whole = unflattened(self._flat.div_(sum(self._weights)), self._first)
             self._sums = {key: whole[key] for key in self._types}

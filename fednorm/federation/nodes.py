@@ -51,6 +51,23 @@ class Node:
     trains: bool = True
 
 
+class KnownNodes:
+    """The nodes of a run by what they do: of a hundred thousand, nobody goes through all in every round.
+
+    Attributes:
+        nodes: All of them.
+        by_id: Likewise, by node id.
+        seen: Those that are not held out.
+        trainers: Those of these that have something to train on, as far as is known.
+    """
+
+    def __init__(self, nodes: tuple[Node, ...]) -> None:
+        self.nodes = nodes
+        self.by_id = {node.node_id: node for node in nodes}
+        self.seen = [node for node in nodes if not node.held_out]
+        self.trainers = [node for node in self.seen if node.trains]
+
+
 def discover(
     grid: Grid, expected: Mapping[int, Expected], constants: Mapping[str, list[float]] | None = None
 ) -> tuple[tuple[Node, ...], Refusals]:

@@ -143,12 +143,14 @@ class Expected:
         held_out: Whether it never trains.
         train: Its training images.
         scored: Its images in the split that is scored.
+        constant: Whether it trains on all of its training images in every round.
     """
 
     domain: str
     held_out: bool
     train: int
     scored: int
+    constant: bool = True
 
 
 class ExpectedClients(Mapping[int, Expected]):
@@ -157,10 +159,11 @@ class ExpectedClients(Mapping[int, Expected]):
     Args:
         counts: How many images each client has.
         split: The split that is scored.
+        constant: Whether they train on all of their training images in every round.
     """
 
-    def __init__(self, counts: Counts, split: str) -> None:
-        self._counts = counts
+    def __init__(self, counts: Counts, split: str, *, constant: bool = True) -> None:
+        self._counts, self._constant = counts, constant
         self._scored = counts.validation if split == "validation" else counts.test
 
     def __getitem__(self, partition_id: int) -> Expected:
@@ -168,7 +171,8 @@ class ExpectedClients(Mapping[int, Expected]):
         if not (isinstance(partition_id, int) and 0 <= partition_id < len(counts)):
             raise KeyError(partition_id)
         domain, held_out = counts.domains[counts.domain[partition_id]], bool(counts.held_out[partition_id])
-        return Expected(domain, held_out, int(counts.train[partition_id]), int(self._scored[partition_id]))
+        train, scored = int(counts.train[partition_id]), int(self._scored[partition_id])
+        return Expected(domain, held_out, train, scored, self._constant)
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self._counts)))

@@ -24,7 +24,7 @@ from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.evaluated import evaluated, of_which
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected, ExpectedClients, Form
+from fednorm.federation.replies import Expected, ExpectedClients
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
@@ -120,13 +120,11 @@ def describe(bench: Workbench) -> Document:
     """Return what is known before training: the plan, who holds what, what a table must say."""
     federation = bench.federation
     sampled = max(1, round(bench.config.rounds.fraction * int(federation.counts.trains.sum())))
-    summary, strategy = bench.plan.summary(sampled), bench.strategy
-    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
-    summary["bytes_per_round"] += sampled * (sum(form.nbytes for form in beside) + strategy.bytes_beside())
+    extra = bench.strategy.extra_bytes
     return {
         "plan": {
-            **summary,
-            "bytes": bench.plan.bytes_by_role(),
+            **bench.strategy.summary_of_plan(sampled),
+            "bytes": bench.plan.bytes_by_role() | ({"extra": extra} if extra else {}),
             "tensors": bench.plan.tensors(),
         },
         "model": bench.about_model,
@@ -140,6 +138,7 @@ def describe(bench: Workbench) -> Document:
             "clients": _held(federation.counts),
             "digest": federation.digest(),
         },
+        **bench.about(),
     }
 
 
@@ -165,7 +164,7 @@ def _held(counts: Counts) -> list[Document]:
 
 def expected_of(bench: Workbench) -> Mapping[int, Expected]:
     """Return what a run knows of its clients before they answer, by partition id."""
-    return ExpectedClients(bench.federation.counts, bench.config.evaluate.split)
+    return ExpectedClients(bench.federation.counts, bench.config.evaluate.split, constant=bench.trains_on_all)
 
 
 def _options(bench: Workbench) -> Document:
@@ -175,6 +174,8 @@ def _options(bench: Workbench) -> Document:
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
     config, about = bench.config, describe(bench)
     bench.strategy.expected, bench.strategy.evaluates = expected_of(bench), config.evaluate.clients
+    if type(bench).takes_part is not Workbench.takes_part:
+        bench.strategy.takes_part = bench.takes_part
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()
     if record:
@@ -183,22 +184,22 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         result = bench.strategy.start(
             grid,
             arrays,
-            num_rounds=config.rounds.num_rounds,
+            num_rounds=bench.num_rounds,
             first_round=first_round,
-            evaluate_every=config.rounds.evaluate_every,
+            evaluate_every=bench.evaluate_every,
             on_round=journal.round,
         )
-        if first_round > config.rounds.num_rounds and "missing" in journal.lines[-1]:
+        if first_round > bench.num_rounds and "missing" in journal.lines[-1]:
             journal.evaluate_again(arrays)
     finally:
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record and (large := in_table(grid)):
         scored = [client["client"] for client in reports(record.folder, record.lines()[-1])["evaluate"]]
-        table = finished_table(bench, large, result.arrays, config.rounds.num_rounds, scored)
+        table = finished_table(bench, large, result.arrays, bench.num_rounds, scored)
         record.finish(document, unpack(result.arrays), table=table)
     elif record:
-        own = personal(bench, grid, result.arrays, config.rounds.num_rounds)
+        own = personal(bench, grid, result.arrays, bench.num_rounds)
         record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
     return document
 
@@ -247,6 +248,7 @@ class _Journal:
             found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
             found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        found |= self._bench.after_round(self._grid, report.server_round, arrays)
         large = in_table(self._grid)
         if large:
             large.end_round(report.server_round)
@@ -311,8 +313,9 @@ def _document(
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
     matrix = EvaluationMatrix(strategy, grid, arrays, bench.config.evaluate, known, min_answered=least, seen=seen)
     evaluation = matrix.run()
+    beside = bench.measures(lines)
     return {
-        "kind": "federated",
+        "kind": bench.config.kind,
         **about,
         "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
         "final": {
@@ -321,7 +324,9 @@ def _document(
             "round": last["round"],
             "selection": f"last round, {bench.config.evaluate.split} images{of_which(bench.config.evaluate.clients)}",
             **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
+            **beside.pop("final", {}),
         },
+        **beside,
         "evaluation": evaluation,
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,

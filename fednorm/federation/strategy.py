@@ -7,8 +7,8 @@ Differences from ``flwr.serverapp.strategy.FedAvg``, each the closing of a trap:
 * replies are aggregated in the order of partition ids, whatever the order of arrival, so sums are the same bit for bit;
 * integers (batch counters) are taken from the first client, never averaged into floats;
 * what a plan calls pooled is pooled by the law of total variance;
-* a reply that does not fit the plan (:mod:`fednorm.federation.replies`) is rejected and counted, and the round goes on
-  with the others;
+* a reply that does not fit the plan (:mod:`fednorm.federation.replies`) is rejected and counted, the round goes on
+  with the others, and its client keeps nothing of the round (:mod:`fednorm.federation.undo`);
 * :meth:`NormStrategy.start` can start at any round, and reports every client of every round.
 """
 
@@ -30,7 +30,7 @@ from fednorm.federation.constants import constant_prints
 from fednorm.federation.evaluated import evaluated
 from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import Node, discover
+from fednorm.federation.nodes import KnownNodes, Node, discover
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import (
     EXTRA,
@@ -50,19 +50,11 @@ from fednorm.recognition.places import patterns_of
 from fednorm.rng import stream
 from fednorm.roles import LEARNED, Role, RoleRule
 
-
-class _Known:
-    """The nodes of a run by what they do: of a hundred thousand, nobody goes through all in every round."""
-
-    def __init__(self, nodes: tuple[Node, ...]) -> None:
-        self.nodes = nodes
-        self.by_id = {node.node_id: node for node in nodes}
-        self.seen = [node for node in nodes if not node.held_out]
-        self.trainers = [node for node in self.seen if node.trains]
-
-
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
+
+UNDO_SECONDS = 60.0
+"""How long to wait for clients that are told that their training was not used."""
 
 OURS = ("loss", "accuracy")
 """The metrics that fednorm's own clients report besides ``num-examples``."""
@@ -78,6 +70,11 @@ class Common(TypedDict, total=False):
     max_update_norm: float
     local: str
     frozen: frozenset[str]
+
+
+def _always(partition_id: int, server_round: int) -> bool:
+    del partition_id, server_round
+    return True
 
 
 class NormStrategy(Strategy):
@@ -138,13 +135,15 @@ class NormStrategy(Strategy):
         self.min_nodes = min_nodes
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
+        self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
         self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
-        self._known = _Known(())
+        self._known = KnownNodes(())
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
         self._sent_flat: Tensor | None = None
+        self._grid: Grid | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -178,6 +177,21 @@ class NormStrategy(Strategy):
     def bytes_beside(self) -> int:
         """Return the bytes of each client of a round in exchanges of the strategy's own, beside the training's."""
         return 0
+
+    def summary_of_plan(self, num_clients: int) -> dict[str, int]:
+        """Return the plan's summary, with the bytes that travel beside its tensors: the strategy's own.
+
+        Args:
+            num_clients: Clients of a round.
+        """
+        summary = self.plan.summary(num_clients)
+        return summary | {"bytes_per_round": summary["bytes_per_round"] + num_clients * self.extra_bytes}
+
+    @property
+    def extra_bytes(self) -> int:
+        """The bytes that each client of a round receives and sends beside the plan's tensors, once each."""
+        forms = [*map(Form.of, self.extra_to_send().values()), *self.extra_expected().values()]
+        return sum(form.nbytes for form in forms) + self.bytes_beside()
 
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:
         """Take in what one client sent besides, before :meth:`server_update`; called in the order of partition ids.
@@ -232,8 +246,9 @@ class NormStrategy(Strategy):
             self.report.reject(*self._refused.pop(0), during="query.describe")
         beside = pack(self.extra_to_send())
         self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
-        self._sent = unpack(arrays)
-        self._sent_flat = flattened(self._sent)
+        self._sent, self._grid = unpack(arrays), grid
+        # In the plan's order, which a checkpoint does not keep.
+        self._sent_flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen)
@@ -258,10 +273,21 @@ class NormStrategy(Strategy):
             average.add(update.tensors, weight, update.flat)
             if update.extra:
                 self.aggregate_extra(node.partition_id, update.extra, weight)
+        self._take_back()
         if not self.report.train:
             return None, None
         self.norms = norms
         return pack(self.server_update(self._sent, average.result())), weighted_metrics(self.report.train)
+
+    def _take_back(self) -> None:
+        """Tell the clients whose training was not used, so that they keep nothing of it (see ``undo``)."""
+        used = {report.partition_id for report in self.report.train}
+        lost = set(self.report.sampled) - used
+        nodes = [node for node in self.nodes if node.partition_id in lost and node.described] if lost else []
+        if nodes and self._grid is not None:
+            content = RecordDict({"config": ConfigRecord({"server-round": self.report.server_round})})
+            for _ in self._grid.send_and_receive(self._address(content, "query.undo", nodes), timeout=UNDO_SECONDS):
+                pass  # one that does not hear of it, or knows nothing of it, cannot be helped
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -391,6 +417,8 @@ class NormStrategy(Strategy):
         nodes = self.known.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
+        if self.takes_part is not _always:
+            nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
         if self.fraction == 1:
             return list(nodes)
         size = max(1, round(self.fraction * len(nodes)))
@@ -398,10 +426,10 @@ class NormStrategy(Strategy):
         return [nodes[i] for i in sorted(chosen)]
 
     @property
-    def known(self) -> _Known:
+    def known(self) -> KnownNodes:
         """The nodes by what they do, found once."""
         if self._known.nodes is not self.nodes:
-            self._known = _Known(self.nodes)
+            self._known = KnownNodes(self.nodes)
         return self._known
 
     @property
@@ -422,7 +450,7 @@ class NormStrategy(Strategy):
             reply,
             self.plan,
             required=OURS if ours else (),
-            examples=ours.train if ours else 0,
+            examples=ours.train if ours and ours.constant else 0,
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )

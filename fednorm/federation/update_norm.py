@@ -38,7 +38,7 @@ def update_norm(
     """
     if new_flat is not None and old_flat is not None and new_flat.shape == old_flat.shape:
         difference = new_flat.double() - old_flat.double()
-        return math.sqrt(torch.dot(difference, difference).item())
+        return math.sqrt(difference.square_().sum().item())  # a dot's last bits depend on where in memory it is
     pairs = [(new[key], old[key]) for key in new if key in old and new[key].is_floating_point()]
     total = sum(_squares(a, b, torch.float32) for a, b in pairs)
     if not math.isfinite(total):  # finite values whose squares are not, or whose differences are not

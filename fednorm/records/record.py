@@ -60,7 +60,7 @@ ABOUT, RESULT = "run.json", "result.json"
 MODEL, CLIENTS, EVALUATED = "model.safetensors", "clients.safetensors", "evaluated.safetensors"
 PERSONAL = "personal.safetensors"
 
-UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience"}
+UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience", "federated_continual": "round"}
 """What a line of the file is of that grows while a run goes, by kind; the file is called ``rounds.jsonl``."""
 
 

@@ -23,15 +23,17 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 import fednorm.records.files as files
 from fednorm.errors import RecordError
 from fednorm.records.folder import Folder, Tensors
 from fednorm.records.formats import FORMAT, Unfit
 from fednorm.records.integrity import DIGEST_BYTES, require_run
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 STATES = "clients.sqlite"
 JOURNAL = f"{STATES}-journal"
@@ -355,6 +357,8 @@ class States:
 
     def _encoded(self, tensors: Mapping[str, Tensor]) -> tuple[int, bytes]:
         """Return the number of the form of some tensors, and their bytes one after the other."""
+        import torch
+
         whole = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
         form = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in whole.items()}
         text = json.dumps(form, separators=(",", ":"))
@@ -372,7 +376,9 @@ class States:
         """
         text = self._texts.get(form, "")
         self._require(client, ended, text, digest, content)
-        tensors, at = Tensors(), 0
+        import torch
+
+        tensors, at = dict[str, torch.Tensor](), 0
         buffer = bytearray(content)  # tensors of memory that cannot be written to make PyTorch warn
         for key, (name, shape) in json.loads(text).items():
             kind: torch.dtype = getattr(torch, name)
