@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +228,6 @@ class Left:
     """What a finished run has left: its model, what its clients keep, its lines and its result, times left out."""
 
     def __init__(self, folder: Path) -> None:
-        import json
-
         def plain(line: dict[str, Any]) -> dict[str, Any]:
             return {key: value for key, value in line.items() if key not in ("seconds", "digest", "files", "run")}
 
@@ -347,6 +347,39 @@ def test_a_lost_file_of_columns_is_named(cut: Path, large: Left, tmp_path: Path)
     assert Left(go_on(tmp_path)[0]) == large
 
 
+@pytest.mark.slow
+def test_a_run_that_was_begun_with_whole_checkpoints_goes_on_with_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an older fednorm began it, or one that called fewer clients many."""
+    config = resolve(merge(SMALL, KEEPING["momentum"]))
+    whole = simulate(config, runs=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        simulate(config, runs=tmp_path / "other", observer=Stop(2))
+    monkeypatch.setattr(contexts, "SMALL", 1)
+    result = simulate(config, runs=tmp_path / "other", observer=Stop(-1))
+    assert result["final"] == whole["final"]
+    one, two = (load_file(Path(r["run"]) / "model.safetensors") for r in (whole, result))
+    assert same(one, two)
+    states = States(Folder(Path(result["run"]), config.hash))
+    for key, tensor in load_file(Path(whole["run"]) / "clients.safetensors").items():
+        pid, name = key.split("/", 1)
+        assert torch.equal(states.read(int(pid))[f"client/{name}"], tensor)
+    states.close()
+
+
+@pytest.mark.slow
+def test_workers_and_a_table_leave_the_same_bits(large: Left, tmp_path: Path) -> None:
+    """Two workers whose run is cut short, and one client after the other."""
+    for observer in (Stop(2), Stop(-1)):
+        with suppress(KeyboardInterrupt):
+            folder = Path(simulate(resolve(merge(LARGE, {"workers": 2})), runs=tmp_path, observer=observer)["run"])
+    other = Left(folder)
+    for left in (large, other):
+        left.result = {k: v for k, v in left.result.items() if k not in ("config", "workers")}
+    assert other == large
+
+
 def test_a_client_s_model_is_read_from_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = resolve(merge(SMALL, KEEPING["local tensors"]))
     whole = simulate(config, runs=tmp_path / "memory")
@@ -389,8 +422,6 @@ def test_a_large_run_killed_at_random_moments_goes_on(large: Left, tmp_path: Pat
             "simulate(resolve(json.loads(sys.argv[1])), runs=Path(sys.argv[2]))"
         ),
     )
-    import json
-
     for _ in range(20):
         process = subprocess.Popen(
             [sys.executable, "-c", code, json.dumps(LARGE), str(tmp_path)], cwd=Path(__file__).parents[2]
