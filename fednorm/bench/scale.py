@@ -70,6 +70,7 @@ def config_of(clients: int, rounds: int = ROUNDS) -> RunConfig:
     """
     return resolve(
         {
+            "workers": 1,  # whose processor time is all of this process
             "model": {"name": "digits_cnn", "width": 4},
             "strategy": {"name": "fedbn"},
             "train": {"batch_size": TRAIN},
