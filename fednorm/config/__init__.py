@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fednorm.cards import Scalar
-from fednorm.config.evaluated import ALL_CLIENTS, SAMPLED_CLIENTS
+from fednorm.config.evaluated import ALL_CLIENTS, SAMPLED_CLIENTS, of_which
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import REFERENCED as SECTION_FAMILIES
 from fednorm.config.resolve import VALUES as SECTION_VALUES
@@ -55,6 +55,7 @@ __all__ = [
     "merge",
     "nearest",
     "nest",
+    "of_which",
     "override",
     "read_config",
     "require_online",

@@ -32,3 +32,10 @@ def _spelled(value: Any) -> Any:
 
 Evaluated = Annotated[str, BeforeValidator(_spelled)]
 """Clients to evaluate: ``all``, ``sampled``, or a number of them."""
+
+
+def of_which(which: str) -> str:
+    """Return whose images are scored, as the end of a clause; empty for everybody's."""
+    if which == ALL_CLIENTS:
+        return ""
+    return " of the sampled clients" if which == SAMPLED_CLIENTS else f" of {int(which):,} drawn clients"

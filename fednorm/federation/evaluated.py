@@ -60,12 +60,3 @@ def require_evaluated(which: str, domains: Sequence[str]) -> None:
             f"evaluate.clients draws {which} clients, and there are {len(domains)} domains to score "
             f"({', '.join(domains[:8])}{', …' * (len(domains) > 8)}). Draw at least {len(domains)}, or take all."
         )
-
-
-def of_which(which: str) -> str:
-    """Return whose images are scored, as the end of a caption's clause; empty for everybody's."""
-    if which == ALL_CLIENTS:
-        return ""
-    if which == SAMPLED_CLIENTS:
-        return " of the clients sampled in it"
-    return f" of {int(which):,} clients drawn by the seed, of each domain alike"

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fednorm.config import RunConfig
+from fednorm.config import RunConfig, of_which
 from fednorm.data.clients import Counts
 from fednorm.device import described
 from fednorm.errors import IncompleteError
@@ -21,7 +21,7 @@ from fednorm.federation.best_round import best_round, held_back_scores
 from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
 from fednorm.federation.contexts import SMALL
 from fednorm.federation.diagnosis import diagnose
-from fednorm.federation.evaluated import evaluated, of_which
+from fednorm.federation.evaluated import evaluated
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
 from fednorm.federation.replies import Expected, ExpectedClients

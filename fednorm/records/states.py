@@ -56,6 +56,23 @@ CREATE TABLE points(ended INTEGER PRIMARY KEY);
 """
 
 
+def tensors_of(folder: Path, run: str) -> Tensors:
+    """Return everything that the clients of a record's table keep, as ``CLIENT/PLACE/KEY``; empty without a table.
+
+    Args:
+        folder: The record's folder.
+        run: The hash of its run.
+
+    Raises:
+        RecordError: The table cannot be read.
+    """
+    table = States(Folder(folder, run))
+    try:
+        return {f"{client}/{key}": t for client in table.clients() for key, t in table.read(client).items()}
+    finally:
+        table.close()
+
+
 class States:
     """The table of what clients keep.
 

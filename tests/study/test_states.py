@@ -31,9 +31,10 @@ from fednorm.federation.simulate import simulate
 from fednorm.records.columns import frame_of, reports
 from fednorm.records.folder import Folder
 from fednorm.records.formats import Unfit
-from fednorm.records.result import FederatedResult
+from fednorm.records.result import FederatedResult, result_of
 from fednorm.records.results import load
 from fednorm.records.states import States
+from fednorm.report import captions
 
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 
@@ -165,9 +166,10 @@ import sys
 from pathlib import Path
 import torch
 from fednorm.records.folder import Folder
-from fednorm.records.result import FederatedResult
+from fednorm.records.result import FederatedResult, result_of
 from fednorm.records.results import load
 from fednorm.records.states import States
+from fednorm.report import captions
 
 states, draw = States(Folder(Path(sys.argv[1]), "abc")), torch.Generator().manual_seed(0)
 for ended in range(1, 100000):
@@ -539,15 +541,20 @@ def test_only_the_sampled_or_drawn_clients_are_evaluated_and_the_result_says_so(
     ]
     sampled = simulate(resolve(values), runs=tmp_path)
     assert seen(sampled) == [line["sampled"] for line in sampled["rounds"]]
-    assert sampled["final"]["selection"] == "last round, test images of the clients sampled in it"
+    assert sampled["final"]["selection"] == "last round, test images of the sampled clients"
     drawn = simulate(resolve(merge(values, {"evaluate": {"clients": 12}})), runs=tmp_path)
     first, second = seen(drawn)
     assert first == second
     assert [sum(pid // 110 == domain for pid in first) for domain in range(5)] == [3, 3, 2, 2, 2]
-    assert (
-        drawn["final"]["selection"] == "last round, test images of 12 clients drawn by the seed, of each domain alike"
-    )
+    assert drawn["final"]["selection"] == "last round, test images of 12 drawn clients"
     assert drawn["hash"] != sampled["hash"]
+    for result, words in ((sampled, "of the sampled clients"), (drawn, "of 12 drawn clients")):
+        assert f"test images {words}, after round 2" in captions.scored([result_of(result)])
+    everybody = result_of({**drawn, "config": merge(drawn["config"], {"evaluate": {"clients": "all"}})})
+    assert captions.scored([everybody]) == "test images, after round 2"
+    assert captions.scored([everybody, result_of(drawn)]) == (
+        "test images of all clients or of 12 drawn clients, after round 2"
+    )
     assert drawn["final"]["answered"] == 1
     assert [line["train_loss"] for line in drawn["rounds"]] == [line["train_loss"] for line in sampled["rounds"]]
     other = simulate(resolve(merge(values, {"evaluate": {"clients": 12}, "seed": 2})), runs=tmp_path)
