@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from _make import readings
 from _make.blocks import DOCS, ROOT, filled, names
 from fednorm.cli.report import tables
 from fednorm.records.results import Loaded, load
@@ -17,6 +18,9 @@ from fednorm.report.numbers import ends, percent, signed
 PAGES = DOCS / "results"
 CURVE = "-curve"
 """How the block ends that also shows how accuracy went."""
+
+READING = "-reading"
+"""How the block ends that says how a study's results are read."""
 
 
 @cache
@@ -50,6 +54,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             for name in names(text)
             if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
         }
+        blocks |= {name: readings.reading(name.removesuffix(READING)) for name in names(text) if name.endswith(READING)}
         yield path, filled(text, blocks)
 
 
@@ -59,7 +64,7 @@ def shown() -> dict[str, Path]:
         name: path
         for path in sorted(PAGES.glob("*.md"))
         for name in names(path.read_text(encoding="utf-8"))
-        if not name.endswith(CURVE)
+        if not name.endswith((CURVE, READING))
     }
 
 

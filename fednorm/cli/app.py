@@ -384,7 +384,7 @@ def list_names(
 ) -> None:
     """List what is there, a line each."""
     with starting():
-        from fednorm.cli.catalogue import run_list
+        from fednorm.cli.listing import run_list
 
     run_list(what, every=every, as_json=as_json)
 

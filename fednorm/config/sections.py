@@ -293,7 +293,7 @@ class EvaluateConfig(Section, name="evaluate"):
         "memorization stream and all else; transfer to experiences to come is measured with all only.",
         kinds=CONTINUAL,
     )
-    batch_size: int = key(64, "Images a forward pass.", ge=1, continual=256)
+    batch_size: int = key(64, "Images a forward pass.", ge=1, continual=128)
     train_images: int = key(
         1000,
         "Most training images of the experience for its training accuracy; 0 for all of them.",

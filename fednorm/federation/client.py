@@ -123,8 +123,8 @@ def _measured(bench: Workbench, content: RecordDict, context: Context) -> Record
     client, config = bench.client(context), content.config_records["config"]
     bench.receive(content.array_records["arrays"], context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
-    found = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
-    return RecordDict({EXTRA: pack(found), "metrics": MetricRecord({"num-examples": len(client.train)})})
+    tensors = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
+    return RecordDict({EXTRA: pack(tensors), "metrics": MetricRecord({"num-examples": len(client.train)})})
 
 
 def _described(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:

@@ -33,6 +33,7 @@ from fednorm.federation.workbench import (
     Workbench,
     process_workbench,
 )
+from fednorm.records import further
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.columns import reports
 from fednorm.records.formats import finite
@@ -194,13 +195,14 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     finally:
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
+    rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
     if record and (large := in_table(grid)):
         scored = [client["client"] for client in reports(record.folder, record.lines()[-1])["evaluate"]]
         table = finished_table(bench, large, result.arrays, bench.num_rounds, scored)
-        record.finish(document, unpack(result.arrays), table=table)
+        record.finish(document, unpack(result.arrays), table=table, further=rest)
     elif record:
         own = personal(bench, grid, result.arrays, bench.num_rounds)
-        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own, further=rest)
     return document
 
 
@@ -220,6 +222,8 @@ class _Journal:
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
         self._data = data
         self._pending: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        """That of the last round, once there is one: what a longer run would go on with."""
 
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
@@ -227,9 +231,10 @@ class _Journal:
         large = in_table(self._grid)
         if large and self._record:
             large.attach(self._record.states)
+            self._record.columns = True
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
-        elif self._record and (checkpoint := self._record.load_checkpoint(self._data)):
+        elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
                 if large:
                     large.attach(self._record.states, checkpoint.ended)
@@ -241,24 +246,34 @@ class _Journal:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
 
+    def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
+        """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
+        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        checkpoint = record.load_checkpoint(self._data)
+        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+            self.last = checkpoint
+        return checkpoint
+
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, Document()
+        config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
-            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+            beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
-            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
-        found |= self._bench.after_round(self._grid, report.server_round, arrays)
+            beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        beside |= self._bench.after_round(self._grid, report.server_round, arrays)
         large = in_table(self._grid)
         if large:
             large.end_round(report.server_round)
-        line = round_line(report, self._bench.strategy.expected) | finite(found)
+        line = round_line(report, self._bench.strategy.expected) | finite(beside)
         # Of many clients, memory does not grow with the rounds.
         self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
-            self._record.append_line(line, columns=bool(large))
+            self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
+                if report.server_round == self._bench.num_rounds:
+                    self.last = self._pending
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
@@ -270,16 +285,16 @@ class _Journal:
         report = strategy.report = RoundReport(last["round"], sampled=tuple(last["sampled"]))
         messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
-        made = round_line(report, strategy.expected)
+        again = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
         before = reports(self._record.folder, self._record.lines()[-1]) if self._record else last["clients"]
-        clients = {**before, "evaluate": made["clients"]["evaluate"]}
+        clients = {**before, "evaluate": again["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
-        line |= {key: made[key] for key in SCORES if key in made}
-        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        line |= {key: again[key] for key in SCORES if key in again}
+        self.lines.append({**line, "rejected": kept + again["rejected"], "clients": clients})
         if self._record:
             self._record.keep_lines(len(self.lines) - 1)
-            self._record.append_line(self.lines[-1], columns=bool(in_table(self._grid)))
+            self._record.append_line(self.lines[-1])
 
     def close(self) -> None:
         """Write the last round's checkpoint where that is not done: a run that ends, well or not, keeps its rounds."""

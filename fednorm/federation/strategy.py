@@ -261,15 +261,15 @@ class NormStrategy(Strategy):
         average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
             try:
-                update, told = self._read_update(node, reply)
+                update, report = self._read_update(node, reply)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit)
                 continue
-            self.report.train.append(told)
-            norms[node.partition_id] = told.update_norm or 0.0
+            self.report.train.append(report)
+            norms[node.partition_id] = report.update_norm or 0.0
             if self._keeps_statistics:
                 self.report.statistics[node.partition_id] = {key: update.tensors[key] for key in self._travelling}
-            weight = told.metrics["num-examples"] if self.weighting == "examples" else 1.0
+            weight = report.metrics["num-examples"] if self.weighting == "examples" else 1.0
             average.add(update.tensors, weight, update.flat)
             if update.extra:
                 self.aggregate_extra(node.partition_id, update.extra, weight)

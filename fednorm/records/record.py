@@ -13,7 +13,8 @@
                                   have of them, from the first round on: a row for each client that has trained
         personal.safetensors      what stands in each client's own network in place of the server's, likewise; where the
                                   strategy evaluates clients with another (Ditto's own model, a fine-tuned one)
-        result.json               the result; there once the run has finished
+        further.safetensors       what else a longer run goes on with (:mod:`fednorm.records.further`)
+    result.json               the result; there once the run has finished
 
 A continual run's record has ``experiences.jsonl``, one line an experience, in place of ``rounds.jsonl``; its checkpoint
 holds the learner's tensors, and what else it needs as JSON in the file's metadata. Every checkpoint says besides which
@@ -30,7 +31,7 @@ says so; where neither is whole, it starts over once its user has removed them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ from fednorm.records.versions import versions
 
 ABOUT, RESULT = "run.json", "result.json"
 MODEL, CLIENTS, EVALUATED = "model.safetensors", "clients.safetensors", "evaluated.safetensors"
-PERSONAL = "personal.safetensors"
+PERSONAL, FURTHER = "personal.safetensors", "further.safetensors"
 
 UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience", "federated_continual": "round"}
 """What a line of the file is of that grows while a run goes, by kind; the file is called ``rounds.jsonl``."""
@@ -75,6 +76,8 @@ class RunRecord:
         folder: The run's folder.
         config: The configuration.
         states: The table of what the clients of a large federation keep.
+        columns: Whether what clients report goes to a file of columns a round (:mod:`fednorm.records.columns`), as it
+            does in a large federation.
     """
 
     def __init__(self, root: Path, config: RunConfig) -> None:
@@ -83,7 +86,7 @@ class RunRecord:
         self._folder = Folder(self.folder, config.hash)
         unit = UNITS[config.kind]
         self._journal = Journal(self._folder, f"{unit}s.jsonl")
-        self.states = States(self._folder)
+        self.states, self.columns = States(self._folder), False
         self._checkpoints = Checkpoints(self._folder, self._journal, unit, self.states)
 
     def prepare(self) -> None:
@@ -146,14 +149,9 @@ class RunRecord:
             ABOUT, {"config": self.config.to_dict(), "hash": self.config.hash, "versions": versions(), **about}
         )
 
-    def append_line(self, line: Mapping[str, Any], *, columns: bool = False) -> None:
-        """Append the line of a round or an experience; a full disk leaves none of it.
-
-        Args:
-            line: The line.
-            columns: Whether what its clients reported goes to a file of columns (:mod:`fednorm.records.columns`).
-        """
-        self._journal.append(in_columns(self._folder, line) if columns else line)
+    def append_line(self, line: Mapping[str, Any]) -> None:
+        """Append the line of a round or an experience; a full disk leaves none of it."""
+        self._journal.append(in_columns(self._folder, line) if self.columns else line)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the rounds or experiences, up to the first that is not whole, if any.
@@ -201,6 +199,34 @@ class RunRecord:
                 f"(--data-dir), or choose another folder with --runs. {self._checkpoints.remedy()}"
             )
         return checkpoint
+
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint, whole or not.
+
+        Raises:
+            RecordError: What is there is no regular file.
+        """
+        return bool(self._checkpoints.standing())
+
+    def take_over(self, lines: Iterable[Mapping[str, Any]], checkpoint: Checkpoint, states: States) -> None:
+        """Begin with the lines and the checkpoint of a shorter run, in place of whatever lines are there.
+
+        Args:
+            lines: Its lines.
+            checkpoint: Its last checkpoint.
+            states: Its table of what clients keep, from which rows are taken where the checkpoint has them there.
+
+        Raises:
+            RecordError: They cannot be written.
+        """
+        self._journal.keep(0)
+        self.states.remove()
+        for line in lines:
+            self.append_line(line)
+        for client in states.clients() if checkpoint.table else ():
+            if kept := {key: t for key, t in states.read(client).items() if not key.startswith("personal/")}:
+                self.states.write(client, checkpoint.ended, kept)
+        self._checkpoints.save(checkpoint)
 
     def restoring(self) -> AbstractContextManager[None]:
         """Name the checkpoint, and a remedy, where its contents turn out to be unfit for the run that takes them.
@@ -251,6 +277,7 @@ class RunRecord:
         evaluated: Tensors | None = None,
         personal: Mapping[int, Tensors] | None = None,
         table: bool = False,
+        further: Tensors | None = None,
     ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
@@ -261,6 +288,7 @@ class RunRecord:
             evaluated: The tensors of the model that was evaluated, where they are not those of the model.
             personal: What each client's own network has in place of the model's, by partition id.
             table: Whether clients' tensors are in the record's table, committed, and not given here.
+            further: What else the last checkpoint had; None where the run cannot be gone on with.
         """
         if evaluated:
             self._folder.save_tensors(EVALUATED, evaluated)
@@ -269,6 +297,8 @@ class RunRecord:
             if of_clients:
                 named = {f"{pid}/{key}": t for pid, tensors in of_clients.items() for key, t in tensors.items()}
                 self._folder.save_tensors(name, named)
+        if further is not None:
+            self._folder.save_tensors(FURTHER, further)
         parts = dict(self._folder.digests) | ({STATES: self.states.digest()} if table else {})
         if chain := self._journal.chain().digests:
             self._journal.sync()
@@ -307,6 +337,7 @@ class RunRecord:
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             PERSONAL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             STATES: lambda _: self.states.verified(),
+            FURTHER: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
         }
         path = self.folder / name
         try:

@@ -426,15 +426,15 @@ class Learner(Passes):
 
     def tensors(self) -> Tensors:
         """Return every tensor that the rest of the training depends on, by a path; all on the CPU."""
-        found = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        tensors = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
+            tensors |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
         for place, effect in enumerate(self.effects):
             if hasattr(effect, "state_dict"):
-                found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
-        found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
+                tensors |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
+        tensors |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
         counts = {"hits": self.hits, "hits_of_all": self.tally.hits, "loss_sum": self.tally.loss_sum.cpu().double()}
-        return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
+        return on_cpu(tensors | {f"count/{key}": tensor for key, tensor in counts.items()})
 
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""

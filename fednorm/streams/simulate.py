@@ -227,10 +227,10 @@ class _Run:
         split = split_of(experience, evaluate.split)
         return self._finite(accuracy(model, split, experience.classes, batch_size=evaluate.batch_size))
 
-    def _finite(self, found: Accuracy) -> Accuracy:
+    def _finite(self, measured: Accuracy) -> Accuracy:
         """Return what was measured, unless the network's outputs are no numbers."""
-        if found.finite:
-            return found
+        if measured.finite:
+            return measured
         if self.bench.learner.source is None:
             raise DivergedError(
                 f"The outputs of the untrained network are not numbers ({self.bench.config.model.name} with norm "

@@ -60,6 +60,19 @@ def dormant_units(activations: Tensor, *, tau: float = 0.025) -> Tensor:
     return size <= tau * size.mean()
 
 
+def entropy_and_threshold_rank(features: Tensor) -> tuple[float, int]:
+    """Return the :func:`entropy_rank` and the :func:`threshold_rank`, from one decomposition.
+
+    Args:
+        features: Shape (n, d); not centred here.
+
+    Raises:
+        DataError: It is not a matrix, or has no entry.
+    """
+    s = _singular_values(features)
+    return _entropy_rank(s), _threshold_rank(s, 0.01)
+
+
 def entropy_rank(features: Tensor) -> float:
     """Return the effective rank ``exp(-sum_i p_i log p_i)`` with ``p_i = s_i / sum(s)``, s the singular values.
 
@@ -71,7 +84,10 @@ def entropy_rank(features: Tensor) -> float:
     Raises:
         DataError: It is not a matrix, or has no entry.
     """
-    s = _singular_values(features)
+    return _entropy_rank(_singular_values(features))
+
+
+def _entropy_rank(s: Tensor) -> float:
     p = s[s > 0] / s.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
@@ -117,7 +133,10 @@ def threshold_rank(features: Tensor, *, threshold: float = 0.01) -> int:
     Raises:
         DataError: It is not a matrix, or has no entry.
     """
-    s = _singular_values(features)
+    return _threshold_rank(_singular_values(features), threshold)
+
+
+def _threshold_rank(s: Tensor, threshold: float) -> int:
     return int((s > threshold * s[0]).sum())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -116,6 +117,36 @@ def test_processes_do_what_one_does_and_a_run_that_fails_or_is_killed_stops_no_o
     assert {run for (run,) in watch.of("started")} == {config.hash for config in configs}
     assert watch.told[0][:2] == ("begin", "runs")
     assert watch.told[-1] == ("end",)
+
+
+def test_workers_are_forked_off_a_process_that_has_imported_what_they_need_where_that_is_safe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lists: list[list[str]] = []
+    context = worker.get_context("forkserver")
+    monkeypatch.setattr(context, "set_forkserver_preload", lists.append)
+    monkeypatch.setattr(worker, "get_context", lambda method: context if method == "forkserver" else method)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert worker.context_for({"federated"}) is context
+    assert lists[0][0] == "fednorm.federation.simulate"
+    assert "fednorm.norms.batch_norm" in lists[0]
+    assert "fednorm.streams.simulate" not in lists[0]
+    for module in lists[0]:
+        importlib.import_module(module)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert worker.context_for({"federated"}) == "spawn"
+
+
+@pytest.mark.slow
+def test_a_worker_has_the_environment_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tells.py").write_text("import os\ndef data():\n    raise RuntimeError(os.environ['WORD'])\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for word in ("first", "second"):
+        monkeypatch.setenv("WORD", word)
+        configs = [resolve({"data": {"name": "tells:data"}, "seed": seed}) for seed in (1, 2)]
+        outcome = run_study(configs, runs=tmp_path / word, jobs=2)
+        assert [word in failure.reason for failure in outcome.failures] == [True, True]
 
 
 COMMAND = """

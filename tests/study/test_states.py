@@ -370,6 +370,18 @@ def test_a_run_that_was_begun_with_whole_checkpoints_goes_on_with_a_table(
     states.close()
 
 
+@pytest.mark.parametrize("kind", ["momentum", pytest.param("a model of its own", marks=pytest.mark.slow)])
+def test_a_longer_run_goes_on_from_a_finished_one(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contexts, "SMALL", 1)
+    values = merge(SMALL, merge(KEEPING[kind], {"rounds": {"evaluate_every": 2}}))
+    watch = Stop(-1)
+    simulate(resolve(values), runs=tmp_path / "runs")
+    longer = resolve(merge(values, {"rounds": {"num_rounds": 5}}))
+    further = simulate(longer, runs=tmp_path / "runs", observer=watch)
+    assert watch.first == 4
+    assert Left(Path(further["run"])) == Left(Path(simulate(longer, runs=tmp_path / "whole")["run"]))
+
+
 @pytest.mark.slow
 def test_workers_and_a_table_leave_the_same_bits(large: Left, tmp_path: Path) -> None:
     """Two workers whose run is cut short, and one client after the other."""
