@@ -73,6 +73,22 @@ def bench_layers(
     run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients, separated by commas; 10 to 100,000 by default.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a round in which 100 of many clients are sampled, with what it takes of memory and disk."""
+    with starting():
+        from fednorm.cli.bench_scale import run_bench_scale
+
+    run_bench_scale(clients, rounds, markdown=markdown, as_json=as_json)
+
+
 @verify_app.command("golden")
 def verify_golden(
     folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fednorm.federation.flat import unflattened
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
 from fednorm.federation.stack import StackRow
@@ -42,13 +43,23 @@ class Average:
         self._sums: dict[str, Tensor] = {}
         self._wide: dict[str, tuple[Tensor, float]] = {}
         self._bounds: dict[str, float] = {}
+        self._flat: Tensor | None = None
+        self._flat_bound = 0.0
+        self._first: Mapping[str, Tensor] = {}
         self._moments: list[dict[str, Tensor]] = []
         self._weights: list[float] = []
         self._rows: list[tuple[StackRow, float]] = []
         self._only: Mapping[str, Tensor] | None = None
 
-    def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
-        """Add one client's tensors with a weight > 0; the tensors are not changed."""
+    def add(self, tensors: Mapping[str, Tensor], weight: float, flat: Tensor | None = None) -> None:
+        """Add one client's tensors with a weight > 0; the tensors are not changed.
+
+        Args:
+            tensors: The tensors of the plan.
+            weight: The client's weight.
+            flat: The floating-point ones as one vector (:func:`~fednorm.federation.flat.flattened`), if it is there:
+                a small model is summed at once, to the same bits.
+        """
         first = not self._weights
         self._only = tensors if first else None
         if first:
@@ -62,7 +73,35 @@ class Average:
             self._moments.append({key: tensors[key] for key in self._pooled})
             self._weights.append(weight)
             return
-        first = not self._sums and not self._wide
+        if not self._add_flat(tensors, weight, flat):
+            self._add_each(tensors, weight)
+        self._moments.append({key: tensors[key] for key in self._pooled})
+        self._weights.append(weight)
+
+    def _add_flat(self, tensors: Mapping[str, Tensor], weight: float, flat: Tensor | None) -> bool:
+        """Add all floats at once; return whether that can be done. Else their sum so far is taken apart."""
+        if not self._weights and flat is not None:
+            self._first = tensors
+        elif self._flat is None:
+            return False
+        bound = self._flat_bound + weight * _largest(flat) if flat is not None and flat.numel() else float("inf")
+        if flat is None or not 2 * bound < torch.finfo(flat.dtype).max:
+            self._take_apart()
+            return False
+        self._flat = flat.mul(weight) if self._flat is None else self._flat.add_(flat, alpha=weight)
+        self._flat_bound = bound
+        return True
+
+    def _take_apart(self) -> None:
+        """Go over from one sum of all floats to one of each."""
+        if self._flat is not None:
+            self._sums = {k: t for k, t in unflattened(self._flat, self._first).items() if k in self._types}
+            self._bounds = dict.fromkeys(self._types, self._flat_bound)
+            self._flat = None
+
+    def _add_each(self, tensors: Mapping[str, Tensor], weight: float) -> None:
+        """Add every float by itself."""
+        first = not self._weights
         self._widen(tensors, weight)
         narrow = [key for key in self._types if key not in self._wide]
         if first:
@@ -71,15 +110,16 @@ class Average:
             torch._foreach_add_([self._sums[key] for key in narrow], [tensors[key] for key in narrow], alpha=weight)
         for key, (total, scale) in self._wide.items():
             total.add_(tensors[key].to(torch.float64), alpha=weight * scale)
-        self._moments.append({key: tensors[key] for key in self._pooled})
-        self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
         """Return the average, in the plan's order; call it once. Of one client it is the client's, to the bit."""
         if self._only is not None:  # n x / n, rounded twice, is not always x
             return {key: self._only[key].clone() for key in self._plan.sent}
         self._add_rows()
-        if self._sums:
+        if self._flat is not None:
+            whole = unflattened(self._flat.div_(sum(self._weights)), self._first)
+            self._sums = {key: whole[key] for key in self._types}
+        elif self._sums:
             torch._foreach_div_(list(self._sums.values()), sum(self._weights))
         averaged = self._sums | self._narrowed() | self._integers | self._pool()
         return {key: averaged[key] for key in self._plan.sent}
@@ -89,6 +129,7 @@ class Average:
         rows, self._rows = self._rows, []
         if not rows:
             return
+        self._take_apart()
         stack, numbers = rows[0][0].stack, [row.number for row, _ in rows]
         weights = torch.tensor([weight for _, weight in rows], dtype=torch.float64)
         whole = numbers == list(range(stack.count))

@@ -25,6 +25,10 @@ from fednorm.data.domain import Client, Federation, pooled
 from fednorm.data.moving import moved
 from fednorm.data.normalize import normalized
 from fednorm.errors import ConfigError
+from fednorm.federation.contexts import AT_ONCE, SMALL
+from fednorm.federation.contexts import LOCAL_RECORD as LOCAL_RECORD
+from fednorm.federation.contexts import STATE_RECORD as STATE_RECORD
+from fednorm.federation.contexts import TRAINEE_RECORD as TRAINEE_RECORD
 from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
@@ -38,15 +42,6 @@ from fednorm.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from fednorm.federation.cohort.engine import Engine
-
-LOCAL_RECORD = "fednorm.local"
-"""The record of a client's ``Context.state`` that holds its local tensors."""
-
-TRAINEE_RECORD = "fednorm.trainee"
-"""The record of a client's ``Context.state`` that holds what its optimizer and effects remember between rounds."""
-
-STATE_RECORD = "fednorm.state"
-"""The record of a client's ``Context.state`` that holds what the strategy's client side keeps under its own names."""
 
 
 class Workbench:
@@ -106,10 +101,11 @@ class Workbench:
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         }
         self.strategy.local(self.strategy).check(self.trainee)
-        clients = self.federation.training_clients
-        self._require_phases(clients)
+        counts = self.federation.counts
+        self._require_phases()
         self.trainee.require_batches(
-            (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
+            (f"Client {pid} (domain {counts.domains[counts.domain[pid]]!r})", int(counts.train[pid]))
+            for pid in counts.trains.nonzero()[0].tolist()
         )
         self._require_memory_of_clients()
 
@@ -178,21 +174,25 @@ class Workbench:
 
     def _require_memory(self) -> None:
         """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
-        clients = self.federation.clients
+        counts = self.federation.counts
         require_footprint(
             self.config,
             self.norm,
             num_classes=self.federation.num_classes,
             image_size=self.federation.image_size,
             copies=5 + bool(self.config.train.momentum),  # gradients, the initial, the server's, the average's
-            train_images=max((len(client.train) for client in clients), default=0),
-            test_images=max((len(client.test) for client in clients), default=0),
+            train_images=int(counts.train.max(initial=0)),
+            test_images=int(counts.test.max(initial=0)),
         )
 
-    def _require_phases(self, clients: Sequence[Client]) -> None:
+    def _require_phases(self) -> None:
         """Refuse a strategy whose clients train nothing of what the run trains, or nothing while the head is probed."""
-        train, trainable = self.config.train, self.trainee.trainable
-        if (train.trainable == "all" and not train.linear_probe_rounds) or not clients:
+        train, trainable, training = (
+            self.config.train,
+            self.trainee.trainable,
+            self.federation.counts.trains.nonzero()[0],
+        )
+        if (train.trainable == "all" and not train.linear_probe_rounds) or not len(training):
             return
         if train.linear_probe_rounds >= self.config.rounds.num_rounds:
             raise ConfigError(
@@ -200,7 +200,7 @@ class Workbench:
                 f"rounds.num_rounds; got {train.linear_probe_rounds} of {self.config.rounds.num_rounds}. A probe "
                 "without fine-tuning is train.trainable = 'head'."
             )
-        phases = self.strategy.local(self.strategy).phases(self.turn(clients[0], 1))
+        phases = self.strategy.local(self.strategy).phases(self.turn(self.federation.clients[int(training[0])], 1))
         for key, keys in (
             ("trainable", trainable.learned),
             *([("linear_probe_rounds", trainable.learned & trainable.head)] if train.linear_probe_rounds else []),
@@ -212,8 +212,9 @@ class Workbench:
                 )
 
     def _require_memory_of_clients(self) -> None:
-        """Refuse more clients than this machine can hold the local tensors of."""
-        count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
+        """Refuse more clients than this machine can hold the local tensors of; of many it holds a few at a time."""
+        count, each = int(self.federation.counts.trains.sum()), self.plan.bytes_by_role()[Role.LOCAL.value]
+        count = count if len(self.federation.clients) <= SMALL else AT_ONCE
         each += self.strategy.local(self.strategy).state_bytes(self.plan)
         require_memory(
             2 * count * each,  # and those before the last training, to which a rejected client goes back

@@ -22,6 +22,7 @@ from fednorm.federation.executors.choice import executor_of, obstacle_of
 from fednorm.federation.executors.workers import Workers
 from fednorm.federation.simulate import simulate
 from fednorm.federation.workbench import Workbench, workbench_of
+from fednorm.records.states import tensors_of
 from fednorm.report.table import Table
 from fednorm.streams.simulate import simulate as simulate_stream
 from fednorm.streams.workbench import ContinualWorkbench
@@ -107,7 +108,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     folder = Path(_simulate(config, runs, None, executor)["run"])
     files = [folder / f"{name}.safetensors" for name in KEPT]
-    return {f"{file.stem}/{key}": t for file in files if file.is_file() for key, t in load_file(file).items()}
+    whole = {f"{file.stem}/{key}": t for file in files if file.is_file() for key, t in load_file(file).items()}
+    return whole | {f"clients/{key}": tensor for key, tensor in tensors_of(folder, config.hash).items()}
 
 
 def _cut(config: RunConfig, runs: Path, told: Callable[[str], None]) -> dict[str, Tensor]:

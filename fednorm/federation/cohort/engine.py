@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.support import refusal
+from fednorm.federation.cohort.training import rows_of
 from fednorm.federation.cohort.work import MOST_FLOPS, work_of
 
 if TYPE_CHECKING:
@@ -53,12 +54,10 @@ def _chosen(bench: Workbench) -> Engine:
     config = bench.config
     if config.engine == "client":
         return Engine("client")
-    clients = bench.federation.training_clients
-    rows = min(config.train.batch_size, max((len(client.train) for client in clients), default=1))
-    work = work_of(bench, rows)
+    work = work_of(bench, rows_of(bench))
     size = config.cohort_size or work.clients
     if config.engine == "auto":
-        sampled = round(config.rounds.fraction * len(clients))
+        sampled = round(config.rounds.fraction * int(bench.federation.counts.trains.sum()))
         if work.flops > MOST_FLOPS:
             return Engine("client", why=f"{_work(work.flops)}, and a cohort pays up to {MOST_FLOPS / 1e6:.0f}")
         if sampled < LEAST_CLIENTS or size < LEAST_CLIENTS:

@@ -97,10 +97,10 @@ def trial(bench: Workbench) -> str:
     Returns:
         What differs, or cannot be computed, a clause; empty where nothing does.
     """
-    clients = bench.federation.training_clients
-    if not clients:
+    training = bench.federation.counts.trains.nonzero()[0][:ROWS]
+    if not len(training):
         return ""
-    client = max(clients[:ROWS], key=lambda client: len(client.train))
+    client = max((bench.federation.clients[int(pid)] for pid in training), key=lambda client: len(client.train))
     count, least = min(len(client.train), bench.config.train.batch_size, ROWS), 1 + bench.trainee.batch_coupled
     counts = torch.tensor([count, max(count - 1, least)])
     images = Images([client.train] * 2, bench.trainee.device)

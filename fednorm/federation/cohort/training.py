@@ -51,6 +51,12 @@ class _Seen:
     images: Tensor
 
 
+def rows_of(bench: Workbench) -> int:
+    """Return the images of the largest batch of a run."""
+    counts = bench.federation.counts
+    return min(bench.config.train.batch_size, int(counts.train[counts.trains].max(initial=1)))
+
+
 class CohortTraining:
     """Trains cohorts of a run's clients.
 
@@ -66,8 +72,7 @@ class CohortTraining:
         trainee = bench.trainee
         self._bench, self._trainee = bench, trainee
         self.network = StackedNetwork(bench.model, bench.plan.keys(Role.CONSTANT))
-        counts = [len(client.train) for client in bench.federation.training_clients]
-        self.rows = min(trainee.config.train.batch_size, max(counts, default=1))
+        self.rows = rows_of(bench)
         keys = keys_by_identity(bench.model, self.network.parameters)
         self._adjust: list[Adjust] = [ADJUST[type(effect)](effect, keys) for effect in trainee.adjust]
         self._after: list[After] = [

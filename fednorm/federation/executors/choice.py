@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+
 from fednorm.config import RunConfig
 from fednorm.cores import cores_of_a_run
 from fednorm.errors import ConfigError
@@ -75,8 +77,7 @@ def obstacle_of(config: RunConfig) -> str:
 def _wanted(bench: Workbench) -> int:
     """Return how many workers pay: one for each client of a round, and one alone where the whole run is short."""
     config = bench.config
-    clients = bench.federation.training_clients
-    sampled = max(1, round(config.rounds.fraction * len(clients)))
+    sampled = max(1, round(config.rounds.fraction * int(bench.federation.counts.trains.sum())))
     if sampled < 2 or estimated_seconds(bench) < WORTH:
         return 1
     return sampled
@@ -94,13 +95,15 @@ def estimated_seconds(bench: Workbench) -> float:
     A weight is used once an image, forward, and twice backward; a convolution's at every place, of which a layer has
     a sixteenth of the image's, say.
     """
-    train, clients = bench.config.train, bench.federation.training_clients
-    share = max(1, round(bench.config.rounds.fraction * len(clients))) / max(len(clients), 1)
-    trained = share * sum(images_of_round(train, len(client.train)) for client in clients)
-    scored = sum(len(client.test) for client in clients) / bench.evaluate_every
+    train, counts = bench.config.train, bench.federation.counts
+    clients = int(counts.trains.sum())
+    share = max(1, round(bench.config.rounds.fraction * clients)) / max(clients, 1)
+    sizes = zip(*np.unique(counts.train[counts.trains], return_counts=True), strict=True)
+    trained = share * sum(int(number) * images_of_round(train, int(size)) for size, number in sizes)
+    scored = int(counts.test[counts.trains].sum()) / bench.evaluate_every
     places = (bench.federation.image_size / 4) ** 2
     weights = (parameter for parameter in bench.model.parameters() if parameter.dim() > 1)
     operations = sum(weight.numel() * (places if weight.dim() == 4 else 1) for weight in weights)
     images = trained * (IMAGE + 3 * operations * OPERATION) + scored * (IMAGE + operations * OPERATION)
-    turns = len(clients) * (share + 1 / bench.evaluate_every)
+    turns = clients * (share + 1 / bench.evaluate_every)
     return bench.num_rounds * (turns * TURN + images)
