@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fednorm.config.augmentations import Augment
+from fednorm.config.evaluated import Evaluated
 from fednorm.config.schema import Kind, Names, Section, choose, key
 from fednorm.config.trainable import Parts
 from fednorm.errors import ConfigError
@@ -265,6 +266,12 @@ class EvaluateConfig(Section, name="evaluate"):
 
     kinds: Names = key(
         ("own",), f"The evaluation matrix after the last round: any of {', '.join(EVALUATIONS)}.", kinds=ROUNDS
+    )
+    clients: Evaluated = key(
+        "all",
+        "Which clients are evaluated: all, sampled (those that were asked to train in the round), or a number of them: "
+        "one draw for the whole run by its seed, as many of each domain as can be. Tables say which.",
+        kinds=FEDERATED,
     )
     images: int = key(
         128,

@@ -259,11 +259,15 @@ def wasserstein_drifts(running: Sequence[Moments], reference: Moments, *, eps: f
     Raises:
         DataError: The shapes differ.
     """
-    gaussians = [_gaussians(moments, reference, eps) for moments in running]
-    if not gaussians:
+    if not running:
         return []
-    mu, sigma, m, s = (torch.stack(parts) for parts in zip(*gaussians, strict=True))
-    drifts: list[float] = _wasserstein(mu, sigma, m, s).tolist()
+    for moments in running:
+        _same_shape(moments, reference)
+    mu, var = (
+        torch.stack([getattr(moments, name) for moments in running]).detach().double() for name in ("mean", "var")
+    )
+    m, v = reference.mean.detach().double(), reference.var.detach().double()
+    drifts: list[float] = _wasserstein(mu, (var + eps).sqrt(), m, (v + eps).sqrt()).tolist()
     return drifts
 
 
@@ -328,11 +332,16 @@ def _holding(values: Tensor, share: float) -> int:
 
 
 def _gaussians(running: Moments, reference: Moments, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = {tuple(t.shape) for t in (running.mean, running.var, reference.mean, reference.var)}
-    if len(shapes) != 1:
-        raise DataError(f"Statistics are compared channel by channel, so all must have one shape; got {shapes}.")
+    _same_shape(running, reference)
     mu, var, m, v = (t.detach().double() for t in (running.mean, running.var, reference.mean, reference.var))
     return mu, (var + eps).sqrt(), m, (v + eps).sqrt()
+
+
+def _same_shape(running: Moments, reference: Moments) -> None:
+    if running.mean.shape == running.var.shape == reference.mean.shape == reference.var.shape:
+        return
+    shapes = {tuple(t.shape) for t in (running.mean, running.var, reference.mean, reference.var)}
+    raise DataError(f"Statistics are compared channel by channel, so all must have one shape; got {shapes}.")
 
 
 def _same_names(first: Mapping[str, object], second: Mapping[str, object]) -> None:

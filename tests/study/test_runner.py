@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fednorm import cores
 from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import ConfigError, FedNormError
 from fednorm.federation.simulate import simulate
@@ -392,6 +393,33 @@ def test_jobs_are_as_many_as_the_cores_that_may_be_used(tmp_path: Path, monkeypa
     for text, jobs in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
         limit.write_text(text)
         assert default_jobs() == jobs
+
+
+def test_runs_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fednorm.cores.usable_cores", lambda: 4)
+    told: list[Any] = []
+
+    class Link:
+        def send(self, said: Any) -> None:
+            told.append(said)
+
+        def recv(self) -> Any:
+            told.append(cores.cores_of_a_run())
+            raise EOFError
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_outlive_no_parent", lambda: None)
+    try:
+        with pytest.raises(SystemExit):
+            worker.serve(Link(), tmp_path, 2)  # type: ignore[arg-type]
+    finally:
+        cores.share_cores(1)
+    assert told[1:] == [cores.Cores(4, 2)]
 
 
 # What runs tell -------------------------------------------------------------------------------------------------------
