@@ -293,6 +293,28 @@ def report(  # noqa: PLR0913 - one parameter an option
 
 
 @app.command()
+def analyse(
+    name: Annotated[
+        str | None, typer.Argument(help="The analysis, or the file of one (.json); all are listed without.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Benchmark (fednorm list data), trained on as a whole.")] = "digits_mini",
+    data_dir: DataDirOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,3",
+    steps: Annotated[int, typer.Option(help="Updates of each training; 0 for the analysis's own number.")] = 0,
+    document: Annotated[Path | None, typer.Option("--out", help="Also write the numbers to this file (.json).")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on small networks what papers say that a normalization does to a training."""
+    with starting():
+        from fednorm.cli.analyse import run_analyse
+
+    run_analyse(
+        name, data=data, data_dir=data_dir, seeds=seeds, steps=steps, out=document, markdown=markdown, as_json=as_json
+    )
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The record of a finished run.")],
     to: Annotated[Path, typer.Option(help="The file: .pt2 (torch.export), .safetensors or .pt (a state dict).")],
