@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import fednorm
-from fednorm.cards import FAMILIES
+from fednorm.cards import FAMILIES, NORMS
 from fednorm.config import SECTION_VALUES
 from fednorm.records import formats
 
@@ -182,6 +182,10 @@ def test_docstrings_become_markdown(docstring: str, page: str) -> None:
 )
 def test_formulas_in_docstrings_are_literal(before: list[str], after: list[str]) -> None:
     assert docstrings.marked(before) == after
+
+
+def test_every_norm_has_its_formula_set() -> None:
+    assert set(NORMS.built_in) <= methods.formulas()["norms"].keys()
 
 
 def test_every_formula_is_of_a_card_and_is_set() -> None:
