@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from _make.blocks import DOCS, ROOT, filled, names
+from fednorm.analyses import analysis_of
+from fednorm.bench.norms import norms_table
 from fednorm.cli.report import tables
 from fednorm.records.results import Loaded, load
 from fednorm.report.comparison import Comparison, Method, comparisons, signed
@@ -16,6 +20,11 @@ from fednorm.report.comparison import Comparison, Method, comparisons, signed
 PAGES = DOCS / "results"
 CURVE = "-curve"
 """How the block ends that also shows how accuracy went."""
+ANALYSIS = "analysis-"
+"""How the block begins that shows the table of an analysis, ``.records/analyses/NAME.json``."""
+SPEED = DOCS / "trust/speed.md"
+COSTS = ROOT / ".records/bench/norms.json"
+"""What ``fednorm bench layers --json`` printed."""
 
 
 @cache
@@ -40,8 +49,21 @@ def tables_of(name: str, *, curve: bool = False) -> str:
     return "\n\n".join(made)
 
 
+def analysis(name: str) -> str:
+    """Return the table of an analysis in Markdown, as ``fednorm analyse FILE --markdown`` prints it."""
+    document = json.loads((ROOT / f".records/analyses/{name}.json").read_text(encoding="utf-8"))
+    return analysis_of(name).table(document).markdown()
+
+
+@cache
+def costs() -> dict[str, Any]:
+    """Return what every norm costs, as ``fednorm bench layers`` has measured it."""
+    document: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
+    return document
+
+
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yield the results' pages and what they say with their tables made anew."""
+    """Yield the results' pages, and that on speed, and what they say with their tables made anew."""
     for path in sorted(PAGES.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         blocks = {
@@ -49,7 +71,9 @@ def pages() -> Iterator[tuple[Path, str]]:
             for name in names(text)
             if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
         }
-        yield path, filled(text, blocks)
+        found = [name.removeprefix(ANALYSIS) for name in names(text) if name.startswith(ANALYSIS)]
+        yield path, filled(text, blocks | {ANALYSIS + name: analysis(name) for name in found})
+    yield SPEED, filled(SPEED.read_text(encoding="utf-8"), {"bench_norms": norms_table(costs()).markdown()})
 
 
 def shown() -> dict[str, Path]:
@@ -58,7 +82,7 @@ def shown() -> dict[str, Path]:
         name: path
         for path in sorted(PAGES.glob("*.md"))
         for name in names(path.read_text(encoding="utf-8"))
-        if not name.endswith(CURVE)
+        if not name.endswith(CURVE) and not name.startswith(ANALYSIS)
     }
 
 

@@ -105,6 +105,6 @@ ANALYSIS = Analysis(
         "Weights of the layers that a scale-invariant normalization follows. Effective rate: lr / ||w||^2 (sgd), "
         "lr / ||w|| (adam). Turn: how far a step moves w / ||w||.",
     ),
-    steps=500,
+    steps=300,
     rows=rows,
 )

@@ -102,6 +102,6 @@ ANALYSIS = Analysis(
         "Of the magnitudes of the residual stream after each block, the block whose largest stands out most is told; "
         "above 1,000 counts as massive (arXiv 2402.17762).",
     ),
-    steps=400,
+    steps=300,
     rows=rows,
 )

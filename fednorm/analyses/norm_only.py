@@ -130,6 +130,6 @@ ANALYSIS = Analysis(
         "Random weights: two of every channel's own filter in place of its scale and shift; running statistics follow "
         "the data in every row but 'head alone'.",
     ),
-    steps=250,
+    steps=200,
     rows=rows,
 )

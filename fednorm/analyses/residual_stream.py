@@ -105,6 +105,6 @@ ANALYSIS = Analysis(
         "Growth: the variance over images, tokens and features after the branches over that before the first.",
         "Names: what normalizes the branches, their number n, and their scale.",
     ),
-    steps=150,
+    steps=100,
     rows=rows,
 )

@@ -27,12 +27,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims, per_channel
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
@@ -89,7 +88,7 @@ class BatchRenormLayer(BatchLayer):
         self._check_input_dim(x)
         if not self.training:
             # running_var has its eps inside.
-            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
+            return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
         return self._train(x)
 
     @in_full_precision
@@ -99,7 +98,7 @@ class BatchRenormLayer(BatchLayer):
         # r and d are constants, so they go into the scale and shift of PyTorch's own batch norm.
         weight = widened(self.weight)
         shift = torch.addcmul(widened(self.bias), weight, d)
-        y = functional.batch_norm(x, None, None, weight * r, shift, True, 0.0, self.eps)
+        y = batch_norm(x, None, None, weight * r, shift, True, 0.0, self.eps)
         self._track(mean, sd, len(x))
         return y
 
