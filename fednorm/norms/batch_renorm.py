@@ -13,6 +13,8 @@ https://arxiv.org/abs/1702.03275. As in avalanche-lib's ``BatchRenorm2D``, whose
 r_bound starts at 1 and d_bound at 0, which is batch normalization; each grows by ``growth`` * N with every batch of N
 samples that finds it below its maximum, ``r_max`` and ``d_max``, and may overshoot it once, as in Avalanche.
 
+Cost: moments and normalization are two passes, less than twice PyTorch's batch normalization at a batch of 32; at a
+batch of 1 the number of calls counts, three times.
 Federated: ``running_var`` is the *square* of running_sd, eps included, so that moments can be pooled like any other
 variance. The bounds follow from two counters of samples, which each client keeps for itself.
 Continual: everything is kept. Avalanche's running moments and bounds are plain attributes, lost on saving; ours are in
