@@ -31,6 +31,7 @@ PAGES = sorted(
     and path.name not in ("commands.md", "configuration.md", "records.md")
 )
 SUMMARIES = sorted((ROOT / ".records").glob("*.json"))
+ANALYSES_MADE = sorted((ROOT / ".records/analyses").glob("*.json"))
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -48,6 +49,24 @@ def test_a_page_s_tables_are_what_their_command_prints(path: Path, capsys: pytes
     assert rows
     missing = [row for row in rows if row not in text]
     assert not missing, f"{page.name} does not show {missing}"
+
+
+@pytest.mark.parametrize("path", ANALYSES_MADE, ids=lambda path: path.stem)
+def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fednorm.cli.analyse import run_analyse
+
+    text = (DOCS / f"results/{path.stem}.md").read_text(encoding="utf-8")
+    assert f"<!-- analysis-{path.stem} -->" in text
+    assert f"fednorm analyse .records/analyses/{path.name} --markdown" in text
+    assert re.search(
+        rf"^fednorm analyse {path.stem}( --\w+ \S+)* --out \.records/analyses/{path.name}$", text, re.MULTILINE
+    )
+    run_analyse(
+        str(path), data="digits_mini", data_dir=None, seeds="1", steps=0, out=None, markdown=True, as_json=False
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows
+    assert all(row in text for row in rows)
 
 
 def test_the_results_pages_are_as_their_command_writes_them() -> None:
