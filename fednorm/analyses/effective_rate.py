@@ -26,7 +26,7 @@ from torch import Tensor
 from fednorm.analyses.analysis import Analysis, Column, Row, Setup, Values
 from fednorm.analyses.trial import Trial
 from fednorm.optim.projection import WeightProjection
-from fednorm.training.diagnostics import rates_of_norms, weight_layers
+from fednorm.training.diagnostics import Optimizer, rates_of_norms, weight_layers
 
 SGD: Mapping[str, Any] = {"learning_rate": 0.05, "momentum": 0.9}
 ADAM: Mapping[str, Any] = {"learning_rate": 0.003}
@@ -67,7 +67,7 @@ def _measure(setup: Setup, steps: int, train: Mapping[str, Any], seed: int) -> V
         turns.append(fmean(turn(before[path], after[path]) for path in hidden))
         before = after
     part = max(1, steps // PART)
-    kind = "sgd" if "sgd" in train["optimizer"] else "adam"
+    kind: Optimizer = "sgd" if "sgd" in train["optimizer"] else "adam"
     norms = [{path: float(weight.norm()) for path, weight in held.items()} for held in (first, before)]
     rates = [rates_of_norms(each, train["learning_rate"], optimizer=kind) for each in norms]
     return {

@@ -122,8 +122,8 @@ class Trial:
         images, labels = data
         self.model.eval()
         hits = [
-            (self.model(part).argmax(1) == truth).sum().item()
-            for part, truth in zip(images.split(EVALUATED), labels.split(EVALUATED), strict=True)
+            int((self.model(part).argmax(1) == truth).sum())
+            for part, truth in zip(torch.split(images, EVALUATED), torch.split(labels, EVALUATED), strict=True)
         ]
         return sum(hits) / len(labels)
 
@@ -133,4 +133,4 @@ def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tens
     size = min(size, count)
     while True:
         rows = torch.randperm(count, generator=generator)
-        yield from rows[: count - count % size].split(size)
+        yield from torch.split(rows[: count - count % size], size)
