@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fednorm.cards import DATA
 from fednorm.config import ONLINE, merge, require_online, resolve, with_references
 from fednorm.errors import StudyError
-from fednorm.records.result import FederatedResult, StreamResult
+from fednorm.records.result import FederatedResult, GridResult, StreamResult
 
 if TYPE_CHECKING:
     import polars
@@ -20,16 +20,20 @@ if TYPE_CHECKING:
     from fednorm.streams.simulate import StreamObserver
 
 
-def federated(
+def federated(  # noqa: PLR0913 - by name only
     *,
     strategy: str = "fedavg",
-    data: Any = "digits_mini",
+    data: Any = None,
     norm: str | None = None,
     model: str | Callable[..., nn.Module] | None = None,
+    scenario: str | None = None,
+    learner: str | None = None,
+    clients: int | None = None,
     rounds: int = 10,
     seed: int = 1,
     data_dir: str | Path | None = None,
     device: str | None = None,
+    workers: int | None = None,
     config: Mapping[str, Any] | None = None,
     runs: str | Path | None = None,
     observer: Observer | None = None,
@@ -41,10 +45,12 @@ def federated(
         fednorm.federated(data={"mnist": MNIST("data"), "usps": USPS("data")})       # torch Datasets
         fednorm.federated(data=datasets.load_dataset("flwrlabs/pacs"))               # a Hugging Face Dataset(Dict)
         fednorm.federated(data="mypackage.mydata:domains")                           # a callable that returns such data
+        fednorm.federated(scenario="domain_digits", learner="er_ace", strategy="fedbn")   # on streams
 
     Args:
         strategy: The strategy's name.
-        data: The benchmark's name (``fednorm list data``), an import path, or data of your own.
+        data: The benchmark's name (``fednorm list data``), an import path, or data of your own; ``digits_mini`` if
+            None, or the scenario's.
 
             Images are ``uint8``, or floating point in [0, 1]; of shape (N, H, W), (N, H, W, 3) or (N, 3, H, W). A
             dataset is map-style, its items ``(image, label)``. Images are resized to the model's input size, or to
@@ -54,10 +60,14 @@ def federated(
         norm: The norm's name; the strategy's own if None.
         model: The model's name, an import path, or what makes one: a callable of ``num_classes``, and of ``norm``,
             ``image_size``, ``in_channels``, ``width`` and ``activation`` what its signature names; the default if None.
-        rounds: Rounds of communication.
+        scenario: Where each client learns on a stream of its own: the scenario's name.
+        learner: What learns there; ``er_ace`` if None.
+        clients: Clients that share the scenario; 5 if None.
+        rounds: Rounds of communication; with a scenario, of each experience.
         seed: Of every random stream.
         data_dir: The folder of the real data, where the benchmark needs one.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; the CPU if None.
+        workers: Processes that take the clients side by side, to the same bits; as many as pay if None.
         config: Any other configuration keys, as nested dictionaries: ``{"train": {"learning_rate": 0.1}}``.
         runs: The folder of records, or None to write nothing.
         observer: Is told how the run goes.
@@ -80,16 +90,34 @@ def federated(
     named: dict[str, Any] = {
         "seed": seed,
         "strategy": {"name": strategy},
-        "data": {"name": DATA.add(data), **({"dir": str(data_dir)} if data_dir is not None else {})},
-        "rounds": {"num_rounds": rounds},
+        "data": {
+            **({"name": DATA.add(data)} if data is not None else {}),
+            **({"dir": str(data_dir)} if data_dir is not None else {}),
+        },
+        **_shape(scenario, learner, clients, rounds),
         **({"device": device} if device is not None else {}),
+        **({"workers": workers} if workers is not None else {}),
         **({"norm": {"name": norm}} if norm is not None else {}),
         **({"model": {"name": model}} if model is not None else {}),
     }
-    resolved = resolve(merge(named, config or {}), only="federated")
+    resolved = resolve(merge(named, config or {}), only=named["kind"])
     from fednorm.federation.simulate import simulate  # takes seconds; a mistake is told before
 
-    return FederatedResult(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
+    kind = GridResult if resolved.kind == "federated_continual" else FederatedResult
+    return kind(simulate(resolved, runs=Path(runs) if runs is not None else None, observer=observer))
+
+
+def _shape(scenario: str | None, learner: str | None, clients: int | None, rounds: int) -> dict[str, Any]:
+    """Return the keys that say whether a federation's clients learn on streams, and for how long."""
+    if scenario is None and learner is None and clients is None:
+        return {"kind": "federated", "rounds": {"num_rounds": rounds}}
+    return {
+        "kind": "federated_continual",
+        "rounds": {"per_experience": rounds},
+        **({"scenario": {"name": scenario}} if scenario is not None else {}),
+        **({"learner": {"name": learner}} if learner is not None else {}),
+        **({"grid": {"clients": clients}} if clients is not None else {}),
+    }
 
 
 def continual(

@@ -21,6 +21,7 @@ may know libraries of its methods: ``timm:resnet26d`` is no import path but timm
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import os
@@ -32,10 +33,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module, metadata
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
-from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_name
+from fednorm.literals import literal
 
 if TYPE_CHECKING:
     from fednorm.data.benchmarks import Benchmark
@@ -185,7 +188,7 @@ class Family(Generic[C]):
     @cached_property
     def built_in(self) -> tuple[str, ...]:
         """The names of the methods that ship: the package's modules, those with an underscore first left out."""
-        found = pkgutil.iter_modules(_package(self.package).__path__)
+        found = pkgutil.iter_modules(_folders(self.package))
         return tuple(sorted(m.name for m in found if not m.name.startswith("_") and not m.ispkg))
 
     @cached_property
@@ -198,6 +201,38 @@ class Family(Generic[C]):
     def names(self) -> tuple[str, ...]:
         """Every name that needs no import path, sorted."""
         return tuple(sorted({*self.built_in, *self.installed}))
+
+    def require(self, reference: str) -> None:
+        """Refuse a name that nothing has, before anything is imported; what is imported by it may still be refused.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+        """
+        reference = spelled(reference)
+        if not is_path(reference) and reference not in self.built_in and reference not in self.installed:
+            raise self.unknown(reference)
+
+    def stated(self, reference: str, field_name: str, default: Any) -> Any:
+        """Return a field of a card, of a built-in one without importing its file where the file states it as a literal.
+
+        Tables of results need a word of a card now and then, and importing PyTorch for it takes longer than the table.
+
+        Args:
+            reference: The name or import path.
+            field_name: Which field.
+            default: What the field is where a file does not state it.
+
+        Raises:
+            UnknownNameError: Nothing has that name.
+            ConfigError: The import path cannot be imported, or names something else.
+        """
+        name = spelled(reference)
+        if name in self.built_in and name not in _CARDS.get(self.plural, {}):
+            for folder in _folders(self.package):
+                with contextlib.suppress(OSError, SyntaxError, ValueError):
+                    source = Path(folder, f"{name}.py").read_text(encoding="utf-8")
+                    return literal(source, self.card.rpartition(":")[2], field_name, default)
+        return getattr(self[reference], field_name)
 
     def is_foreign(self, reference: str) -> bool:
         """Return whether a reference is of a stranger's method, which fednorm's version does not identify."""
@@ -262,7 +297,11 @@ class Family(Generic[C]):
             return self._with_origin(import_module(module).SPEC, module)
         if reference in self.installed:
             return self._imported(self.installed[reference].value)
-        raise unknown_name(self.noun, reference, self.names)
+        raise self.unknown(reference)
+
+    def unknown(self, reference: str) -> UnknownNameError:
+        """Return the error for a name that nothing of the family has."""
+        return unknown_name(self.noun, reference, self.names, f"fednorm list {self.plural}")
 
     def _imported(self, reference: str) -> C:
         return self._adopted(import_object(reference, self.noun), reference)
@@ -430,6 +469,17 @@ _PROCESS = secrets.token_hex(4)
 
 
 FEDNORM_API = 1
+
+
+def _folders(package: str) -> list[str]:
+    """Return where a package of built-in methods is; of what is on the way to it the first package alone is imported.
+
+    Raises:
+        ConfigError: It is a stranger's package of the same name.
+    """
+    first, *rest = package.split(".")
+    top = import_module(first) if rest else _package(first)
+    return [str(Path(folder, *rest)) for folder in top.__path__]
 
 
 def _package(name: str) -> ModuleType:

@@ -297,6 +297,7 @@ class NormSpec(Card):
         make: The :class:`Norm` subclass; its fields are the options.
         layers: The layer types the method speaks for, with their descendants.
         tensors: For each tensor such a layer may own, what it is.
+        convolution: The method's own convolution, which computes its weight from the tensors of an ordinary one.
         normalizes: True where the method's layers normalize activations, False where it reparameterizes weights or
             does nothing. A strategy about normalization layers refuses a network without any.
         batch_coupled: True where one sample's output depends on the others in its batch (in training). A layer for
@@ -313,6 +314,7 @@ class NormSpec(Card):
     make: type[Norm]
     layers: tuple[type[nn.Module], ...] = ()
     tensors: Mapping[str, TensorSpec]
+    convolution: type[nn.Conv2d] | None = None
     normalizes: bool = True
     batch_coupled: bool = False
     coupled_in_evaluation: bool = False

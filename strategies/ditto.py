@@ -13,14 +13,14 @@ on learned parameters. It is ``Turn.state``: one model's size for each client th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federation.local import Local, Phase, Turn
+from fednorm.federation.local import Local, Passes, Phase, Turn
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
@@ -28,6 +28,11 @@ from fednorm.federation.strategy import Common, NormStrategy
 
 class Personal(Local):
     """Trains v_k after w_k, and is evaluated with it."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Add those for v_k to each round."""
+        return Passes(in_round=options["personal_epochs"])
 
     def state_bytes(self, plan: NormPlan) -> int:
         """Return the bytes of a whole model."""

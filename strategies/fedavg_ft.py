@@ -12,19 +12,25 @@ statistics move with it. A domain that no client has is tested with the server's
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federation.local import Local, Phase, Turn
+from fednorm.federation.local import Local, Passes, Phase, Turn
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
 
 
 class FineTuned(Local):
     """Fine-tunes before an evaluation, ``finetune_epochs`` passes over the client's training images."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Add those of the fine-tuning to each evaluation."""
+        return Passes(before_evaluation=options["finetune_epochs"])
 
     def before_evaluation(self, turn: Turn) -> None:
         """Train every parameter."""

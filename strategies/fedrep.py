@@ -13,14 +13,14 @@ representation, follow both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 from torch import nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federation.local import Local, Phase, Turn, learned_keys
+from fednorm.federation.local import Local, Passes, Phase, Turn, learned_keys
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common
 from fednorm.recognition.places import keys_at
@@ -29,6 +29,11 @@ from strategies.fedper import FedPer
 
 class HeadThenBody(Local):
     """Trains the head, then all else."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Add the head's, of which each is little more than a forward pass: a third of one that trains everything."""
+        return Passes(in_round=options["head_epochs"] / 3)
 
     def phases(self, turn: Turn) -> Sequence[Phase]:
         """Return the head's epochs, then the run's for the representation."""

@@ -24,7 +24,7 @@ that works; (M, V) travel beside them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError, IncompleteError, RoleError
-from fednorm.federation.local import Local, Turn
+from fednorm.federation.local import Local, Passes, Turn
 from fednorm.federation.replies import EXTRA, Form, UnfitReply, read_measured
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
@@ -54,6 +54,12 @@ SECONDS = 3600.0
 
 class Hybrid(Local):
     """Holds the moments of all clients still in training, and measures its own of what the server sent."""
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Add both measurements of a round."""
+        del options
+        return Passes(measured=2 * IMAGES)
 
     def check(self, trainee: Trainee) -> None:
         """Refuse other layers with running moments, which would be averaged over different weights."""
@@ -123,7 +129,6 @@ class HBN(NormStrategy):
         self._moments = as_tensors({path: (layer.running_mean, layer.running_var) for path, layer in layers.items()}, 0)
         del self._moments[SAMPLES]
         self._found: list[dict[str, Estimate]] = []
-        self._grid: Grid | None = None
 
     def check(self, model: nn.Module) -> None:
         """Refuse a network without hybrid layers."""
@@ -149,7 +154,7 @@ class HBN(NormStrategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Begin a round's list of what clients found."""
-        self._found, self._grid = [], grid
+        self._found = []
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:

@@ -17,7 +17,15 @@ PACKAGES = ("fednorm", "strategies", "scenarios")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fednorm.errors", "fednorm.rng", "fednorm.roles", "fednorm.threads", "fednorm.cores", "fednorm.signals"),
+    (
+        "fednorm.errors",
+        "fednorm.rng",
+        "fednorm.roles",
+        "fednorm.threads",
+        "fednorm.cores",
+        "fednorm.signals",
+        "fednorm.literals",
+    ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
     ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),
@@ -28,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.registry",),
     ("fednorm.training",),
     ("fednorm.records",),
-    ("fednorm.federation", "fednorm.streams", "fednorm.avalanche"),
+    ("fednorm.federation", "fednorm.streams", "fednorm.avalanche", "fednorm.federated_continual"),
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api", "fednorm.inspection"),
     ("fednorm.report",),
@@ -143,7 +151,7 @@ def test_only_the_table_of_cards_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.cards"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue", "fednorm.inspection.strangers",
+        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue",
     }  # fmt: skip
 
 
@@ -158,7 +166,7 @@ def test_nothing_imports_the_command_line() -> None:
 
 
 def test_flower_and_avalanche_stay_in_their_places() -> None:
-    homes = ("fednorm.federation", "strategies", "fednorm.bench")
+    homes = ("fednorm.federation", "fednorm.federated_continual", "strategies", "fednorm.bench")
     assert {name for name in importers("flwr") if not any(within(name, home) for home in homes)} == set()
     homes = ("fednorm.avalanche", "fednorm.bench.avalanche_apps")
     assert {name for name in importers("avalanche") if not any(within(name, home) for home in homes)} == set()

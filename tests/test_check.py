@@ -43,6 +43,12 @@ def raises():
 def exits():
     raise SystemExit(3)
 
+def for_a_run(num_classes, norm, image_size=8):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm.layer(4, 2), nn.Flatten(), nn.Linear(4 * 36, num_classes))
+
+def greedy(num_classes, depth):
+    return nn.Linear(depth, num_classes)
+
 def none():
     return None
 
@@ -137,10 +143,19 @@ def test_a_converted_model_may_need_more_pixels_than_the_model() -> None:
     assert report.norms[0].step.ok
 
 
+def test_control_variates_are_among_the_bytes_of_a_round() -> None:
+    """FedAvg sends every tensor down and up; SCAFFOLD c and dc_i besides, of what is learned."""
+    report = check(small(), strategies=["fedavg", "scaffold"], norms=["batch_norm"], steps=False)
+    plain, controlled = (verdict.plan["bytes_per_round"] for verdict in report.strategies if verdict.plan is not None)
+    assert controlled == plain + 2 * sum(parameter.nbytes for parameter in small().parameters())
+
+
 def test_names_of_models(strangers: str) -> None:
     assert type(load_model("mlp")).__name__ == "MLP"
     assert type(load_model("torchvision:resnet18")).__name__ == "ResNet"
     assert len(list(load_model(f"{strangers}:make"))) == len(list(load_model(f"{strangers}:ready"))) == 6
+    assert list(load_model(f"{strangers}:for_a_run"))[-1].out_features == 10
+    assert type(load_model("torchvision:fcn_resnet50", device="meta")).__name__ == "FCN"
     meta = load_model("timm:resnet26d", device="meta")
     assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}
 
@@ -151,16 +166,17 @@ def test_names_of_models(strangers: str) -> None:
         ("resnet81", UnknownNameError, "resnet18"),
         ("torchvision:resnet81", UnknownNameError, "resnet18"),
         ("timm:resnet26x", UnknownNameError, "resnet26"),
-        ("timm:hf-hub:someone/model", UnknownNameError, "no model of timm"),
-        ("strangers_nets:mak", UnknownNameError, "'make'"),
+        ("timm:hf-hub:someone/model", UnknownNameError, "timm has no classifier named"),
+        ("strangers_nets:mak", ConfigError, "It has: torch, nn, make, ready"),
         ("strangers_nets:number", ConfigError, "is a int; it must be a model or a function"),
-        ("strangers_nets:raises", ConfigError, "could not be made without arguments: KeyError: 'weights'"),
+        ("strangers_nets:raises", ConfigError, "could not be made: KeyError: 'weights'"),
         ("strangers_nets:exits", ConfigError, "SystemExit: 3"),
         ("strangers_nets:none", ConfigError, "made a NoneType"),
-        ("strangers_broken:make", ConfigError, "ModuleNotFoundError: No module named 'no_such_module_at_all'"),
-        ("no_such_package:make", ConfigError, "cannot be imported"),
-        ("..:x", ConfigError, "cannot be imported"),
-        (":", FedNormError, "cannot be imported"),
+        ("strangers_nets:greedy", ConfigError, "has depth without a default"),
+        ("strangers_broken:make", ConfigError, "No module named 'no_such_module_at_all'"),
+        ("no_such_package:make", ConfigError, "There is no module 'no_such_package'"),
+        ("..:x", ConfigError, "Importing '..' for model '..:x'"),
+        (":", FedNormError, "Importing ''"),
         ("", UnknownNameError, "torchvision:NAME"),
     ],
 )

@@ -44,7 +44,7 @@ def test_the_kind_says_which_configuration_it_is() -> None:
         "federated",
         "continual",
     ]
-    with pytest.raises(ConfigError, match="kind must be one of federated, continual; got 'contnual'"):
+    with pytest.raises(ConfigError, match=r"kind must be one of federated, continual, .*; got 'contnual'"):
         resolve({"kind": "contnual"})
 
 
@@ -60,7 +60,7 @@ def test_the_kind_says_which_configuration_it_is() -> None:
         ("train.learning_rat=1", r"no configuration key 'train\.learning_rat'\. Did you mean 'learning_rate'\?"),
         (
             "train.local_epochs=1",
-            r"no configuration key 'train\.local_epochs'\. It is a key of federated runs\. Did you mean 'epochs'\?",
+            r"no configuration key 'train\.local_epochs'\. It is a key of federated .* runs\. Did you mean 'epochs'\?",
         ),
         ("evaluate.kinds=own", r"no configuration key 'evaluate\.kinds'.*Known here: split, experiences, batch_size"),
         ("evaluate.probe=2", r"no configuration key 'evaluate\.probe'\."),
@@ -200,7 +200,7 @@ def test_auto_is_batch_normalization(auto: dict[str, Any], scenario: str) -> Non
         ({"scenario": {"name": "split_digit"}}, "no scenario named 'split_digit'. Did you mean 'split_digits'"),
         ({"learner": {"name": "er-ase"}}, "no learner named 'er_ase'. Did you mean 'er_ace'"),
         ({"norm": {"name": "adab2m"}}, "no norm named 'adab2m'. Did you mean 'adab2n'"),
-        ({"learner": {"name": "zzz"}}, "no learner named 'zzz'. Known: derpp"),
+        ({"learner": {"name": "zzz"}}, r"no learner named 'zzz'. All \d+: fednorm list learners."),
     ],
 )
 def test_a_stream_s_unknown_names_come_with_the_nearest(values: dict[str, Any], message: str) -> None:

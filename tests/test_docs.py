@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
-from _make import blocks, docstrings, methods, prose, reference, results  # noqa: E402 - the documentation's own tools are no package of ours
+from _make import blocks, docstrings, methods, prose, readings, reference, results, trust  # noqa: E402 - the documentation's own tools are no package of ours
 
 MADE_FOLDERS = ("_build", "_made", *(f"methods/{plural}/" for plural in FAMILIES))
 PAGES = sorted(
@@ -72,6 +72,62 @@ def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.Ca
 def test_the_results_pages_are_as_their_command_writes_them() -> None:
     stale = [path.name for path, text in results.pages() if path.read_text(encoding="utf-8") != text]
     assert not stale, f"run: {blocks.COMMAND}"
+
+
+def settings_of(study: str) -> set[str]:
+    """Return the numbers of a study's configurations as text: what a sentence may name of how it was run."""
+
+    def numbers(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*map(numbers, value.values()))
+        return {f"{value:g}"} if isinstance(value, float) else set()
+
+    return set().union(*(numbers(result["config"]) for result in results.summary(study).results))
+
+
+PAPERS = {"7.68"}
+"""Numbers of papers that pages of results quote."""
+
+
+def test_no_score_is_typed_by_hand() -> None:
+    """What is written about results has no number with a decimal but from the record, a setting, or a quoted paper."""
+    allowed = PAPERS.union(*map(settings_of, results.shown()))
+    for name, page in results.shown().items():
+        text = re.sub(r"^<!-- (\S+) -->$.*?^<!-- /\1 -->$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        typed = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text + readings.readings().get(name, "")))
+        assert typed <= allowed, f"{page.name}: {sorted(typed - allowed)}"
+
+
+def test_a_reading_s_numbers_are_the_record_s() -> None:
+    assert "by 9.9 points (95 % interval 1.8 to\n18.0)" in readings.reading("office_small")
+    assert "in the paper it is by 7.8." in readings.reading("office_small")
+    with pytest.raises(StopIteration):
+        readings._method(results.compared("office_small")[0], "fedbm")
+
+
+def test_the_pages_of_trust_are_as_their_command_writes_them() -> None:
+    stale = [path.name for path, text in trust.pages() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run: {blocks.COMMAND}"
+
+
+def test_the_golden_table_says_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from fednorm.cli.verify import run_golden
+
+    run_golden(trust.TRACES, as_json=False)
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    rows = [re.split(r" \| ?", line.strip("| "))[:2] for line in trust.golden().splitlines()[2:]]
+    assert len(rows) == len(printed) > 20
+    assert [name for name, _ in rows] == [file.removesuffix(".npz") for file, _ in printed]
+    assert {status for _, status in rows} == {"pass"}, "a trace without a method, or one that fails"
+
+
+def test_every_fault_names_tests_that_are_there() -> None:
+    named = [test for group in trust.groups() for row in group["fault"] for test in row["tests"]]  # type: ignore[attr-defined]
+    assert len(named) > 40
+    for test in named:
+        path, _, name = test.partition("::")
+        assert name in trust.tests_of(path), test
 
 
 def test_a_block_without_a_place_is_told() -> None:
@@ -147,7 +203,7 @@ def test_every_configuration_key_is_told_with_its_default(made: dict[str, str]) 
         for key, info in section.model_fields.items():
             (row,) = (line for line in part.splitlines() if line.startswith(f"| `{key}` |"))
             assert prose.text(info.description or "").replace("|", "\\|") in row
-    assert "| `learning_rate` | float, greater than 0 | `0.01`; `0.03` on streams | both |" in text
+    assert "| `learning_rate` | float, greater than 0 | `0.01`; `0.03` on streams | all |" in text
     assert all(f"| `{key}` |" in text for key in ("kind", "seed", "threads", "device", "amp", "compile", "width"))
 
 

@@ -92,7 +92,7 @@ def configuration() -> str:
         "## At the top",
         _table(_top()),
     ]
-    for name in dict.fromkeys((*SECTIONS["federated"], *SECTIONS["continual"])):
+    for name in dict.fromkeys(name for sections in SECTIONS.values() for name in sections):
         parts += [f"## \\[{name}\\]", _runs_of(name)]
         if name in NAMED:
             parts += [_method_section(name)]
@@ -107,12 +107,12 @@ def _top() -> Iterator[tuple[str, str, str, str, str]]:
     defaults = RunConfig.defaults("federated")
     for key in ("kind", "seed", "threads", *MACHINE):
         value = getattr(defaults, key)
-        yield f"`{key}`", type(value).__name__, code(value), "both", cell(meanings[key])
+        yield f"`{key}`", type(value).__name__, code(value), "all", cell(meanings[key])
 
 
 def _runs_of(name: str) -> str:
     runs = [kind for kind, sections in SECTIONS.items() if name in sections]
-    return "Of both kinds of run." if len(runs) > 1 else f"Of {runs[0]} runs."
+    return "Of every kind of run." if len(runs) == len(SECTIONS) else f"Of {' and '.join(runs)} runs."
 
 
 def _method_section(name: str) -> str:
@@ -123,7 +123,7 @@ def _method_section(name: str) -> str:
     if name == "model":
         meanings = arguments(ModelChoice.__doc__ or "")
         extra = {"width": ("int", "0"), "activation": ("str", ""), "weights": ("str", "")}
-        rows += [(f"`{k}`", kind, code(value), "both", cell(meanings[k])) for k, (kind, value) in extra.items()]
+        rows += [(f"`{k}`", kind, code(value), "all", cell(meanings[k])) for k, (kind, value) in extra.items()]
     own = f"Beside them stand the options of what is named: {links}."
     return f"{_table(rows)}\n\n{own}"
 
@@ -137,7 +137,7 @@ def _keys(name: str) -> Iterator[tuple[str, str, str, str, str]]:
         if "continual" in extra and len(kinds) > 1:
             default += f"; {code(extra['continual'])} on streams"
         note = " *No number depends on it.*" if (name, key) in IMMATERIAL else ""
-        runs = "both" if len(kinds) > 1 else kinds[0]
+        runs = "all" if len(kinds) == len(SECTIONS) else ", ".join(kinds)
         yield f"`{key}`", _type(info), default, runs, cell(info.description or "") + note
 
 
@@ -162,6 +162,7 @@ def records() -> str:
     """Return the page of what a record's folder and a result hold."""
     results = summary("demo").results
     first = {kind: next(r for r in results if r["kind"] == kind) for kind in ("federated", "continual")}
+    first["federated_continual"] = {**first["federated"], **_beside_a_federation()}
     parts = [
         "# Records",
         prose.markdown(record.__doc__ or ""),
@@ -179,6 +180,14 @@ def records() -> str:
         rows = [f"| {f'**{key}**' if key in needed else key} | {cell(type_)} |" for key, type_ in _schema(result)]
         parts.append("\n".join(["| key | |", "| --- | --- |", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _beside_a_federation() -> dict[str, Any]:
+    """Return what the result of clients that learn on streams has beside a federation's: as it is measured, small."""
+    import fednorm
+
+    small = {"scenario": {"train_per_experience": 10}, "model": {"width": 4}}
+    return dict(fednorm.federated(scenario="split_digits", learner="naive", clients=1, rounds=1, config=small))
 
 
 def _schema(value: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:

@@ -10,12 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from _make import readings
 from _make.blocks import DOCS, ROOT, filled, names
 from fednorm.analyses import analysis_of
 from fednorm.bench.norms import norms_table
 from fednorm.cli.report import tables
 from fednorm.records.results import Loaded, load
-from fednorm.report.comparison import Comparison, Method, comparisons, signed
+from fednorm.report.comparison import Comparison, Method, comparisons
+from fednorm.report.numbers import ends, percent, signed
 
 PAGES = DOCS / "results"
 CURVE = "-curve"
@@ -25,6 +27,9 @@ ANALYSIS = "analysis-"
 SPEED = DOCS / "trust/speed.md"
 COSTS = ROOT / ".records/bench/norms.json"
 """What ``fednorm bench layers --json`` printed."""
+
+READING = "-reading"
+"""How the block ends that says how a study's results are read."""
 
 
 @cache
@@ -71,8 +76,9 @@ def pages() -> Iterator[tuple[Path, str]]:
             for name in names(text)
             if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
         }
-        found = [name.removeprefix(ANALYSIS) for name in names(text) if name.startswith(ANALYSIS)]
-        yield path, filled(text, blocks | {ANALYSIS + name: analysis(name) for name in found})
+        blocks |= {name: readings.reading(name.removesuffix(READING)) for name in names(text) if name.endswith(READING)}
+        blocks |= {name: analysis(name.removeprefix(ANALYSIS)) for name in names(text) if name.startswith(ANALYSIS)}
+        yield path, filled(text, blocks)
     yield SPEED, filled(SPEED.read_text(encoding="utf-8"), {"bench_norms": norms_table(costs()).markdown()})
 
 
@@ -82,7 +88,7 @@ def shown() -> dict[str, Path]:
         name: path
         for path in sorted(PAGES.glob("*.md"))
         for name in names(path.read_text(encoding="utf-8"))
-        if not name.endswith(CURVE) and not name.startswith(ANALYSIS)
+        if not name.endswith((CURVE, READING)) and not name.startswith(ANALYSIS)
     }
 
 
@@ -142,7 +148,7 @@ def _row(question: Question) -> str:
     method = next(m for m in side_by_side.methods if m.label == question.method)
     other = next(m for m in side_by_side.methods if m.label == method.baseline)
     answer, difference = verdict(method, side_by_side)
-    scores = " / ".join(f"{100 * m.scores[side_by_side.headline].mean:.1f}" for m in (method, other))
+    scores = " / ".join(percent(m.scores[side_by_side.headline].mean) for m in (method, other))
     command = f"`fednorm compare {question.study} --data-dir DIR`"
     page = f"docs/results/{question.study}.md"
     return f"| [{question.text}]({page}) | {answer} | {scores} | {difference} | {command} |"
@@ -154,12 +160,12 @@ def verdict(method: Method, compared: Comparison) -> tuple[str, str]:
     if found.low is None or found.high is None:
         word = "ahead" if found.mean > 0 else "behind"
         return f"{word}; one seed", signed(found.mean)
-    ends = f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}], {found.better} of {found.n}"
+    told = f"{signed(found.mean)} {ends(found.low, found.high)}, {found.better} of {found.n}"
     if found.low > 0:
-        return "yes", ends
+        return "yes", told
     if found.high < 0:
-        return "no, behind", ends
-    return "not shown", ends
+        return "no, behind", told
+    return "not shown", told
 
 
 def command_lines(path: Path) -> list[str]:

@@ -18,18 +18,35 @@ from fednorm.signals import raising, starting
 try:
     import typer
 
+    from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
     from fednorm.cli.measuring import bench_app, verify_app
     from fednorm.cli.parameters import (
+        KINDS,
         AmpOption,
         AugmentOption,
         CompileOption,
         DataDirOption,
+        DataOption,
+        DetailsOption,
         DeviceOption,
         JsonOption,
+        LearnerOption,
+        MemoryOption,
+        ModelOption,
+        NormOption,
+        NotesOption,
+        OptimizerOption,
+        RateOption,
+        ReduceOption,
         RunsOption,
+        ScenarioOption,
         ScheduleOption,
         SetOption,
+        StrategyOption,
+        StudyArgument,
+        WorkersOption,
+        names,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -39,7 +56,6 @@ except KeyboardInterrupt:  # before anything has begun there is nothing to tell
 app = typer.Typer(
     callback=root,
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
     "on Flower and continual streams with Avalanche, and compare.",
@@ -72,7 +88,7 @@ def demo(
 @app.command()
 def federated(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    data: Annotated[str | None, typer.Option(help="Benchmark (fednorm list data), or package.module:yours.")] = None,
+    data: DataOption = None,
     data_dir: DataDirOption = None,
     domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
     held_out: Annotated[str | None, typer.Option(help="A domain no client trains on.")] = None,
@@ -81,15 +97,21 @@ def federated(  # noqa: PLR0913 - one parameter an option
     partition: Annotated[str | None, typer.Option(help="iid, dirichlet or shards.")] = None,
     alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="Strategy: fednorm list strategies.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms; the strategy's own by default.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
+    strategy: StrategyOption = None,
+    scenario: ScenarioOption = None,
+    learner: LearnerOption = None,
+    memory_size: MemoryOption = None,
+    num_clients: Annotated[int | None, typer.Option("--clients", help="Clients that share a scenario.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of each client's experiences: same, rotated or own.")] = None,
+    per_experience: Annotated[
+        int | None, typer.Option("--rounds-per-experience", help="Rounds of communication in each experience.")
     ] = None,
+    norm: NormOption = None,
+    model: ModelOption = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of communication.")] = None,
     fraction: Annotated[float | None, typer.Option(help="Share of the clients sampled each round.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of the clients.")] = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: RateOption = None,
     schedule: ScheduleOption = None,
     augment: AugmentOption = None,
     batch_size: Annotated[int | None, typer.Option(help="Images a step.")] = None,
@@ -101,16 +123,18 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run one federation, or go on with one that was cut short."""
     with starting():
-        from fednorm.cli.federated import run_federated
         from fednorm.cli.options import collect
 
     flags = {
@@ -124,6 +148,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "data.alpha": alpha,
         "data.download": download,
         "strategy.name": strategy,
+        "scenario.name": scenario,
+        "learner.name": learner,
+        "learner.memory_size": memory_size,
+        "grid.clients": num_clients,
+        "grid.order": order,
+        "rounds.per_experience": per_experience,
         "norm.name": norm,
         "model.name": model,
         "rounds.num_rounds": rounds,
@@ -139,44 +169,51 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
-    resolved = collect(config, flags, settings or [])
-    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, as_json=as_json)
+    resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
+    with starting():
+        from fednorm.cli.answer import Depth
+        from fednorm.cli.federated import run_federated
+
+    depth = Depth(details, notes)
+    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, depth=depth, as_json=as_json)
 
 
 @app.command()
 def continual(  # noqa: PLR0913 - one parameter an option
     config: Annotated[Path | None, typer.Option(help="Configuration file (TOML); options below override it.")] = None,
-    scenario: Annotated[str | None, typer.Option(help="Scenario: fednorm list scenarios.")] = None,
+    scenario: ScenarioOption = None,
     data: Annotated[str | None, typer.Option(help="Data, where the scenario leaves a choice.")] = None,
     data_dir: DataDirOption = None,
     download: Annotated[bool | None, typer.Option("--download", help="Let torchvision download.")] = None,
     experiences: Annotated[int | None, typer.Option(help="Number of experiences.")] = None,
-    learner: Annotated[str | None, typer.Option(help="Learner: fednorm list learners.")] = None,
-    memory_size: Annotated[int | None, typer.Option("--memory-size", help="Samples the learner remembers.")] = None,
-    norm: Annotated[str | None, typer.Option(help="Norm: fednorm list norms.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Model: fednorm list models; timm:NAME; package.module:callable.")
-    ] = None,
+    learner: LearnerOption = None,
+    memory_size: MemoryOption = None,
+    norm: NormOption = None,
+    model: ModelOption = None,
     online: Annotated[bool, typer.Option("--online", help="One pass over each experience, 10 images a step.")] = False,
     epochs: Annotated[int | None, typer.Option(help="Passes over each experience.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="New images a step.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Optimizer: fednorm list optimizers.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    optimizer: OptimizerOption = None,
+    learning_rate: RateOption = None,
     schedule: ScheduleOption = None,
     augment: AugmentOption = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every random stream.")] = None,
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a learner on a stream of experiences, or go on with a run that was cut short."""
     with starting():
-        from fednorm.cli.continual import collect_continual, run_continual
+        from fednorm.cli.options import collect_continual
 
     flags = {
         "scenario.name": scenario,
@@ -198,14 +235,19 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "workers": workers,
     }
     resolved = collect_continual(config, flags, settings or [], online=online)
-    run_continual(resolved, runs=runs, dry_run=dry_run, as_json=as_json)
+    with starting():
+        from fednorm.cli.answer import Depth
+        from fednorm.cli.continual import run_continual
+
+    run_continual(resolved, runs=runs, dry_run=dry_run, depth=Depth(details, notes), as_json=as_json)
 
 
 @app.command()
 def compare(
-    study: Annotated[str, typer.Argument(help="A study's TOML file, or the name of one that ships: fednorm recipes.")],
+    study: StudyArgument,
     data_dir: DataDirOption = None,
     runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
     jobs: Annotated[
@@ -215,12 +257,20 @@ def compare(
     select_on_test: Annotated[
         bool, typer.Option("--select-on-test", help="Choose by test images; every table will say so.")
     ] = False,
+    reduce: ReduceOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Run a study: a grid of configurations; finished runs are read back, cut ones go on."""
     with starting():
+        from fednorm.study.recipes import find_study
+
+    find_study(study)  # a misspelt name is told before PyTorch is imported
+    with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.compare import run_compare
 
     run_compare(
@@ -230,24 +280,35 @@ def compare(
         jobs=jobs,
         settings=settings or [],
         select_on_test=select_on_test,
+        reduce=reduce,
         dry_run=dry_run,
         markdown=markdown,
+        depth=Depth(details, notes),
         as_json=as_json,
     )
 
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A study, for its protocol, data and papers' numbers.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(help="A study, for its protocol, data and papers' numbers.", autocompletion=names("studies")),
+    ] = None,
     cost: Annotated[bool, typer.Option("--cost", help="Time a few steps of each method; say what it takes.")] = False,
+    reduce: ReduceOption = None,
     data_dir: DataDirOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List the studies that ship and the papers they follow, or say what one of them does."""
     with starting():
+        from fednorm.study.recipes import find_study
+
+    if name is not None:
+        find_study(name)
+    with starting():
         from fednorm.cli.recipes import run_recipes
 
-    run_recipes(name, data_dir, with_cost=cost, as_json=as_json)
+    run_recipes(name, data_dir, reduce=reduce, with_cost=cost, as_json=as_json)
 
 
 @app.command()
@@ -267,10 +328,13 @@ def report(  # noqa: PLR0913 - one parameter an option
     figures: Annotated[Path | None, typer.Option(help="Write figures to this folder.")] = None,
     figure_format: Annotated[str, typer.Option(help="pdf, svg or png.")] = "pdf",
     summary: Annotated[Path | None, typer.Option(help="Also write the results' small summaries to this file.")] = None,
+    details: DetailsOption = False,
+    notes: NotesOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Make tables, figures and one page from records."""
     with starting():
+        from fednorm.cli.answer import Depth
         from fednorm.cli.report import run_report
 
     if markdown and latex:
@@ -288,6 +352,7 @@ def report(  # noqa: PLR0913 - one parameter an option
         figure_format=figure_format,
         baseline=baseline,
         interval=interval,
+        depth=Depth(details, notes),
         as_json=as_json,
     )
 
@@ -330,7 +395,11 @@ def export(
 @app.command("list")
 def list_names(
     what: Annotated[
-        str, typer.Argument(help="norms, strategies, models, data, scenarios, learners, optimizers or studies.")
+        str,
+        typer.Argument(
+            help="norms, strategies, models, data, scenarios, learners, optimizers or studies.",
+            autocompletion=lambda incomplete: [kind for kind in KINDS if kind.startswith(incomplete)],
+        ),
     ] = "",
     every: Annotated[bool, typer.Option("--all", help="Everything, and what of the reading list is not here.")] = False,
     as_json: JsonOption = False,
@@ -355,7 +424,6 @@ def data(
 ) -> None:
     """Show who holds what: images and labels of every client."""
     with starting():
-        from fednorm.cli.data import run_data
         from fednorm.cli.options import collect
 
     flags = {
@@ -364,15 +432,30 @@ def data(
         "data.domains": domains,
         "data.image_size": image_size,
     }
-    run_data(collect(None, flags, settings or []), as_json=as_json)
+    config = collect(None, flags, settings or [])
+    with starting():
+        from fednorm.cli.data import run_data
+
+    run_data(config, as_json=as_json)
 
 
 @app.command()
 def explain(
-    name: Annotated[str, typer.Argument(help="A norm, strategy, model, benchmark or configuration section.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A norm, strategy, model, …; a section of the configuration (train), a key (train.lr), or config.",
+            autocompletion=names(*FAMILIES),
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Print a method's identity card: formula, paper, options, tensors and roles, deviations, how it was verified."""
+    """Print a method's identity card, or what a section or key of the configuration means."""
+    with starting():
+        from fednorm.cli.explain import explained
+
+    if explained(name, as_json=as_json):
+        return
     with starting():
         from fednorm.cli.catalogue import run_explain
 

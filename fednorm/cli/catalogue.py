@@ -8,12 +8,15 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from rich.table import Column, Table
+from rich.text import Text
+
 from fednorm.cards import FAMILIES, Card, is_path
 from fednorm.cli.console import out, print_json
+from fednorm.cli.explain import explained
 from fednorm.cli.identity import cited, roles_of_kinds, roles_of_tensors, text_of
 from fednorm.cli.reading_list import NOT_APPLICABLE
-from fednorm.config import SECTION_VALUES, read_config
-from fednorm.config.schema import kinds_of
+from fednorm.config import read_config
 from fednorm.errors import ConfigError, FedNormError, canonical, unknown_name
 from fednorm.federation.spec import StrategySpec
 from fednorm.spec import NormSpec
@@ -77,17 +80,35 @@ def run_list(what: str, *, every: bool = False, as_json: bool) -> None:
 
 def _print_rows(what: str, rows: list[Row]) -> None:
     width = max((len(row["name"]) for row in rows), default=0)
+    if rows and out().is_terminal:
+        return _print_for_a_person(rows)
     for row in rows:
         mark = "[reconstruction, unverified]" if row.get("reconstruction") else ""
         lines = [row.get("summary", ""), mark, row.get("note", "")]
         out().print(f"{row['name']:<{width}}  {' '.join(line for line in lines if line)}", markup=False, soft_wrap=True)
     if not rows:
         out().print(f"There are no {what} yet.")
+    return None
+
+
+def _print_for_a_person(rows: list[Row]) -> None:
+    """Print names beside what they are, broken between words; notes stand beneath, dim."""
+    grid = Table.grid(Column(no_wrap=True), Column(), padding=(0, 2, 0, 0))
+    for row in rows:
+        lines = Text(row.get("summary", ""))
+        if row.get("reconstruction"):
+            lines.append("\nreconstruction, unverified", style="yellow")
+        if row.get("note"):
+            lines.append(f"\n{row['note']}", style="dim")
+        grid.add_row(Text(row["name"], style="bold"), lines)
+    out().print(grid)
 
 
 def run_explain(name: str, *, as_json: bool) -> None:
     """Explain one name, wherever it is registered, or what an import path names."""
-    found = _section(canonical(name)) if canonical(name) in SECTION_VALUES else _described(name)
+    if explained(name, as_json=as_json):
+        return None
+    found = _described(name)
     if as_json:
         return print_json(found)
     out().print(text_of(found), markup=False, soft_wrap=True)
@@ -101,10 +122,7 @@ def _described(name: str) -> Row:
     for family in FAMILIES.values():
         if canonical(name) in family.names:
             return _card(family.noun, family[name])
-    known = [*SECTION_VALUES, *(known for family in FAMILIES.values() for known in family.names)]
-    raise unknown_name(
-        "norm, strategy, scenario, learner, model, benchmark, optimizer or section", canonical(name), known
-    )
+    raise AssertionError(name)  # fednorm.cli.explain has refused it
 
 
 def _of_path(name: str) -> Row:
@@ -149,15 +167,3 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "items"):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list | frozenset) else value
-
-
-def _section(name: str) -> Row:
-    """Return the keys of a section: type, default, meaning, which runs have it."""
-    section = SECTION_VALUES[name]
-    lines = [f"{key} ({', '.join(kinds_of(info))}): {info.description}" for key, info in section.model_fields.items()]
-    return {
-        "what": "section of the configuration",
-        "name": name,
-        "options": {key: info.default for key, info in section.model_fields.items()},
-        "about": "\n".join([inspect.getdoc(section) or "", "", *lines]),
-    }

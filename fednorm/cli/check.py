@@ -55,7 +55,8 @@ def _strategies(verdicts: tuple[StrategyVerdict, ...]) -> Table:
         plan = verdict.refusal
         if verdict.plan is not None:
             counts = {role: count for role, count in verdict.plan.items() if role != "bytes_per_round" and count}
-            plan = ", ".join(f"{count} {role}" for role, count in counts.items())
+            roles = ", ".join(f"{count} {role}" for role, count in counts.items())
+            plan = f"{roles}; {verdict.plan['bytes_per_round'] / 1e6:.2f} MB a client and round"
         table.add_row(verdict.name, escape(plan), escape(_step(verdict.step)))
     return table
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fednorm.cli.answer import Depth, answers, say
 from fednorm.cli.console import Stopped, err, fail, out, print_json
 from fednorm.cli.report import show, tables
 from fednorm.cli.standing import say_stopped
@@ -15,6 +16,7 @@ from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report._common import Table
+from fednorm.report.numbers import percent
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
 from fednorm.study.cases import Study
@@ -32,8 +34,10 @@ def run_compare(
     jobs: int | None,
     settings: Sequence[str],
     select_on_test: bool,
+    reduce: float | None = None,
     dry_run: bool,
     markdown: bool,
+    depth: Depth | None = None,
     as_json: bool,
 ) -> None:
     """Run a study and print its tables.
@@ -48,8 +52,10 @@ def run_compare(
         jobs: Runs at a time; one for each core if None.
         settings: ``section.key=value`` each, laid over every run.
         select_on_test: Whether hyper-parameters are chosen on test images.
+        reduce: A factor below 1 by which rounds, images and clients are fewer than the study's.
         dry_run: Whether to list the runs with their estimated time, and stop.
         markdown: Whether tables are printed in Markdown.
+        depth: How much a terminal shows; Markdown has all of it.
         as_json: Whether to print one JSON document instead.
 
     Raises:
@@ -61,17 +67,18 @@ def run_compare(
     overrides: dict[str, Any] = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}
     for setting in settings:
         overrides = merge(overrides, override(setting))
-    made = read_study(path, overrides, select_on_test=select_on_test)
-    folder, at_a_time = runs or Path("runs") / path.stem, jobs or default_jobs()
+    made = read_study(path, overrides, select_on_test=select_on_test, reduce=reduce)
+    less = "" if reduce is None else f"-reduced-{reduce:g}"
+    folder, at_a_time = runs or Path("runs") / f"{path.stem}{less}", jobs or default_jobs()
     require_path(folder, "--out")
     if dry_run:
         return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
     outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))
-    _show_outcome(outcome, folder, markdown=markdown, as_json=as_json)
+    _show_outcome(outcome, folder, markdown=markdown, depth=depth or Depth(), as_json=as_json)
     return _leave(outcome)
 
 
-def _show_outcome(outcome: StudyOutcome, folder: Path, *, markdown: bool, as_json: bool) -> None:
+def _show_outcome(outcome: StudyOutcome, folder: Path, *, markdown: bool, depth: Depth, as_json: bool) -> None:
     if as_json:
         failures = [
             {"run": f"{failure.hash} {failure.label}", "hash": failure.hash, "reason": failure.reason}
@@ -87,13 +94,17 @@ def _show_outcome(outcome: StudyOutcome, folder: Path, *, markdown: bool, as_jso
             }
         )
     selection = outcome.manifest["selection"]
-    if selection and selection["chosen"]:
-        show(_chosen_table(selection), style="markdown" if markdown else "table")
+    chosen = [_chosen_table(selection)] if selection and selection["chosen"] else []
+    if markdown:
+        for table in (*chosen, *tables(outcome.results, studies=[outcome.manifest])):
+            show(table, style="markdown")
+        return None
+    say(list(answers(outcome.results, studies=[outcome.manifest])), depth, chosen)
+    if not outcome.results:  # while methods still choose, what they have chosen is all there is
+        for table in chosen:
+            show(table)
     if outcome.results:
-        for table in tables(outcome.results, studies=[outcome.manifest]):
-            show(table, style="markdown" if markdown else "table")
-        if not markdown:
-            out().print(f"records: {folder}", markup=False, soft_wrap=True)
+        out().print(f"records: {folder}", markup=False, soft_wrap=True)
     return None
 
 
@@ -103,13 +114,19 @@ def _chosen_table(selection: dict[str, Any]) -> Table:
         (
             choice["method"],
             ", ".join(f"{key} {value}" for key, value in choice["keys"].items()) or "nothing to choose",
-            f"{100 * choice['score']:.1f}",
+            percent(choice["score"]),
         )
         for choice in selection["chosen"]
     )
     note = f"{selection['rule']} {selection['configurations']} configurations a method"
     note += f"; {len(selection['diverged'])} diverged." if selection["diverged"] else "."
-    return Table("Chosen hyper-parameters", ("method", "chosen", f"{selection['split']} score (%)"), rows, (note,))
+    return Table(
+        "Chosen hyper-parameters",
+        ("method", "chosen", f"{selection['split']} score (%)"),
+        rows,
+        (note,),
+        texts=("chosen",),
+    )
 
 
 def _leave(outcome: StudyOutcome) -> None:
@@ -260,4 +277,4 @@ def _plan_table(title: str, runs: Sequence[_Listed], notes: Sequence[str]) -> Ta
         )
         for run in runs
     )
-    return Table(title, (f"{len(runs)} runs", "hash", "estimated time"), rows, tuple(notes))
+    return Table(title, (f"{len(runs)} runs", "hash", "estimated time"), rows, tuple(notes), texts=("estimated time",))

@@ -2,47 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from fednorm.cli.answer import Depth, say_one
 from fednorm.cli.console import err, out, print_json
-from fednorm.cli.options import collect_values
 from fednorm.cli.standing import run_stands, saying_what_stands
-from fednorm.config import ONLINE, RunConfig, merge, require_online, resolve
+from fednorm.config import RunConfig
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
-from fednorm.report.stream_table import drift_table, matrix_table, plasticity_table, stream_table
+from fednorm.streams.estimate import estimate_seconds
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.threads import torch_threads
 
 
-def collect_continual(
-    config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
-) -> RunConfig:
-    """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
-
-    Raises:
-        FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
-    """
-    values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
-    resolved = resolve(values, only="continual")
-    return require_online(resolved) if online else resolved
-
-
-def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool) -> None:
+def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth | None = None, as_json: bool) -> None:
     """Show the plan, train (unless it is a dry run), show the result."""
     require_path(runs, "--runs")
     if not dry_run and (finished := RunRecord(runs, config).result()):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
-        return show_result(finished, as_json=as_json)
+        return show_result(finished, depth or Depth(), as_json=as_json)
+    if config.workers not in ("auto", 1):
+        err().print("workers does nothing here: a stream has one learner, which takes one experience after the other.")
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
+    if dry_run:
+        with torch_threads(config.threads):
+            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
@@ -50,7 +43,7 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, as_json: bool
         return None
     with saying_what_stands(lambda: run_stands(config, runs)), StreamProgress(err()) as progress:
         result = simulate(config, runs=runs, observer=progress, bench=bench)
-    return show_result(result, as_json=as_json)
+    return show_result(result, depth or Depth(), as_json=as_json)
 
 
 def show_plan(document: Mapping[str, Any], console: Console) -> None:
@@ -70,21 +63,16 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         )
     if len(data["experiences"]) > 20:
         console.print(f"  and {len(data['experiences']) - 20} more")
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if learner.get("passes") == "separate":
         console.print("new and memory samples go through the network in separate passes: two updates of statistics")
 
 
-def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result: its tables, or the document."""
+def show_result(result: Mapping[str, Any], depth: Depth, *, as_json: bool) -> None:
+    """Print a result: the answer and its table, or the document."""
     if as_json:
         return print_json(result)
-    console = out()
-    console.print(stream_table([result]).rich())
-    if result["data"]["memorization"]:
-        console.print(plasticity_table([result]).rich())
-    else:
-        console.print(matrix_table(result).rich())
-    if any(line["diagnostics"].get("drift") for line in result["experiences"]):
-        console.print(drift_table([result]).rich())
-    console.print(f"record: {result['run']}", markup=False, soft_wrap=True)
+    say_one(result, depth)
+    out().print(f"record: {result['run']}", markup=False, soft_wrap=True)
     return None

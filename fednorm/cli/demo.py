@@ -13,7 +13,8 @@ from fednorm.federation.simulate import simulate
 from fednorm.limits import require_path
 from fednorm.records.result import result_of
 from fednorm.records.results import Loaded
-from fednorm.report.comparison import Comparison, comparisons, signed
+from fednorm.report.comparison import Comparison, comparisons
+from fednorm.report.numbers import percent, signed
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
 from fednorm.report.table import Table
@@ -98,19 +99,18 @@ def short_table(comparison: Comparison) -> Table:
     }
     columns = (section, head.label if head else comparison.headline, f"to {first}")
     rows = tuple(
-        (name, f"{100 * score:.1f}", "" if name == first else signed(score - scores[first]))
-        for name, score in scores.items()
+        (name, percent(score), "" if name == first else signed(score - scores[first])) for name, score in scores.items()
     )
-    return Table(title, columns, rows, in_parts=True)
+    return Table(title, columns, rows)
 
 
 def _world(comparison: Comparison) -> tuple[str, str, str]:
     """Return what differs within one of the demo's worlds, its title, and what the others are compared with."""
-    if comparison.kind == "federated":
-        return "strategy", "Five clients, each with digits of its own kind (%)", "fedavg"
-    if comparison.headline == "plasticity":
-        return "norm", "A stream of labels that are drawn anew again and again (%)", "none"
-    return "norm", "A stream of two digits at a time, learned online with a memory (%)", "batch_norm"
+    return {
+        "federated": ("strategy", "Five clients, each with digits of its own kind (%)", "fedavg"),
+        "continual": ("norm", "A stream of two digits at a time, learned online with a memory (%)", "batch_norm"),
+        "memorization": ("norm", "A stream of labels that are drawn anew again and again (%)", "none"),
+    }[comparison.first.subject]
 
 
 def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) -> None:

@@ -9,22 +9,36 @@ from typing import Any
 
 from rich.console import Console
 
+from fednorm.cli.answer import Depth, say_one
 from fednorm.cli.console import err, out, print_json
 from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
+from fednorm.federated_continual.estimate import estimate_seconds as estimate_grid
+from fednorm.federated_continual.workbench import GridWorkbench
 from fednorm.federation.estimate import estimate_seconds
 from fednorm.federation.server import Observer, read_back
 from fednorm.federation.simulate import plan, simulate
 from fednorm.federation.simulate_flower import simulate_flower
-from fednorm.federation.workbench import Workbench
+from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.limits import require_path
+from fednorm.records import further
 from fednorm.records.record import RunRecord
+from fednorm.report.grid_table import boundaries_table, cells_table
 from fednorm.report.progress import RoundProgress
-from fednorm.report.table import accuracy_table, evaluation_table, plan_table
+from fednorm.report.table import plan_table
 from fednorm.threads import torch_threads
 
 
-def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool, layers: bool, as_json: bool) -> None:
+def run_federated(
+    config: RunConfig,
+    *,
+    runs: Path,
+    runtime: str,
+    dry_run: bool,
+    layers: bool,
+    depth: Depth | None = None,
+    as_json: bool,
+) -> None:
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower"))
@@ -33,8 +47,8 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True
         )
-        return show_result(finished, as_json=as_json)
-    bench = Workbench(config)
+        return show_result(finished, depth or Depth(), as_json=as_json)
+    bench = workbench_of(config)
     document = plan(config, bench)
     if layers:
         document["entries"] = [
@@ -43,16 +57,27 @@ def run_federated(config: RunConfig, *, runs: Path, runtime: str, dry_run: bool,
         ]
     if dry_run:
         with torch_threads(config.threads):
-            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
+            how_long = estimate_grid(bench) if isinstance(bench, GridWorkbench) else estimate_seconds(bench)
+        document["estimated_seconds"] = round(how_long, 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
     here = runtime == "in-process"
+    if here and (told := _earlier(config, runs)):
+        err().print(told, markup=False, soft_wrap=True)
     with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
         result = _run(config, bench, runs, runtime, progress)
-    return show_result(result, as_json=as_json)
+    return show_result(result, depth or Depth(), as_json=as_json)
+
+
+def _earlier(config: RunConfig, runs: Path) -> str:
+    """Return what becomes of a shorter run of the same configuration that has finished; empty where there is none."""
+    if RunRecord(runs, config).stands() or not (finished := further.shorter(config, runs)):
+        return ""
+    goes_on = f"A run of {finished.rounds} rounds has finished; this one goes on from its end: {finished.folder}"
+    return further.why_not(config, finished) or goes_on
 
 
 def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:
@@ -75,6 +100,12 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
     if places := config["strategy"].get("local"):
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    if "estimated_seconds" in document:
+        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
+    if "grid" in document:
+        console.print(cells_table(document["grid"]).rich())
+        console.print(boundaries_table(document["grid"]).rich())
+        return
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
@@ -82,20 +113,18 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         console.print(
             f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
         )
-    if "estimated_seconds" in document:
-        console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
+    if (workers := document["workers"]) > 1:
+        console.print(f"workers: {workers} processes take the clients side by side")
     if "entries" in document:
         console.print(plan_table(document["entries"]).rich())
 
 
-def show_result(result: Mapping[str, Any], *, as_json: bool) -> None:
-    """Print a result: its tables, or the document."""
+def show_result(result: Mapping[str, Any], depth: Depth, *, as_json: bool) -> None:
+    """Print a result: the answer and its table, or the document."""
     if as_json:
         return print_json(result)
     console = out()
-    console.print(accuracy_table([result]).rich())
-    if set(result["evaluation"]) - {"own"}:
-        console.print(evaluation_table([result]).rich())
+    say_one(result, depth)
     if missing := result["final"].get("missing"):
         whom = ", ".join(missing["domains"]) or f"client {', '.join(map(str, missing['clients']))}"
         share = f"{100 * result['final']['answered']:.0f} %"

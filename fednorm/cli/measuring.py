@@ -87,10 +87,11 @@ def verify_determinism(
     config: Annotated[Path | None, typer.Argument(help="Configuration file (TOML); a small run by default.")] = None,
     data_dir: DataDirOption = None,
     settings: SetOption = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of each run; at most 4 by default.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a configuration twice, and once cut short and gone on with; compare the final tensors bit for bit."""
+    """Run a configuration twice, cut short and gone on with, and with 1, 2 and 4 workers; compare bit for bit."""
     with starting():
         from fednorm.cli.verify import run_determinism
 
-    run_determinism(config, data_dir=data_dir, settings=settings or [], as_json=as_json)
+    run_determinism(config, data_dir=data_dir, settings=settings or [], rounds=rounds, as_json=as_json)

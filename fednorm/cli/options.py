@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fednorm.config import RunConfig, merge, override, read_config, resolve
+from fednorm.config import ONLINE, RunConfig, merge, override, read_config, require_online, resolve
 
 
 def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,27 @@ def collect_values(config: Path | None, flags: Mapping[str, Any], settings: Sequ
 def collect(config: Path | None, flags: Mapping[str, Any], settings: Sequence[str]) -> RunConfig:
     """Return the configuration of a federated run; arguments are those of :func:`collect_values`.
 
+    Where a scenario, a learner or a grid is named, each client learns on a stream of its own.
+
     Raises:
         FedNormError: A key or a value is wrong.
     """
-    return resolve(collect_values(config, flags, settings), only="federated")
+    values = collect_values(config, flags, settings)
+    own_streams = any(section in values for section in ("scenario", "learner", "grid"))
+    if "kind" not in values and own_streams:
+        values = {"kind": "federated_continual", **values}
+    kind = values.get("kind", "federated")
+    return resolve(values, only="federated_continual" if kind == "federated_continual" else "federated")
+
+
+def collect_continual(
+    config: Path | None, flags: Mapping[str, Any], settings: Sequence[str], *, online: bool
+) -> RunConfig:
+    """Return the configuration of a run from a file, options and ``--set``; the later overrides the earlier.
+
+    Raises:
+        FedNormError: A key or a value is wrong, or ``--online`` was given with more than one epoch.
+    """
+    values = merge({"kind": "continual", "train": ONLINE if online else {}}, collect_values(config, flags, settings))
+    resolved = resolve(values, only="continual")
+    return require_online(resolved) if online else resolved

@@ -2,10 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fednorm.cards import FAMILIES
+from fednorm.errors import canonical
+from fednorm.study.recipes import recipe_names
+
+
+def names(*families: str) -> Callable[[str], list[str]]:
+    """Return what completes a name of families that is typed in part; no method is imported for it.
+
+    Args:
+        families: Families' plurals, e.g. ``norms``; ``studies`` for those that ship.
+    """
+
+    def complete(incomplete: str) -> list[str]:
+        known = [name for family in families if family in FAMILIES for name in FAMILIES[family].names]
+        known += recipe_names() if "studies" in families else []
+        return [name for name in known if name.startswith(canonical(incomplete))]
+
+    return complete
+
+
+KINDS = (*FAMILIES, "studies")
+"""What ``fednorm list`` lists."""
+
+NormOption = Annotated[
+    str | None,
+    typer.Option(
+        "--norm", help="Norm: fednorm list norms; the strategy's own by default.", autocompletion=names("norms")
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="Model: fednorm list models; timm:NAME; package.module:callable.",
+        autocompletion=names("models"),
+    ),
+]
+OptimizerOption = Annotated[
+    str | None,
+    typer.Option("--optimizer", help="Optimizer: fednorm list optimizers.", autocompletion=names("optimizers")),
+]
+RateOption = Annotated[
+    float | None, typer.Option("--learning-rate", "--lr", help="Learning rate, per step, before the schedule.")
+]
+
+ScenarioOption = Annotated[
+    str | None,
+    typer.Option(
+        "--scenario",
+        help="Scenario: fednorm list scenarios. In a federation each client learns on a stream of its own.",
+        autocompletion=names("scenarios"),
+    ),
+]
+LearnerOption = Annotated[
+    str | None,
+    typer.Option("--learner", help="What learns: fednorm list learners.", autocompletion=names("learners")),
+]
+MemoryOption = Annotated[int | None, typer.Option("--memory-size", help="Samples a learner remembers.")]
+StrategyOption = Annotated[
+    str | None,
+    typer.Option("--strategy", help="Strategy: fednorm list strategies.", autocompletion=names("strategies")),
+]
+
+DataOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Benchmark (fednorm list data), or package.module:yours.", autocompletion=names("data")
+    ),
+]
+StudyArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A study's TOML file, or the name of one that ships: fednorm recipes.", autocompletion=names("studies")
+    ),
+]
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of the records.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
@@ -13,6 +90,10 @@ DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder o
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
 AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
 CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(help="Processes that take the clients side by side, to the same bits; by default what pays."),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Any configuration key; repeatable.")
 ]
@@ -22,4 +103,15 @@ ScheduleOption = Annotated[
 ]
 AugmentOption = Annotated[
     str | None, typer.Option(help="none, or any of crop,flip,rotate,jitter,resized_crop; separated by commas.")
+]
+
+DetailsOption = Annotated[
+    bool, typer.Option("--details", help="All tables, with all their columns, where not the one that answers.")
+]
+NotesOption = Annotated[
+    bool, typer.Option("--notes", help="All that must be known of the numbers, beneath each table.")
+]
+ReduceOption = Annotated[
+    float | None,
+    typer.Option("--reduce", metavar="FACTOR", help="A smaller study: 0.1 for a tenth of rounds, images, clients."),
 ]

@@ -13,6 +13,7 @@ from fednorm.cli.console import err, out, print_json
 from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
 from fednorm.report._common import UNKNOWN, Table, flat
+from fednorm.report.numbers import percent
 from fednorm.report.study_progress import duration
 from fednorm.study.cases import Study
 from fednorm.study.estimate import estimate_seconds, seconds_at_once
@@ -37,12 +38,15 @@ class Cost:
     basis: tuple[str, ...]
 
 
-def run_recipes(name: str | None, data_dir: Path | None, *, with_cost: bool, as_json: bool) -> None:
+def run_recipes(
+    name: str | None, data_dir: Path | None, *, reduce: float | None = None, with_cost: bool, as_json: bool
+) -> None:
     """Print the studies that ship, each with its runs and the numbers of the paper it holds; or one of them, whole.
 
     Args:
         name: One study; all of them if None.
         data_dir: The folder of the real data, in which images are counted; published sizes are taken without it.
+        reduce: A factor below 1 by which rounds, images and clients are fewer than each study's.
         with_cost: Whether to time some steps of each method, a second or two each, for the time a study takes.
         as_json: Whether to print one JSON document instead of a table.
 
@@ -55,7 +59,7 @@ def run_recipes(name: str | None, data_dir: Path | None, *, with_cost: bool, as_
     rows = []
     with err().status("Reading …") as status:
         for number, path in enumerate(paths, start=1):
-            study = read_study(path, overrides)
+            study = read_study(path, overrides, reduce=reduce)
             if with_cost:
                 status.update(f"Timing a few steps of each method: {study.name} ({number}/{len(paths)}) …")
             rows.append(_document(study, path, cost(study, jobs) if with_cost else None, jobs))
@@ -79,12 +83,25 @@ def _show(row: Mapping[str, Any], study: Study) -> None:
         *(f"Data: {card.name}, {card.summary}" for card in _data(study)),
         *([] if seconds is None else [f"Time: about {duration(seconds)}, {row['jobs']} at a time."]),
         *row["basis"],
+        *([] if study.reduced is None else [_reduced(study)]),
     ]
     for paragraph in told:
         console.print(paragraph, markup=False)
     if study.paper:
         console.print(_paper_table(study).rich())
-    console.print(f"fednorm compare {row['name']} --data-dir DIR     # {row['file']}", markup=False, soft_wrap=True)
+    less = "" if study.reduced is None else f" --reduce {study.reduced:g}"
+    command = f"fednorm compare {Path(row['file']).stem}{less} --data-dir DIR"
+    console.print(f"{command}     # {row['file']}", markup=False, soft_wrap=True)
+
+
+def _reduced(study: Study) -> str:
+    """Return what a reduced study has fewer of, and that it is another experiment."""
+    keys: dict[str, dict[str, None]] = {}
+    for departs in study.departures(study.first_choices()).values():
+        for key, (own, original) in departs.items():
+            keys.setdefault(key, {})[f"{own} ({original})"] = None
+    told = "; ".join(f"{key} {', '.join(values)}" for key, values in keys.items())
+    return f"Reduced to {study.reduced:g}, to look at it: not the study, whose numbers are in brackets. {told}."
 
 
 def _data(study: Study) -> list[Any]:
@@ -93,7 +110,7 @@ def _data(study: Study) -> list[Any]:
 
 def _paper_table(study: Study) -> Table:
     rows = tuple(
-        (" + ".join(_named(entry["match"])), str(entry["score"]), f"{100 * entry['value']:.1f}", str(entry["source"]))
+        (" + ".join(_named(entry["match"])), str(entry["score"]), percent(entry["value"]), str(entry["source"]))
         for entry in study.paper
     )
     return Table("Papers' numbers (%)", ("method", "score", "value", "source"), rows)
@@ -134,6 +151,7 @@ def _document(study: Study, path: Path, its_cost: Cost | None, jobs: int) -> dic
         "basis": [] if its_cost is None else list(its_cost.basis),
         "paper": dict(Counter(_paper(entry) for entry in study.paper)),
         "file": str(path),
+        "reduced": study.reduced,
     }
 
 
@@ -166,7 +184,7 @@ def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str, 
 def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
     """Return the table of the studies, in the order of their names."""
     head = ("name", "study", "runs", "estimated time", "paper's numbers beside ours")
-    return Table("Studies that ship", head, tuple(_cells(rows)), _notes(rows, jobs))
+    return Table("Studies that ship", head, tuple(_cells(rows)), _notes(rows, jobs), texts=(head[1], head[4]))
 
 
 def _list(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -176,7 +194,9 @@ def _list(rows: Sequence[Mapping[str, Any]]) -> Table:
         "'fednorm recipes --cost' how long each would take here, 'fednorm compare NAME' makes its runs.",
     )
     head = ("name", "study", "runs", "paper's numbers beside ours")
-    return Table("Studies that ship", head, tuple((*row[:3], row[4]) for row in _cells(rows)), notes)
+    return Table(
+        "Studies that ship", head, tuple((*row[:3], row[4]) for row in _cells(rows)), notes, texts=(head[1], head[3])
+    )
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], jobs: int) -> tuple[str, ...]:

@@ -7,16 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from fednorm.cli.answer import Depth, answers, say
 from fednorm.cli.console import err, fail, out, print_json
 from fednorm.errors import ConfigError
 from fednorm.records.results import Loaded, load
-from fednorm.report import stream_table
 from fednorm.report._common import Result
-from fednorm.report.comparison import Comparison, comparison_table, comparisons, paper_table
+from fednorm.report.comparison import Comparison, comparisons
 from fednorm.report.export import export as write_export
 from fednorm.report.export import require_suffix, write_summary
-from fednorm.report.grouping import kind_of, scored_on
-from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
+from fednorm.report.table import Table
 from fednorm.report.text import printable
 from fednorm.study.select import best_by_method, rules
 from fednorm.study.statistics import METHODS as INTERVALS
@@ -41,6 +40,7 @@ def run_report(  # noqa: PLR0913 - one parameter an option
     figure_format: str = "pdf",
     baseline: str | None = None,
     interval: str = "t",
+    depth: Depth | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the tables of all results found, and write what else is asked for; where to is told on standard error.
@@ -58,6 +58,7 @@ def run_report(  # noqa: PLR0913 - one parameter an option
         figure_format: ``pdf``, ``svg`` or ``png``.
         baseline: The method that others are compared with; the study's own if None.
         interval: How intervals over seeds are made: ``t`` or ``bootstrap``.
+        depth: How much a terminal shows; Markdown and LaTeX have all of it.
         as_json: Whether to print one JSON document instead of tables.
 
     Raises:
@@ -72,8 +73,7 @@ def run_report(  # noqa: PLR0913 - one parameter an option
     if as_json:
         print_json(_document(loaded, compared))
     else:
-        for table in tables(loaded.results, curve=curve, compared=compared):
-            show(table, style=style)
+        _print(loaded.results, compared, curve, style, depth)
     if summary:
         write_summary(summary, loaded.results, loaded.studies)
         _wrote("summaries", summary)
@@ -114,16 +114,18 @@ def tables(
         compared: The results' comparisons, where they were made already.
         options: ``studies``, ``baseline`` and ``interval`` of :func:`fednorm.report.comparison.comparisons`.
     """
-    compared = comparisons(results, **options) if compared is None else compared
-    groups: dict[tuple[str, str, str], list[Result]] = {}
-    for result in results:
-        groups.setdefault(scored_on(result), []).append(result)
-    for group, comparison in zip(groups.values(), compared, strict=True):
-        if len(group) > 1:
-            yield comparison_table(comparison)
-        if (papers := paper_table(comparison)) is not None:
-            yield papers
-        yield from _stream_tables(group, curve) if kind_of(group[0]) == "continual" else _federated_tables(group, curve)
+    for answer in answers(results, curve=curve, compared=compared, **options):
+        yield from answer.tables
+
+
+def _print(
+    results: Sequence[Result], compared: Sequence[Comparison], curve: bool, style: str, depth: Depth | None
+) -> None:
+    if style == "table":
+        return say(list(answers(results, curve=curve, compared=compared)), depth or Depth())
+    for table in tables(results, curve=curve, compared=compared):
+        show(table, style=style)
+    return None
 
 
 def show(table: Table, *, style: str = "table") -> None:
@@ -133,27 +135,6 @@ def show(table: Table, *, style: str = "table") -> None:
     else:
         text = table.markdown() if style == "markdown" else table.latex()
         out().print(text, markup=False, emoji=False, soft_wrap=True)
-
-
-def _federated_tables(results: Sequence[Result], curve: bool) -> Iterator[Table]:
-    yield accuracy_table(results)
-    if curve:
-        yield curve_table(results)
-    if any(set(result["evaluation"]) - {"own"} for result in results):
-        yield evaluation_table(results)
-
-
-def _stream_tables(results: Sequence[Result], curve: bool) -> Iterator[Table]:
-    yield stream_table.stream_table(results)
-    if results[0]["data"]["memorization"]:
-        yield stream_table.plasticity_table(results)
-        return
-    if curve:
-        yield stream_table.average_table(results)
-    if len(results) == 1:
-        yield stream_table.matrix_table(results[0])
-        if results[0]["final"].get("drift") is not None:
-            yield stream_table.drift_table(results)
 
 
 def _check(style: str, interval: str, export: Sequence[Path], figure_format: str) -> None:

@@ -59,7 +59,9 @@ def run_stands(config: RunConfig, runs: Path, *, in_process: bool = True) -> str
         done = len(record.lines())
     except (FedNormError, OSError):
         done = 0
-    parts = f"{done} of {config.rounds.num_rounds} rounds" if config.kind == "federated" else f"{done} experiences"
+    parts = f"{done} experiences" if config.kind == "continual" else f"{done} rounds"
+    if config.kind == "federated":
+        parts = f"{done} of {config.rounds.num_rounds} rounds"
     finished = f"Finished and whole: {parts}, in {record.folder}."
     if not in_process:
         again = "Flower's runtime keeps no checkpoint: the same command starts again from round 1."

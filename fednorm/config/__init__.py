@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fednorm.cards import Scalar
 from fednorm.config.online import ONLINE, require_online
+from fednorm.config.resolve import REFERENCED as SECTION_FAMILIES
 from fednorm.config.resolve import VALUES as SECTION_VALUES
 from fednorm.config.resolve import checked_options, resolve, with_references
 from fednorm.config.run import (
@@ -19,7 +20,7 @@ from fednorm.config.run import (
     kind_of_device,
 )
 from fednorm.config.schema import Kind, choose, nearest
-from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
 
 __all__ = [
@@ -30,10 +31,12 @@ __all__ = [
     "METHOD_OPTIONS",
     "METHOD_SWITCHES",
     "ONLINE",
+    "SECTION_FAMILIES",
     "SECTION_VALUES",
     "Choice",
     "DataConfig",
     "EvaluateConfig",
+    "GridConfig",
     "KeyPath",
     "Kind",
     "ModelChoice",

@@ -26,7 +26,7 @@ from fednorm.cards import (
 )
 from fednorm.config.run import DEFAULT_NORM, MACHINE, SECTIONS, Choice, ModelChoice, RunConfig
 from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown_key
-from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.sections import DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
 from fednorm.errors import ConfigError, canonical
 from fednorm.limits import INTEGER, MOST_DEPTH, require_float, require_plain, shown
@@ -46,14 +46,19 @@ VALUES: Mapping[str, type[Section]] = {
     "data": DataConfig,
     "train": TrainConfig,
     "rounds": RoundConfig,
+    "grid": GridConfig,
     "evaluate": EvaluateConfig,
 }
 """The sections that are values."""
 
-LEADING: Mapping[Kind, str] = {"federated": "strategy", "continual": "scenario"}
-"""The method that brings defaults along for the rest of a run."""
+LEADING: Mapping[Kind, tuple[str, ...]] = {
+    "federated": ("strategy",),
+    "continual": ("scenario",),
+    "federated_continual": ("scenario", "strategy"),
+}
+"""The methods that bring defaults along for the rest of a run, a later one's over an earlier one's."""
 
-TOP = ("kind", "seed", "threads", *MACHINE)
+TOP = ("kind", "seed", "threads", "workers", *MACHINE)
 
 
 def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig:
@@ -76,6 +81,7 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
         if key not in known and key != "sources":
             raise unknown_key(key, key, known, _elsewhere(key))
     values = _for_own_data(kind, values)
+    _require_words(kind, values)
     values = merge({"norm": {"name": DEFAULT_NORM}}, _brought_along(kind, values), _without_auto(values))
     sections: dict[str, Any] = {key: values[key] for key in TOP if key in values}
     if isinstance(sections.get("device"), str):
@@ -88,6 +94,25 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
     sections["train"] = _with_optimizer(sections["train"])
     config = RunConfig(**sections)
     return _identified(config, values.get("sources", {}))
+
+
+def _require_words(kind: Kind, values: Mapping[str, Any]) -> None:
+    """Refuse a misspelt key or name before any method is imported, which takes seconds.
+
+    Raises:
+        ConfigError: A section is no table, or has a key that it does not have.
+        UnknownNameError: There is no such method.
+    """
+    for section in SECTIONS[kind]:
+        if section in VALUES:
+            VALUES[section].require_keys(kind, values.get(section, {}))
+    for section, family in REFERENCED.items():
+        name = _name_in(values, section) if section in SECTIONS[kind] else ""
+        if name and not (section == "norm" and canonical(name) == "auto"):
+            family.require(name)
+    train = values.get("train", {})
+    if isinstance(optimizer := train.get("optimizer"), str):
+        OPTIMIZERS.require(optimizer)
 
 
 def _benchmark(name: str) -> str:
@@ -151,7 +176,7 @@ def _for_own_data(kind: Kind, values: dict[str, Any]) -> dict[str, Any]:
     """
     name = _name_in(values, "data")
     own = is_path(name) or canonical(name) in DATA.installed
-    if kind != "continual" or not own or _name_in(values, "scenario"):
+    if "scenario" not in SECTIONS[kind] or not own or _name_in(values, "scenario"):
         return values
     return merge(values, {"scenario": {"name": "split"}})
 
@@ -193,19 +218,20 @@ def _elsewhere(key: str) -> str:
 
 
 def _brought_along(kind: Kind, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of the leading method, without sections whose name the user replaced.
+    """Return the defaults of the leading methods, without sections whose name the user replaced.
 
     A width belongs to its model, and an option to its norm.
     """
-    section = LEADING[kind]
-    chosen = _choice(section, kind, {"name": _name_in(values, section)} if _name_in(values, section) else {})
-    defaults: Mapping[str, Any] = getattr(chosen.card, "defaults", {})
+    brought: dict[str, Any] = {}
+    for section in LEADING[kind]:
+        chosen = _choice(section, kind, {"name": _name_in(values, section)} if _name_in(values, section) else {})
+        brought = merge(brought, getattr(chosen.card, "defaults", {}))
 
     def replaced(name: str) -> bool:
-        own, theirs = _name_in(values, name), _name_in(defaults, name)
+        own, theirs = _name_in(values, name), _name_in(brought, name)
         return bool(own and theirs and spelled(own) not in ("auto", spelled(theirs)))
 
-    return {name: table for name, table in defaults.items() if not replaced(name)}
+    return {name: table for name, table in brought.items() if not replaced(name)}
 
 
 def _name_in(values: Mapping[str, Any], section: str) -> str:

@@ -1,7 +1,8 @@
 """The configuration of a run of either kind: what a researcher chose, checked, and the methods it names.
 
 A run of kind ``federated`` has the sections data, model, norm, strategy, train, rounds and evaluate; one of kind
-``continual`` has data, scenario, model, norm, learner, train and evaluate. A section that a kind does not have stays at
+``continual`` has data, scenario, model, norm, learner, train and evaluate; one of kind ``federated_continual``, in
+which each client learns on a stream of its own, has all of them and grid. A section that a kind does not have stays at
 its default, and is part neither of the run's hash nor of its record.
 """
 
@@ -12,12 +13,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES, Card, Family, Scalar, in_process
 from fednorm.config.schema import KINDS, Kind, choose
-from fednorm.config.sections import DataConfig, EvaluateConfig, RoundConfig, TrainConfig
+from fednorm.config.sections import DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.errors import ConfigError
 from fednorm.limits import shown
 
@@ -32,6 +33,9 @@ C = TypeVar("C", bound=Card)
 
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
+
+MOST_WORKERS = 1024
+"""Processes of a run, on whatever machine; how many cores there are is asked when a run is made."""
 
 MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False}
 """What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
@@ -101,6 +105,18 @@ class ModelChoice(Choice[C]):
 SECTIONS: Mapping[Kind, tuple[str, ...]] = {
     "federated": ("data", "model", "norm", "strategy", "train", "rounds", "evaluate"),
     "continual": ("data", "scenario", "model", "norm", "learner", "train", "evaluate"),
+    "federated_continual": (
+        "data",
+        "scenario",
+        "grid",
+        "model",
+        "norm",
+        "strategy",
+        "learner",
+        "train",
+        "rounds",
+        "evaluate",
+    ),
 }
 """The sections of each kind of run, in the order of its record."""
 
@@ -110,15 +126,18 @@ class RunConfig:
     """Everything a run's numbers depend on; :func:`~fednorm.config.resolve.resolve` makes it.
 
     Attributes:
-        kind: ``federated`` or ``continual``.
+        kind: ``federated``, ``continual`` or ``federated_continual``.
         seed: Of every random stream.
         threads: PyTorch threads; part of the configuration because sums depend on it in the last bits.
         device: ``cpu``, ``mps``, ``cuda`` or ``cuda:1``: where the model and the data are. Whether this machine has it
             is asked when a run is made, not here: records of other machines can be read.
         amp: ``bf16`` for forward passes under autocast in bfloat16; ``none``.
         compile: Whether forward passes go through ``torch.compile``.
+        workers: How many processes take a federation's clients side by side, or ``auto``. No number depends on it, and
+            it is part neither of the hash nor of the record.
         data: Which data, and who holds what.
         scenario: Which stream is made of the data.
+        grid: Which client meets which part of the stream when.
         model: Which architecture.
         norm: Which normalization method.
         strategy: Which federated strategy.
@@ -136,6 +155,7 @@ class RunConfig:
     device: str = "cpu"
     amp: str = "none"
     compile: bool = False
+    workers: int | str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
     model: ModelChoice[ModelSpec] = field(default_factory=lambda: ModelChoice("digits_cnn", MODELS))
@@ -144,6 +164,7 @@ class RunConfig:
     learner: Choice[LearnerSpec] = field(default_factory=lambda: Choice("er_ace", LEARNERS))
     train: TrainConfig = field(default_factory=TrainConfig)
     rounds: RoundConfig = field(default_factory=RoundConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     sources: Mapping[str, str] = field(default_factory=dict)
 
@@ -159,11 +180,21 @@ class RunConfig:
         choose("amp", self.amp, AMP)
         if type(self.compile) is not bool:
             raise ConfigError(f"compile must be true or false; got {shown(self.compile)}.")
+        if self.workers != "auto" and (type(self.workers) is not int or not 1 <= self.workers <= MOST_WORKERS):
+            raise ConfigError(
+                f"workers, the processes that take a federation's clients side by side, is 'auto' or a number from 1 "
+                f"to {MOST_WORKERS}; got {shown(self.workers)}."
+            )
 
     @classmethod
     def defaults(cls, kind: Kind) -> RunConfig:
         """Return the configuration of a run of which nothing was said but its kind."""
         return cls(kind=kind, train=TrainConfig.for_kind(kind, {}), evaluate=EvaluateConfig.for_kind(kind, {}))
+
+    @classmethod
+    def default_values(cls, kind: Kind) -> dict[str, Any]:
+        """Return :meth:`defaults` as :meth:`to_dict` gives them, a copy: who reads thousands of records asks often."""
+        return {key: dict(value) if isinstance(value, dict) else value for key, value in _default_values(kind).items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as nested dictionaries of plain values, options beside their method's name."""
@@ -182,7 +213,7 @@ class RunConfig:
         and nothing that leaves the numbers alone: the same run on another machine has the same hash. Of a device its
         kind enters, and not which one of several it is.
         """
-        defaults, own = RunConfig.defaults(self.kind).to_dict(), self.to_dict()
+        defaults, own = self.default_values(self.kind), self.to_dict()
         own |= {"device": kind_of_device(own["device"])} if "device" in own else {}
         # A federated run is one that says nothing of its kind.
         return digest(own, {**defaults, "kind": "federated"}, IMMATERIAL)
@@ -211,9 +242,18 @@ class RunConfig:
     @property
     def title(self) -> str:
         """Return what the run is called in the names of folders, its hash left out."""
-        method, where = (self.strategy, self.data) if self.kind == "federated" else (self.learner, self.scenario)
-        names = (filename(method.name), filename(self.norm.name), filename(where.name))
+        parts: dict[str, tuple[Any, ...]] = {
+            "federated": (self.strategy, self.norm, self.data),
+            "continual": (self.learner, self.norm, self.scenario),
+            "federated_continual": (self.strategy, self.learner, self.norm, self.scenario),
+        }
+        names = (filename(part.name) for part in parts[self.kind])
         return f"{'-'.join(names)}-seed{self.seed}"
+
+
+@cache
+def _default_values(kind: Kind) -> dict[str, Any]:
+    return RunConfig.defaults(kind).to_dict()
 
 
 def kind_of_device(device: str) -> str:

@@ -22,8 +22,8 @@ from pydantic_core import ErrorDetails
 from fednorm.errors import ConfigError
 from fednorm.limits import INTEGER, require_float, shown
 
-Kind = Literal["federated", "continual"]
-KINDS: tuple[Kind, ...] = ("federated", "continual")
+Kind = Literal["federated", "continual", "federated_continual"]
+KINDS: tuple[Kind, ...] = ("federated", "continual", "federated_continual")
 
 
 def key(
@@ -100,13 +100,22 @@ class Section(BaseModel):
         Raises:
             ConfigError: It is no table, a key is unknown to that kind, or a value cannot be.
         """
+        cls.require_keys(kind, values)
+        return cls(**{**cls._defaults(kind), **values})
+
+    @classmethod
+    def require_keys(cls, kind: Kind, values: Any) -> None:
+        """Refuse what is no table, or has a key that a kind of run does not have.
+
+        Raises:
+            ConfigError: It is one of these.
+        """
         if not isinstance(values, Mapping):
             raise ConfigError(f"{cls.path} is a table of keys; got {shown(values)}.")
         known = cls.keys(kind)
         for name in values:
             if name not in known:
                 raise unknown_key(f"{cls.path}.{name}", name, known, _elsewhere(cls, name))
-        return cls(**{**cls._defaults(kind), **values})
 
     @classmethod
     def _defaults(cls, kind: Kind) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from fednorm.config.schema import Kind, Names, Section, choose, key
 from fednorm.config.trainable import Parts
 from fednorm.errors import ConfigError
 
-FEDERATED: tuple[Kind, ...] = ("federated",)
+ROUNDS: tuple[Kind, ...] = ("federated",)
 CONTINUAL: tuple[Kind, ...] = ("continual",)
+BOTH: tuple[Kind, ...] = ("federated_continual",)
+FEDERATED: tuple[Kind, ...] = (*ROUNDS, *BOTH)
 
 OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta")
 """Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
@@ -68,9 +70,7 @@ class TrainConfig(Section, name="train"):
         gt=0,
         kinds=FEDERATED,
     )
-    local_steps: int = key(
-        0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=FEDERATED
-    )
+    local_steps: int = key(0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=ROUNDS)
     epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
     momentum: float = key(0.0, "Of sgd and sgdp.", ge=0, lt=1)
     nesterov: bool = key(False, "Whether a step looks ahead along the momentum; of sgd, sgdp and adamp.")
@@ -152,7 +152,7 @@ class TrainConfig(Section, name="train"):
         "over keys (classifier.*), separated by commas.",
     )
     linear_probe_rounds: int = key(
-        0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=FEDERATED
+        0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=ROUNDS
     )
     linear_probe_epochs: int = key(
         0,
@@ -195,12 +195,15 @@ class TrainConfig(Section, name="train"):
 class RoundConfig(Section, name="rounds"):
     """The rounds of the federation."""
 
-    num_rounds: int = key(10, "Rounds of communication.", ge=1)
+    num_rounds: int = key(10, "Rounds of communication.", ge=1, kinds=ROUNDS)
+    per_experience: int = key(5, "Rounds of communication in each experience.", ge=1, kinds=BOTH)
     fraction: float = key(1.0, "Share of the clients sampled each round, in (0, 1].", gt=0, le=1)
     weighting: Literal["examples", "equal"] = key(
         "examples", "Weights of the average: equal, or examples (proportional to each client's images)."
     )
-    evaluate_every: int = key(1, "Evaluate each so many rounds; the last round is always evaluated.", ge=1)
+    evaluate_every: int = key(
+        1, "Evaluate each so many rounds; the last round is always evaluated.", ge=1, kinds=ROUNDS
+    )
     checkpoint_every: int = key(1, "Write a checkpoint each so many rounds; the last round always has one.", ge=1)
     max_update_norm: float = key(
         0.0,
@@ -218,22 +221,66 @@ class RoundConfig(Section, name="rounds"):
     )
 
 
+class GridConfig(Section, name="grid"):
+    """Who meets which experience when, and what of it: clients times experiences; each cell is a split."""
+
+    clients: int = key(5, "Clients, each with a stream of its own.", ge=1, kinds=BOTH)
+    partition: Literal["iid", "dirichlet"] = key(
+        "iid", "How an experience's training images are dealt to the clients that meet it.", kinds=BOTH
+    )
+    alpha: float = key(
+        0.5, "Concentration of the Dirichlet distribution of labels; small means skewed.", gt=0, kinds=BOTH
+    )
+    order: Literal["same", "rotated", "own"] = key(
+        "same",
+        "When a client meets which experience: all the same at the same time; rotated, client k begins with experience "
+        "k and goes on from there; own, each in an order drawn for it. Clients that meet at the same time or not share "
+        "an experience's images.",
+        kinds=BOTH,
+    )
+    min_images: int = key(
+        2,
+        "Fewest training images of an experience with which a client takes part; with fewer it skips it.",
+        ge=1,
+        kinds=BOTH,
+    )
+    norms: Literal["keep", "reset", "freeze"] = key(
+        "keep",
+        "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
+        "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
+        "they are from then on, running statistics too.",
+        kinds=BOTH,
+    )
+    joining: int = key(
+        0,
+        "Clients, of the last ones, that join at each experience after the first; before it they hold nothing.",
+        ge=0,
+        kinds=BOTH,
+    )
+    leaving: int = key(
+        0,
+        "Clients, of the first ones, that leave before each experience after the first; they come back no more.",
+        ge=0,
+        kinds=BOTH,
+    )
+
+
 class EvaluateConfig(Section, name="evaluate"):
     """What is measured: of a federation after its rounds, of a stream after each experience."""
 
     kinds: Names = key(
-        ("own",), f"The evaluation matrix after the last round: any of {', '.join(EVALUATIONS)}.", kinds=FEDERATED
+        ("own",), f"The evaluation matrix after the last round: any of {', '.join(EVALUATIONS)}.", kinds=ROUNDS
     )
     images: int = key(
         128,
         "k, the unlabelled test images a client re-estimates its statistics on; 2 or more, to estimate a variance.",
         ge=2,
-        kinds=FEDERATED,
+        kinds=ROUNDS,
     )
     fallback: Literal["refuse", "averaged", "pooled", "reestimated"] = key(
         "refuse",
         "The local tensors with which an unseen domain is evaluated where the strategy leaves the server without any.",
-        kinds=FEDERATED,
+        kinds=ROUNDS,
     )
     split: Literal["test", "validation"] = key(
         "test", "The images that are scored; validation for choosing hyper-parameters."
@@ -282,7 +329,7 @@ class EvaluateConfig(Section, name="evaluate"):
         False,
         "Whether evaluated rounds also score the images held back (data.validation), and the result tells the round "
         "that is best on them beside the last.",
-        kinds=FEDERATED,
+        kinds=ROUNDS,
     )
     diagnostics: bool = key(
         True,

@@ -18,15 +18,11 @@ from fednorm.cards import NORMS
 from fednorm.conversion.surroundings import own_tensors
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
-from fednorm.norms.sws import SWSConv2d
-from fednorm.norms.weight_compander import CompandedConv2d
-from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.recognition.layers import Recognition, eps_name
 from fednorm.roles import Kind
 from fednorm.spec import Norm
 
 _SETTABLE = ("eps", "momentum")
-_CONVOLUTIONS = {"sws": SWSConv2d, "ws_group_norm": WSConv2d, "weight_compander": CompandedConv2d}
 
 
 class SameMethod:
@@ -40,7 +36,8 @@ class SameMethod:
     def __init__(self, norm: Norm, given: Collection[str]) -> None:
         self.norm = norm
         self.given = frozenset(given)
-        self.name = next((card.name for card in NORMS if card.make is type(norm)), "")
+        card = next((card for card in NORMS if card.make is type(norm)), None)
+        self.name, self._convolution = ("", None) if card is None else (card.name, card.convolution)
 
     def applies(self, layer: nn.Module, known: Recognition) -> bool:
         """Return whether a layer is of the method; batch normalization by constants is batch normalization.
@@ -83,7 +80,7 @@ class SameMethod:
 
     def conv_norm(self, conv: nn.Conv2d) -> Norm | None:
         """Return the method with a standardized convolution's own options; None where the convolution may stay."""
-        if _CONVOLUTIONS.get(self.name) is not type(conv):
+        if self._convolution is not type(conv):
             return self.norm
         own = {**self._options_of(conv), "gain": getattr(conv, "gain", None) is not None}
         if all(own[name] == getattr(self.norm, name) for name in self.given if name in own):
@@ -95,7 +92,7 @@ class SameMethod:
         own = {f.name: getattr(layer, f.name) for f in dataclasses.fields(self.norm) if hasattr(layer, f.name)}
         if "eps" not in own and eps_name(layer) is not None:
             own["eps"] = getattr(layer, str(eps_name(layer)))
-        if self.name in ("layer_norm", "rms_norm"):
+        if hasattr(self.norm, "over") and isinstance(layer, nn.GroupNorm | nn.LayerNorm | nn.RMSNorm):
             own.setdefault("over", "sample" if isinstance(layer, nn.GroupNorm) else "channels")
         return own
 

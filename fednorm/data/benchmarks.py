@@ -7,7 +7,7 @@ import inspect
 import uuid
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -142,10 +142,13 @@ class Benchmark(Card):
     Attributes:
         load: Reads it.
         note: What must be known before its numbers are reported.
+        sizes: Of each data set that it reads: the classes, and training and test images of each domain, as published;
+            for estimates of time without the files.
     """
 
     load: Callable[[Reader], Loaded]
     note: str = ""
+    sizes: Mapping[str, tuple[int, Mapping[str, tuple[int, int]]]] = field(default_factory=dict)
 
     expects: ClassVar[str] = (
         f"Data is {own.FORMS}; a callable that returns one, without arguments or from a reader; or a Benchmark."

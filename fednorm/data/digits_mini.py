@@ -20,10 +20,12 @@ sizes were fixed by looking at the images, before any method was trained on them
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -249,13 +251,36 @@ def _two_colours(rng: np.random.Generator) -> tuple[Colour, Colour]:
             return first, second
 
 
+def _of_sklearn(*parts: str) -> Path:
+    """Return a sample file of scikit-learn's, found without its import, which takes a second.
+
+    Raises:
+        DataError: It is not installed.
+    """
+    package = find_spec("sklearn")
+    folders = (package and package.submodule_search_locations) or ()
+    for path in (Path(folder, "datasets", *parts) for folder in folders):
+        if path.is_file():
+            return path
+    raise DataError(f"digits_mini needs scikit-learn's sample file {parts[-1]}, which is not installed.")
+
+
 @cache
 def _scans() -> tuple[Grey, Rows]:
-    """Return scikit-learn's digits in [0, 1], shape (1797, 8, 8), and their labels."""
-    from sklearn.datasets import load_digits
+    """Return scikit-learn's digits in [0, 1], shape (1797, 8, 8), and their labels: what its ``load_digits`` returns.
 
-    bunch = load_digits()
-    return bunch.images / 16.0, bunch.target.astype(np.int64)
+    Raises:
+        DataError: Its file is not installed, cannot be read, or holds something else.
+    """
+    path = _of_sklearn("data", "digits.csv.gz")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that it is empty is said below
+            table = np.loadtxt(path, delimiter=",", dtype=np.int64)  # through gzip, by its name's end
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"digits_mini needs scikit-learn's file {path}, which cannot be read ({error}).") from error
+    if table.shape != (NUM_SCANS, 65):
+        raise DataError(f"digits_mini needs scikit-learn's {NUM_SCANS} digits; {path} holds a {table.shape} table.")
+    return table[:, :-1].reshape(-1, 8, 8) / 16.0, table[:, -1].copy()
 
 
 def _scan(row: int) -> Grey:
@@ -267,13 +292,13 @@ def _scan(row: int) -> Grey:
 
 @cache
 def _photo(name: str) -> Pixels:
-    from sklearn.datasets import load_sample_image
-
+    path = _of_sklearn("images", name)
     try:
-        return np.asarray(load_sample_image(name), dtype=np.uint8)
-    except (OSError, AttributeError) as error:
+        with Image.open(path) as photo:
+            return np.asarray(photo, dtype=np.uint8)
+    except OSError as error:
         raise DataError(
-            f"digits_mini needs scikit-learn's sample photograph {name}, which is not installed."
+            f"digits_mini needs scikit-learn's photograph {path}, which cannot be read ({error})."
         ) from error
 
 

@@ -18,7 +18,9 @@ from fednorm.data.source import Rows
 from fednorm.errors import DataError
 
 
-def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir: Path | None = None) -> Federation:
+def load_federation(
+    config: DataConfig, *, image_size: int, seed: int, cache_dir: Path | None = None, reader: type[Reader] = Reader
+) -> Federation:
     """Load a benchmark and deal its images to clients.
 
     Pixels are decoded once into one uint8 array a data set, kept on disk and memory-mapped; clients hold rows of it.
@@ -30,6 +32,7 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
         image_size: The model's input size in pixels, used where ``config.image_size`` is 0.
         seed: Of the streams ``(seed, "data", domain, ...)`` that deal the images, where ``config.split_seed`` is 0.
         cache_dir: Where decoded arrays are kept; by default ``$FEDNORM_CACHE``, else the user's cache folder.
+        reader: What reads the data sets.
 
     Returns:
         The federation.
@@ -41,7 +44,7 @@ def load_federation(config: DataConfig, *, image_size: int, seed: int, cache_dir
     size = config.image_size or image_size
     if size < 1:
         raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-    loaded = DATA[config.name].read(Reader(config, size, cache_dir))
+    loaded = DATA[config.name].read(reader(config, size, cache_dir))
     seed = config.split_seed or seed
     domains = [_merged(domain) for domain in loaded.domains] if config.merge else list(loaded.domains)
     return Federation(

@@ -42,10 +42,12 @@ class Average:
         self._bounds: dict[str, float] = {}
         self._moments: list[dict[str, Tensor]] = []
         self._weights: list[float] = []
+        self._only: Mapping[str, Tensor] | None = None
 
     def add(self, tensors: Mapping[str, Tensor], weight: float) -> None:
         """Add one client's tensors with a weight > 0; the tensors are not changed."""
         first = not self._weights
+        self._only = tensors if first else None
         if first:
             self._integers = {k: tensors[k].clone() for k in self._plan.sent if not tensors[k].is_floating_point()}
             floats = [k for k in self._plan.sent if k not in self._integers and k not in self._pooled]
@@ -62,7 +64,9 @@ class Average:
         self._weights.append(weight)
 
     def result(self) -> dict[str, Tensor]:
-        """Return the average, in the plan's order; call it once."""
+        """Return the average, in the plan's order; call it once. Of one client it is the client's, to the bit."""
+        if self._only is not None:  # n x / n, rounded twice, is not always x
+            return {key: self._only[key].clone() for key in self._plan.sent}
         if self._sums:
             torch._foreach_div_(list(self._sums.values()), sum(self._weights))
         averaged = self._sums | self._narrowed() | self._integers | self._pool()

@@ -68,10 +68,10 @@ def require_answered(final: Mapping[str, Any], least: float, lines: Collection[M
     missing = final["missing"]
     rejected = list(lines)[-1]["rejected"] if lines else []
     reasons = {r["client"]: r["reason"] for r in rejected if r["reason"].startswith("evaluation")}
-    told = "; ".join(f"client {pid}: {reasons.get(pid, 'no reply')}" for pid in missing["clients"][:3])
+    causes = "; ".join(f"client {pid}: {reasons.get(pid, 'no reply')}" for pid in missing["clients"][:3])
     whom = f"Nobody of {', '.join(missing['domains'])}" if missing["domains"] else "Not every client"
     text = (
-        f"{whom if final['answered'] else 'No client'} could be evaluated after the last round ({told}): "
+        f"{whom if final['answered'] else 'No client'} could be evaluated after the last round ({causes}): "
         f"{100 * final['answered']:.0f} % of the clients answered"
     )
     if all(diverged(reasons.get(pid, "")) for pid in missing["clients"]):

@@ -11,6 +11,8 @@ Messages:
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
+* ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
   record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
 
@@ -23,7 +25,7 @@ on its own training images; it keeps nothing of that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -31,9 +33,9 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
-from fednorm.config import TrainConfig
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
+from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.local import Turn, held
 from fednorm.federation.replies import EXTRA
@@ -46,84 +48,88 @@ def make_client_app(bench_of: BenchSource) -> ClientApp:
     """Return a ClientApp whose processes find their workbench with ``bench_of``."""
     app = ClientApp()
 
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        return Message(_trained(bench_of(context), message, context), reply_to=message)
+    def handle(message: Message, context: Context) -> Message:
+        content = carry_out(bench_of(context), message.metadata.message_type, message.content, context)
+        return Message(content, reply_to=message)
 
-    @app.evaluate()
-    def evaluate(message: Message, context: Context) -> Message:
-        return Message(_evaluated(bench_of(context), message, context), reply_to=message)
-
-    @app.query("describe")
-    def describe(message: Message, context: Context) -> Message:
-        return Message(_described(bench_of(context), context), reply_to=message)
-
-    @app.query("local")
-    def local(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
-        if LOCAL_RECORD in context.state.array_records:
-            reply["arrays"] = context.state.array_records[LOCAL_RECORD]
-        return Message(reply, reply_to=message)
-
-    @app.query("measure")
-    def measure(message: Message, context: Context) -> Message:
-        return Message(_measured(bench_of(context), message, context), reply_to=message)
-
-    @app.query("statistics")
-    def statistics(message: Message, context: Context) -> Message:
-        bench = bench_of(context)
-        reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
-        if LOCAL_RECORD in context.state.array_records:
-            own = context.state.array_records[LOCAL_RECORD]
-            keys = (key for pair in bench.plan.moments() for key in pair)
-            reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
-        return Message(reply, reply_to=message)
-
+    app.train()(handle)
+    app.evaluate()(handle)
+    for action in QUERIES:
+        app.query(action)(handle)
     return app
 
 
-def _trained(bench: Workbench, message: Message, context: Context) -> RecordDict:
+def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context) -> RecordDict:
+    """Carry out what a client is asked; what it keeps is changed in its context.
+
+    Args:
+        bench: This process's workbench.
+        kind: The type of the message: ``train``, ``evaluate`` or ``query.NAME``.
+        content: What the server sends; it is not written to.
+        context: The client's.
+
+    Returns:
+        What is sent back.
+
+    Raises:
+        ValueError: Clients are not asked such a thing.
+    """
+    if kind == "train":
+        return _trained(bench, content, context)
+    if kind == "evaluate":
+        return _evaluated(bench, content, context)
+    category, _, action = kind.partition(".")
+    if category != "query" or action not in QUERIES:
+        raise ValueError(f"A client is asked train, evaluate or query.{', query.'.join(QUERIES)}; got {kind!r}.")
+    return QUERIES[action](bench, content, context)
+
+
+def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Train as the message's round has it; keep what is the client's own, and return what is sent."""
-    client, config = bench.client(context), message.content.config_records["config"]
-    bench.receive(message.content.array_records["arrays"], context.state)
+    client, config = bench.client(context), content.config_records["config"]
+    bench.receive(content.array_records["arrays"], context.state)
     bench.begin_turn(context.state)
-    turn = bench.turn(client, _int(config, "server-round"), message, context)
+    turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
+    before = undo.kept_now(context.state)
     bench.keep_local(context.state, turn.state)
+    undo.remember(context.state, before, turn.server_round)
     reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
     return reply
 
 
-def _evaluated(bench: Workbench, message: Message, context: Context) -> RecordDict:
+def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
-    client, config = bench.client(context), message.content.config_records["config"]
-    complete = bench.receive(message.content.array_records["arrays"], context.state)
+    client, config = bench.client(context), content.config_records["config"]
+    if "mode" not in config:  # a round's, after which its trainings stand
+        undo.forget(context.state)
+    complete = bench.receive(content.array_records["arrays"], context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
     elif not client.held_out:
         if not complete:
             reestimate_on(bench, client.train, len(client.train))
         if config.get("mode", "own") == "own":
-            turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
+            turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
             bench.strategy.local(bench.strategy).before_evaluation(turn)
     scores = _scores(bench, client, in_a_round="mode" not in config)
     return RecordDict({"metrics": MetricRecord(dict(scores))})
 
 
-def _measured(bench: Workbench, message: Message, context: Context) -> RecordDict:
+def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
-    client, config = bench.client(context), message.content.config_records["config"]
-    bench.receive(message.content.array_records["arrays"], context.state)
-    turn = bench.turn(client, _int(config, "server-round"), message, context, evaluating=True)
-    found = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
-    return RecordDict({EXTRA: pack(found), "metrics": MetricRecord({"num-examples": len(client.train)})})
+    client, config = bench.client(context), content.config_records["config"]
+    bench.receive(content.array_records["arrays"], context.state)
+    turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
+    tensors = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
+    return RecordDict({EXTRA: pack(tensors), "metrics": MetricRecord({"num-examples": len(client.train)})})
 
 
-def _described(bench: Workbench, context: Context) -> RecordDict:
+def _described(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what a client says of itself, and prints of its model's constants, where it has any, to be compared."""
+    del content
     client = bench.client(context)
     about = ConfigRecord(
         {
@@ -140,9 +146,49 @@ def _described(bench: Workbench, context: Context) -> RecordDict:
     return RecordDict({"client": about, **constants})
 
 
-def fit(
-    bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None, steps: int = 0
-) -> dict[str, float]:
+def _local(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Return a client's local tensors, where it has any."""
+    del content
+    reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+    if LOCAL_RECORD in context.state.array_records:
+        reply["arrays"] = context.state.array_records[LOCAL_RECORD]
+    return reply
+
+
+def _statistics(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Return the running means and variances among a client's local tensors, where it has any."""
+    del content
+    reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
+    if LOCAL_RECORD in context.state.array_records:
+        own = context.state.array_records[LOCAL_RECORD]
+        keys = (key for pair in bench.plan.moments() for key in pair)
+        reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
+    return reply
+
+
+def _boundary(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    return bench.cross_boundary(content, context)
+
+
+def _undone(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Go back to what the client kept before its training in a round."""
+    del bench
+    undo.go_back(context.state, _int(content.config_records["config"], "server-round"))
+    return RecordDict()
+
+
+QUERIES: Mapping[str, Callable[[Workbench, RecordDict, Context], RecordDict]] = {
+    "describe": _described,
+    "local": _local,
+    "measure": _measured,
+    "boundary": _boundary,
+    "undo": _undone,
+    "statistics": _statistics,
+}
+"""How a client answers each query, by its name."""
+
+
+def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | None = None) -> dict[str, float]:
     """Train the workbench's model on a client's images for a round, as the strategy's clients do.
 
     The optimizer begins anew every round, so that no momentum survives it, unless ``train.reset_optimizer`` is false.
@@ -152,24 +198,14 @@ def fit(
         bench: Its model holds the client's tensors, and is changed.
         client: The client.
         server_round: The round; batches are drawn from the stream (seed, client, round).
-        turn: What the message and the client's state bring along; nothing if None.
-        steps: How many of each phase, for timing; 0 for those of the configuration.
+        turn: What the server and the client's state bring along; nothing if None.
 
     Returns:
         ``num-examples``, and the mean ``loss`` and ``accuracy`` over the training images as they were seen.
     """
     turn = turn or bench.turn(client, server_round)
-    turn.limit = steps
-    return {"num-examples": len(client.train), **turn.fit(bench.strategy.local(bench.strategy))}
-
-
-def steps_of_round(train: TrainConfig, count: int) -> int:
-    """Return the steps of a client with ``count`` images: ``local_steps``, or those of ``local_epochs`` passes.
-
-    A part of a pass is made of whole batches, one at least.
-    """
-    batches = -(-count // train.batch_size)
-    return train.local_steps or max(1, round(train.local_epochs * batches))
+    metrics = turn.fit(bench.strategy.local(bench.strategy))
+    return {"num-examples": len(turn.client.train), **metrics}
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,19 +1,20 @@
-"""How long a federated run will take, measured on its own model before it starts."""
+"""How long a federated run will take: its images counted, a few of its own steps timed."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import replace
 
 from fednorm.config import RunConfig, TrainConfig
-from fednorm.data.domain import Client, Federation, Split
-from fednorm.device import seconds
-from fednorm.federation.client import fit, score, steps_of_round
+from fednorm.data import load_federation
+from fednorm.data.benchmarks import Reader
+from fednorm.data.domain import Federation, Split, pooled
+from fednorm.federation.client import score
+from fednorm.federation.local import Phase
 from fednorm.federation.workbench import Workbench
+from fednorm.training.work import Work, timed
 
-QUICK = 0.5
-"""Seconds: of shorter batches so many are timed, four at most, and twice: the first ones of a process are slower."""
+STEPS = 2
+"""Most steps that are timed at once."""
 
 SCORED = 16
 """Most images of the evaluation that is timed."""
@@ -22,80 +23,81 @@ COPIES = 4
 """How often a client's turn moves the model: into the workbench, out of it, over the wire, into the average."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What the parts of a round cost, in seconds.
+def load(config: RunConfig, reader: type[Reader] = Reader) -> Federation:
+    """Return the clients of a run, as a reader finds their images."""
+    size = config.model.card.input_size
+    return load_federation(config.data, image_size=size, seed=config.seed, reader=reader)
 
-    Attributes:
-        train: A training image: forward and backward pass, and its share of the update.
-        test: An image that is scored.
-        copy: Every tensor of the model, copied once.
+
+def work(config: RunConfig, federation: Federation) -> Work:
+    """Return what a run does: in R rounds, a share f of K clients, each V-th evaluated.
+
+        trained    R f sum_k (n_k, as often as ``train`` says and the strategy adds)  +  fine-tuning before evaluations
+        scored     evaluations * test images; what a strategy's clients measure
+        turns      COPIES R f K  +  evaluations * K
+
+    An evaluation more is made of each kind that no round has made, and one a domain for ``cross``. Where images held
+    back choose the best round, they are scored too.
+
+    Args:
+        config: The run's configuration.
+        federation: Who holds how many images.
     """
+    if config.strategy.card.pooled:
+        federation = pooled(federation)
+    rounds, evaluate, clients = config.rounds, config.evaluate, federation.training_clients
+    adds = config.strategy.card.make.local.passes(config.strategy.values)
+    held = sum(len(client.train) for client in clients)
+    a_round = sum(images_of_round(config.train, len(client.train)) for client in clients) + adds.in_round * held
+    turns = rounds.num_rounds * rounds.fraction
+    in_rounds = -(-rounds.num_rounds // rounds.evaluate_every)
+    after = sum(len(federation.domains) if kind == "cross" else 1 for kind in evaluate.kinds if kind != "own")
+    split = "validation" if evaluate.split == "validation" else "test"
+    scored = sum(len(getattr(client, split)) for client in federation.clients)
+    choosing = sum(len(client.validation) for client in clients) if evaluate.best_round else 0
+    return Work(
+        trained=turns * a_round + in_rounds * adds.before_evaluation * held,
+        scored=(in_rounds + after) * scored + in_rounds * choosing + turns * adds.measured * len(clients),
+        turns=COPIES * turns * len(clients) + (in_rounds + after) * len(federation.clients),
+    )
 
-    train: float
-    test: float
-    copy: float
+
+def images_of_round(train: TrainConfig, count: int) -> int:
+    """Return how many images a client with ``count`` of them trains on in a round, each time counted."""
+    a_pass = -(-count // train.batch_size)
+    passes, rest = divmod(Phase().batches(train, a_pass), a_pass)
+    return passes * count + min(rest * train.batch_size, count)
 
 
-def measure(bench: Workbench) -> Rates:
-    """Time one client's training and evaluation, after a warm-up; the model's tensors are put back.
+def cost(bench: Workbench) -> Work:
+    """Time a few steps of a client, an evaluation and a copy of the model; the model's tensors are put back.
 
     With one thread, what other processes do on the machine does not enter.
 
     Args:
         bench: A workbench of the run.
     """
+    size, device = bench.config.train.batch_size, bench.trainee.device
     client = max(bench.federation.training_clients, key=lambda client: len(client.train))
-    before = bench.read(bench.model.state_dict())
-    batch = _first(client, max(bench.config.train.batch_size, 2))
-    _seconds_to_fit(bench, batch)
-    train = _seconds_to_fit(bench, batch)
-    if batches := min(int(QUICK / max(train, 1e-6)), 4):
-        batch = _first(client, batches * len(batch.train))
-        train = min(_seconds_to_fit(bench, batch) for _ in range(2))
-    scored = _first(client, SCORED).train
-    score(bench, _first(client, 2).train)
-    device = bench.trainee.device
-    began = seconds(device)
-    score(bench, scored)
-    test = seconds(device) - began
-    began = seconds(device)
-    bench.write(before)
-    copy = seconds(device) - began
-    return Rates(train / len(batch.train), test / len(scored), copy)
+    before, few = bench.read(bench.model.state_dict()), first(client.train, STEPS * size)
+    turn, local = bench.turn(replace(client, train=few), 1), bench.strategy.local(bench.strategy)
+    phase = Phase(steps=-(-len(few) // size))
+    local.begin(turn)
+    trained = timed(lambda: turn.train_aside(local, "estimate", phase, lambda: local.adjust(turn)), device)
+    local.end(turn)
+    scored = first(few, SCORED)
+    evaluated = timed(lambda: score(bench, scored), device)
+    return Work(trained / len(few), evaluated / len(scored), timed(lambda: bench.write(before), device))
 
 
-def total_seconds(config: RunConfig, federation: Federation, rates: Rates) -> float:
-    """Return about how long all rounds will take, in seconds.
-
-        R * f * (n_seen * train + K * COPIES * copy) + V * (n_scored * test + K * copy)
-
-    for R rounds, a share f of K clients, n_seen images that all of them train on in a round (an image counts each
-    time), and V evaluations, of which the evaluation matrix makes one a kind that no round has made, and one a domain
-    for ``cross``. Where images held back choose the best round, they are scored too.
-
-    Args:
-        config: The run's configuration.
-        federation: Who holds how many images.
-        rates: What the parts cost.
-    """
-    rounds, clients = config.rounds, federation.training_clients
-    trained = sum(images_of_round(config.train, len(client.train)) for client in clients)
-    validating = config.evaluate.split == "validation"
-    scored = sum(len(client.validation if validating else client.test) for client in federation.clients)
-    held_back = sum(len(client.validation) for client in clients) if config.evaluate.best_round else 0
-    extra = sum(len(federation.domains) if kind == "cross" else 1 for kind in config.evaluate.kinds if kind != "own")
-    evaluations = -(-rounds.num_rounds // rounds.evaluate_every) + extra
-    a_round = rounds.fraction * (trained * rates.train + len(clients) * COPIES * rates.copy)
-    an_evaluation = scored * rates.test + len(federation.clients) * rates.copy
-    choosing = -(-rounds.num_rounds // rounds.evaluate_every) * held_back * rates.test
-    return rounds.num_rounds * a_round + evaluations * an_evaluation + choosing
+def measure(config: RunConfig, federation: Federation) -> Work:
+    """Return what each of a run's work takes, timed on a workbench of its own."""
+    return cost(Workbench(config, federation))
 
 
-def images_of_round(train: TrainConfig, count: int) -> int:
-    """Return how many images a client with ``count`` of them trains on in a round, each time counted."""
-    passes, rest = divmod(steps_of_round(train, count), -(-count // train.batch_size))
-    return passes * count + min(rest * train.batch_size, count)
+def first(split: Split, count: int) -> Split:
+    """Return the first ``count`` images of a client's, or all where there are fewer."""
+    return replace(split, index=split.index[:count])
 
 
 def estimate_seconds(bench: Workbench) -> float:
@@ -104,17 +106,4 @@ def estimate_seconds(bench: Workbench) -> float:
     Args:
         bench: The run's workbench; its model's tensors are put back.
     """
-    return total_seconds(bench.config, bench.federation, measure(bench))
-
-
-def _seconds_to_fit(bench: Workbench, client: Client) -> float:
-    began = seconds(bench.trainee.device)
-    fit(bench, client, server_round=1, steps=-(-len(client.train) // bench.config.train.batch_size))
-    return seconds(bench.trainee.device) - began
-
-
-def _first(client: Client, count: int) -> Client:
-    def few(split: Split) -> Split:
-        return replace(split, index=split.index[: min(count, len(split))].to(torch.int64))
-
-    return Client(client.partition_id, client.domain, few(client.train), client.validation, few(client.test))
+    return work(bench.config, bench.federation).times(cost(bench))

@@ -234,13 +234,13 @@ def _script_folders() -> list[str]:
 
 def _command(name: str) -> str:
     """Return the path of one of Flower's commands: this Python's own, or else the first on PATH."""
-    found = shutil.which(name, path=os.pathsep.join(_script_folders())) or shutil.which(name)
-    if found is None:
+    path = shutil.which(name, path=os.pathsep.join(_script_folders())) or shutil.which(name)
+    if path is None:
         raise ConfigError(
             f"The command {name} was not found beside {sys.executable}, nor on PATH. Flower's package installs it: "
             "pip install --force-reinstall 'flwr[simulation]'."
         )
-    return found
+    return path
 
 
 def _free_port() -> int:

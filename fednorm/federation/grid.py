@@ -1,7 +1,8 @@
 """Our in-process runtime: a Flower ``Grid`` whose nodes are clients of this process.
 
-No Ray, no polling, no serialization: a message is handed to the ClientApp and its reply handed back. Apps and
-strategies are the same as on Flower's own runtimes, and so are the numbers.
+No Ray, no polling, no serialization: what a message asks is handed to an executor of ours, or the message itself to a
+ClientApp of anybody's, and the reply handed back. Strategies are the same as on Flower's own runtimes, and so are the
+numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fednorm.federation.executors import Executor, Failure, Job
 from fednorm.federation.flower_private import Run, empty_run, ensure_task_identity
 
 log = logging.getLogger("fednorm")
@@ -22,22 +24,25 @@ CLIENT_FAILED = 1
 
 
 class InProcessGrid(Grid):
-    """A grid whose nodes run one after the other in this process, in the order of the messages.
+    """A grid whose nodes are clients of this process; replies come in the order of the messages.
+
+    A ClientApp is handed Flower's messages, one after the other. An executor is handed what they ask.
 
     Attributes:
         contexts: Each node's context, by node id; a client's local tensors live in its ``state``.
     """
 
-    def __init__(self, client_app: ClientApp, num_nodes: int, run_config: UserConfig) -> None:
+    def __init__(self, clients: ClientApp | Executor, num_nodes: int, run_config: UserConfig) -> None:
         """Make ``num_nodes`` nodes with partition ids 0 to ``num_nodes - 1``.
 
         Args:
-            client_app: Handles every message.
+            clients: An app that handles every message, or an executor that carries out what it asks.
             num_nodes: Number of nodes.
             run_config: Every node's run configuration.
         """
         ensure_task_identity(run_id=1, node_id=1, task_id=1)
-        self._client_app = client_app
+        self._app = clients if isinstance(clients, ClientApp) else None
+        self._executor = None if isinstance(clients, ClientApp) else clients
         self._run = empty_run(run_id=1)
         self._replies: dict[str, Message] = {}
         self._next_id = 0
@@ -85,14 +90,29 @@ class InProcessGrid(Grid):
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Yield the reply to each message as it is asked for, so that one client's update is in memory at a time."""
+        """Yield the reply to each message as it is asked for, so that no update is in memory before it is used."""
         del timeout
-        for message in messages:
-            yield self._handle(message)
+        if self._executor is None:
+            for message in messages:
+                yield self._handle(message)
+            return
+        messages = list(messages)
+        answers = self._executor.run([self._job(message) for message in messages])
+        for message, answer in zip(messages, answers, strict=True):
+            content = Error(CLIENT_FAILED, answer.reason) if isinstance(answer, Failure) else answer
+            yield Message(content, reply_to=message)
+
+    def _job(self, message: Message) -> Job:
+        context = self.contexts[message.metadata.dst_node_id]
+        client = int(context.node_config["partition-id"])
+        return Job(message.metadata.message_type, client, message.content, context)
 
     def _handle(self, message: Message) -> Message:
+        if self._app is None:
+            (reply,) = self.send_and_receive([message])
+            return reply
         try:
-            return self._client_app(message, self.contexts[message.metadata.dst_node_id])
+            return self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # a failing client must not end the round, as on Flower's runtimes
             log.debug("client of node %d failed", message.metadata.dst_node_id, exc_info=True)
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -26,7 +26,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +37,7 @@ from fednorm.data.domain import Client
 from fednorm.errors import ConfigError
 from fednorm.federation.plan import NormPlan
 from fednorm.rng import torch_seeded, torch_stream
+from fednorm.training.loop import Tally, batches_of
 from fednorm.training.step import TrainingStep
 
 if TYPE_CHECKING:
@@ -68,6 +70,21 @@ class Phase:
         return max(1, round(self.epochs * a_pass)) if self.epochs else 0
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a strategy's client side adds to the training of a run's ``train`` section, for an estimate of its time.
+
+    Attributes:
+        in_round: Passes over a client's images in each round.
+        before_evaluation: Passes over them before each evaluation.
+        measured: Images of a client that go through the network untrained in each round.
+    """
+
+    in_round: float = 0.0
+    before_evaluation: float = 0.0
+    measured: int = 0
+
+
 @dataclass
 class Turn:
     """One client's turn at the workbench's model: what its :class:`Local` may see and change.
@@ -87,7 +104,6 @@ class Turn:
         state: The client's named tensors, to be changed at will; kept after training, dropped after an evaluation.
         reply: What :meth:`Local.end` gave to be sent.
         steps: Updates so far, those of :meth:`train_aside` not counted.
-        limit: Steps of each phase in place of its own, for timing; 0 for its own.
     """
 
     trainee: Trainee
@@ -104,7 +120,6 @@ class Turn:
     state: dict[str, Tensor] = field(default_factory=dict)
     reply: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
-    limit: int = 0
 
     @property
     def model(self) -> nn.Module:
@@ -139,15 +154,13 @@ class Turn:
         step = self._step(local, lambda: local.adjust(self))
         with trainee.trainable.stage(self.probing), torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
-                if self.limit:
-                    phase = replace(phase, epochs=None, steps=self.limit)
                 if phase.parameters is not None and not phase.parameters & trainee.trainable.active:
                     continue  # of two phases, the one whose tensors are frozen
                 with _only(trainee.model, phase.parameters):
                     self.steps += batches.train(step, phase)
         trainee.optimizer.zero_grad(set_to_none=True)
         self.reply = held(local.end(self), "Local.end sends")
-        return batches.means()
+        return batches.tally.means()
 
     def train_aside(self, local: Local, name: str, phase: Phase, adjust: Effect | None = None) -> None:
         """Train the tensors that are in the model now, beside the turn's own training.
@@ -197,6 +210,12 @@ class Local:
     def __init__(self, strategy: Any) -> None:
         """Make the client side of one turn."""
         self.strategy = strategy
+
+    @classmethod
+    def passes(cls, options: Mapping[str, Any]) -> Passes:
+        """Return what it adds to a run's training, by the strategy's options; by default nothing."""
+        del options
+        return Passes()
 
     def check(self, trainee: Trainee) -> None:
         """Raise a ConfigError if the method's formula does not hold for this training; asked once, before a run."""
@@ -268,9 +287,7 @@ class _Batches:
 
     def __init__(self, turn: Turn, rows: torch.Generator, augmenting: torch.Generator) -> None:
         self._turn, self._generator, self._augmenting = turn, rows, augmenting
-        self._losses: list[Tensor] = []
-        self._hits: list[Tensor] = []
-        self._seen = 0
+        self.tally = Tally(turn.trainee.device)
 
     def train(self, step: TrainingStep, phase: Phase) -> int:
         """Train on a phase's batches; return the number of updates."""
@@ -278,9 +295,7 @@ class _Batches:
         for rows in self._rows(phase):
             images, labels = split.batch(rows)
             loss, logits = step(split.scaling(augment(images, self._augmenting)), labels)
-            self._losses.append(loss * len(rows))
-            self._hits.append((logits.argmax(1) == labels).sum())
-            self._seen += len(rows)
+            self.tally.add(loss, (logits.argmax(1) == labels).sum(), len(rows))
             updates += 1
         return updates
 
@@ -290,17 +305,11 @@ class _Batches:
         size = trainee.config.train.batch_size
         wanted = phase.batches(trainee.config.train, -(-count // size)) if count else 0
         while wanted > 0:
-            rows_of_pass = torch.split(torch.randperm(count, generator=self._generator), size)
-            for rows in rows_of_pass[:wanted]:
-                if len(rows) > 1 or not trainee.batch_coupled:
+            order = torch.randperm(count, generator=self._generator)
+            for rows in islice(batches_of(order, size, single=not trainee.batch_coupled), wanted):
+                if len(rows):
                     yield rows
-            wanted -= len(rows_of_pass)
-
-    def means(self) -> dict[str, float]:
-        return {
-            "loss": torch.stack(self._losses).sum().item() / self._seen,
-            "accuracy": torch.stack(self._hits).sum().item() / self._seen,
-        }
+            wanted -= -(-count // size)
 
 
 @contextmanager

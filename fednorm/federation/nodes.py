@@ -145,10 +145,10 @@ def _contradiction(about: About, expected: Mapping[int, Expected]) -> UnfitReply
     known = expected.get(about.partition_id)
     if known is None or (about.domain, about.held_out) == (known.domain, known.held_out):
         return None
-    said, is_ = (f"{domain!r}{', held out' * out}" for domain, out in (
+    claim, own = (f"{domain!r}{', held out' * out}" for domain, out in (
         (about.domain, about.held_out), (known.domain, known.held_out)
     ))  # fmt: skip
-    return UnfitReply(f"it says that its domain is {said}; this run's client {about.partition_id} has {is_}")
+    return UnfitReply(f"it says that its domain is {claim}; this run's client {about.partition_id} has {own}")
 
 
 def _other_constant(key: str) -> UnfitReply:

@@ -139,12 +139,14 @@ class Expected:
         held_out: Whether it never trains.
         train: Its training images.
         scored: Its images in the split that is scored.
+        constant: Whether it trains on all of its training images in every round.
     """
 
     domain: str
     held_out: bool
     train: int
     scored: int
+    constant: bool = True
 
 
 def reader(read: Callable[P, T]) -> Callable[P, T]:

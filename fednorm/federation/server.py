@@ -21,7 +21,7 @@ from fednorm.federation.checkpoint import kept, personal, restored, taken
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected, Form
+from fednorm.federation.replies import Expected
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
@@ -30,6 +30,7 @@ from fednorm.federation.workbench import (
     Workbench,
     process_workbench,
 )
+from fednorm.records import further
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import finite
 from fednorm.records.record import RunRecord
@@ -127,13 +128,11 @@ def describe(bench: Workbench) -> Document:
         for client in federation.clients
     ]
     sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
-    summary, strategy = bench.plan.summary(sampled), bench.strategy
-    beside = [*map(Form.of, strategy.extra_to_send().values()), *strategy.extra_expected().values()]
-    summary["bytes_per_round"] += sampled * (sum(form.nbytes for form in beside) + strategy.bytes_beside())
+    extra = bench.strategy.extra_bytes
     return {
         "plan": {
-            **summary,
-            "bytes": bench.plan.bytes_by_role(),
+            **bench.strategy.summary_of_plan(sampled),
+            "bytes": bench.plan.bytes_by_role() | ({"extra": extra} if extra else {}),
             "tensors": bench.plan.tensors(),
         },
         "model": bench.about_model,
@@ -147,6 +146,7 @@ def describe(bench: Workbench) -> Document:
             "clients": clients,
             "digest": federation.digest(),
         },
+        **bench.about(),
     }
 
 
@@ -154,7 +154,9 @@ def expected_of(bench: Workbench) -> dict[int, Expected]:
     """Return what a run knows of its clients before they answer, by partition id."""
     scored = bench.config.evaluate.split
     return {
-        client.partition_id: Expected(client.domain, client.held_out, len(client.train), len(getattr(client, scored)))
+        client.partition_id: Expected(
+            client.domain, client.held_out, len(client.train), len(getattr(client, scored)), bench.trains_on_all
+        )
         for client in bench.federation.clients
     }
 
@@ -164,8 +166,8 @@ def _options(bench: Workbench) -> Document:
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
-    config, about = bench.config, describe(bench)
-    bench.strategy.expected = expected_of(bench)
+    about = describe(bench)
+    bench.strategy.expected, bench.strategy.takes_part = expected_of(bench), bench.takes_part
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()
     if record:
@@ -174,19 +176,20 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
         result = bench.strategy.start(
             grid,
             arrays,
-            num_rounds=config.rounds.num_rounds,
+            num_rounds=bench.num_rounds,
             first_round=first_round,
-            evaluate_every=config.rounds.evaluate_every,
+            evaluate_every=bench.evaluate_every,
             on_round=journal.round,
         )
-        if first_round > config.rounds.num_rounds and "missing" in journal.lines[-1]:
+        if first_round > bench.num_rounds and "missing" in journal.lines[-1]:
             journal.evaluate_again(arrays)
     finally:
         journal.close()
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
-        own = personal(bench, grid, result.arrays, config.rounds.num_rounds)
-        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own)
+        own = personal(bench, grid, result.arrays, bench.num_rounds)
+        rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
+        record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own, further=rest)
     return document
 
 
@@ -206,13 +209,15 @@ class _Journal:
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
         self._data = data
         self._pending: Checkpoint | None = None
+        self.last: Checkpoint | None = None
+        """That of the last round, once there is one: what a longer run would go on with."""
 
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
         if self._record and not isinstance(self._grid, InProcessGrid):
             self._record.start_over()
-        elif self._record and (checkpoint := self._record.load_checkpoint(self._data)):
+        elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
@@ -222,19 +227,30 @@ class _Journal:
             self._observer.begin(self._bench, first_round)
         return arrays, first_round
 
+    def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
+        """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
+        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        checkpoint = record.load_checkpoint(self._data)
+        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+            self.last = checkpoint
+        return checkpoint
+
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        config, found = self._bench.config.evaluate, Document()
+        config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
-            found["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+            beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
-            found["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
-        line = round_line(report, self._bench.strategy.expected) | finite(found)
+            beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
+        beside |= self._bench.after_round(self._grid, report.server_round, arrays)
+        line = round_line(report, self._bench.strategy.expected) | finite(beside)
         self.lines.append(line)
         if self._record:
             self._record.append_line(line)
             if isinstance(self._grid, InProcessGrid):
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
+                if report.server_round == self._bench.num_rounds:
+                    self.last = self._pending
                 if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
@@ -246,12 +262,12 @@ class _Journal:
         report = strategy.report = RoundReport(last["round"])
         messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
-        made = round_line(report, strategy.expected)
+        again = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
-        clients = {**last["clients"], "evaluate": made["clients"]["evaluate"]}
+        clients = {**last["clients"], "evaluate": again["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
-        line |= {key: made[key] for key in SCORES if key in made}
-        self.lines.append({**line, "rejected": kept + made["rejected"], "clients": clients})
+        line |= {key: again[key] for key in SCORES if key in again}
+        self.lines.append({**line, "rejected": kept + again["rejected"], "clients": clients})
         if self._record:
             self._record.keep_lines(len(self.lines) - 1)
             self._record.append_line(self.lines[-1])
@@ -280,8 +296,9 @@ def _document(
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
     matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, known, min_answered=least)
     evaluation = matrix.run()
+    beside = bench.measures(lines)
     return {
-        "kind": "federated",
+        "kind": bench.config.kind,
         **about,
         "rounds": [{key: value for key, value in line.items() if key != "clients"} for line in lines],
         "final": {
@@ -290,7 +307,9 @@ def _document(
             "round": last["round"],
             "selection": f"last round, {bench.config.evaluate.split} images",
             **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
+            **beside.pop("final", {}),
         },
+        **beside,
         "evaluation": evaluation,
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,

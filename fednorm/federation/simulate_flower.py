@@ -71,7 +71,7 @@ def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, time
         observer.begin(bench, 1)
     num_nodes = len(bench.federation.clients)
     try:
-        with _told(record, observer):
+        with _following(record, observer):
             run_with_flower(
                 app,
                 num_supernodes=num_nodes,
@@ -106,19 +106,19 @@ def _launching(record: RunRecord) -> Iterator[None]:
 
 
 @contextmanager
-def _told(record: RunRecord, observer: Observer | None) -> Iterator[None]:
+def _following(record: RunRecord, observer: Observer | None) -> Iterator[None]:
     """Tell an observer of the rounds that another process appends to a record."""
     if observer is None:
         yield
         return
     ended = threading.Event()
-    told = 0
+    count = 0
 
     def tell() -> None:
-        nonlocal told
-        for line in record.lines()[told:]:
+        nonlocal count
+        for line in record.lines()[count:]:
             observer.round(line)
-            told += 1
+            count += 1
 
     def watch() -> None:
         while not ended.wait(0.5):

@@ -7,8 +7,8 @@ Differences from ``flwr.serverapp.strategy.FedAvg``, each the closing of a trap:
 * replies are aggregated in the order of partition ids, whatever the order of arrival, so sums are the same bit for bit;
 * integers (batch counters) are taken from the first client, never averaged into floats;
 * what a plan calls pooled is pooled by the law of total variance;
-* a reply that does not fit the plan (:mod:`fednorm.federation.replies`) is rejected and counted, and the round goes on
-  with the others;
+* a reply that does not fit the plan (:mod:`fednorm.federation.replies`) is rejected and counted, the round goes on
+  with the others, and its client keeps nothing of the round (:mod:`fednorm.federation.undo`);
 * :meth:`NormStrategy.start` can start at any round, and reports every client of every round.
 """
 
@@ -40,6 +40,9 @@ from fednorm.roles import LEARNED, Role, RoleRule
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
 
+UNDO_SECONDS = 60.0
+"""How long to wait for clients that are told that their training was not used."""
+
 OURS = ("loss", "accuracy")
 """The metrics that fednorm's own clients report besides ``num-examples``."""
 
@@ -54,6 +57,11 @@ class Common(TypedDict, total=False):
     max_update_norm: float
     local: str
     frozen: frozenset[str]
+
+
+def _always(partition_id: int, server_round: int) -> bool:
+    del partition_id, server_round
+    return True
 
 
 class NormStrategy(Strategy):
@@ -113,10 +121,12 @@ class NormStrategy(Strategy):
         self.min_nodes = min_nodes
         self.max_update_norm = max_update_norm
         self.expected: Mapping[int, Expected] = {}
+        self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
+        self._grid: Grid | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -150,6 +160,21 @@ class NormStrategy(Strategy):
     def bytes_beside(self) -> int:
         """Return the bytes of each client of a round in exchanges of the strategy's own, beside the training's."""
         return 0
+
+    def summary_of_plan(self, num_clients: int) -> dict[str, int]:
+        """Return the plan's summary, with the bytes that travel beside its tensors: the strategy's own.
+
+        Args:
+            num_clients: Clients of a round.
+        """
+        summary = self.plan.summary(num_clients)
+        return summary | {"bytes_per_round": summary["bytes_per_round"] + num_clients * self.extra_bytes}
+
+    @property
+    def extra_bytes(self) -> int:
+        """The bytes that each client of a round receives and sends beside the plan's tensors, once each."""
+        forms = [*map(Form.of, self.extra_to_send().values()), *self.extra_expected().values()]
+        return sum(form.nbytes for form in forms) + self.bytes_beside()
 
     def aggregate_extra(self, partition_id: int, extra: Mapping[str, Tensor], weight: float) -> None:
         """Take in what one client sent besides, before :meth:`server_update`; called in the order of partition ids.
@@ -204,7 +229,7 @@ class NormStrategy(Strategy):
             self.report.reject(*self._refused.pop(0), during="query.describe")
         beside = pack(self.extra_to_send())
         self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
-        self._sent = unpack(arrays)
+        self._sent, self._grid = unpack(arrays), grid
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen)
@@ -217,22 +242,33 @@ class NormStrategy(Strategy):
         average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
             try:
-                tensors, told, extra = self._read_update(node, reply)
+                tensors, report, extra = self._read_update(node, reply)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit)
                 continue
-            self.report.train.append(told)
-            norms[node.partition_id] = told.update_norm or 0.0
+            self.report.train.append(report)
+            norms[node.partition_id] = report.update_norm or 0.0
             if self._keeps_statistics:
                 self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
-            weight = told.metrics["num-examples"] if self.weighting == "examples" else 1.0
+            weight = report.metrics["num-examples"] if self.weighting == "examples" else 1.0
             average.add(tensors, weight)
             if extra:
                 self.aggregate_extra(node.partition_id, extra, weight)
+        self._take_back()
         if not self.report.train:
             return None, None
         self.norms = norms
         return pack(self.server_update(self._sent, average.result())), weighted_metrics(self.report.train)
+
+    def _take_back(self) -> None:
+        """Tell the clients whose training was not used, so that they keep nothing of it (see ``undo``)."""
+        used = {report.partition_id for report in self.report.train}
+        lost = set(self.report.sampled) - used
+        nodes = [node for node in self.nodes if node.partition_id in lost and node.described] if lost else []
+        if nodes and self._grid is not None:
+            content = RecordDict({"config": ConfigRecord({"server-round": self.report.server_round})})
+            for _ in self._grid.send_and_receive(self._address(content, "query.undo", nodes), timeout=UNDO_SECONDS):
+                pass  # one that does not hear of it, or knows nothing of it, cannot be helped
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -357,6 +393,7 @@ class NormStrategy(Strategy):
         nodes = self.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
+        nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
         if self.fraction == 1:
             return nodes
         size = max(1, round(self.fraction * len(nodes)))
@@ -381,7 +418,7 @@ class NormStrategy(Strategy):
             reply,
             self.plan,
             required=OURS if ours else (),
-            examples=ours.train if ours else 0,
+            examples=ours.train if ours and ours.constant else 0,
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )

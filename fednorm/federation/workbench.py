@@ -11,9 +11,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, RecordDict
+from flwr.serverapp import Grid
 from torch import Tensor
 
 from fednorm import device as devices
@@ -67,23 +69,15 @@ class Workbench:
         """
         self.config = config
         devices.device_of(config)  # before data are read
-        input_size = config.model.card.input_size
-        loaded = federation or load_federation(config.data, image_size=input_size, seed=config.seed)
-        if config.strategy.card.pooled and config.data.normalize == "domain":
-            raise ConfigError(
-                f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
-                "'domain', which scales each domain's in its own way. Take 'global'."
-            )
-        scaled = normalized(loaded, config.data.normalize)
-        self.federation = pooled(scaled) if config.strategy.card.pooled else scaled
-        self.norm: Norm = config.norm.card.made(config.norm.options)
+        self.federation = self._loaded(federation)
+        self.norm: Norm = self._made_norm()
         self._require_memory()
         self.trainee = Trainee(
             config, self.norm, num_classes=self.federation.num_classes, image_size=self.federation.image_size
         )
-        self.federation = moved(self.federation, self.trainee.device)
+        self._move_data(self.trainee.device)
         self.about_model, self.model = self.trainee.about_model, self.trainee.model
-        self.schedule = self.trainee.schedule(config.rounds.num_rounds)
+        self.schedule = self.trainee.schedule(self.num_rounds)
         common = Common(
             fraction=config.rounds.fraction,
             weighting=config.rounds.weighting,
@@ -113,6 +107,69 @@ class Workbench:
             (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
         )
         self._require_memory_of_clients()
+
+    # What another kind of federation has in another way --------------------------------------------------------------
+
+    trains_on_all = True
+    """Whether a client trains on all of its training images in every round."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Return how many rounds the run has."""
+        return self.config.rounds.num_rounds
+
+    @property
+    def evaluate_every(self) -> int:
+        """Return how many rounds there are between two evaluations."""
+        return self.config.rounds.evaluate_every
+
+    def takes_part(self, partition_id: int, server_round: int) -> bool:
+        """Return whether a client that trains at all may be sampled in a round."""
+        del partition_id, server_round
+        return True
+
+    def about(self) -> dict[str, Any]:
+        """Return what the record says of the run besides."""
+        return {}
+
+    def cross_boundary(self, content: RecordDict, context: Context) -> RecordDict:
+        """Answer what says that an experience has ended; there are none here."""
+        del content, context
+        raise ConfigError("This federation has no experiences, and so no boundary between two.")
+
+    def after_round(self, grid: Grid, server_round: int, arrays: ArrayRecord) -> dict[str, Any]:
+        """Do what the server does when a round has ended, and return what its line says of it."""
+        del grid, server_round, arrays
+        return {}
+
+    def measures(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what the result says besides, from the lines of all rounds; ``final`` joins the run's own."""
+        del lines
+        return {}
+
+    def _loaded(self, given: Federation | None) -> Federation:
+        """Return who holds what, scaled."""
+        config = self.config
+        input_size = config.model.card.input_size
+        loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
+        if config.strategy.card.pooled and config.data.normalize == "domain":
+            raise ConfigError(
+                f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
+                "'domain', which scales each domain's in its own way. Take 'global'."
+            )
+        scaled = normalized(loaded, config.data.normalize)
+        return pooled(scaled) if config.strategy.card.pooled else scaled
+
+    def _made_norm(self) -> Norm:
+        return self.config.norm.card.made(self.config.norm.options)
+
+    def _made_turn(self, **parts: Any) -> Turn:
+        return Turn(**parts)
+
+    def _move_data(self, device: torch.device) -> None:
+        self.federation = moved(self.federation, device)
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def _require_memory(self) -> None:
         """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
@@ -154,7 +211,7 @@ class Workbench:
         count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
         each += self.strategy.local(self.strategy).state_bytes(self.plan)
         require_memory(
-            count * each,
+            2 * count * each,  # and those before the last training, to which a rejected client goes back
             f"The local tensors of {count:,} clients",
             "Lower data.clients_per_domain or model.width, or take a strategy that keeps less on its clients.",
         )
@@ -167,7 +224,7 @@ class Workbench:
         self,
         client: Client,
         server_round: int,
-        message: Message | None = None,
+        content: RecordDict | None = None,
         context: Context | None = None,
         *,
         evaluating: bool = False,
@@ -177,17 +234,17 @@ class Workbench:
         Args:
             client: The client.
             server_round: The round.
-            message: What the server sent; None for what the strategy would send besides its tensors.
+            content: What the server sent; None for what the strategy would send besides its tensors.
             context: Where the client's state is; None for none.
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
-        content, state = message.content if message else RecordDict(), context.state if context else RecordDict()
+        sent, state = content or RecordDict(), context.state if context else RecordDict()
         own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(content.array_records[EXTRA]) if EXTRA in content else {}
-        if message is None:
+        beside = unpack(sent.array_records[EXTRA]) if EXTRA in sent else {}
+        if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
-        return Turn(
+        return self._made_turn(
             trainee=self.trainee,
             client=client,
             plan=self.plan,
@@ -196,9 +253,9 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(content.array_records["arrays"]) if message else {},
+            received=unpack(sent.array_records["arrays"]) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(content.config_records.get("config", self.strategy.client_config())),
+            config=dict(sent.config_records.get("config", self.strategy.client_config())),
             state=held(own, "A client keeps"),
         )
 
@@ -281,13 +338,26 @@ def received(
     return {**initial, **own, **sent, **counters}
 
 
+def workbench_of(config: RunConfig) -> Workbench:
+    """Return the workbench of a run of either kind of federation.
+
+    Raises:
+        FedNormError: Something in the configuration does not fit the rest.
+    """
+    if config.kind == "federated":
+        return Workbench(config)
+    from fednorm.federated_continual.workbench import GridWorkbench  # it descends from the one here
+
+    return GridWorkbench(config)
+
+
 BenchSource = Callable[[Context], Workbench]
 """How an app finds the workbench of the run that a context belongs to."""
 
 
 @lru_cache(maxsize=2)
 def _workbench(config: str) -> Workbench:
-    bench = Workbench(resolve(json.loads(config or "{}")))
+    bench = workbench_of(resolve(json.loads(config or "{}")))
     torch.set_num_threads(bench.config.threads)  # Flower's processes are ours alone
     return bench
 

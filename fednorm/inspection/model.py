@@ -244,9 +244,9 @@ def _strategy(name: str, model: nn.Module, seen: Observation, *, steps: bool) ->
     example = seen.example
     if not steps or example is None or _meta(model):
         failure = NO_VALUES if _meta(model) else "not run"
-        return StrategyVerdict(name, strategy.plan.summary(1), "", Step(failure=failure))
+        return StrategyVerdict(name, strategy.summary_of_plan(1), "", Step(failure=failure))
     loss, failure = _attempt(lambda: one_round(strategy, model, lambda client: _train(client, example)))
-    return StrategyVerdict(name, strategy.plan.summary(1), "", Step(loss, failure))
+    return StrategyVerdict(name, strategy.summary_of_plan(1), "", Step(loss, failure))
 
 
 def _make(name: str, model: nn.Module) -> NormStrategy:

@@ -10,7 +10,8 @@ from typing import Any
 
 from fednorm.errors import FedNormError
 from fednorm.inspection.model import ModelReport, check
-from fednorm.inspection.strangers import library_names, load_model
+from fednorm.inspection.strangers import load_model
+from fednorm.models._zoo import torchvision_names
 
 STRATEGIES = ("fedavg", "fedbn", "silobn")
 """Strategies with a plan of their own; the server optimizers, FedProx and FedWon have FedAvg's."""
@@ -44,7 +45,7 @@ Row = dict[str, Any]
 
 def surveyed() -> list[str]:
     """Return the names of the survey's models."""
-    return [f"torchvision:{name}" for name in library_names("torchvision")] + [f"timm:{name}" for name in TIMM.split()]
+    return [f"torchvision:{name}" for name in torchvision_names()] + [f"timm:{name}" for name in TIMM.split()]
 
 
 def survey(names: Iterable[str] | None = None, *, steps: bool = True) -> Iterator[Row]:

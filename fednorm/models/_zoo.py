@@ -121,10 +121,10 @@ def _first(text: str | None) -> str:
     return re.sub(r"`([^`<]*?) *<[^>]*>`__?", r"\1", line)
 
 
-def _unknown(library: str, name: str, known: list[str], how: str) -> UnknownNameError:
+def _unknown(library: str, noun: str, name: str, known: list[str], how: str) -> UnknownNameError:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(f'{library}:{other}' for other in near)}?" if near else ""
-    return UnknownNameError(f"{library} has no classifier named {name!r}.{hint} {how} lists its {len(known)} names.")
+    return UnknownNameError(f"{library} has no {noun} named {name!r}.{hint} {how} lists its {len(known)} names.")
 
 
 def _kind(make: Callable[..., nn.Module]) -> type[nn.Module]:
@@ -153,6 +153,36 @@ def _quiet() -> Iterator[None]:
 # torchvision ----------------------------------------------------------------------------------------------------------
 
 
+def torchvision_names() -> list[str]:
+    """Return the names of torchvision's classifiers."""
+    from torchvision import models
+
+    return list(models.list_models(module=models))
+
+
+def torchvision_maker(name: str) -> Callable[..., nn.Module]:
+    """Return what makes one of torchvision's networks, of any task, without weights.
+
+    Raises:
+        UnknownNameError: It has none of that name.
+    """
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise _unknown("torchvision", "model", name, known, "torchvision.models.list_models()")
+    builder = models.get_model_builder(name)
+    bare = {"weights": None, "weights_backbone": None, "progress": False}  # a backbone's would be loaded otherwise
+    taken = {key: value for key, value in bare.items() if key in signature(builder).parameters}
+
+    def make(**given: Any) -> nn.Module:
+        with _quiet():
+            model: nn.Module = builder(**taken, **given)
+        return model
+
+    return make
+
+
 def torchvision_card(name: str) -> ZooModel:
     """Return the card of one of torchvision's classifiers.
 
@@ -161,15 +191,10 @@ def torchvision_card(name: str) -> ZooModel:
     """
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise _unknown("torchvision", name, known, "torchvision.models.list_models(torchvision.models)")
-    builder, published = models.get_model_builder(name), list(models.get_model_weights(name))
-
-    def make(**given: Any) -> nn.Module:
-        with _quiet():
-            model: nn.Module = builder(weights=None, progress=False, **given)
-        return model
+    if name not in (known := torchvision_names()):
+        raise _unknown("torchvision", "classifier", name, known, "torchvision.models.list_models(torchvision.models)")
+    make, builder = torchvision_maker(name), models.get_model_builder(name)
+    published = list(models.get_model_weights(name))
 
     def files() -> tuple[list[str], str]:
         urls = [
@@ -194,8 +219,8 @@ def torchvision_card(name: str) -> ZooModel:
 # timm -----------------------------------------------------------------------------------------------------------------
 
 
-def timm_card(name: str) -> ZooModel:
-    """Return the card of one of timm's classifiers, with or without the tag of its weights (``resnet50.a1_in1k``).
+def timm_maker(name: str) -> Callable[..., nn.Module]:
+    """Return what makes one of timm's networks, named with or without the tag of its weights, without these.
 
     Raises:
         UnknownNameError: It has none of that name or tag.
@@ -208,17 +233,30 @@ def timm_card(name: str) -> ZooModel:
             f"model timm:{name} needs timm, which cannot be imported ({error}). Install it: pip install timm."
         ) from error
     architecture, _, tag = name.partition(".")
-    known = timm.list_models()
     if not timm.is_model(architecture):
-        raise _unknown("timm", architecture, known, "timm.list_models()")
+        raise _unknown("timm", "classifier", architecture, timm.list_models(), "timm.list_models()")
     tagged = [other for other in timm.list_pretrained(f"{architecture}.*") if other.startswith(f"{architecture}.")]
     if tag and name not in tagged:
-        raise _unknown("timm", name, tagged, f"timm.list_pretrained('{architecture}.*')")
-    published = timm.models.get_pretrained_cfg(name)
+        raise _unknown("timm", "classifier", name, tagged, f"timm.list_pretrained('{architecture}.*')")
 
     def make(**given: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=False, **given)
         return model
+
+    return make
+
+
+def timm_card(name: str) -> ZooModel:
+    """Return the card of one of timm's classifiers, with or without the tag of its weights (``resnet50.a1_in1k``).
+
+    Raises:
+        UnknownNameError: It has none of that name or tag.
+        ConfigError: timm is not installed.
+    """
+    make = timm_maker(name)
+    import timm
+
+    published = timm.models.get_pretrained_cfg(name)
 
     def files() -> tuple[list[str], str]:
         if published is None or not published.has_weights:
@@ -229,17 +267,21 @@ def timm_card(name: str) -> ZooModel:
             f"timm.create_model({name!r}, pretrained=True)",
         )
 
-    kind = _kind(make)
+    kind, plain = _kind(make), name.partition(".")[0]
     size = published.input_size[-1] if published is not None and published.input_size else 224
     return ZooModel(
         name=f"timm:{name}",
-        summary=_first(timm.model_entrypoint(architecture).__doc__) or f"timm's {architecture}.",
+        summary=_first(timm.model_entrypoint(plain).__doc__) or f"timm's {plain}.",
         make=make,
         kind=kind,
         files=files,
         input_size=size,
         origin=kind.__module__,
     )
+
+
+MAKERS: Mapping[str, Callable[[str], Callable[..., nn.Module]]] = {"torchvision": torchvision_maker, "timm": timm_maker}
+"""What makes a network of a library, by the library's name."""
 
 
 # Caches ---------------------------------------------------------------------------------------------------------------

@@ -231,6 +231,7 @@ SPEC = NormSpec(
     ),
     make=ScaledWeightStandardization,
     layers=(SWSConv2d,),
+    convolution=SWSConv2d,
     tensors={
         "weight": TensorSpec(Kind.WEIGHT),
         "bias": TensorSpec(Kind.WEIGHT),

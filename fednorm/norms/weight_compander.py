@@ -216,6 +216,7 @@ SPEC = NormSpec(
     ),
     make=WeightCompander,
     layers=(Companded,),
+    convolution=CompandedConv2d,
     tensors={
         "weight": TensorSpec(Kind.WEIGHT, Carry.KEEP),
         "bias": TensorSpec(Kind.WEIGHT, Carry.KEEP),

@@ -136,6 +136,7 @@ SPEC = NormSpec(
     make=WeightStandardizationGroupNorm,
     # The convolution only: the nn.GroupNorm after it is a normalization layer, and group_norm speaks for it.
     layers=(WSConv2d,),
+    convolution=WSConv2d,
     tensors={"weight": TensorSpec(Kind.WEIGHT), "bias": TensorSpec(Kind.WEIGHT)},
     normalizes=False,
     deviations=("Two groups by default, as federated work has it.",),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fednorm import options
 from fednorm.errors import ConfigError
+from fednorm.optimizers._eager import Eager
 
 
 def require_projection(method: str, *, lr: float, weight_decay: float, delta: float, wd_ratio: float) -> None:
@@ -99,7 +100,7 @@ def laid_like(kept: Tensor | None, weight: Tensor) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.preserve_format).copy_(kept)
 
 
-class Projected(torch.optim.Optimizer):
+class Projected(Eager):
     """An optimizer of which one parameter after the other takes its step."""
 
     @torch.no_grad()

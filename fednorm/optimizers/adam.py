@@ -5,10 +5,9 @@ Kingma, Ba. Adam: A Method for Stochastic Optimization. ICLR 2015. https://arxiv
 
 from __future__ import annotations
 
-import torch
-
 from fednorm.cards import Citation
 from fednorm.optimizers import OptimizerSpec, torch_adam
+from fednorm.optimizers._eager import Adam
 
 SPEC = OptimizerSpec(
     name="adam",
@@ -16,6 +15,6 @@ SPEC = OptimizerSpec(
     citation=Citation(
         title="Adam: A Method for Stochastic Optimization", authors="Kingma, Ba", year=2015, arxiv="1412.6980"
     ),
-    make=torch_adam(torch.optim.Adam),
+    make=torch_adam(Adam),
     adaptive=True,
 )

@@ -5,10 +5,9 @@ Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019. https://ar
 
 from __future__ import annotations
 
-import torch
-
 from fednorm.cards import Citation
 from fednorm.optimizers import OptimizerSpec, torch_adam
+from fednorm.optimizers._eager import AdamW
 
 SPEC = OptimizerSpec(
     name="adamw",
@@ -16,6 +15,6 @@ SPEC = OptimizerSpec(
     citation=Citation(
         title="Decoupled Weight Decay Regularization", authors="Loshchilov, Hutter", year=2019, arxiv="1711.05101"
     ),
-    make=torch_adam(torch.optim.AdamW),
+    make=torch_adam(AdamW),
     adaptive=True,
 )

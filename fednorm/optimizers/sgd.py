@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from fednorm.optimizers import OptimizerSpec
+from fednorm.optimizers._eager import SGD
 
 
 def _make(
     parameters: Iterable[nn.Parameter], *, lr: float, momentum: float, weight_decay: float, nesterov: bool = False
 ) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=True
-    )
+    return SGD(list(parameters), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, foreach=True)
 
 
 SPEC = OptimizerSpec(

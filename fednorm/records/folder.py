@@ -6,17 +6,18 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 import fednorm.records.files as files
 from fednorm.errors import RecordError
 from fednorm.records.integrity import apart, reason, sealed, tensors_metadata
 
-Tensors = dict[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tensors: TypeAlias = "dict[str, Tensor]"
 
 
 class Folder:
@@ -49,6 +50,8 @@ class Folder:
 
     def write_tensors(self, path: Path, tensors: Tensors, about: Mapping[str, str] | None = None) -> dict[str, str]:
         """Write tensors to a file that :meth:`replacing` gave, and return the metadata they were given."""
+        from safetensors.torch import save_file  # imports PyTorch, which reading a record does without
+
         whole = apart(tensors)
         metadata = tensors_metadata(whole, self.run, about)
         save_file(whole, path, metadata=metadata)

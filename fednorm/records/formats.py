@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
+from fednorm.cards import SCENARIOS
 from fednorm.config import Kind, RunConfig, merge
+from fednorm.errors import FedNormError
 
 FORMAT = 2
 """Of records, summaries and manifests of studies.
@@ -26,15 +28,22 @@ _BOTH: Mapping[str, Type] = {
     "data.notes": list,
     "final.selection": str,
 }
+_FEDERATED: Mapping[str, Type] = {
+    **_BOTH,
+    "rounds": list,
+    "evaluation": dict,
+    "final.per_domain": dict,
+    "final.mean": Number,
+    "final.worst": Number,
+    "final.round": int,
+}
 NEEDED: Mapping[str, Mapping[str, Type]] = {
-    "federated": {
-        **_BOTH,
-        "rounds": list,
-        "evaluation": dict,
-        "final.per_domain": dict,
-        "final.mean": Number,
-        "final.worst": Number,
-        "final.round": int,
+    "federated": _FEDERATED,
+    "federated_continual": {
+        **_FEDERATED,
+        "learner.name": str,
+        "accuracy_tensor": list,
+        "final.average_accuracy": Number,
     },
     "continual": {
         **_BOTH,
@@ -46,8 +55,10 @@ NEEDED: Mapping[str, Mapping[str, Type]] = {
 }
 """Keys without which no table can be made of a result, and their types, by kind."""
 
+_OF_A_ROUND: tuple[str, Mapping[str, Type]] = "rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}
 _OF_A_LINE: Mapping[str, tuple[str, Mapping[str, Type]]] = {
-    "federated": ("rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}),
+    "federated": _OF_A_ROUND,
+    "federated_continual": _OF_A_ROUND,
     "continual": ("experiences", {"experience": int, "title": str}),
 }
 """Of each kind the list that grows while a run goes, and what each of its lines needs."""
@@ -66,6 +77,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "best_round": dict,
     "diagnostics": dict,
     "accuracy": list,
+    "own_accuracy": list,
     "task_accuracy": list,
     "anytime": list,
 }
@@ -110,11 +122,13 @@ def manifest(document: Any) -> dict[str, Any]:
         raise Unfit(f"a study's manifest is a table of keys, not {shortened(document)}.")
     require_format(document)
     empty: dict[str, Any] = {"title": "", "about": "", "baseline": None, "paper": [], "selection": None}
-    found = {**empty, "selection_runs": [], **document}
+    found = {**empty, "selection_runs": [], "reduced": None, "departs": {}, **document}
     _require(found, _OF_A_STUDY, "the study's manifest")
     for key in ("baseline", "selection"):
         if found[key] is not None and not isinstance(found[key], dict):
             raise Unfit(f"the study's manifest should have a table or null as '{key}'; it has {shortened(found[key])}.")
+    if not isinstance(found["departs"], dict) or not all(isinstance(keys, dict) for keys in found["departs"].values()):
+        raise Unfit("'departs' of a study's manifest has a table of keys for each run.")
     if not all(isinstance(run, str) for run in (*found["runs"], *found["selection_runs"])):
         raise Unfit("the runs and selection_runs of a study's manifest are hashes, text each.")
     for number in found["paper"]:
@@ -139,11 +153,12 @@ def migrated(document: Any) -> dict[str, Any]:
     if not isinstance(document, dict) or not isinstance(document.get("config"), dict):
         raise Unfit("it is not a result of a run, which has its configuration under 'config'.")
     require_format(document)
-    _require_writable(document)
+    if not _is_writable(document):
+        _require_writable(document)
     kind = document.get("kind") or document["config"].get("kind") or "federated"
     if kind not in NEEDED:
         raise Unfit(f"its kind is {kind!r}, and this fednorm reads {' and '.join(NEEDED)} runs.")
-    defaults = RunConfig.defaults(cast(Kind, kind)).to_dict()
+    defaults = RunConfig.default_values(cast(Kind, kind))
     _require_like(document["config"], defaults, "config")
     config = {**merge(defaults, document["config"]), "kind": kind}
     result = {"kind": kind, **document, "config": config}
@@ -164,6 +179,33 @@ def migrated(document: Any) -> dict[str, Any]:
 
 DEEPEST = 12
 """Tables within tables that a result has at most; today's have seven."""
+
+
+def _is_writable(document: Mapping[str, Any]) -> bool:
+    """Return whether :func:`_require_writable` would surely not raise: the same rules, without names of places."""
+    level: list[Any] = [document]
+    for _ in range(DEEPEST + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif not _is_plain(value):
+                return False
+        if not inner:
+            return True
+        level = inner
+    return False
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, str):
+        return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return type(value) is not int or abs(value) < 2**63
 
 
 def _require_writable(value: Any, place: str = "it", depth: int = 0) -> None:
@@ -209,13 +251,21 @@ def _filled_federation(result: dict[str, Any]) -> dict[str, Any]:
 def _filled_stream(result: dict[str, Any]) -> dict[str, Any]:
     config, lines = result["config"], result["experiences"]
     split = config["evaluate"]["split"]
-    memorization = config["scenario"]["name"] == "random_labels"
-    result["data"] = {"memorization": memorization, **result["data"]}
+    if "memorization" not in result["data"]:
+        result["data"]["memorization"] = _memorizes(config["scenario"]["name"])
     result["final"] = {"selection": f"after the last experience, {split} images", **result["final"]}
     filled = {"learner": config["learner"], "seconds": _seconds(lines), **result}
     filled.setdefault("accuracy_matrix", [line.get("accuracy") for line in lines])
     _require_matrix(filled)
     return filled
+
+
+def _memorizes(scenario: str) -> bool:
+    """Return whether a scenario is about memorization, as its card has it; one that is not here is not known to be."""
+    try:
+        return SCENARIOS[scenario].memorization
+    except FedNormError:
+        return False
 
 
 def _seconds(lines: Iterable[Mapping[str, Any]]) -> float | None:

@@ -17,14 +17,15 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 import fednorm.records.files as files
 from fednorm.records.formats import FORMAT, Unfit, migrated, shortened
+
+if TYPE_CHECKING:  # results are read back without PyTorch, whose import takes longer than their reading
+    from torch import Tensor
 
 Document = dict[str, Any]
 
@@ -208,7 +209,8 @@ def _ended(chain: Chain, why: str, *, foreign: bool = False) -> Chain:
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors of which no two share memory: a network may have one parameter in two places."""
-    places, separate = set[int](), dict[str, Tensor]()
+    places: set[int] = set()
+    separate: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         whole = tensor.contiguous()
         separate[key] = whole.clone() if whole.untyped_storage().data_ptr() in places else whole
@@ -257,6 +259,8 @@ def read_tensors(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def _digest_of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    import torch
+
     digest = hashlib.blake2b(digest_of(metadata).encode(), digest_size=DIGEST_BYTES)
     for key in sorted(tensors):
         tensor = tensors[key].detach()

@@ -10,7 +10,8 @@
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
         personal.safetensors      what stands in each client's own network in place of the server's, likewise; where the
                                   strategy evaluates clients with another (Ditto's own model, a fine-tuned one)
-        result.json               the result; there once the run has finished
+        further.safetensors       what else a longer run goes on with (:mod:`fednorm.records.further`)
+    result.json               the result; there once the run has finished
 
 A continual run's record has ``experiences.jsonl``, one line an experience, in place of ``rounds.jsonl``; its checkpoint
 holds the learner's tensors, and what else it needs as JSON in the file's metadata. Every checkpoint says besides which
@@ -27,7 +28,7 @@ says so; where neither is whole, it starts over once its user has removed them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,9 @@ from fednorm.records.versions import versions
 
 ABOUT, RESULT = "run.json", "result.json"
 MODEL, CLIENTS, EVALUATED = "model.safetensors", "clients.safetensors", "evaluated.safetensors"
-PERSONAL = "personal.safetensors"
+PERSONAL, FURTHER = "personal.safetensors", "further.safetensors"
 
-UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience"}
+UNITS: Mapping[str, str] = {"federated": "round", "continual": "experience", "federated_continual": "round"}
 """What a line of the file is of that grows while a run goes, by kind; the file is called ``rounds.jsonl``."""
 
 
@@ -181,6 +182,25 @@ class RunRecord:
             )
         return checkpoint
 
+    def has_checkpoint(self) -> bool:
+        """Return whether there is a checkpoint, whole or not.
+
+        Raises:
+            RecordError: What is there is no regular file.
+        """
+        return bool(self._checkpoints.standing())
+
+    def take_over(self, lines: Iterable[Mapping[str, Any]], checkpoint: Checkpoint) -> None:
+        """Begin with the lines and the checkpoint of a shorter run, in place of whatever lines are there.
+
+        Raises:
+            RecordError: They cannot be written.
+        """
+        self._journal.keep(0)
+        for line in lines:
+            self._journal.append(line)
+        self._checkpoints.save(checkpoint)
+
     def restoring(self) -> AbstractContextManager[None]:
         """Name the checkpoint, and a remedy, where its contents turn out to be unfit for the run that takes them.
 
@@ -221,6 +241,7 @@ class RunRecord:
         clients: Mapping[int, Tensors] | None = None,
         evaluated: Tensors | None = None,
         personal: Mapping[int, Tensors] | None = None,
+        further: Tensors | None = None,
     ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
 
@@ -230,6 +251,7 @@ class RunRecord:
             clients: Each client's local tensors, by partition id.
             evaluated: The tensors of the model that was evaluated, where they are not those of the model.
             personal: What each client's own network has in place of the model's, by partition id.
+            further: What else the last checkpoint had; None where the run cannot be gone on with.
         """
         if evaluated:
             self._folder.save_tensors(EVALUATED, evaluated)
@@ -238,6 +260,8 @@ class RunRecord:
             if of_clients:
                 named = {f"{pid}/{key}": t for pid, tensors in of_clients.items() for key, t in tensors.items()}
                 self._folder.save_tensors(name, named)
+        if further is not None:
+            self._folder.save_tensors(FURTHER, further)
         parts = dict(self._folder.digests)
         if chain := self._journal.chain().digests:
             self._journal.sync()
@@ -275,6 +299,7 @@ class RunRecord:
             EVALUATED: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             PERSONAL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            FURTHER: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
         }
         path = self.folder / name
         try:

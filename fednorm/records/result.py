@@ -81,6 +81,24 @@ class Result(dict[str, Any]):
         return False
 
     @property
+    def subject(self) -> str:
+        """What the run is about, by which it is shown and chosen: its kind, or ``memorization``."""
+        raise NotImplementedError
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """What is drawn of how the run went, by what it is called: names for :func:`fednorm.report.curves.named`.
+
+        The last tells most.
+        """
+        raise NotImplementedError
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """Row i: the accuracy on every experience after experience i; empty where that means nothing."""
+        return ()
+
+    @property
     def headline(self) -> str:
         """The key, among :attr:`final`, of the score that the run is told by and chosen by."""
         raise NotImplementedError
@@ -167,6 +185,16 @@ class FederatedResult(Result):
         return [(line["round"], line) for line in self.lines]
 
     @property
+    def subject(self) -> str:
+        """Clients."""
+        return "federated"
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """The mean accuracy over domains."""
+        return {"mean accuracy": "mean"}
+
+    @property
     def headline(self) -> str:
         """The mean accuracy over domains."""
         return "mean"
@@ -224,6 +252,21 @@ class StreamResult(Result):
         return bool(self["data"]["memorization"])
 
     @property
+    def subject(self) -> str:
+        """What comes one after another, or how much can be learned by heart."""
+        return "memorization" if self.memorizes else "continual"
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """The accuracy on training images, and the average so far where there is something to forget."""
+        return {"training accuracy": "train_accuracy"} | ({} if self.memorizes else {"average accuracy": "average"})
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """The accuracy matrix; of a stream about memorization its diagonal alone was measured."""
+        return () if self.memorizes else self.accuracy_matrix
+
+    @property
     def headline(self) -> str:
         """The average accuracy after the last experience; plasticity where the stream is about memorization."""
         return "plasticity" if self.memorizes else "average_accuracy"
@@ -257,7 +300,7 @@ class StreamResult(Result):
 
         Weight decay stands among the settings, as is usual.
         """
-        defaults, found = RunConfig.defaults("continual").to_dict(), list[tuple[str, Any]]()
+        defaults, found = RunConfig.default_values("continual"), list[tuple[str, Any]]()
         for section in ("model", "train", "evaluate"):
             keys = [key for key in defaults[section] if key in METHOD_OPTIONS | METHOD_SWITCHES - {"weight_decay"}]
             values = {key: self.config[section].get(key, defaults[section][key]) for key in keys}
@@ -267,7 +310,7 @@ class StreamResult(Result):
     @property
     def method(self) -> tuple[Any, ...]:
         """Learner, norm, :data:`METHOD_OPTIONS` and :data:`METHOD_SWITCHES`, chosen for each stream."""
-        defaults, told = RunConfig.defaults("continual").to_dict(), list[tuple[str, str, Any]]()
+        defaults, told = RunConfig.default_values("continual"), list[tuple[str, str, Any]]()
         for section, values in self.config.items():
             for key, value in values.items() if isinstance(values, Mapping) else ():
                 if key in METHOD_OPTIONS | METHOD_SWITCHES and value != defaults.get(section, {}).get(key):
@@ -276,7 +319,65 @@ class StreamResult(Result):
         return self["data"]["title"], *names, tuple(sorted(told))
 
 
-KINDS: Mapping[str, type[Result]] = {kind.kind: kind for kind in (FederatedResult, StreamResult)}
+class GridResult(FederatedResult):
+    """The result of a federation whose clients learn on streams of their own."""
+
+    kind = "federated_continual"
+    unit = "experience"
+
+    @property
+    def lines(self) -> Sequence[Mapping[str, Any]]:
+        """What happened in each round."""
+        lines: Sequence[Mapping[str, Any]] = self["rounds"]
+        return lines
+
+    @property
+    def steps(self) -> list[tuple[int, Mapping[str, Any]]]:
+        """The rounds in which an experience ended, by its number from 1."""
+        return [(line["experience"] + 1, line) for line in self.lines if "experience" in line]
+
+    @property
+    def curves(self) -> Mapping[str, str]:
+        """What aggregation takes from a client's own network, and the mean accuracy on what clients have met."""
+        return {"spatial forgetting": "spatial_forgetting", "average accuracy": "average_accuracy"}
+
+    @property
+    def matrix(self) -> Sequence[Sequence[float | None]]:
+        """Row i: the mean over clients of the accuracy on every experience after experience i."""
+        return [[_mean_of_known(column) for column in zip(*clients, strict=True)] for clients in self.accuracy_tensor]
+
+    @property
+    def subject(self) -> str:
+        """Clients on what comes one after another."""
+        return "federated_continual"
+
+    @property
+    def headline(self) -> str:
+        """The mean over clients of each one's mean accuracy over the experiences it has met."""
+        return "average_accuracy"
+
+    @property
+    def accuracy_tensor(self) -> Sequence[Sequence[Sequence[float | None]]]:
+        """By time, client and experience: the accuracy of the network that the server sent."""
+        tensor: Sequence[Sequence[Sequence[float | None]]] = self["accuracy_tensor"]
+        return tensor
+
+    @property
+    def method_name(self) -> str:
+        """The strategy, the learner and the norm, and their options that are not at the default."""
+        sections = [self.config[name] for name in ("strategy", "learner", "norm")]
+        options = [f"{key}={value}" for section in sections for key, value in section.items() if key != "name"]
+        name = " + ".join(str(section["name"]) for section in sections)
+        return f"{name} ({', '.join(options)})" if options else name
+
+    @property
+    def method(self) -> tuple[Any, ...]:
+        """Strategy, learner and norm, chosen for each grid; their options are tuned."""
+        names = (self.config[name]["name"] for name in ("strategy", "learner", "norm"))
+        return self["data"]["title"], *names
+
+
+KINDS: Mapping[str, type[Result]] = {kind.kind: kind for kind in (FederatedResult, StreamResult, GridResult)}
 
 
 def result_of(document: Mapping[str, Any]) -> Result:
@@ -288,6 +389,11 @@ def result_of(document: Mapping[str, Any]) -> Result:
     if isinstance(document, Result):
         return document
     return KINDS[str(document["config"].get("kind", "federated"))](document)
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _options(section: Mapping[str, Any]) -> list[tuple[str, Any]]:

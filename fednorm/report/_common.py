@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean, stdev
+from functools import cache
+from statistics import fmean, stdev
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType
-from rich.markup import escape
-from rich.table import Table as RichTable
-from rich.text import Text
+from rich.console import RenderableType
 
 from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
-from fednorm.config import MACHINE, RunConfig, kind_of_device
+from fednorm.config import MACHINE, Kind, RunConfig, kind_of_device
 from fednorm.records.result import result_of
+from fednorm.report import numbers
+from fednorm.report.terminal import Fitted
 from fednorm.report.text import in_cell, in_markdown, one_line
 
 Result = Mapping[str, Any]
@@ -29,7 +27,7 @@ IMMATERIAL = frozenset({"seed", *(".".join(path) for path in IMMATERIAL_KEYS)})
 SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 """How tables call settings that they name often."""
 
-UNKNOWN = "–"
+UNKNOWN = numbers.UNKNOWN
 """The cell of what was not measured."""
 
 
@@ -47,15 +45,20 @@ class Table:
         columns: Column heads; the first column holds names, the others numbers.
         rows: The cells.
         notes: Sentences under it.
-        in_parts: Whether a terminal that is too narrow gets its columns in parts, one under the other; where not,
-            all columns shrink.
+        caption: The notes in one line, for a terminal that is not asked for all of them; None where they are shown.
+        warnings: Those of the notes that stand beside the caption: without them the numbers would mislead.
+        first: The columns that matter most, which a narrow terminal has before others.
+        texts: Columns of words, not of numbers.
     """
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
-    in_parts: bool = False
+    caption: str | None = None
+    warnings: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Write out what a terminal would obey: names, titles and notes are somebody's words."""
@@ -63,7 +66,10 @@ class Table:
         own(self, "title", one_line(self.title))
         own(self, "columns", tuple(map(one_line, self.columns)))
         own(self, "rows", tuple(tuple(map(one_line, row)) for row in self.rows))
-        own(self, "notes", tuple(map(one_line, self.notes)))
+        for name in ("notes", "warnings", "first", "texts"):
+            own(self, name, tuple(map(one_line, getattr(self, name))))
+        if self.caption is not None:
+            own(self, "caption", one_line(self.caption))
 
     def markdown(self) -> str:
         """Return the table in Markdown."""
@@ -80,74 +86,14 @@ class Table:
 
         return float_of(self.title, self.columns, self.rows, self.notes)
 
-    def rich(self) -> RenderableType:
-        """Return the table for a terminal."""
-        if self.in_parts:
-            return _Parts(self)
-        table = _empty(escape(self.title), escape("\n".join(self.notes)))
-        for i, column in enumerate(self.columns):
-            table.add_column(escape(column), justify="right" if i else "left", no_wrap=not i, overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        return table
+    def rich(self, *, whole: bool = True, notes: bool = True) -> RenderableType:
+        """Return the table for a terminal, in which no number is broken over two lines.
 
-
-def _empty(title: str | None = None, caption: str | None = None) -> RichTable:
-    return RichTable(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,  # without lines and margins, ten columns fit a terminal of 80 characters
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-
-
-class _Parts:
-    """A table that keeps every number in one line: where all columns do not fit, more parts come under the first."""
-
-    GAP = 2
-    """Characters between two columns."""
-
-    def __init__(self, table: Table) -> None:
-        self.table = table
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        table = self.table
-        yield Text(table.title, style="table.title")
-        names, *widths = map(self._width, range(len(table.columns)))
-        if names + sum(width + self.GAP for width in widths) > options.max_width:
-            names = min(names, options.max_width // 3)
-        for number, columns in enumerate(self._parts(options.max_width - names, widths)):
-            if number:
-                yield Text()
-            part = _empty()
-            part.add_column(escape(table.columns[0]), width=names, overflow="fold")
-            for column in columns:
-                part.add_column(escape(table.columns[column]), width=widths[column - 1], justify="right")
-            for row in table.rows:
-                part.add_row(escape(row[0]), *(escape(row[column]) for column in columns))
-            yield part
-        yield from (Text(note, style="table.caption") for note in table.notes)
-
-    def _width(self, column: int) -> int:
-        """Return the characters that a column needs: names and numbers stay whole, heads may break between words."""
-        words = self.table.columns[column].split()
-        return max(map(cell_len, (*words, *(row[column] for row in self.table.rows))))
-
-    def _parts(self, room: int, widths: Sequence[int]) -> Iterator[list[int]]:
-        """Yield the columns of each part, one or more of them, as many as there is room for."""
-        part: list[int] = []
-        left = room
-        for column, width in enumerate(widths, start=1):
-            if part and width + self.GAP > left:
-                yield part
-                part, left = [], room
-            part.append(column)
-            left -= width + self.GAP
-        yield part
+        Args:
+            whole: Whether columns that do not fit come in further parts; where not, they are left out and named.
+            notes: Whether all notes are shown; where not, the caption and the warnings are, where there are any.
+        """
+        return Fitted(self, whole=whole, notes=notes)
 
 
 def by_method(results: Sequence[Result], name_of: Callable[[Result], str]) -> dict[str, list[Result]]:
@@ -160,17 +106,19 @@ def by_method(results: Sequence[Result], name_of: Callable[[Result], str]) -> di
     Returns:
         The groups by their labels, in the order in which they first appear.
     """
-    keys: dict[str, list[Result]] = {}
+    groups: dict[str, list[Result]] = {}
+    own: dict[str, dict[str, Any]] = {}
     for result in results:
-        keys.setdefault(repr(sorted(settings(result).items())), []).append(result)
-    groups = list(keys.values())
-    names = [name_of(group[0]) for group in groups]
-    alike = [[other[0] for other, called in zip(groups, names, strict=True) if called == name] for name in names]
-    labels = [
-        f"{name} {_difference(group[0], others)}" if len(others) > 1 else name
-        for name, group, others in zip(names, groups, alike, strict=True)
-    ]
-    return dict(zip(labels, groups, strict=True))
+        values = settings(result)
+        key = repr(sorted(values.items()))
+        groups.setdefault(key, []).append(result)
+        own.setdefault(key, values)
+    names = {key: name_of(group[0]) for key, group in groups.items()}
+    alike: dict[str, list[dict[str, Any]]] = {}
+    for key, name in names.items():
+        alike.setdefault(name, []).append(own[key])
+    odd = {name: varied(others) for name, others in alike.items() if len(others) > 1}
+    return {_label(names[key], own[key], odd.get(names[key])): group for key, group in groups.items()}
 
 
 def settings(result: Result) -> dict[str, Any]:
@@ -179,8 +127,7 @@ def settings(result: Result) -> dict[str, Any]:
     A key that a record of an older version lacks has its default, as in the configuration's hash.
     """
     config = result["config"]
-    defaults = RunConfig.defaults(config.get("kind", "federated"))
-    keys = {**MACHINE, **flat(defaults.to_dict()), **flat(config)}
+    keys = {**_defaults(config.get("kind", "federated")), **flat(config)}
     keys["device"] = kind_of_device(keys["device"])
     return {key: value for key, value in keys.items() if key not in IMMATERIAL}
 
@@ -196,11 +143,22 @@ def flat(nested: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return keys
 
 
-def _difference(result: Result, others: Sequence[Result]) -> str:
-    """Return the settings that tell a result from others of the same name."""
-    own, rest = settings(result), [settings(other) for other in others]
-    odd = [key for key in own if any(own[key] != other.get(key) for other in rest)]
-    return ", ".join(f"{SHORT.get(key, key)} {own[key]}" for key in odd)
+@cache
+def _defaults(kind: Kind) -> Mapping[str, Any]:
+    return {**MACHINE, **flat(RunConfig.default_values(kind))}
+
+
+def varied(several: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys in which not all settings are the same."""
+    first = several[0]
+    return {key for own in several for key in own.keys() | first.keys() if own.get(key) != first.get(key)}
+
+
+def _label(name: str, own: Mapping[str, Any], odd: Collection[str] | None) -> str:
+    """Return a method's name, and the settings that tell it from others of the same name."""
+    if odd is None:
+        return name
+    return f"{name} {', '.join(f'{SHORT.get(key, key)} {value}' for key, value in own.items() if key in odd)}"
 
 
 def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> str:
@@ -216,7 +174,7 @@ def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> 
 def reconstructions(results: Iterable[Result]) -> list[str]:
     """Return a sentence for each of fednorm's norms among results whose formula is, in part, a reconstruction."""
     names = dict.fromkeys(spelled(str(result["config"]["norm"]["name"])) for result in results)
-    marked = {name: NORMS[name].reconstruction for name in names if name in NORMS.built_in}
+    marked = {name: NORMS.stated(name, "reconstruction", "") for name in names if name in NORMS.built_in}
     return [f"{name} (reconstruction, unverified): {what.rstrip('.')}." for name, what in marked.items() if what]
 
 
@@ -237,20 +195,25 @@ def known(values: Sequence[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def interval(values: Sequence[float | None], form: str = ".1f") -> str:
-    """Return the mean, and the sample standard deviation where there are several; n where some were not measured."""
-    numbers = known(values)
-    if not numbers:
+def interval(values: Sequence[float | None], text: Callable[[float], str] = numbers.fixed) -> str:
+    """Return the mean, and the sample standard deviation where there are several; n where some were not measured.
+
+    Args:
+        values: A value a run.
+        text: How a number is written.
+    """
+    measured = known(values)
+    if not measured:
         return UNKNOWN
-    text = format(mean(numbers), form)
-    if len(numbers) > 1:
-        text += f" ± {stdev(numbers):{form}}"
-    return text if len(numbers) == len(values) else f"{text} (n = {len(numbers)})"
+    told = text(fmean(measured))
+    if len(measured) > 1:
+        told += f" ± {text(stdev(measured))}"
+    return told if len(measured) == len(values) else f"{told} (n = {len(measured)})"
 
 
 def percent(values: Sequence[float | None]) -> str:
     """Return shares in [0, 1] as per cent, as :func:`interval` does."""
-    return interval([None if value is None else 100 * value for value in values])
+    return interval(values, numbers.percent)
 
 
 def evenly(count: int, at_most: int) -> list[int]:

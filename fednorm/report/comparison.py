@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fednorm.errors import unknown_name
+from fednorm.records.result import Result as TypedResult
 from fednorm.records.result import result_of
-from fednorm.report import stream_table
+from fednorm.report import captions, grid_table, numbers, stream_table
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, flat, incomplete, name_of, percent, settings
+from fednorm.report.baselines import Nearest, baselines_of
 from fednorm.report.grouping import (
     covers,
     data_settings,
@@ -26,6 +28,7 @@ from fednorm.report.grouping import (
     scored_on,
     unique,
 )
+from fednorm.report.numbers import signed
 from fednorm.study.statistics import LEVEL, METHODS, RESAMPLES, Difference, Interval, mean_ranks, paired_difference
 from fednorm.study.statistics import interval as interval_of
 
@@ -83,6 +86,8 @@ class Paper:
         std: Its standard deviation as the paper gives it; None where it gives none.
         source: Where it stands, e.g. ``FedBN, table 1``.
         deviation: Our mean minus it; None where we have none.
+        departs: The keys in which our runs are not what their study's file says, which is as near to the paper as it
+            comes: what was set for one call (``--set``), or reduced (``--reduce``).
     """
 
     score: str
@@ -90,6 +95,7 @@ class Paper:
     std: float | None
     source: str
     deviation: float | None
+    departs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class Comparison:
         baseline: What differences are to, as a caption calls it; None where there are none.
         caption: Sentences that say what the numbers are.
         split: The images that are scored: ``test`` or ``validation``.
+        reduced: The factor by which the study was made smaller; None where one of the runs is of a whole study.
         baselines: The labels of the methods that are a baseline; several where a study has one for each batch size,
             say: each method is compared with the one that shares most settings with it.
     """
@@ -141,6 +148,12 @@ class Comparison:
     caption: tuple[str, ...]
     split: str = "test"
     baselines: tuple[str, ...] = ()
+    reduced: float | None = None
+
+    @property
+    def first(self) -> TypedResult:
+        """The first result, which tells what all of them are about."""
+        return result_of(self.methods[0].results[0])
 
     def score(self, key: str) -> Score | None:
         """Return the score with a key; None where no method has it."""
@@ -179,16 +192,16 @@ def comparisons(
         groups = by_method(group, name_of)
         require_one_run_a_seed(groups)
         known += list(groups)
-        concerned = [study for study in studies if _of(study, group)]
+        hashes = {result["hash"] for result in group}
+        concerned = [study for study in studies if not hashes.isdisjoint(_runs(study, "runs", "selection_runs"))]
         made.append(_compare(groups, concerned, baseline, interval))
     if baseline is not None and made and not any(comparison.baseline for comparison in made):
         raise unknown_name("method to be the baseline", baseline, known)
     return made
 
 
-def _of(study: Study, group: Sequence[Result], runs: Sequence[str] = ("runs", "selection_runs")) -> bool:
-    hashes = {found for key in runs for found in study.get(key, ())}
-    return any(result["hash"] in hashes for result in group)
+def _runs(study: Study, *keys: str) -> set[str]:
+    return {run for key in keys for run in study.get(key, ())}
 
 
 def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, interval: str) -> Comparison:
@@ -198,10 +211,12 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
     own = {label: settings(group[0]) for label, group in groups.items()}
     means = {label: _intervals(group, scores, interval) for label, group in groups.items()}
     ranks = _ranks(own, means)
-    baselines = _baselines(groups, studies, baseline)
+    baselines = baselines_of(groups, studies, baseline)
+    nearest = Nearest(baselines, own)
+    reported = [(study, _runs(study, "runs")) for study in studies if study.get("paper")]
     methods = []
     for label, group in groups.items():
-        against = _nearest(label, baselines, own)
+        against = nearest.to(label)
         differences = _differences(group, groups[against], scores, interval) if against else {}
         methods.append(
             Method(
@@ -210,7 +225,7 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
                 means[label],
                 differences,
                 ranks.get(label),
-                _papers(group, means[label], studies) if split == "test" else {},
+                _papers(group, means[label], reported) if split == "test" else {},
                 against if differences else None,
             )
         )
@@ -219,11 +234,16 @@ def _compare(groups: Groups, studies: Sequence[Study], baseline: str | None, int
     called = baselines[0] if len(baselines) == 1 else called
     caption = _caption(methods, headline, called, len(baselines), studies, interval)
     shown = title if split == "test" else f"{title}, {split} images"
-    return Comparison(shown, kind, headline, scores, tuple(methods), called or None, caption, split, tuple(baselines))
+    reduced = captions.reduction_of(results, studies)
+    shown += "" if reduced is None else f", reduced to {reduced:g} of the study"
+    about = (called or None, caption, split, tuple(baselines), reduced)
+    return Comparison(shown, kind, headline, scores, tuple(methods), *about)
 
 
 def _scores(results: Sequence[Result]) -> list[Score]:
     """Return the scores that results of a kind can have, the headline first."""
+    if kind_of(results[0]) == "federated_continual":
+        return [Score(key, label, True, -1 if "forgetting" in key else 1) for key, label in grid_table.SCORES.items()]
     if kind_of(results[0]) == "federated":
         domains = dict.fromkeys(name for result in results for name in result["final"].get("per_domain", {}))
         return [
@@ -268,49 +288,26 @@ def _differences(
 
 def _ranks(own: Mapping[str, Settings], means: Mapping[str, Mapping[str, Interval]]) -> dict[str, float]:
     ranks: dict[str, float] = {}
-    data = {label: data_settings(values) for label, values in own.items()}
-    for same in dict.fromkeys(data.values()):
+    data: dict[str, list[str]] = {}
+    for label, values in own.items():
+        data.setdefault(data_settings(values), []).append(label)
+    for labels in data.values():
         by_domain = {
             label: {key: found.mean for key, found in means[label].items() if key.startswith("per_domain.")}
-            for label in own
-            if data[label] == same
+            for label in labels
         }
         if len(by_domain) > 1 and len(set.intersection(*map(set, by_domain.values()))) > 1:
             ranks |= mean_ranks(by_domain)
     return ranks
 
 
-def _baselines(groups: Groups, studies: Sequence[Study], baseline: str | None) -> list[str]:
-    """Return the labels of the methods that are a baseline: as asked for, else as the first study that has one says."""
-    if baseline is not None:
-        named = [label for label, group in groups.items() if name_of(group[0]) == baseline]
-        return [baseline] if baseline in groups else named
-    subset = next((study["baseline"] for study in studies if study.get("baseline")), None)
-    return [label for label, group in groups.items() if matches(group[0], subset)] if subset else []
-
-
-def _nearest(label: str, baselines: Sequence[str], own: Mapping[str, Settings]) -> str | None:
-    """Return the baseline that a method is compared with: on the same data, the one that differs in fewest settings.
-
-    None for a baseline itself, and where no baseline or more than one is nearest: nothing is guessed.
-    """
-    if label in baselines:
-        return None
-    mine, data = own[label], data_settings(own[label])
-    apart = {
-        other: sum(mine.get(key) != own[other].get(key) for key in mine | own[other])
-        for other in baselines
-        if data_settings(own[other]) == data
-    }
-    nearest = [other for other, count in apart.items() if count == min(apart.values())]
-    return nearest[0] if len(nearest) == 1 else None
-
-
-def _papers(group: Sequence[Result], scores: Mapping[str, Interval], studies: Sequence[Study]) -> dict[str, Paper]:
-    """Return the numbers that studies with these runs give for a method; the most specific entry of a score counts."""
+def _papers(
+    group: Sequence[Result], scores: Mapping[str, Interval], studies: Sequence[tuple[Study, set[str]]]
+) -> dict[str, Paper]:
+    """Return the numbers that studies, given with their runs, have for a method; of a score's the most specific."""
     found: dict[str, tuple[int, Paper]] = {}
-    for study in studies:
-        entries = (study.get("paper") or ()) if _of(study, group, ("runs",)) else ()
+    for study, runs in studies:
+        entries = study["paper"] if any(result["hash"] in runs for result in group) else ()
         own = resolved(group[0]) if entries else {}
         for entry in entries:
             if not covers(own, entry["match"]):
@@ -319,7 +316,8 @@ def _papers(group: Sequence[Result], scores: Mapping[str, Interval], studies: Se
             deviation = scores[key].mean - value if key in scores else None
             depth = len(flat(entry["match"]))
             if key not in found or depth > found[key][0]:
-                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation)
+                departs = tuple((study.get("departs") or {}).get(group[0]["hash"], ()))
+                found[key] = depth, Paper(key, value, entry.get("std"), str(entry["source"]), deviation, departs)
     return {key: paper for key, (_, paper) in found.items()}
 
 
@@ -341,7 +339,7 @@ def _caption(
     if any(method.rank is not None for method in methods):
         said.append("Rank: mean over domains of the method's rank in each, 1 is best, ties share.")
     said += [text for study in studies if (text := _of_selection(study))]
-    return tuple(said)
+    return tuple(said + captions.of_departures([r for method in methods for r in method.results], studies))
 
 
 def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
@@ -403,14 +401,22 @@ def comparison_table(comparison: Comparison) -> Table:
         "n": lambda method: str(method.scores[comparison.headline].n if comparison.headline in method.scores else 0),
         "difference": lambda method: _difference(method, comparison),
         "worst domain": lambda method: _mean(method.scores.get("worst")),
-        "rank": lambda method: UNKNOWN if method.rank is None else f"{method.rank:.1f}",
+        "rank": lambda method: numbers.fixed(method.rank),
         "paper": lambda method: _paper(method.paper.get(comparison.headline)),
         "ours − paper": lambda method: _from_paper(method.paper.get(comparison.headline)),
     }
     cells = {name: [cell(method) for method in comparison.methods] for name, cell in columns.items()}
     shown = [name for name, column in cells.items() if name in (label, "n") or set(column) - {UNKNOWN, BASELINE}]
     rows = tuple(zip((m.label for m in comparison.methods), *(cells[name] for name in shown), strict=True))
-    return Table(f"Comparison (%): {comparison.title}", ("method", *shown), rows, comparison.caption, in_parts=True)
+    return Table(
+        f"Comparison (%): {comparison.title}",
+        ("method", *shown),
+        rows,
+        comparison.caption,
+        captions.of_comparison(comparison),
+        captions.warnings_of({method.label: method.results for method in comparison.methods}, comparison.caption),
+        (label, "difference", "paper", "ours − paper", "n", f"{100 * LEVEL:g} % interval"),
+    )
 
 
 def paper_table(comparison: Comparison) -> Table | None:
@@ -423,26 +429,19 @@ def paper_table(comparison: Comparison) -> Table | None:
     sources = dict.fromkeys(paper.source for method in told for paper in method.paper.values())
     notes = ("Ours (paper's, ours − paper's), in per cent.", f"Papers: {'; '.join(sources)}.", *comparison.caption[:2])
     title = f"Beside the paper (%): {comparison.title}"
-    return Table(title, ("method", *(s.label for s in keys)), rows, notes, in_parts=True)
-
-
-def signed(share: float) -> str:
-    """Return a share as signed per cent with a real minus sign, e.g. ``+1.2`` or ``−0.3``."""
-    return f"{100 * share:+.1f}".replace("-", "−")
+    return Table(title, ("method", *(s.label for s in keys)), rows, notes, notes[0])
 
 
 def _mean(found: Interval | None) -> str:
-    return UNKNOWN if found is None else f"{100 * found.mean:.1f}"
+    return UNKNOWN if found is None else numbers.percent(found.mean)
 
 
 def _deviation(found: Interval | None) -> str:
-    return UNKNOWN if found is None or found.std is None else f"± {100 * found.std:.1f}"
+    return UNKNOWN if found is None or found.std is None else f"± {numbers.percent(found.std)}"
 
 
 def _ends(found: Interval | None) -> str:
-    if found is None or found.low is None or found.high is None:
-        return UNKNOWN
-    return f"[{100 * found.low:.1f}, {100 * found.high:.1f}]".replace("-", "−")
+    return UNKNOWN if found is None else numbers.ends(found.low, found.high)
 
 
 def _difference(method: Method, comparison: Comparison) -> str:
@@ -453,18 +452,20 @@ def _difference(method: Method, comparison: Comparison) -> str:
         return UNKNOWN
     if found.low is None or found.high is None:
         return signed(found.mean) + (" (one seed)" if method.scores[comparison.headline].n > 1 else "")
-    ends = f"[{signed(found.low)}, {signed(found.high)}]"
+    ends = numbers.ends(found.low, found.high)
     return f"{signed(found.mean)} {ends}, {found.better} of {found.n} seeds better"
 
 
 def _paper(paper: Paper | None) -> str:
     if paper is None:
         return UNKNOWN
-    return f"{100 * paper.value:.1f}" + ("" if paper.std is None else f" ± {100 * paper.std:.1f}")
+    return numbers.percent(paper.value) + ("" if paper.std is None else f" ± {numbers.percent(paper.std)}")
 
 
 def _from_paper(paper: Paper | None) -> str:
-    return UNKNOWN if paper is None or paper.deviation is None else signed(paper.deviation)
+    if paper is None or paper.deviation is None:
+        return UNKNOWN
+    return signed(paper.deviation) + (captions.DEPARTS if paper.departs else "")
 
 
 def _beside(ours: Interval | None, paper: Paper | None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import geometric_mean, mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from fednorm.records.result import result_of
@@ -37,8 +37,13 @@ def of_average(result: Result) -> Curve:
     averages: dict[int, float | None] = {}
     for number, _ in steps(result):
         seen = result["accuracy_matrix"][number - 1][:number] if result["accuracy_matrix"] else []
-        averages[number] = mean(seen) if seen and len(known(seen)) == number else None
+        averages[number] = fmean(seen) if seen and len(known(seen)) == number else None
     return _finite(averages)
+
+
+def named(result: Result, name: str) -> Curve:
+    """Return one of a result's own curves (:attr:`~fednorm.records.result.Result.curves`)."""
+    return of_average(result) if name == "average" else of_key(result, name)
 
 
 def of_diagnostic(result: Result, quantity: str) -> Curve:
@@ -53,7 +58,7 @@ def of_diagnostic(result: Result, quantity: str) -> Curve:
         inner = [value for value in found.values() if isinstance(value, Mapping)]
         if quantity == "drift":
             values = known([value for layers in inner or [found] for value in layers.values()])
-            curve[number] = mean(values) if values else None
+            curve[number] = fmean(values) if values else None
         else:
             values = known(list(found.values())[:-1])
             curve[number] = geometric_mean(values) if values and min(values) > 0 else None
@@ -62,9 +67,9 @@ def of_diagnostic(result: Result, quantity: str) -> Curve:
 
 def mean_matrix(results: Sequence[Result]) -> list[list[float | None]]:
     """Return the accuracy matrix as the mean over runs; None where any of them did not measure an accuracy."""
-    matrices = [result["accuracy_matrix"] for result in results]
+    matrices = [result_of(result).matrix for result in results]
     return [
-        [mean(cells) if len(known(cells)) == len(cells) else None for cells in zip(*rows, strict=True)]
+        [fmean(cells) if len(known(cells)) == len(cells) else None for cells in zip(*rows, strict=True)]
         for rows in zip(*matrices, strict=True)
     ]
 

@@ -21,10 +21,14 @@ SUFFIXES = (".csv", ".parquet")
 KEPT = (
     *("kind", "hash", "config", "norm", "strategy", "learner", "scenario", "parameters", "plan", "data", "final"),
     *("own_norm", "evaluation", "untrained_accuracy", "accuracy_matrix", "seconds"),
+    *("grid", "accuracy_tensor", "own_accuracy_tensor"),
 )
 """What a summary keeps of a result."""
 
-KEPT_OF_ROUNDS = ("round", "train_loss", "mean", "bytes_down", "bytes_up")
+KEPT_OF_ROUNDS = (
+    *("round", "train_loss", "mean", "bytes_down", "bytes_up"),
+    *("experience", "average_accuracy", "spatial_forgetting"),
+)
 
 KEPT_OF_EXPERIENCES = ("experience", "title", "online_accuracy", "train_accuracy")
 
@@ -90,7 +94,7 @@ def summarized(result: Result) -> dict[str, Any]:
     """
     small = {key: result[key] for key in KEPT if key in result}
     small["config"] = {**result["config"], "data": {**result["config"]["data"], "dir": ""}}
-    if kind_of(result) == "federated":
+    if kind_of(result) != "continual":
         small["rounds"] = _lines(result["rounds"], KEPT_OF_ROUNDS)
         if "plan" in small:
             small["plan"] = {key: value for key, value in result["plan"].items() if key != "tensors"}

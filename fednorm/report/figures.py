@@ -23,9 +23,10 @@ from matplotlib.ticker import MaxNLocator
 from fednorm.errors import ConfigError
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, Method
-from fednorm.report.curves import Curve, mean_matrix, of_average, of_diagnostic, of_domain, of_key
+from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
+from fednorm.report.numbers import fixed, percent
 from fednorm.report.plotting import COLOURS, Bands, Curves, finish, legend, legend_height, plain, styled
 from fednorm.study.statistics import LEVEL
 
@@ -116,13 +117,8 @@ def drawings(comparison: Comparison, interval: str = "t") -> list[Drawing]:
     """
     figures = _Figures(comparison, Bands(interval))
     found = [figures.bars()]
-    if comparison.kind == "federated":
-        found += [figures.curve("mean accuracy", partial(of_key, key="mean")), figures.by_domain()]
-    else:
-        found.append(figures.curve("training accuracy", partial(of_key, key="train_accuracy")))
-        if comparison.headline != "plasticity":
-            found.append(figures.curve("average accuracy", of_average))
-            found += map(figures.matrix, figures.methods)
+    found += [figures.curve(label, partial(named, name=name)) for label, name in comparison.first.curves.items()]
+    found += [figures.by_domain(), *map(figures.matrix, figures.methods)]
     return [drawing for drawing in (*found, figures.normalization()) if drawing is not None]
 
 
@@ -133,7 +129,7 @@ class _Figures:
         self.comparison = comparison
         self.methods = _best(comparison)
         self.bands = bands
-        self.step = "round" if comparison.kind == "federated" else "experience"
+        self.step = comparison.first.unit
 
     def bars(self) -> Drawing | None:
         """Return the headline score of each method: its mean, interval and seeds, and a paper's number."""
@@ -261,7 +257,7 @@ def _best(comparison: Comparison) -> list[Method]:
 def _bar(axes: Axes, place: int, method: Method, key: str) -> None:
     found = method.scores[key]
     axes.barh(place, 100 * found.mean, height=0.62, color=COLOURS[0], alpha=0.35, edgecolor=COLOURS[0], linewidth=0.8)
-    ends = f"{100 * found.mean:.1f}"
+    ends = percent(found.mean)
     right = found.mean
     if found.low is not None and found.high is not None:
         reach = [[100 * (found.mean - found.low)], [100 * (found.high - found.mean)]]
@@ -296,7 +292,7 @@ def _heat(figure: Figure, axes: Axes, cells: Sequence[Sequence[float]]) -> None:
             for column, value in enumerate(values, start=1):
                 if not math.isnan(value):
                     ink = "white" if value < 48 else "black"
-                    axes.annotate(f"{value:.0f}", (column, row), ha="center", va="center", color=ink, fontsize=7)
+                    axes.annotate(fixed(value, 0), (column, row), ha="center", va="center", color=ink, fontsize=7)
 
 
 def _range(counts: Sequence[int]) -> str:

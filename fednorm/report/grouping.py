@@ -143,7 +143,7 @@ def _images(result: Result, own: Mapping[str, Any]) -> dict[str, int]:
 
     A limit on the images of a share leaves none that is: what it cuts depends on how the seed dealt.
     """
-    federated = kind_of(result) == "federated"
+    federated = kind_of(result) != "continual"
     limited = any(own.get(f"scenario.{side}_per_experience") for side in ("train", "test"))
     if limited:
         return {}

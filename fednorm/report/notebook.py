@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from fednorm.records.result import Result
 from fednorm.report._common import Table
-from fednorm.report.curves import of_average, of_key
+from fednorm.report.curves import named
+from fednorm.report.grid_table import grid_table
 from fednorm.report.plotting import finish, styled
 from fednorm.report.stream_table import stream_table
 from fednorm.report.table import accuracy_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+TABLES: Mapping[str, Callable[[Sequence[Result]], Table]] = {
+    "federated": accuracy_table,
+    "continual": stream_table,
+    "federated_continual": grid_table,
+}
+"""The table that the command line prints, by kind of run."""
 
 
 def figure(result: Result) -> Figure:
@@ -29,12 +38,8 @@ def figure(result: Result) -> Figure:
     with styled():
         drawing = Figure(figsize=(5.0, 3.0), layout="constrained")
         axes = drawing.subplots()
-        if result.kind == "federated":
-            curve, label = of_key(result, "mean"), "mean accuracy over domains"
-        elif result.memorizes:
-            curve, label = of_key(result, "train_accuracy"), "training accuracy"
-        else:
-            curve, label = of_average(result), "average accuracy so far"
+        label, name = list(result.curves.items())[-1]
+        curve = named(result, name)
         numbers = list(curve)
         axes.plot(numbers, [100 * curve[number] for number in numbers], marker="o", markersize=3)
         axes.set_title(result.method_name)
@@ -50,7 +55,7 @@ def html(result: Result) -> str:
     Args:
         result: The result of a finished run.
     """
-    table = accuracy_table([result]) if result.kind == "federated" else stream_table([result])
+    table = TABLES[result.kind]([result])
     return f"{_table(table)}<img alt='{escape(result.method_name)}' src='data:image/png;base64,{_picture(result)}'>"
 
 

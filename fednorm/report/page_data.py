@@ -1,36 +1,34 @@
 """The page's document: every number that the page shows, from results and comparisons, as plain JSON.
 
-The keys are read by ``assets/*.js`` only. Numbers have four significant digits; a configuration, a plan, a list of
-layers and a list of rounds that several runs share are stored once. What JSON cannot hold (NaN, infinity) is null.
+The keys are read by ``assets/*.js`` only. Numbers have as many digits as :mod:`fednorm.report.numbers` rounds from, so
+that the page rounds once, as the tables do; curves have fewer where the page would grow too large. A configuration, a
+plan, a list of layers and a list of rounds that several runs share are stored once. What JSON cannot hold (NaN,
+infinity) is null.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from fednorm.config import RunConfig
+from fednorm.config import Kind, RunConfig
 from fednorm.records.result import result_of
-from fednorm.report._common import Result, evenly, flat
+from fednorm.report._common import Result, flat
 from fednorm.report.comparison import Comparison, Method
 from fednorm.report.grouping import score_of
+from fednorm.report.page_size import fitting, number
 
 if TYPE_CHECKING:
     from fednorm.records.results import Loaded
 
 Document = dict[str, Any]
 
-BUDGET = 4_600_000
-"""Characters of the document at most: with Plotly (4.8 MB) and the page's own parts it stays below 10 MB."""
-
-THINNINGS = ((400, 60), (200, 40), (150, 28), (100, 20), (80, 14), (60, 10), (40, 7), (20, 4), (8, 2))
-"""Points that a learning curve and a diagnostic of one layer have at most, tried in turn until the document fits."""
-
-DIGITS = 4
-"""Significant digits of what is measured."""
+WITH_CURVES = 1_000
+"""Runs that have their curves and diagnostics on a page at most: those of the best methods by the headline score."""
 
 LEARNING: Mapping[str, tuple[str, bool]] = {
     "mean": ("mean accuracy over domains", True),
@@ -67,48 +65,10 @@ def document(loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
 
     Returns:
         ``title``, ``about``, ``count`` of runs, ``problems``, ``sections``; ``configs``, ``plans``, ``layers``,
-        ``grids`` (of curves) and ``times`` (of diagnostics), which runs name by number; and ``thinned``: null, or the
-        sentence that says how curves were thinned.
+        ``grids`` (of curves) and ``times`` (of diagnostics), which runs name by number; ``settings``, which
+        configurations name by number; and ``thinned``: null, or what says how curves were thinned or left out.
     """
-    full = _Builder().build(loaded, comparisons)
-    if _fits(full):
-        return full
-    for curve, diagnostic in THINNINGS:
-        thin = _thinned(full, curve, diagnostic)
-        if _fits(thin):
-            break
-    return thin
-
-
-def _fits(document: Document) -> bool:
-    return len(json.dumps(document, separators=(",", ":"))) <= BUDGET
-
-
-def _thinned(full: Document, curve: int, diagnostic: int) -> Document:
-    """Return a document with at most so many points a curve and a diagnostic; it says so."""
-
-    def thin(run: Document) -> Document:
-        series = {key: [grid, _evenly(values, curve)] for key, (grid, values) in run["series"].items()}
-        layers = {key: {**of, "values": _deeply(of["values"], diagnostic)} for key, of in run["layers"].items()}
-        return {**run, "series": series, "layers": layers}
-
-    return {
-        **full,
-        "sections": [{**section, "runs": [thin(run) for run in section["runs"]]} for section in full["sections"]],
-        "grids": [_evenly(grid, curve) for grid in full["grids"]],
-        "times": [_evenly(grid, diagnostic) for grid in full["times"]],
-        "thinned": f"So that the page stays small, a curve has at most {curve} points and a layer's diagnostic at "
-        f"most {diagnostic}, evenly spaced, the first and the last among them; tables and exports have every number.",
-    }
-
-
-def _evenly(values: Sequence[Any], at_most: int) -> list[Any]:
-    return [values[i] for i in evenly(len(values), at_most)]
-
-
-def _deeply(values: list[Any], at_most: int) -> list[Any]:
-    """Return nested lists with the innermost ones thinned."""
-    return [_deeply(inner, at_most) for inner in values] if isinstance(values[0], list) else _evenly(values, at_most)
+    return fitting(_Builder().build(loaded, comparisons))
 
 
 @dataclass
@@ -131,12 +91,15 @@ class _Builder:
     """Builds the document with every point."""
 
     configs: _Pool = field(default_factory=_Pool)
+    settings: _Pool = field(default_factory=_Pool)
     plans: _Pool = field(default_factory=_Pool)
     grids: _Pool = field(default_factory=_Pool)
     times: _Pool = field(default_factory=_Pool)
     layers: _Pool = field(default_factory=_Pool)
+    curved: frozenset[str] | None = None
 
     def build(self, loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
+        self.curved = _with_curves(comparisons)
         sections = [self._section(number, comparison) for number, comparison in enumerate(comparisons)]
         studies = [study for study in loaded.studies if study.get("title")]
         count = len({run["hash"] for section in sections for run in section["runs"]})
@@ -148,11 +111,12 @@ class _Builder:
             "problems": list(loaded.problems),
             "sections": sections,
             "configs": self.configs.values,
+            "settings": self.settings.values,
             "plans": self.plans.values,
             "grids": self.grids.values,
             "layers": self.layers.values,
             "times": self.times.values,
-            "thinned": None,
+            "thinned": None if self.curved is None else _LEFT_OUT,
         }
 
     def _section(self, number: int, comparison: Comparison) -> Document:
@@ -163,12 +127,11 @@ class _Builder:
         ]
         results = [result for method in comparison.methods for result in method.results]
         first = results[0]
-        memorization = bool(first["data"].get("memorization"))
         quantities = dict.fromkeys(key for run in runs for key in run["series"])
         return {
             "id": f"s{number}",
             "title": comparison.title,
-            "kind": "memorization" if memorization else comparison.kind,
+            "kind": comparison.first.subject,
             "headline": comparison.headline,
             "baseline": comparison.baseline,
             "caption": list(comparison.caption),
@@ -186,31 +149,66 @@ class _Builder:
 
     def _run(self, result: Result, method: int, comparison: Comparison) -> Document:
         own = result_of(result)
-        federated, lines = own.kind == "federated", own.lines
+        lines = own.lines
+        whole = self.curved is None or result["hash"] in self.curved
         run: Document = {
             "hash": str(result["hash"]),
             "method": method,
             "seed": result["config"]["seed"],
             "folder": result.get("run"),
-            "config": self.configs.number(_configuration(result["config"])),
+            "config": self.configs.number(self._configuration(result["config"])),
             "final": {score.key: number(score_of(result, score.key)) for score in comparison.scores},
             "seconds": number(result.get("seconds")),
             "parameters": result.get("parameters"),
-            "series": self._federated(lines) if federated else self._continual(result),
-            "layers": self._diagnostics(lines, own.unit),
+            "series": self._curves(own) if whole else {},
+            "layers": self._diagnostics(lines, "experience" if own.kind == "continual" else "round") if whole else {},
         }
         plan = result.get("plan")
         if plan:
             run["plan"] = self.plans.number(_plan(plan))
             run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
-        if evaluation := _evaluation(result.get("evaluation", {})):
+        if whole and (evaluation := _evaluation(result.get("evaluation", {}))):
             run["evaluation"] = evaluation
-        if not federated and result.get("accuracy_matrix"):
-            run["matrix"] = [[number(value) for value in row] for row in result["accuracy_matrix"]]
+        if whole and own.matrix:
+            run["matrix"] = [[number(value) for value in row] for row in own.matrix]
         return run
 
-    def _federated(self, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-        """Return the curves of a federated run: [number of the grid, values] by quantity."""
+    def _configuration(self, config: Mapping[str, Any]) -> list[int]:
+        """Return a configuration as numbers of its settings: [key, text, whether it is the default].
+
+        Without the seed, which differs between runs of one configuration, and the folder of the data, which changes no
+        number and tells of the machine.
+        """
+        defaults = _defaults(config.get("kind", "federated"))
+        return [
+            self.settings.number([key, _text(value), defaults.get(key) == value])
+            for key, value in flat(config).items()
+            if key not in ("seed", "kind", "data.dir")
+        ]
+
+    def _curves(self, own: Result) -> dict[str, list[Any]]:
+        """Return a run's curves: [number of the grid, values] by quantity."""
+        made = {"federated": self._federated, "continual": self._continual, "federated_continual": self._grid}
+        return made[result_of(own).kind](own)
+
+    def _grid(self, own: Result) -> dict[str, list[Any]]:
+        """Return the curves of clients on streams by experience, counted from 1."""
+        result = result_of(own)
+        found = {
+            key: [(number, line.get(name)) for number, line in result.steps]
+            for key, name in (("average", "average_accuracy"), ("spatial", "spatial_forgetting"))
+        }
+        found |= {
+            f"experience.{column}": [
+                (time + 1, row[column]) for time, row in enumerate(result.matrix) if row[column] is not None
+            ]
+            for column in range(len(result.matrix[0]))
+        }
+        return self._series(found)
+
+    def _federated(self, result: Result) -> dict[str, list[Any]]:
+        """Return the curves of a federated run by round."""
+        rounds = result["rounds"]
         domains = dict.fromkeys(domain for line in rounds for domain in line.get("per_domain", ()))
         found = {key: [(line["round"], line[key]) for line in rounds if key in line] for key in LEARNING}
         found |= {
@@ -225,7 +223,7 @@ class _Builder:
         """Return the curves of a continual run by experience, counted from 1."""
         lines, matrix = result["experiences"], result["accuracy_matrix"]
         found: dict[str, list[tuple[int, Any]]] = {}
-        if not result["data"].get("memorization"):
+        if not result_of(result).memorizes:
             seen = [[value for value in row[: i + 1] if value is not None] for i, row in enumerate(matrix)]
             found["average"] = [(i + 1, _mean(row)) for i, row in enumerate(seen) if row]
             for column in range(len(matrix[0]) if matrix else 0):
@@ -271,20 +269,34 @@ class _Builder:
         return found
 
 
-def number(value: Any) -> float | int | None:
-    """Return a measured value with four significant digits; None for what is unknown or not finite.
+_LEFT_OUT = (
+    f"So that the page stays small, it has the curves, matrices and diagnostics of {WITH_CURVES:,} runs at most, those "
+    "of the best methods by their first score; the final scores of all runs are here, and exports have every number."
+)
 
-    Integers stay whole.
-    """
-    if value is None or isinstance(value, int):
-        return value
-    rounded = float(f"{value:.{DIGITS}g}")
-    return rounded if math.isfinite(rounded) else None
+
+def _with_curves(comparisons: Sequence[Comparison]) -> frozenset[str] | None:
+    """Return the runs that have curves on the page; None where all have."""
+    methods = [(method, comparison) for comparison in comparisons for method in comparison.methods]
+    if sum(len(method.results) for method, _ in methods) <= WITH_CURVES:
+        return None
+    kept: list[str] = []
+    for method, _ in sorted(methods, key=lambda each: -_headline(*each)):
+        hashes = [str(result["hash"]) for result in method.results]
+        if len(kept) + len(hashes) > WITH_CURVES:
+            break
+        kept += hashes
+    return frozenset(kept)
+
+
+def _headline(method: Method, comparison: Comparison) -> float:
+    found = method.scores.get(comparison.headline)
+    return -1.0 if found is None else found.mean
 
 
 def _mean(values: Iterable[float]) -> float | int | None:
     known = list(values)
-    return number(sum(known) / len(known)) if known else None
+    return number(fmean(known)) if known else None
 
 
 def _scalar(value: Any) -> Any:
@@ -293,6 +305,8 @@ def _scalar(value: Any) -> Any:
 
 
 def _experiences(result: Result) -> Sequence[Mapping[str, Any]]:
+    if "grid" in result:
+        return [{"title": title} for title in result["grid"]["experiences"]]
     experiences: Sequence[Mapping[str, Any]] = result["data"].get("experiences") or result.get("experiences") or ()
     return experiences
 
@@ -338,6 +352,8 @@ def _quantity(key: str, first: Result) -> Document:
         title = titles[int(rest)] if int(rest) < len(titles) else ""
         label = f"experience {int(rest) + 1}" + (f" ({title})" if title else "")
         return {"key": key, "label": label, "percent": True, "group": "Experience", "view": "learning"}
+    if head == "spatial":
+        return {"key": key, "label": "spatial forgetting", "percent": True, "group": "All", "view": "learning"}
     if head == "average":
         label = "average accuracy over experiences so far"
         return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}
@@ -376,18 +392,9 @@ def _evaluation(evaluation: Mapping[str, Any]) -> list[list[Any]]:
     return rows if len(rows) > 1 else []
 
 
-def _configuration(config: Mapping[str, Any]) -> list[list[Any]]:
-    """Return a configuration as [key, text, whether it is the default].
-
-    Without the seed, which differs between runs of one configuration, and the folder of the data, which changes no
-    number and tells of the machine.
-    """
-    defaults = flat(RunConfig.defaults(config.get("kind", "federated")).to_dict())
-    return [
-        [key, _text(value), defaults.get(key) == value]
-        for key, value in flat(config).items()
-        if key not in ("seed", "kind", "data.dir")
-    ]
+@cache
+def _defaults(kind: Kind) -> Mapping[str, Any]:
+    return flat(RunConfig.default_values(kind))
 
 
 def _text(value: Any) -> str:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from statistics import fmean
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, Task, TaskID
 
 from fednorm.report._common import known
+from fednorm.report.bars import Line, clock
+from fednorm.report.numbers import percent
 
 if TYPE_CHECKING:
     from fednorm.federation.workbench import Workbench
     from fednorm.streams.workbench import ContinualWorkbench
+
+
+def _left(task: Task) -> str:
+    """Return a run's time left; empty before its first step, which says how long one takes."""
+    seconds = task.time_remaining
+    return "" if seconds is None or task.finished else f"{clock(seconds)} left"
 
 
 class _Bars:
@@ -29,12 +38,9 @@ class _Bars:
         self._console = console
         self._label = label
         self._bar = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
-            TimeRemainingColumn(),
+            Line(_left, counted=True),
             console=console,
+            expand=True,
         )
         self._task: TaskID | None = None
         self._total = 0
@@ -77,13 +83,15 @@ class RoundProgress(_Bars):
         config = bench.config
         done = first_round - 1
         name = f"{config.strategy.name} + {config.norm.name}"
-        self._begin(name, config.rounds.num_rounds, done, f"going on from round {done}")
+        self._begin(name, bench.num_rounds, done, f"going on from round {done}")
 
     def round(self, line: Mapping[str, Any]) -> None:
         """Show one finished round."""
         state = "loss not finite" if line["train_loss"] is None else f"loss {line['train_loss']:.3f}"
+        if "experience" in line:
+            state += f", experience {line['experience'] + 1} ended"
         if "mean" in line:
-            state += f", mean accuracy {100 * line['mean']:.1f} %, worst {100 * line['worst']:.1f} %"
+            state += f", mean accuracy {percent(line['mean'])} %, worst {percent(line['worst'])} %"
         if missing := line.get("missing"):
             domains = f", nobody of {', '.join(missing['domains'])}" if missing["domains"] else ""
             state += f", {len(missing['clients'])} clients missing from the evaluation{domains}"
@@ -149,7 +157,7 @@ class StreamProgress(_Bars):
         number, count = line["experience"] + 1, len(line["accuracy"])
         shown = [self._standing(line)]
         if line["online_accuracy"] is not None:
-            shown.append(f"online {100 * line['online_accuracy']:.1f} %")
+            shown.append(f"online {percent(line['online_accuracy'])} %")
         if line["train_loss"] is None:
             shown.append("loss not finite")
         if self._task is not None:
@@ -159,9 +167,9 @@ class StreamProgress(_Bars):
     def _standing(self, line: Mapping[str, Any]) -> str:
         """Return how the run stands after an experience, by what was measured of it."""
         if self._memorization:
-            return f"training accuracy {100 * line['train_accuracy']:.1f} %"
+            return f"training accuracy {percent(line['train_accuracy'])} %"
         number, scores = line["experience"], line["accuracy"]
         seen = known(scores[: number + 1])
         if len(seen) == number + 1:
-            return f"average accuracy {100 * sum(seen) / len(seen):.1f} %"
-        return f"accuracy on it {100 * scores[number]:.1f} %"
+            return f"average accuracy {percent(fmean(seen))} %"
+        return f"accuracy on it {percent(scores[number])} %"

@@ -7,7 +7,7 @@ is not finite, is a dash.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from statistics import geometric_mean, mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from fednorm.config import METHOD_OPTIONS, METHOD_SWITCHES, RunConfig
@@ -25,6 +25,8 @@ from fednorm.report._common import (
     reconstructions,
     seeds,
 )
+from fednorm.report.captions import of_table, warnings_of
+from fednorm.report.numbers import fixed, significant
 
 Cell = Callable[[Sequence[float | None]], str]
 
@@ -37,9 +39,12 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "worst case": ("worst_case_accuracy", percent),
     "online accuracy": ("online_accuracy", percent),
     "train accuracy": ("train_accuracy", percent),
-    "drift": ("drift", lambda values: interval(values, ".3g")),
+    "drift": ("drift", lambda values: interval(values, significant)),
 }
 """Columns of :func:`stream_table`: the score of ``final`` that each shows, and how."""
+
+FIRST = ("average accuracy", "plasticity", "forgetting (max − last)", "late average", "online accuracy")
+"""Columns that a narrow terminal has before the others."""
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
@@ -80,7 +85,7 @@ def stream_table(results: Sequence[Result]) -> Table:
         (
             name,
             *(cell([result["final"].get(key) for result in group]) for key, cell in shown.values()),
-            f"{mean(result['seconds'] for result in group):.0f}",
+            fixed(fmean(result["seconds"] for result in group), 0),
         )
         for name, group in groups.items()
     )
@@ -94,7 +99,8 @@ def stream_table(results: Sequence[Result]) -> Table:
         *dict.fromkeys(note for result in results for note in result["data"]["notes"]),
     )
     columns = ("method", *shown, "seconds")
-    return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, rows, notes, in_parts=True)
+    title = f"Accuracy (%): {results[0]['data']['title']}"
+    return Table(title, columns, rows, notes, of_table(groups), warnings_of(groups), FIRST)
 
 
 def matrix_table(result: Result) -> Table:
@@ -117,7 +123,7 @@ def matrix_table(result: Result) -> Table:
     if len(columns) < count:
         notes.append(f"{len(columns)} of {count} experiences, evenly spaced.")
     heads = ("accuracy on experience", *(str(column + 1) for column in columns))
-    return Table(f"Accuracy matrix (%): {result['data']['title']}", heads, rows, tuple(notes), in_parts=True)
+    return Table(f"Accuracy matrix (%): {result['data']['title']}", heads, rows, tuple(notes))
 
 
 def average_table(results: Sequence[Result]) -> Table:
@@ -165,7 +171,8 @@ def plasticity_table(results: Sequence[Result]) -> Table:
         "last experience; geometric mean over hidden layers (all but the last), mean over seeds.",
     )
     columns = (*table.columns, "plasticity", "weight norm", "effective lr")
-    return Table(title, columns, rows, notes, in_parts=True)
+    first = ("plasticity", table.columns[-1], table.columns[1])
+    return Table(title, columns, rows, notes, of_table(groups), warnings_of(groups), first)
 
 
 def drift_table(results: Sequence[Result]) -> Table:
@@ -183,14 +190,14 @@ def drift_table(results: Sequence[Result]) -> Table:
     }
     layers = dict.fromkeys(layer for drifts in groups.values() for drift in drifts for layer in drift)
     rows = tuple(
-        (layer, *(interval([drift.get(layer) for drift in drifts], ".3g") for drifts in groups.values()))
+        (layer, *(interval([drift.get(layer) for drift in drifts], significant) for drifts in groups.values()))
         for layer in layers
     )
     note = (
         "After the last experience: how far running mean and deviation are from those of all the data seen, root mean "
         "square over channels, in standard deviations."
     )
-    return Table(f"Drift by layer: {results[0]['data']['title']}", ("layer", *groups), rows, (note,), in_parts=True)
+    return Table(f"Drift by layer: {results[0]['data']['title']}", ("layer", *groups), rows, (note,))
 
 
 def _by_experience(
@@ -204,7 +211,7 @@ def _by_experience(
         for name, seeds_of in curves.items()
     )
     notes = (f"{len(shown)} of {count} experiences, evenly spaced.",) if len(shown) < count else ()
-    return Table(title, (head, *(str(number + 1) for number in shown)), rows, notes, in_parts=True)
+    return Table(title, (head, *(str(number + 1) for number in shown)), rows, notes)
 
 
 def _averages(result: Result) -> dict[int, float | None]:
@@ -213,7 +220,7 @@ def _averages(result: Result) -> dict[int, float | None]:
     for line in result["experiences"]:
         number = line["experience"]  # a joint learner's only line is that of the last experience
         seen = result["accuracy_matrix"][number][: number + 1]
-        averages[number] = mean(seen) if len(known(seen)) == number + 1 else None
+        averages[number] = fmean(seen) if len(known(seen)) == number + 1 else None
     return averages
 
 
@@ -224,10 +231,10 @@ def _diagnostic(line: Mapping[str, Any], what: str) -> Mapping[str, float | None
 def _from_to(group: Sequence[Result], what: str) -> str:
     """Return a quantity of the hidden layers after the first and after the last experience."""
     ends = [[_hidden_mean(_diagnostic(result["experiences"][end], what)) for result in group] for end in (0, -1)]
-    means = [mean(values) if (values := known(end)) else None for end in ends]
+    means = [fmean(values) if (values := known(end)) else None for end in ends]
     if means == [None, None]:
         return UNKNOWN
-    return " → ".join(UNKNOWN if value is None else f"{value:.3g}" for value in means)
+    return " → ".join(map(significant, means))
 
 
 def _hidden_mean(by_layer: Mapping[str, float | None]) -> float | None:
@@ -268,7 +275,7 @@ def _settings(groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:
 
 
 def _training(result: Result) -> list[str]:
-    config, defaults = result["config"], RunConfig.defaults("continual").to_dict()["train"]
+    config, defaults = result["config"], RunConfig.default_values("continual")["train"]
     train, model = config["train"], config["model"]
     width = f" of width {model['width']}" if model.get("width") else ""
     told = [f"{model['name']}{width}", train["optimizer"], f"lr {train['learning_rate']:g}"]

@@ -9,12 +9,12 @@ from statistics import mean
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Column
-from rich.text import Text
+from rich.progress import Task, TaskID
 
 from fednorm.records.result import result_of
+from fednorm.report.bars import Line
+from fednorm.report.numbers import percent
 from fednorm.study.runner import Failure, Progress
 
 TITLES: Mapping[str, str] = {"search": "search for hyper-parameters", "runs": "study"}
@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "not measured" if share is None else f"{100 * share:.1f} %"
+    return "not measured" if share is None else f"{percent(share)} %"
 
 
 @dataclass
@@ -109,12 +109,10 @@ def seconds_left(now: float, going: list[Going], taken: list[float], waiting: in
     return max([(sum(sure) + waiting * usual) / max(jobs, 1), *sure, usual if waiting else 0.0])
 
 
-class _TimeLeft(ProgressColumn):
-    """Counts down to the moment in a row's field ``ends``."""
-
-    def render(self, task: Task) -> Text:
-        ends = task.fields["ends"]
-        return Text("" if ends is None else f"{duration(max(ends - time.monotonic(), 0.0))} left")
+def _left(task: Task) -> str:
+    """Return what is left until the moment in a row's field ``ends``."""
+    ends = task.fields["ends"]
+    return "" if ends is None else f"{duration(max(ends - time.monotonic(), 0.0))} left"
 
 
 class StudyProgress:
@@ -128,10 +126,7 @@ class StudyProgress:
     def __init__(self, console: Console, *, every: float = 60.0) -> None:
         self._console, self._every = console, every
         self._bars = Bars(
-            TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[state]}", markup=False, table_column=Column(no_wrap=True)),
-            _TimeLeft(table_column=Column(no_wrap=True, min_width=9)),
+            Line(_left, counted=False),
             console=console,
             expand=True,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from fednorm.config import RunConfig
@@ -19,6 +19,8 @@ from fednorm.report._common import (
     reconstructions,
     seeds,
 )
+from fednorm.report.captions import of_table, warnings_of
+from fednorm.report.numbers import fixed
 
 __all__ = ["Table", "accuracy_table", "curve_table", "evaluation_table", "plan_table"]
 
@@ -40,12 +42,20 @@ def accuracy_table(results: Sequence[Result]) -> Table:
                 *cells,
                 percent([r["final"]["mean"] for r in group]),
                 percent([r["final"]["worst"] for r in group]),
-                f"{mean(r['seconds'] for r in group):.0f}",
-                f"{mean(_bytes_per_round(r) for r in group) / 1e6:.2f}",
+                fixed(fmean(r["seconds"] for r in group), 0),
+                fixed(fmean(map(_bytes_per_round, group)) / 1e6, 2),
             )
         )
     columns = ("method", *domains, "mean", "worst", "seconds", "MB a round")
-    return Table(f"Accuracy (%): {results[0]['data']['title']}", columns, tuple(rows), _notes(results, groups))
+    return Table(
+        f"Accuracy (%): {results[0]['data']['title']}",
+        columns,
+        tuple(rows),
+        _notes(results, groups),
+        of_table(groups),
+        warnings_of(groups),
+        ("mean", "worst"),
+    )
 
 
 def curve_table(results: Sequence[Result]) -> Table:
@@ -93,7 +103,8 @@ def evaluation_table(results: Sequence[Result]) -> Table:
     )
     reasons |= dict.fromkeys(incomplete({name: [result] for name, result in zip(names, results, strict=True)}))
     columns = ("evaluated under", *domains, "mean")
-    return Table(f"Evaluation matrix (%): {results[0]['data']['title']}", columns, tuple(rows), tuple(reasons))
+    title = f"Evaluation matrix (%): {results[0]['data']['title']}"
+    return Table(title, columns, tuple(rows), tuple(reasons), first=("mean",))
 
 
 def plan_table(entries: Sequence[Mapping[str, Any]]) -> Table:
@@ -102,7 +113,7 @@ def plan_table(entries: Sequence[Mapping[str, Any]]) -> Table:
     rows = tuple(
         (e["key"], e["layer_type"], e["norm"] or UNKNOWN, e["kind"], e["role"], _shape(e["shape"])) for e in entries
     )
-    return Table("Norm plan", columns, rows)
+    return Table("Norm plan", columns, rows, first=("role", "kind"), texts=columns[1:5])
 
 
 def _shape(sizes: Sequence[int]) -> str:
@@ -121,7 +132,7 @@ def _names(results: Sequence[Result]) -> list[str]:
 
 def _tuned(result: Result) -> list[str]:
     """Return the learning rate, and whatever else of the training is not at its default."""
-    train, defaults = result["config"]["train"], RunConfig.defaults("federated").to_dict()["train"]
+    train, defaults = result["config"]["train"], RunConfig.default_values("federated")["train"]
     told = [f"lr {train['learning_rate']:g}"]
     for key, value in train.items():
         if key in defaults and key not in ("learning_rate", "checkpoint_every") and value != defaults[key]:
@@ -135,7 +146,7 @@ def _text(value: Any) -> str:
 
 def _bytes_per_round(result: Result) -> float:
     lines = result["rounds"]
-    return float(mean(line["bytes_down"] + line["bytes_up"] for line in lines))
+    return float(fmean(line["bytes_down"] + line["bytes_up"] for line in lines))
 
 
 def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> tuple[str, ...]:

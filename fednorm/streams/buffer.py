@@ -204,8 +204,9 @@ class Buffer(ABC):
         for name in sorted(held):
             self._store[name] = state[name].new_empty((self.capacity, *state[name].shape[1:]))
             self._store[name][: self._size] = state[name]
-        self._insert.set_state(state["insert"].cpu())
-        self._draw.set_state(state["draw"].cpu())
+        # Copies: of a view of other memory PyTorch makes no generator's state.
+        self._insert.set_state(state["insert"].to("cpu", copy=True))
+        self._draw.set_state(state["draw"].to("cpu", copy=True))
 
     def _take(self, slots: Tensor) -> Samples:
         return Samples(**{name: rows.index_select(0, slots.to(rows.device)) for name, rows in self._store.items()})

@@ -1,26 +1,23 @@
-"""How long a continual run will take, measured on its own learner before it starts."""
+"""How long a continual run will take: its images counted, a few of its own learner's steps timed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from statistics import median
 
 import torch
 
 from fednorm.config import RunConfig
+from fednorm.data.benchmarks import Reader
 from fednorm.device import seconds
-from fednorm.streams.evaluation import accuracy
+from fednorm.streams.evaluation import accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.stream import Stream
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.training.work import BUDGET, Work, timed
 
 WARM_UP, TIMED = 2, 4
 """Steps of an experience that are thrown away, and the most that are timed after them."""
-
-BUDGET = 0.5
-"""Seconds after which no further step is timed."""
 
 SCORED = 64
 """Most images of the evaluation that is timed."""
@@ -29,48 +26,45 @@ PROBE_PASSES = 2
 """Passes over the probe images: their activations, and the statistics that the running ones are held against."""
 
 
-@dataclass(frozen=True)
-class Rates:
-    """What the parts of a run cost, in seconds.
-
-    Attributes:
-        step: A training step, its memory samples and augmentation with it.
-        end: What the learner does when an experience has ended, e.g. EWC's Fisher information.
-        image: An image that is scored or probed.
-    """
-
-    step: float
-    end: float
-    image: float
+def load(config: RunConfig, reader: type[Reader] = Reader) -> Stream:
+    """Return the experiences of a run, as a reader finds their images."""
+    size, scenario = config.model.card.input_size, config.scenario
+    stream: Stream = scenario.card.stream(
+        config.data, image_size=size, seed=config.seed, options=scenario.options, reader=reader
+    )
+    return stream
 
 
-class _Clock:
-    """Times a learner's steps from now on, and ends the experience when it has enough of them.
+def work(config: RunConfig, stream: Stream) -> Work:
+    """Return what a run does: every experience trained on, its end, every evaluation and probe.
 
     Args:
-        learner: The learner.
-        timed: The most steps that are timed after the warm-up.
+        config: The run's configuration.
+        stream: How many images each experience has.
     """
+    joint, train, evaluate = config.learner.card.joint, config.train, config.evaluate
+    scope = scope_of(evaluate.experiences, memorization=stream.memorization, joint=joint)
+    split = [len(split_of(experience, evaluate.split)) for experience in stream]
+    sizes = [len(experience.train) for experience in stream]
+    trained = [sum(sizes)] if joint else sizes
+    scored, before = sum(split) if scope == "all" else 0, 0  # the untrained network
+    for present, size in enumerate(trained, start=len(split) - len(trained)):
+        after = before + train.epochs * -(-size // train.batch_size)
+        due = [count for number, count in enumerate(split) if is_scored(scope, number, present)]
+        scored += sum(due) + min(size, evaluate.train_images or size) + PROBE_PASSES * evaluate.probe_images
+        if evaluate.every_steps:
+            points = (after - 1) // evaluate.every_steps - before // evaluate.every_steps + bool(evaluate.every_images)
+            scored += points * sum(
+                min(count, evaluate.every_images or count)
+                for number, count in enumerate(split[: present + 1])
+                if is_scored(scope, number, present)
+            )
+        before = after
+    again = train.epochs * sum(trained) if evaluate.online == "eval" else 0
+    return Work(trained=train.epochs * sum(trained), scored=scored + again, turns=len(trained))
 
-    def __init__(self, learner: Learner, timed: int) -> None:
-        self.timed = timed
-        self.times = [seconds(learner.device)]
 
-    def __call__(self, learner: Learner) -> None:
-        """Note when a step has ended."""
-        self.times.append(seconds(learner.device))
-        timed = len(self.times) - 1 - WARM_UP
-        if timed >= self.timed or (timed >= 1 and self.times[-1] - self.times[0] > BUDGET):
-            learner.stop_training()
-
-    @property
-    def step(self) -> float:
-        """The median time of the steps after the warm-up; of the last one where there are no more than that."""
-        kept = self.times[min(WARM_UP, len(self.times) - 2) :]
-        return median(after - before for before, after in pairwise(kept))
-
-
-def measure(bench: ContinualWorkbench) -> Rates:
+def cost(bench: ContinualWorkbench) -> Work:
     """Time some steps of a learner whose memory is filled, an experience's end, and an evaluation.
 
     A few steps of the first experience fill the memory; those of the second are timed. A joint learner has one only.
@@ -79,36 +73,30 @@ def measure(bench: ContinualWorkbench) -> Rates:
     Args:
         bench: A workbench of the run, made for this alone: its learner is trained.
     """
-    learner, end = bench.learner, 0.0
-    for number, experience in enumerate(some := bench.training[:2], start=1):
-        learner.watchers[:] = [clock := _Clock(learner, TIMED if number == len(some) else 0)]
-        learner.train(experience)
-        end = seconds(learner.device) - clock.times[-1]
-    if hasattr(learner.options, "memory_epochs"):  # GDumb trains at the end, on a memory that is not yet full here
-        end *= getattr(learner.options, "memory_size", 1) / len(getattr(learner, "buffer", "1"))
-    source, batch = bench.training[0], bench.config.evaluate.batch_size
-    rows = torch.arange(min(len(source.train), batch, SCORED))
+    learner, device, end, times = bench.learner, bench.learner.device, 0.0, list[float]()
+
+    def watch(learner: Learner) -> None:
+        times.append(seconds(device))
+        if len(times) > WARM_UP + TIMED or (len(times) > WARM_UP + 1 and times[-1] - times[0] > BUDGET):
+            learner.stop_training()
+
+    learner.watchers.append(watch)
+    for source in bench.training[:2]:
+        times[:] = [seconds(device)]
+        learner.train(source)
+        end = seconds(device) - times[-1]
+    learner.watchers.remove(watch)
+    step = median(after - before for before, after in pairwise(times[min(WARM_UP, len(times) - 2) :]))
+    rows, size = torch.arange(min(SCORED, len(source.train))), bench.config.evaluate.batch_size
     with learner.for_evaluation() as model:
-        accuracy(model, source.train, source.classes, batch_size=batch, rows=rows[:2])
-        began = seconds(learner.device)
-        accuracy(model, source.train, source.classes, batch_size=batch, rows=rows)
-        image = (seconds(learner.device) - began) / len(rows)
-    return Rates(clock.step, end, image)
+        scored = timed(lambda: accuracy(model, source.train, source.classes, batch_size=size, rows=rows), device)
+    images = min(learner.train_mb_size, len(source.train))
+    return Work(trained=step / images, scored=scored / len(rows), turns=end / learner.memory_filled())
 
 
-def total_seconds(config: RunConfig, stream: Stream, rates: Rates) -> float:
-    """Return about how long a run will take, in seconds: its steps, its experiences' ends, its evaluations.
-
-    Args:
-        config: The run's configuration.
-        stream: How many images each experience has.
-        rates: What the parts cost.
-    """
-    joint, train = config.learner.card.joint, config.train
-    sizes = [len(experience.train) for experience in stream]
-    trained = [sum(sizes)] if joint else sizes
-    steps = sum(train.epochs * -(-size // train.batch_size) for size in trained)
-    return steps * rates.step + len(trained) * rates.end + _images(config, stream, trained) * rates.image
+def measure(config: RunConfig, stream: Stream) -> Work:
+    """Return what each of a run's work takes, timed on a workbench of its own."""
+    return cost(ContinualWorkbench(config, stream))
 
 
 def estimate_seconds(bench: ContinualWorkbench) -> float:
@@ -117,36 +105,4 @@ def estimate_seconds(bench: ContinualWorkbench) -> float:
     Args:
         bench: A workbench of the run, made for this alone: its learner is trained.
     """
-    return total_seconds(bench.config, bench.stream, measure(bench))
-
-
-def _images(config: RunConfig, stream: Stream, trained: Sequence[int]) -> int:
-    """Return how many images are scored or probed in all, one counted each time."""
-    evaluate = config.evaluate
-    scored = [len(e.validation if evaluate.split == "validation" else e.test) for e in stream]
-    scope = evaluate.experiences
-    if scope == "auto":
-        scope = "current" if stream.memorization else "all"
-    total = sum(scored) if scope == "all" else 0  # the untrained model
-    for number, size in enumerate(trained):
-        if scope == "all" or len(trained) == 1:
-            total += sum(scored)
-        else:
-            total += sum(scored[: number + 1]) if scope == "seen" else scored[number]
-        total += min(size, evaluate.train_images or size) + PROBE_PASSES * evaluate.probe_images
-    return total + _images_on_the_way(config, scope, scored, trained)
-
-
-def _images_on_the_way(config: RunConfig, scope: str, scored: Sequence[int], trained: Sequence[int]) -> int:
-    """Return how many images are scored while experiences are trained on, and before their steps."""
-    evaluate, train = config.evaluate, config.train
-    total = train.epochs * sum(trained) if evaluate.online == "eval" else 0
-    if not evaluate.every_steps:
-        return total
-    each = [min(size, evaluate.every_images or size) for size in scored]
-    ends = [0, *accumulate(train.epochs * -(-size // train.batch_size) for size in trained)]
-    for number, (begin, end) in enumerate(pairwise(ends)):
-        points = (end - 1) // evaluate.every_steps - begin // evaluate.every_steps + bool(evaluate.every_images)
-        seen = each if len(trained) == 1 else each[: number + 1]
-        total += points * (each[number] if scope == "current" else sum(seen))
-    return total
+    return work(bench.config, bench.stream).times(cost(bench))

@@ -43,6 +43,24 @@ def split_of(experience: Experience, name: str) -> Split:
     return split
 
 
+def scope_of(experiences: str, *, memorization: bool, joint: bool) -> str:
+    """Return which experiences are scored after each: ``all``, those ``seen`` so far, or the ``current`` one.
+
+    Args:
+        experiences: ``evaluate.experiences``: one of these, or ``auto``.
+        memorization: Whether the stream is about memorization, which is of the present experience.
+        joint: Whether the learner is given all experiences at once.
+    """
+    if experiences == "auto":
+        return "current" if memorization else "all"
+    return "all" if joint else experiences
+
+
+def is_scored(scope: str, number: int, present: int) -> bool:
+    """Return whether an experience is scored after the present one, both by their numbers."""
+    return scope == "all" or number == present or (scope == "seen" and number < present)
+
+
 @torch.no_grad()
 def accuracy(
     model: nn.Module, split: Split, classes: Sequence[int], *, batch_size: int, rows: Tensor | None = None

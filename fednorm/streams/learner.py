@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -25,21 +25,20 @@ from torch import Tensor, nn
 from fednorm.cards import Card
 from fednorm.data.augment import Augmentation
 from fednorm.data.scaling import HALF, Scaling
-from fednorm.device import on_cpu, place_of, wide
-from fednorm.errors import ConfigError, DataError
+from fednorm.device import on_cpu, place_of
 from fednorm.norms import spec_of
 from fednorm.rng import reseed, stream_seed, torch_seeded, torch_stream
 from fednorm.streams.anytime import modes_kept
+from fednorm.streams.arguments import require_classes, unexpected
 from fednorm.streams.buffer import Samples
 from fednorm.streams.passes import BatchChanges, Passes
 from fednorm.streams.stream import Experience
+from fednorm.training.loop import Tally, batches_of
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import TrainingStep, batch_coupled
 
 Tensors = dict[str, Tensor]
 
-OF_AVALANCHE = frozenset({"plugins", "evaluator", "eval_every", "peval_mode"})
-"""Arguments that Avalanche's strategies have and a learner has not."""
 Effect = Callable[[], None]
 
 
@@ -143,9 +142,7 @@ class Learner(Passes):
         met: New samples of the present experience in its first pass, by which online accuracy is measured: in later
             passes they are new no more.
         hits: How many of those the model got right just before it was trained on them, int64.
-        hits_of_all: How many of all :attr:`seen` it got right just before it was trained on them, int64.
-        seen: New samples of the present experience in all passes so far.
-        loss_sum: The sum over those of the loss before the update, float64 where the device has it.
+        tally: What was seen of the present experience's new samples, in all passes so far.
         tasks_seen: The numbers of all experiences so far, each once, in the order in which they came first. A task's
             number is its place here.
         watchers: Called with the learner after every step.
@@ -183,7 +180,7 @@ class Learner(Passes):
         **others: Any,
     ) -> None:
         if others:
-            raise _unexpected(type(self).__name__, others)
+            raise unexpected(type(self).__name__, others)
         self.model, self.optimizer, self.device = model, optimizer, place_of(model, device)
         self._criterion = criterion or nn.CrossEntropyLoss()
         self.train_mb_size, self.train_epochs, self.eval_mb_size = train_mb_size, train_epochs, eval_mb_size
@@ -205,10 +202,9 @@ class Learner(Passes):
         self._current_task = 0
         self._changes = BatchChanges()
         self.slow_reading_was_said = False
-        self.hits, self.hits_of_all = (torch.zeros((), dtype=torch.int64, device=self.device) for _ in range(2))
-        self.loss_sum = torch.zeros((), dtype=wide(self.device), device=self.device)
+        self.hits, self.met = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        self.tally = Tally(self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.seen = self.met = 0
         self._augmenting = torch.Generator()
 
     # What a method overrides ------------------------------------------------------------------------------------------
@@ -231,6 +227,10 @@ class Learner(Passes):
 
     def load_own_tensors(self, tensors: Tensors) -> None:
         """Take back what :meth:`own_tensors` gave."""
+
+    def memory_filled(self) -> float:
+        """Return how full the memory is that :meth:`end_experience` takes its time with, above 0; 1 where none does."""
+        return 1.0
 
     @contextmanager
     def for_evaluation(self) -> Iterator[nn.Module]:
@@ -270,25 +270,56 @@ class Learner(Passes):
         for each in experiences_of(experience):
             self.train(source_of(self, each, for_training(each)))
 
+    def train_passes(self, experience: Experience, passes: int) -> None:
+        """Train for some passes over an experience that goes on afterwards; :meth:`end` ends it.
+
+        As a client of a federation does, round by round. :attr:`train_epochs` is the number of passes in all.
+
+        Raises:
+            DataError: Its labels are not the network's classes.
+        """
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._begin_once()
+            self._epochs(self.progress.epoch + passes)
+
+    def end(self, experience: Experience) -> None:
+        """End an experience that :meth:`train_passes` has begun."""
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self._end()
+
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
         self._stop_training = True
 
     def _learn(self, **kwargs: Any) -> None:
         """Train on :attr:`source`; the arguments are for whoever looks on, but for those of :meth:`_pass`."""
-        progress = self.progress
         with torch_seeded(self.seed, "learner"):
-            if not progress.begun:
-                self._begin()
-            while progress.epoch < self.train_epochs and not self._stop_training:
-                self._before_training_epoch(**kwargs)
-                self._pass(**kwargs)
-                self._after_training_epoch(**kwargs)
-                progress.epoch, progress.batch = progress.epoch + 1, 0
+            self._begin_once()
+            self._epochs(self.train_epochs, **kwargs)
             self._stop_training = False
-            self.end_experience()
+            self._end()
+
+    def _begin_once(self) -> None:
+        if not self.progress.begun:
+            self._begin()
+
+    def _epochs(self, count: int, **kwargs: Any) -> None:
+        """Train until so many passes over :attr:`source` are finished."""
+        progress = self.progress
+        while progress.epoch < count and not self._stop_training:
+            self._before_training_epoch(**kwargs)
+            self._pass(**kwargs)
+            self._after_training_epoch(**kwargs)
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _end(self) -> None:
+        self.end_experience()
         self.step.end_experience()
-        self.progress = Progress(step=progress.step, ended=progress.ended + 1)
+        self.progress = Progress(step=self.progress.step, ended=self.progress.ended + 1)
 
     def _take(self, source: Experience) -> None:
         """Begin with an experience, or go on with it, and count its tasks."""
@@ -308,9 +339,8 @@ class Learner(Passes):
             for effect in self.begin:
                 effect(self.experience_number)
         self.hits.zero_()
-        self.hits_of_all.zero_()
-        self.loss_sum.zero_()
-        self.seen = self.met = 0
+        self.met = 0
+        self.tally.clear()
         self.begin_experience()
         self.progress.begun = True
 
@@ -326,14 +356,13 @@ class Learner(Passes):
         order = torch.randperm(count, generator=torch_stream(self.seed, *names))
         if not kwargs.get("shuffle", True):
             order = torch.arange(count)
-        batches = torch.split(order, self.train_mb_size)
-        if kwargs.get("drop_last", False) and len(batches[-1]) < self.train_mb_size:
-            batches = batches[:-1]
-        for rows in batches[progress.batch :]:
+        size, whole = self.train_mb_size, bool(kwargs.get("drop_last", False))
+        in_pass = count // size if whole else -(-count // size)
+        for rows in batches_of(order, size, single=not self.batch_coupled, begin=progress.batch, whole=whole):
             if self._stop_training:
                 break
-            if len(rows) > 1 or not self.batch_coupled:
-                self._set_rate(progress.epoch * len(batches) + progress.batch, self.train_epochs * len(batches))
+            if len(rows):
+                self._set_rate(progress.epoch * in_pass + progress.batch, self.train_epochs * in_pass)
                 self._train_on(self.source, rows, **kwargs)
             progress.step += 1
             progress.batch += 1
@@ -356,12 +385,10 @@ class Learner(Passes):
         self._before_step(new, **kwargs)
         logits = self.observe(new).detach()
         right = ((logits if guesses is None else guesses).argmax(1) == labels).sum()
-        self.hits_of_all += right
+        self.tally.add(self.loss, right, len(rows))
         if not self.progress.epoch:
             self.hits += right
             self.met += len(rows)
-        self.loss_sum += self.loss.detach() * len(rows)
-        self.seen += len(rows)
 
     def _before_step(self, new: Samples, **kwargs: Any) -> None:
         """Called with the samples that come, before every step."""
@@ -399,22 +426,22 @@ class Learner(Passes):
 
     def tensors(self) -> Tensors:
         """Return every tensor that the rest of the training depends on, by a path; all on the CPU."""
-        found = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
+        tensors = {f"model/{key}": tensor for key, tensor in self.model.state_dict().items()}
         for number, state in self.optimizer.state_dict()["state"].items():
-            found |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
+            tensors |= {f"optimizer/{number}/{key}": t for key, t in state.items() if isinstance(t, Tensor)}
         for place, effect in enumerate(self.effects):
             if hasattr(effect, "state_dict"):
-                found |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
-        found |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
-        counts = {"hits": self.hits, "hits_of_all": self.hits_of_all, "loss_sum": self.loss_sum.cpu().double()}
-        return on_cpu(found | {f"count/{key}": tensor for key, tensor in counts.items()})
+                tensors |= {f"effect/{place}/{key}": tensor for key, tensor in effect.state_dict().items()}
+        tensors |= {f"own/{key}": tensor for key, tensor in self.own_tensors().items()}
+        counts = {"hits": self.hits, "hits_of_all": self.tally.hits, "loss_sum": self.tally.loss_sum.cpu().double()}
+        return on_cpu(tensors | {f"count/{key}": tensor for key, tensor in counts.items()})
 
     def state(self) -> dict[str, Any]:
         """Return what goes with :meth:`tensors`, for JSON."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return {
             "progress": asdict(self.progress),
-            "seen": self.seen,
+            "seen": self.tally.seen,
             "met": self.met,
             "rates": rates,
             "tasks": list(self.tasks_seen),
@@ -436,9 +463,10 @@ class Learner(Passes):
                 effect.load_state_dict(_below(f"effect/{place}", tensors))
         self.load_own_tensors({key: tensor.to(self.device) for key, tensor in _below("own", tensors).items()})
         self.hits.copy_(tensors["count/hits"])
-        self.hits_of_all.copy_(tensors["count/hits_of_all"])
-        self.loss_sum.copy_(tensors["count/loss_sum"])
-        self.progress, self.seen, self.met = Progress(**state["progress"]), int(state["seen"]), int(state["met"])
+        self.tally.hits.copy_(tensors["count/hits_of_all"])
+        self.tally.loss_sum.copy_(tensors["count/loss_sum"])
+        self.progress = Progress(**state["progress"])
+        self.tally.seen, self.met = int(state["seen"]), int(state["met"])
         self.tasks_seen = [int(number) for number in state["tasks"]]
 
 
@@ -446,33 +474,3 @@ def _below(folder: str, tensors: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors whose path begins with a folder, by the rest of their path."""
     start = f"{folder}/"
     return {path.removeprefix(start): tensor for path, tensor in tensors.items() if path.startswith(start)}
-
-
-def _unexpected(name: str, arguments: Iterable[str]) -> Exception:
-    """Return the error for arguments that a learner does not have; Avalanche's are its strategy's."""
-    named = ", ".join(sorted(arguments))
-    if set(arguments) <= OF_AVALANCHE:
-        return ConfigError(
-            f"{name} is plain PyTorch and has no {named}. Take it as an Avalanche strategy, which has: "
-            f"fednorm.avalanche.strategy_of({name}), or for fednorm's own scenarios.learners.er_ace.ERACE and its like."
-        )
-    return TypeError(f"{name} got unexpected arguments: {named}")
-
-
-def require_classes(labels: Tensor, num_classes: int, name: str) -> None:
-    """Require that labels are classes of the network.
-
-    Args:
-        labels: The labels, integers.
-        num_classes: K.
-        name: What has them, for the error.
-
-    Raises:
-        DataError: One is negative, or not below ``num_classes``.
-    """
-    low, high = (int(bound) for bound in labels.aminmax())
-    if low < 0 or high >= num_classes:
-        raise DataError(
-            f"{name} has labels from {low} to {high}, and the learner has num_classes = {num_classes}: labels 0 to "
-            f"{num_classes - 1}. Make the learner, and its network, with as many classes as the stream has."
-        )

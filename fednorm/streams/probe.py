@@ -95,12 +95,12 @@ def drift(model: nn.Module, images: Tensor, *, batch_size: int) -> dict[str, flo
 
 
 def _moments(model: nn.Module) -> dict[str, Moments]:
-    found = {}
+    moments = {}
     for path, layer in batch_layers(model).items():
         assert layer.running_mean is not None
         assert isinstance(layer.running_var, Tensor)
-        found[path] = Moments(layer.running_mean.cpu(), layer.running_var.cpu())
-    return found
+        moments[path] = Moments(layer.running_mean.cpu(), layer.running_var.cpu())
+    return moments
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from fednorm.records.record import RunRecord
 from fednorm.rng import torch_stream
 from fednorm.streams import metrics
 from fednorm.streams.anytime import AnytimePoints, Scores, modes_kept, points_of
-from fednorm.streams.evaluation import Accuracy, accuracy, split_of
+from fednorm.streams.evaluation import Accuracy, accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.probe import diagnose, probe_images
 from fednorm.streams.stream import Experience
@@ -108,6 +108,8 @@ class _Run:
         self.bench, self.record, self.observer = bench, record, observer
         self.lines: list[Document] = []
         self.untrained: list[float | None] | None = None
+        scope, stream = bench.config.evaluate.experiences, bench.stream
+        self._scope = scope_of(scope, memorization=stream.memorization, joint=bench.joint)
         self.spent = 0.0
         self.since = time.perf_counter()
         self.anytime = AnytimePoints(bench.config.evaluate.every_steps, bench.steps)
@@ -130,7 +132,7 @@ class _Run:
         restored = self.record is not None and self._restore(self.record)
         if self.record:
             self.record.describe(self.bench.about)
-        if not restored and self._scope() == "all":
+        if not restored and self._scope == "all":
             self.bench.model.eval()
             self.untrained = [self._score(self.bench.model, e).overall for e in self.bench.stream]
         self.since = time.perf_counter()
@@ -220,25 +222,15 @@ class _Run:
             evaluated = {key: tensor.cpu().clone() for key, tensor in model.state_dict().items()}
         return None if all(torch.equal(trained[key], tensor) for key, tensor in evaluated.items()) else evaluated
 
-    def _scope(self) -> str:
-        scope = self.bench.config.evaluate.experiences
-        if scope == "auto":
-            return "current" if self.bench.stream.memorization else "all"
-        return "all" if self.bench.joint else scope
-
-    def _is_scored(self, number: int, present: int) -> bool:
-        scope = self._scope()
-        return scope == "all" or number == present or (scope == "seen" and number < present)
-
     def _score(self, model: nn.Module, experience: Experience) -> Accuracy:
         evaluate = self.bench.config.evaluate
         split = split_of(experience, evaluate.split)
         return self._finite(accuracy(model, split, experience.classes, batch_size=evaluate.batch_size))
 
-    def _finite(self, found: Accuracy) -> Accuracy:
+    def _finite(self, measured: Accuracy) -> Accuracy:
         """Return what was measured, unless the network's outputs are no numbers."""
-        if found.finite:
-            return found
+        if measured.finite:
+            return measured
         if self.bench.learner.source is None:
             raise DivergedError(
                 f"The outputs of the untrained network are not numbers ({self.bench.config.model.name} with norm "
@@ -257,18 +249,17 @@ class _Run:
                 if evaluate.every_images:
                     generator = torch_stream(bench.config.seed, "anytime", experience.number)
                     rows = torch.randperm(len(split), generator=generator)[: evaluate.every_images]
-                scored = self._is_scored(experience.number, present)
+                scored = is_scored(self._scope, experience.number, present)
                 measure = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size, rows=rows)
                 scores.append(self._finite(measure).overall if scored else None)
         return scores
 
     def _line(self, source: Experience) -> Document:
         bench, learner = self.bench, self.bench.learner
-        rate = bench.mean_rate(learner.progress.ended - 1)
+        rate, seen = bench.mean_rate(learner.progress.ended - 1), learner.tally.means()
         with learner.for_evaluation() as model:
             scores = [
-                self._score(model, experience) if self._is_scored(experience.number, source.number) else None
-                for experience in bench.stream
+                self._score(model, e) if is_scored(self._scope, e.number, source.number) else None for e in bench.stream
             ]
             train_accuracy = self._train_accuracy(model, source)
             diagnostics = self._diagnostics(model, source, rate)
@@ -282,9 +273,9 @@ class _Run:
             "accuracy": overall,
             "task_accuracy": [score and score.among_own for score in scores] if bench.stream.label_tells_task else None,
             "online_accuracy": int(learner.hits) / max(learner.met, 1),
-            "average_online_accuracy": int(learner.hits_of_all) / max(learner.seen, 1),
+            "average_online_accuracy": seen["accuracy"],
             "train_accuracy": train_accuracy,
-            "train_loss": float(learner.loss_sum) / max(learner.seen, 1),
+            "train_loss": seen["loss"],
             "steps": learner.progress.step,
             "learning_rate": rate,
             "diagnostics": diagnostics,

@@ -81,6 +81,7 @@ class ScenarioSpec(Card):
         seed: int,
         options: Mapping[str, Scalar] | None = None,
         cache_dir: Path | None = None,
+        reader: type[Reader] = Reader,
     ) -> Stream:
         """Build the scenario's stream for one seed.
 
@@ -91,6 +92,7 @@ class ScenarioSpec(Card):
                 ``config.split_seed`` is 0.
             options: The scenario's options that are not at their default.
             cache_dir: Where decoded arrays are kept.
+            reader: What reads the data sets.
 
         Returns:
             The stream; the same for the same arguments.
@@ -107,7 +109,7 @@ class ScenarioSpec(Card):
         size = config.image_size or image_size
         if size < 1:
             raise DataError(f"The images need a size of at least 1 pixel; got {size}. Set data.image_size.")
-        return self.make(Reader(config.replace(name=name), size, cache_dir), config.split_seed or seed, **given)
+        return self.make(reader(config.replace(name=name), size, cache_dir), config.split_seed or seed, **given)
 
     def _benchmark(self, config: DataConfig) -> str:
         for key in _FEDERATED_ONLY:

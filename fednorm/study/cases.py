@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fednorm.config import KeyPath, RunConfig, nest
+from fednorm.config import IMMATERIAL, MACHINE, KeyPath, RunConfig, flatten, nest
 from fednorm.study.grid import Planned, checked, labels, require_different
+from fednorm.study.reduction import departures, reduction
 from fednorm.study.select import best_of, kind_of, mean_score, rule
 
 Result = Mapping[str, Any]
 Table = Mapping[str, Any]
+
+
+OF_NO_CONCERN = (*IMMATERIAL, ("seed",), ("threads",), *((key,) for key in MACHINE))
+"""Keys in which a run may differ from its study without being another experiment."""
+
+
+def smaller(layers: Sequence[Table], factor: float | None, varied: Collection[KeyPath]) -> RunConfig:
+    """Return the configuration of keys laid over each other, reduced by a factor where there is one.
+
+    Args:
+        layers: Nested keys, each laid over those before it; what the last one sets is not reduced.
+        factor: In (0, 1), or None.
+        varied: Further keys that are not reduced.
+    """
+    config = checked(*layers)
+    if factor is None:
+        return config
+    return checked(*layers, reduction(config, factor, {*varied, *flatten(layers[-1])}))
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,8 @@ class Study:
         overrides: Keys laid over all runs.
         searches: What each method may choose; empty where nothing is chosen.
         on_test: Whether hyper-parameters are chosen on test images.
+        reduced: The factor by which rounds, images and clients are fewer than the file says; None for the whole study.
+        varied: Keys that the grid or a search varies, which are not reduced.
     """
 
     name: str
@@ -86,6 +107,8 @@ class Study:
     overrides: Table
     searches: tuple[tuple[Candidate, ...], ...] = ()
     on_test: bool = False
+    reduced: float | None = None
+    varied: frozenset[KeyPath] = frozenset()
     configs: tuple[RunConfig, ...] = field(init=False)
     """The runs that are reported; empty while hyper-parameters are to be chosen."""
 
@@ -113,7 +136,30 @@ class Study:
     def drafts(self) -> list[RunConfig]:
         """Return the runs of the grid with the first hyper-parameters in place of the chosen ones."""
         first = {number: search[0].keys for number, search in enumerate(self.searches)}
-        return [checked(case.values, nest(first.get(case.method, {})), self.overrides) for case in self.cases]
+        return [self._made(case, first.get(case.method, {})) for case in self.cases]
+
+    def _made(self, case: Case, keys: Mapping[KeyPath, Any]) -> RunConfig:
+        return smaller((case.values, nest(keys), self.overrides), self.reduced, self.varied)
+
+    def departures(self, choices: Iterable[Choice]) -> dict[str, dict[str, list[Any]]]:
+        """Return in which keys runs are not what the file says: by hash and key, the run's value and the file's.
+
+        What is set for this call alone makes them differ (``--set``), and a reduction. The seed, where data are, and
+        what computes a run do not count.
+
+        Args:
+            choices: What the methods have chosen; runs of others are left out.
+        """
+        if self.reduced is None and not self.overrides:
+            return {}
+        chosen = {choice.method: choice.keys for choice in choices}
+        found = {}
+        for case in self.cases:
+            if case.method in chosen or not self.searches:
+                keys = chosen.get(case.method, {})
+                own, original = self._made(case, keys), checked(case.values, nest(keys))
+                found[own.hash] = departures(own, original, OF_NO_CONCERN)
+        return {run: keys for run, keys in found.items() if keys}
 
     def choices(self, results: Mapping[str, Result], hopeless: Collection[str] = ()) -> list[Choice]:
         """Return what each method has chosen; a method that cannot choose yet is left out.
@@ -151,12 +197,16 @@ class Study:
         """
         chosen = {choice.method: choice.keys for choice in choices}
         planned = [
-            Planned(checked(case.values, nest(chosen.get(case.method, {})), self.overrides), case.origin)
+            Planned(self._made(case, chosen.get(case.method, {})), case.origin)
             for case in self.cases
             if case.method in chosen or not self.searches
         ]
         require_different(planned, self.overrides)
         return [plan.config for plan in planned]
+
+    def first_choices(self) -> list[Choice]:
+        """Return what methods would choose that take the first of their hyper-parameters, as :meth:`drafts` do."""
+        return [Choice(number, "", search[0].keys, 0.0, "") for number, search in enumerate(self.searches)]
 
     def _method_names(self) -> list[str]:
         """Return what each method is called, its hyper-parameters left out."""

@@ -241,5 +241,7 @@ def _method(config: RunConfig) -> str:
     """Return a run's method: what trains, and its norm unless that is the strategy's own."""
     if config.kind == "continual":
         return f"{config.learner.name} + {config.norm.name}"
+    if config.kind == "federated_continual":
+        return f"{config.strategy.name} + {config.learner.name} + {config.norm.name}"
     own = config.norm.name == config.strategy.card.own_norm
     return config.strategy.name if own else f"{config.strategy.name} + {config.norm.name}"

@@ -7,7 +7,9 @@
                            "configurations": how many each method chose from,
                            "chosen": [{"method": label, "keys": {dotted key: value}, "score": share, "run": hash}],
                            "diverged": {hash: reason}},   the configurations that broke down, and are not run again
-     "runs": [hash, ...], "selection_runs": [hash, ...]}
+     "runs": [hash, ...], "selection_runs": [hash, ...],
+     "reduced": null, or the factor by which rounds, images and clients are fewer than the study's (--reduce),
+     "departs": {hash: {dotted key: [the run's value, the study's]}}}    what was set for a call alone, or reduced
 
 The same study, called again with other settings into the same folder, adds its runs to those that are there.
 """
@@ -148,6 +150,8 @@ def _document(
         "selection": selection if study.searches else None,
         "runs": [config.hash for config in configs],
         "selection_runs": [config.hash for config in study.search_configs],
+        "reduced": study.reduced,
+        "departs": study.departures(choices),
     }
 
 
@@ -171,7 +175,7 @@ def _united(before: Document | None, now: Document, folder: Path) -> Document:
         new["chosen"] = [*new["chosen"], *(one for one in old["chosen"] if not _is_among(one, new["chosen"]))]
     for key in ("runs", "selection_runs"):
         now[key] = list(dict.fromkeys([*before[key], *now[key]]))
-    return {**now, "selection": new or old}
+    return {**now, "selection": new or old, "departs": {**before["departs"], **now["departs"]}}
 
 
 def _is_among(choice: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> bool:

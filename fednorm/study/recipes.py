@@ -32,5 +32,5 @@ def find_study(study: str) -> Path:
             )
         return path
     if canonical(study) not in recipe_names():
-        raise unknown_name("study", study, recipe_names())
+        raise unknown_name("study", study, recipe_names(), "fednorm recipes")
     return RECIPES / f"{canonical(study)}.toml"

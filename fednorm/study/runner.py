@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fednorm.config import RunConfig
-from fednorm.cores import available_cores
+from fednorm.cores import usable_cores
 from fednorm.errors import AggregationError, ConfigError, DivergedError, RecordError
 from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, exit_code, raising
@@ -32,9 +32,6 @@ __all__ = [
     "execute",
     "run_study",
 ]
-
-CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
-"""Where Linux says how much of the cores a container may use: microseconds, and in how many; ``max`` for all."""
 
 MOST_JOBS, MOST_JOBS_A_CORE = 64, 4
 """Most runs at a time, whatever the machine and for each of its cores; the larger counts."""
@@ -128,12 +125,7 @@ class Watcher(Protocol):
 
 def default_jobs() -> int:
     """Return how many runs go at a time by default: one for each core that this process may use."""
-    cores = available_cores()
-    try:
-        quota, period = CPU_LIMIT.read_text(encoding="ascii").split()
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or no limit
-        return cores
+    return usable_cores()
 
 
 def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = None) -> StudyOutcome:
@@ -314,7 +306,7 @@ def _run_apart(queue: _Queue, missing: Sequence[RunConfig], jobs: int) -> None:
             idle = [worker for worker in workers if worker.config is None]
             while waiting and (idle or len(workers) < jobs):
                 if not idle:
-                    idle.append(Worker(context, queue.runs))
+                    idle.append(Worker(context, queue.runs, jobs))
                     workers.append(idle[-1])
                 _begin(queue, idle.pop(), waiting.popleft())
             for worker in _speaking(workers):

@@ -58,7 +58,7 @@ def best_of(configurations: Sequence[Sequence[Result]]) -> int:
 
 def rules(results: Sequence[Result]) -> list[str]:
     """Return by what :func:`best_by_method` chooses among these results, a sentence each."""
-    return list(dict.fromkeys(rule(_kind(result), on_test=False) for result in results))
+    return list(dict.fromkeys(rule(result_of(result).subject, on_test=False) for result in results))
 
 
 def rule(kind: str, *, on_test: bool) -> str:
@@ -72,6 +72,7 @@ def rule(kind: str, *, on_test: bool) -> str:
     said = {
         "federated": f"Chosen by the mean {images} accuracy over domains",
         "continual": f"Chosen by the average accuracy on {images} images after the last experience",
+        "federated_continual": f"Chosen by the mean accuracy of clients on {images} images after the last experience",
         "memorization": "Chosen by plasticity, the training accuracy in the last tenth of the experiences: "
         "a memorization stream has no images to hold out",
     }
@@ -83,19 +84,13 @@ def kind_of(config: RunConfig) -> str:
     """Return the kind of run as the rules of selection tell them apart, before it has been run.
 
     Returns:
-        ``federated``, ``continual`` or ``memorization``.
+        The run's kind, or ``memorization``.
     """
-    if config.kind == "continual":
-        return "memorization" if config.scenario.card.memorization else "continual"
-    return "federated"
-
-
-def _kind(result: Result) -> str:
-    return "memorization" if result_of(result).memorizes else result_of(result).kind
+    return "memorization" if config.kind == "continual" and config.scenario.card.memorization else config.kind
 
 
 def _require_held_out(result: Result) -> None:
-    if _kind(result) != "memorization" and result["config"]["evaluate"]["split"] != "validation":
+    if not result_of(result).memorizes and result["config"]["evaluate"]["split"] != "validation":
         raise ConfigError(
             f"Run {result['hash']} was scored on test images, and a configuration is chosen on validation images "
             "only. Run the study with evaluate.split = 'validation' and data.validation > 0."

@@ -11,8 +11,10 @@ mean unseen.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import fmean, stdev
 
 from fednorm.errors import ConfigError, DataError
@@ -78,6 +80,11 @@ class Difference:
     ties: int
     method: str
     level: float
+
+    @property
+    def shows_nothing(self) -> bool:
+        """Whether these seeds leave open which of the two is better: the interval holds 0, or there is none."""
+        return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
 def interval(values: Sequence[float], *, method: str = "t", level: float = LEVEL) -> Interval:
@@ -173,13 +180,17 @@ def mean_ranks(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     Raises:
         DataError: A score that is not finite.
     """
-    from scipy.stats import rankdata
-
     domains = set.intersection(*(set(by_domain) for by_domain in scores.values())) if scores else set()
     if not domains:
         return {}
-    ranks = [rankdata([-value for value in _all_finite(list(column))]) for column in _columns(scores, domains)]
-    return {name: fmean(float(rank[place]) for rank in ranks) for place, name in enumerate(scores)}
+    ranks = [_ranks(_all_finite(column)) for column in _columns(scores, domains)]
+    return {name: fmean(rank[place] for rank in ranks) for place, name in enumerate(scores)}
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Return each value's rank, the highest first; values that tie share the mean of theirs."""
+    ordered = sorted(-value for value in values)
+    return [(bisect_left(ordered, -value) + bisect_right(ordered, -value) + 1) / 2 for value in values]
 
 
 def _columns(scores: Mapping[str, Mapping[str, float]], domains: set[str]) -> list[list[float]]:
@@ -212,11 +223,17 @@ def _all_finite(values: Sequence[float]) -> Sequence[float]:
 
 
 def _student(values: Sequence[float], mean: float, std: float, level: float) -> tuple[float, float]:
-    from scipy.stats import t
-
-    # Not t.interval, which is NaN where the standard error is so small that it underflows to 0.
-    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * std / math.sqrt(len(values))
+    # Not scipy's t.interval, which is NaN where the standard error is so small that it underflows to 0.
+    half = quantile(len(values), level) * std / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+@cache
+def quantile(n: int, level: float = LEVEL) -> float:
+    """Return Student's t quantile that an interval of a mean of n values has: its half width in standard errors."""
+    from scipy.special import stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
+
+    return float(stdtrit(n - 1, (1 + level) / 2))
 
 
 def _percentile(values: Sequence[float], level: float) -> tuple[float, float]:

@@ -57,12 +57,11 @@ from typing import Any
 from fednorm.config import KeyPath, RunConfig, flatten, merge, nest, read_config
 from fednorm.errors import ConfigError
 from fednorm.limits import require_plain, shown
-from fednorm.study.cases import Candidate, Case, Choice, Study
+from fednorm.study.cases import Candidate, Case, Choice, Study, smaller
 from fednorm.study.grid import (
     Axis,
     Planned,
     axes,
-    checked,
     combinations,
     labels,
     origin,
@@ -70,25 +69,31 @@ from fednorm.study.grid import (
     require_few,
     without,
 )
+from fednorm.study.reduction import require_factor
 from fednorm.study.sections import Table, about_study, paper_number, require_sections
 from fednorm.study.select import kind_of
 
 __all__ = ["Candidate", "Case", "Choice", "Study", "make_study", "read_study"]
 
 
-def read_study(path: Path, overrides: Table | None = None, *, select_on_test: bool = False) -> Study:
+def read_study(
+    path: Path, overrides: Table | None = None, *, select_on_test: bool = False, reduce: float | None = None
+) -> Study:
     """Read a study's file; all of its configurations are checked.
 
     Args:
         path: The TOML file; the module says what stands in it.
         overrides: Nested keys laid over every run, e.g. the data folder; a table ``select`` is laid over the file's.
         select_on_test: Whether hyper-parameters are chosen on test images.
+        reduce: A factor below 1 by which rounds, images and clients are fewer (:mod:`fednorm.study.reduction`).
 
     Raises:
         ConfigError: The file is not a study, two of its runs are the same, budgets differ, or a configuration is wrong.
         UnknownNameError: A name is not registered.
     """
-    return make_study(read_config(path), path.stem, overrides, select_on_test=select_on_test, where=str(path))
+    return make_study(
+        read_config(path), path.stem, overrides, select_on_test=select_on_test, reduce=reduce, where=str(path)
+    )
 
 
 def make_study(
@@ -97,6 +102,7 @@ def make_study(
     overrides: Table | None = None,
     *,
     select_on_test: bool = False,
+    reduce: float | None = None,
     where: str = "The study",
 ) -> Study:
     """Make a study of the tables of a study's file; arguments and errors are those of :func:`read_study`.
@@ -106,12 +112,13 @@ def make_study(
         name: The study's name.
         overrides: As for :func:`read_study`.
         select_on_test: As for :func:`read_study`.
+        reduce: As for :func:`read_study`.
         where: What the file is called in an error.
     """
     require_plain(document, where, lines=True)
     over = dict(overrides or {})
     require_plain(over, "The keys laid over every run")
-    plan = _Plan(document, over.pop("select", {}), over, where)
+    plan = _Plan(document, over.pop("select", {}), over, where, None if reduce is None else require_factor(reduce))
     cases = plan.cases()
     searches = plan.searches(on_test=select_on_test) if plan.searching else ()
     if select_on_test and not searches:
@@ -119,9 +126,10 @@ def make_study(
             f"{where} has no [search]: there is nothing to select, on test images (--select-on-test) or others."
         )
     about = plan.about
+    less = "" if reduce is None else f" (reduced to {reduce:g})"
     study = Study(
-        name=name,
-        title=str(about.get("title", name)),
+        name=f"{name}{less}",
+        title=f"{about.get('title', name)}{less}",
         about=str(about.get("about", "")),
         baseline=about.get("baseline"),
         paper=plan.paper(),
@@ -129,6 +137,8 @@ def make_study(
         overrides=over,
         searches=searches,
         on_test=select_on_test,
+        reduced=reduce,
+        varied=plan.varied,
     )
     _require_baseline(study, where)
     if searches:
@@ -139,8 +149,8 @@ def make_study(
 class _Plan:
     """The tables of a study's file, on their way to cases and searches."""
 
-    def __init__(self, document: Table, select: Any, overrides: Table, where: str) -> None:
-        self.where, self.overrides = where, overrides
+    def __init__(self, document: Table, select: Any, overrides: Table, where: str, reduce: float | None = None) -> None:
+        self.where, self.overrides, self.reduce = where, overrides, reduce
         require_sections(document, where)
         self.base: Table = document["base"]
         self.about = about_study(document.get("study", {}), self.base, where)
@@ -157,6 +167,12 @@ class _Plan:
         self.grid = without(axes(document.get("grid", {})), overrides)
         self.document = document
         self.methods: dict[tuple[int, str], tuple[int, dict[KeyPath, Any]]] = {}
+
+    @property
+    def varied(self) -> frozenset[KeyPath]:
+        """Return the keys that the grid or a search varies."""
+        spaces = [space for of_point in self.spaces for space in of_point]
+        return frozenset(axis.path for space in (self.grid, *spaces) for axis in space if len(axis.values) > 1)
 
     def cases(self) -> list[Case]:
         """Return the runs of the grid, and take down which method each belongs to."""
@@ -210,7 +226,8 @@ class _Plan:
     def _scored(self, values: Table, on_test: bool) -> RunConfig:
         """Return the configuration of a run that hyper-parameters are chosen by."""
         wanted = "test" if on_test else "validation"
-        config = checked(values)
+        kept = (self.varied | flatten(self.overrides).keys()) - flatten(self.select).keys()
+        config = smaller((values, {}), self.reduce, kept)
         kind = kind_of(config)
         if kind == "memorization":
             return config
@@ -231,7 +248,7 @@ class _Plan:
                 f"{self.where} chooses by the average accuracy after the last experience, and evaluate.experiences is "
                 "'current'. Set it to 'seen' or 'all'."
             )
-        return checked(values, {"evaluate": {"split": wanted}})
+        return smaller((values, {"evaluate": {"split": wanted}}), self.reduce, kept)
 
     def _require_equal_budgets(self, searches: Sequence[Sequence[Candidate]]) -> None:
         counts = [len(search) for search in searches]

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import RunConfig
+from fednorm.cores import share_cores
 from fednorm.errors import FedNormError
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class _Rounds:
         self._accuracy: float | None = None
 
     def begin(self, bench: Workbench, first_round: int) -> None:
-        self._total = bench.config.rounds.num_rounds
+        self._total = bench.num_rounds
         self._tell(Progress(first_round - 1, self._total, "round", None))
 
     def round(self, line: Mapping[str, Any]) -> None:
@@ -150,6 +151,7 @@ class Worker:
     Args:
         context: Starts processes; ``spawn``, since torch's threads do not survive a fork.
         runs: The folder of records.
+        among: How many workers share the cores.
 
     Attributes:
         connection: Readable when the worker has something to say, or has ended.
@@ -161,11 +163,11 @@ class Worker:
     PATIENCE = 10.0
     """Seconds in which a worker that was asked to end may put its files in order."""
 
-    def __init__(self, context: SpawnContext, runs: Path) -> None:
+    def __init__(self, context: SpawnContext, runs: Path, among: int = 1) -> None:
         self.connection, far = context.Pipe()
         self.config: RunConfig | None = None
         self.ready = self.dead = False
-        self._process = context.Process(target=serve, args=(far, runs), daemon=True, name="fednorm worker")
+        self._process = context.Process(target=serve, args=(far, runs, among), daemon=True, name="fednorm worker")
         with _for_children():
             self._process.start()
         far.close()
@@ -274,13 +276,15 @@ def _for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here, the rest being in order
 
 
-def serve(connection: Connection, runs: Path) -> None:
+def serve(connection: Connection, runs: Path, among: int = 1) -> None:
     """Be a worker: take configurations from the pipe, run them, tell how they go; end when the pipe is closed.
 
     Args:
         connection: The worker's end of the pipe.
         runs: The folder of records.
+        among: How many workers share the cores.
     """
+    share_cores(among)
     signal.signal(signal.SIGTERM, _leave)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     os.dup2(2, 1)  # standard output is the parent's: one JSON document, say

@@ -1,6 +1,8 @@
 """How much memory a model and a step of its training will take, from shapes alone, before any of it is allocated.
 
-The model is built and run once on PyTorch's ``meta`` device, whose tensors have shapes and no values.
+The model is built and run once on two images. A small one is run as it is; on PyTorch's ``meta`` device, whose tensors
+have shapes and no values, are run only those of which this would already take too much: there nearly every operation is
+defined by PyTorch's compiler, and the first imports it (1.6 CPU-seconds and 140 MB, more than a tiny run takes).
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fednorm.cards import MODELS
 from fednorm.errors import ConfigError, FedNormError
@@ -54,45 +57,98 @@ def footprint(name: str, norm: Norm, *, num_classes: int, image_size: int, width
 
 @lru_cache(maxsize=64)  # a third of the time of a run of a few steps; those of a process mostly share a model
 def _measured(name: str, norm: Norm, num_classes: int, size: int, width: int) -> Footprint:
-    """Build a model of fednorm's and run it, without values."""
-    try:
-        with torch.device("meta"):
-            model = MODELS[name].make(norm, num_classes=num_classes, image_size=size, width=width)
-            state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-            outputs = _outputs(model, size)
-    except FedNormError:
-        raise
-    except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # 2**63 entries and more
-        raise ConfigError(
-            f"model {name} of width {shown(width)} for images of {shown(size)} pixels a side is "
-            f"beyond what can be numbered ({shown(str(error).splitlines()[0])}). Lower model.width or data.image_size."
-        ) from error
+    """Build a model of fednorm's and run it, without values unless it is small."""
+    for device in ("cpu", "meta"):
+        try:
+            with torch.device(device), torch.random.fork_rng(devices=[]), _Limit(device):
+                model = MODELS[name].make(norm, num_classes=num_classes, image_size=size, width=width)
+                state = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+                outputs = _outputs(model, size, device)
+                break
+        except FedNormError:
+            raise
+        except (RuntimeError, OverflowError, TypeError, MemoryError) as error:  # 2**63 entries and more
+            if device == "cpu":
+                continue
+            raise ConfigError(
+                f"model {name} of width {shown(width)} for images of {shown(size)} pixels a side is "
+                f"beyond what can be numbered ({shown(str(error).splitlines()[0])}). Lower model.width or "
+                "data.image_size."
+            ) from error
     return Footprint(
         state, sum(outputs), max(outputs, default=0), sum(parameter.numel() for parameter in model.parameters())
     )
 
 
-def _outputs(model: nn.Module, size: int) -> list[int]:
-    """Return the bytes of every layer's output for one image, as far as they can be known."""
+def _outputs(model: nn.Module, size: int, device: str) -> list[int]:
+    """Return the bytes of every layer's output for one image, as far as they can be known.
+
+    Raises:
+        _TooLargeError: The device is no ``meta`` device, and running the model would take too much.
+    """
     outputs: list[int] = []
 
     def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor):
             outputs.append(output.numel() * output.element_size() // 2)
 
+    # No layer of fednorm's models enlarges an image, so that none has a larger output than this.
+    widest = max((len(parameter) for parameter in model.parameters() if parameter.ndim), default=3)
+    if device == "cpu" and 2 * 4 * max(widest, 3) * size**2 > TRIED_BYTES:
+        raise _TooLargeError
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(note) for module in leaves]
     for layer in model.modules():
         if isinstance(layer, HookedLayer):
             layer.set_tasks(None, 1)  # nothing is trained, so that it need not ask for them
     try:
-        model(torch.empty(2, 3, size, size, device="meta"))
+        model(torch.empty(2, 3, size, size, device=device).zero_())
+    except _TooLargeError:
+        raise
     except Exception:
         return outputs
     finally:
         for hook in hooks:
             hook.remove()
     return outputs
+
+
+TRIED_BYTES = 2**28
+"""What a model may take while it is tried with values."""
+
+
+class _TooLargeError(RuntimeError):
+    """A model is not to be run with values."""
+
+
+class _Limit(TorchFunctionMode):
+    """Stops a model that is built or run with values before it takes too much.
+
+    Memory that was asked for and not yet written takes none, so that looking at each new tensor is early enough.
+
+    Args:
+        device: Where it is; nothing is limited on the ``meta`` device.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._left = TRIED_BYTES if device == "cpu" else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation and count what it returns.
+
+        Raises:
+            _TooLargeError: It has come to too much.
+        """
+        output = func(*args, **(kwargs or {}))
+        if self._left is not None and isinstance(output, Tensor):
+            memory = output.untyped_storage()
+            shared = (argument.untyped_storage() for argument in args if isinstance(argument, Tensor))
+            if all(memory.data_ptr() != other.data_ptr() for other in shared):
+                self._left -= memory.nbytes()
+            if self._left < 0:
+                raise _TooLargeError
+        return output
 
 
 def require_footprint(

@@ -42,6 +42,7 @@ from fednorm.errors import ConfigError
 from fednorm.rng import reseed, stream_seed, torch_stream
 from fednorm.streams.buffer import BalancedBuffer, Samples
 from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
+from fednorm.training.loop import batches_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +132,18 @@ class GDumbLearner(Learner):
     def _train_on_memory(self, memory: Samples, epoch: int) -> None:
         names = ("memory", self.progress.ended, "epoch", epoch)
         order = torch.randperm(len(memory), generator=torch_stream(self.seed, *names, "order"))
-        for batch, slots in enumerate(torch.split(order, self.train_mb_size)):
-            if len(slots) == 1 and self.batch_coupled:
+        for batch, slots in enumerate(batches_of(order, self.train_mb_size, single=not self.batch_coupled)):
+            if not len(slots):
                 continue
             reseed(stream_seed(self.seed, *names, "model", batch))
             self._augmenting.manual_seed(stream_seed(self.seed, *names, "augment", batch))
             samples = Samples(memory.images[slots], memory.labels[slots], memory.tasks[slots])
             (logits,) = self.pass_forward(samples)
             self.descend(self.loss_of(logits, samples))
+
+    def memory_filled(self) -> float:
+        """Return how full the memory is: all of it is learned at an experience's end."""
+        return len(self.buffer) / self.options.memory_size
 
     def before_update(self) -> None:
         """Clip the gradient."""

@@ -79,8 +79,14 @@ def test_tables_go_to_standard_output_and_progress_to_the_other(call: Call) -> N
     assert outcome.code == 0
     assert "experience 2/2" in outcome.err
     assert "er_ace with norm adab2n" in outcome.err
-    for title in ("Accuracy (%): split", "forgetting", "Accuracy matrix (%): split", "Drift by layer", "record: "):
+    assert outcome.out.startswith("er_ace + adab2n (memory_size=20) ")  # the answer comes first
+    for title in ("Accuracy (%): split", "forgetting", "--details: 2 more tables", "record: "):
         assert title in outcome.out
+    assert "Accuracy matrix" not in outcome.out
+    whole = call("continual", "--norm", "adab2n", *SMALL, "--details", "--notes")  # reads the record back
+    for title in ("Accuracy (%): split", "Accuracy matrix (%): split", "Drift by layer", "Forgetting: percentage"):
+        assert title in whole.out
+    assert "--details:" not in whole.out
     assert "experience 1/2" not in outcome.out
     separate = call("continual", *SMALL, "--set", "learner.passes=separate", "--dry-run")
     assert "separate passes" in separate.out
@@ -93,6 +99,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     monkeypatch.setattr("fednorm.cli.continual.simulate", lambda *_, **__: pytest.fail("it trained"))
     dry = call("continual", "--json", "--dry-run", "--runs", tmp_path / "dry", *SMALL)
     document = dry.document
+    assert document.pop("estimated_seconds") >= 0
     assert document == {key: whole[key] for key in document}
     assert {"config", "hash", "parameters", "data", "steps", "norm", "learner", "scenario"} <= set(document)
     assert not (tmp_path / "dry").exists()
@@ -100,6 +107,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     assert plain.code == 0
     assert "experience 2: classes" in plain.out
     assert "12 train, 6 test images" in plain.out
+    assert "estimated time: " in plain.out
 
 
 def test_the_learner_and_the_norm_are_the_same_in_any_spelling(call: Call) -> None:

@@ -84,7 +84,9 @@ def test_a_strategys_card_has_its_roles(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_section_and_an_optimizer_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "linear_probe_rounds (federated): First rounds" in explained("train", capsys)
+    told = explained("train", capsys)
+    assert "linear_probe_rounds = 0    [federated runs; an integer, 0 or more]\n    First rounds" in told
+    assert "learning_rate = 0.01 (streams: 0.03)    [all runs; a finite number, greater than 0]" in told
     text = explained("adamp", capsys)
     assert "Options: nesterov = False, delta = 0.1, wd_ratio = 0.1" in text
     assert "Verified: Golden trace adamp" in text

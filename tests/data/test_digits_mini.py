@@ -5,17 +5,19 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 from fednorm.config import DataConfig
 from fednorm.data import load_federation
-from fednorm.data.digits_mini import DOMAINS, FONTS, _patch, _photo, plans, read_digits_mini
+from fednorm.data.digits_mini import DOMAINS, FONTS, _patch, _photo, _scans, plans, read_digits_mini
 from fednorm.data.source import Source
+from fednorm.errors import DataError
 
 DIGEST = """
 import hashlib, sys
@@ -47,6 +49,31 @@ def test_every_scan_is_used_once_and_keeps_its_label() -> None:
     assert sorted(scans) == list(range(1797))
     target = load_digits().target
     assert all(plan.label == target[plan.scan] for plan in plans() if plan.scan >= 0)
+
+
+def test_the_files_read_are_what_scikit_learn_loads() -> None:
+    bunch = load_digits()
+    images, labels = _scans()
+    assert np.array_equal(images, bunch.images / 16)
+    assert np.array_equal(labels, bunch.target)
+    for name in ("china.jpg", "flower.jpg"):
+        assert np.array_equal(_photo(name), load_sample_image(name))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no digits"])
+def test_a_sample_file_that_is_not_there_or_damaged_is_named(
+    content: bytes | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = ModuleSpec("sklearn", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr("fednorm.data.digits_mini.find_spec", lambda _: spec)
+    for file, read in (("data/digits.csv.gz", _scans.__wrapped__), ("images/china.jpg", _photo.__wrapped__)):
+        if content is not None:
+            path = tmp_path / "datasets" / file
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+        with pytest.raises(DataError, match=rf"needs .*{Path(file).name}"):
+            read(*([] if "csv" in file else ["china.jpg"]))
 
 
 def test_sizes_and_classes(source: Source) -> None:

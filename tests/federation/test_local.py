@@ -269,11 +269,21 @@ def test_a_checkpoint_without_the_servers_control_is_refused(tmp_path: Path) -> 
         simulate(config, runs=tmp_path)
 
 
-def test_a_run_plans_the_bytes_that_it_then_sends() -> None:
-    config = resolve({**SMALL, "strategy": {"name": "scaffold"}})
+@pytest.mark.parametrize("strategy", ["scaffold", "hbn", "fedbn"])
+def test_a_run_plans_the_bytes_that_it_then_sends(strategy: str) -> None:
+    """The control variates of SCAFFOLD are as long as what is learned, and HBN sends the network twice."""
+    config = resolve({**SMALL, "strategy": {"name": strategy}})
     result = simulate(config, runs=None)
+    plan, clients = result["plan"], len(result["rounds"][0]["sampled"])
     for line in result["rounds"]:
-        assert line["bytes_down"] + line["bytes_up"] == result["plan"]["bytes_per_round"]
+        assert line["bytes_down"] + line["bytes_up"] == plan["bytes_per_round"]
+    bytes_of = plan["bytes"]
+    assert plan["bytes_per_round"] == clients * (
+        2 * (bytes_of["shared"] + bytes_of["pooled"]) + bytes_of.get("extra", 0)
+    )
+    learned = sum(t["bytes"] for t in plan["tensors"] if t["kind"] in ("weight", "bias", "scale", "shift"))
+    assert strategy != "scaffold" or bytes_of["extra"] == 2 * learned
+    assert strategy != "fedbn" or "extra" not in bytes_of
 
 
 def test_states_that_no_machine_can_hold_are_refused_before_a_round(make_site: Any) -> None:

@@ -131,7 +131,7 @@ def test_the_table_of_a_comparison() -> None:
         "± sd": "± 8.9",
         "95 % interval": "[40.9, 85.1]",
         "n": "3",
-        "difference": "+3.0 [−4.5, +10.5], 2 of 3 seeds better",
+        "difference": "+3.0 [−4.5, 10.5], 2 of 3 seeds better",
         "worst domain": "53.0",
         "rank": "1.0",
     }

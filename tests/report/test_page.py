@@ -21,7 +21,8 @@ from fednorm.records.results import Loaded
 from fednorm.report import page_data
 from fednorm.report.comparison import comparisons
 from fednorm.report.page import SCRIPTS, embeddable, page, write_page
-from fednorm.report.page_data import document, number
+from fednorm.report.page_data import document
+from fednorm.report.page_size import number
 
 LAYERS = ("norm1", "norm2")
 TENSORS = [
@@ -146,7 +147,7 @@ def test_scores_and_curves_are_those_of_the_results() -> None:
     assert (run["method"], run["seed"], run["final"]["per_domain.usps"], run["bytes"]) == (0, 2, 0.4, 200)
     grid, values = run["series"]["per_domain.mnist"]
     assert found["grids"][grid] == [1, 2, 3]
-    assert values == [0.2667, 0.5333, 0.8]
+    assert values == pytest.approx([0.8 / 3, 1.6 / 3, 0.8], rel=1e-11)
     assert {quantity["key"]: quantity["label"] for quantity in section["quantities"]}["per_domain.mnist"] == "mnist"
 
 
@@ -167,7 +168,7 @@ def test_what_runs_share_is_stored_once() -> None:
     found = made(loaded(*results))
     assert (len(found["configs"]), len(found["plans"]), len(found["layers"])) == (2, 1, 1)
     assert (len(found["grids"]), len(found["times"])) == (1, 1)
-    config = {key: (text, default) for key, text, default in found["configs"][1]}
+    config = {key: (text, default) for key, text, default in map(found["settings"].__getitem__, found["configs"][1])}
     assert config["strategy.name"] == ("fedbn", False)
     assert config["train.batch_size"][1] is True
     assert config.keys().isdisjoint({"seed", "data.dir"})
@@ -230,16 +231,16 @@ def test_the_evaluation_matrix_is_flat() -> None:
     run = made(loaded(result))["sections"][0]["runs"][0]
     assert run["evaluation"] == [
         ["own", own],
-        ["cross, statistics of mnist (client 0)", {"mnist": 0.9, "usps": 0.1235}],
+        ["cross, statistics of mnist (client 0)", {"mnist": 0.9, "usps": 0.123456}],
     ]
 
 
 @given(st.floats(-1e300, 1e300) | st.sampled_from([math.nan, math.inf, -math.inf]))
-def test_numbers_have_four_digits_or_are_null(value: float) -> None:
+def test_numbers_have_the_digits_that_texts_round_from_or_are_null(value: float) -> None:
     found = number(value)
     if math.isfinite(value):
-        assert found == pytest.approx(value, rel=5e-4)
-        assert float(f"{found:.3e}") == found
+        assert found == pytest.approx(value, rel=5e-12)
+        assert float(f"{found:.11e}") == found
     else:
         assert found is None
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import html
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,14 +15,6 @@ import pytest
 from fednorm.config import RunConfig
 from fednorm.records.results import Loaded
 from fednorm.report.page import write_page
-
-webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the path (Debian: chromium-driver)"
-)
 
 EVIL = "<script>window.hacked=1</script><img src=x onerror='window.hacked=2'>&amp;"
 METHODS = {"fedavg": 0.70, "fedbn": 0.80, EVIL: 0.75}
@@ -95,22 +86,6 @@ def page(tmp_path_factory: pytest.TempPathFactory, stream_result: Callable[..., 
     path = tmp_path_factory.mktemp("page") / "page.html"
     write_page(path, Loaded([*study, *streams], [f"damaged.json was left out: {EVIL}"], [manifest]))
     return path
-
-
-@pytest.fixture(scope="module")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1280,900"):
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    service = webdriver.ChromeService(executable_path=DRIVER)
-    driver = webdriver.Chrome(options=options, service=service)
-    try:
-        yield driver
-    finally:
-        driver.quit()
 
 
 class Reader:

@@ -11,8 +11,11 @@ import torch
 
 import fednorm
 from fednorm.errors import ConfigError
-from fednorm.records.result import FederatedResult, StreamResult, result_of
-from fednorm.records.results import load
+from fednorm.records.result import FederatedResult, GridResult, StreamResult, result_of
+from fednorm.records.results import Loaded, load
+from fednorm.report.comparison import comparisons
+from fednorm.report.figures import drawings
+from fednorm.report.page_data import document
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 8, "test_per_domain": 5, "domains": ["scans", "photo"]},
@@ -37,6 +40,34 @@ def federated(runs: Path) -> FederatedResult:
 @pytest.fixture(scope="module")
 def stream() -> StreamResult:
     return fednorm.continual(learner="naive", config=STREAM)
+
+
+@pytest.fixture(scope="module")
+def grid() -> GridResult:
+    rounds = {"rounds": {"per_experience": 2}, "train": {"batch_size": 4}}
+    return fednorm.federated(
+        strategy="fedavg", learner="naive", scenario="split_digits", clients=2, config=STREAM | rounds
+    )
+
+
+def test_a_grid_has_a_page_figures_and_a_table_too(grid: GridResult) -> None:
+    """It is shown as a stream is, by experience, in means over its clients."""
+    assert (grid.kind, grid.subject, grid.unit) == ("federated_continual", "federated_continual", "experience")
+    (comparison,) = comparisons([grid])
+    page = document(Loaded([grid], [], []), [comparison])
+    (section,) = page["sections"]
+    (run,) = section["runs"]
+    assert section["kind"] == "federated_continual"
+    times = len(grid.accuracy_tensor)
+    assert page["grids"][run["series"]["average"][0]] == list(range(1, times + 1))
+    assert run["matrix"][0][0] == pytest.approx(sum(row[0] for row in grid.accuracy_tensor[0]) / 2, abs=1e-4)
+    assert [drawing.end for drawing in drawings(comparison)] == [
+        "comparison",
+        "spatial_forgetting_by_experience",
+        "average_accuracy_by_experience",
+        "accuracy_matrix-fedavg-naive-batch_norm",
+    ]
+    assert "spatial" in grid._repr_html_()
 
 
 def test_a_result_is_the_table_that_was_written(federated: FederatedResult) -> None:

@@ -356,7 +356,7 @@ def test_no_jobs_are_refused(tmp_path: Path) -> None:
 
 def test_jobs_are_as_many_as_the_cores_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
-    monkeypatch.setattr(runner, "CPU_LIMIT", limit := tmp_path / "cpu.max")
+    monkeypatch.setattr("fednorm.cores.CPU_LIMIT", limit := tmp_path / "cpu.max")
     assert default_jobs() == 6
     for text, jobs in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
         limit.write_text(text)

@@ -8,5 +8,6 @@ SPEC = Benchmark(
     name="cifar10",
     summary="CIFAR-10 as one domain, for label skew: set data.clients_per_domain and data.partition",
     note="",
+    sizes={"cifar10": (10, {"": (50_000, 10_000)})},
     load=one_domain("cifar10", "CIFAR-10"),
 )

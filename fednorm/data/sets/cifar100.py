@@ -8,5 +8,6 @@ SPEC = Benchmark(
     name="cifar100",
     summary="CIFAR-100 (100 fine classes) as one domain, for label skew",
     note="Ten images are in both train and test, as in the original.",
+    sizes={"cifar100": (100, {"": (50_000, 10_000)})},
     load=one_domain("cifar100", "CIFAR-100"),
 )

@@ -35,5 +35,12 @@ SPEC = Benchmark(
     note="Called Digits-Five only with exactly the paper's mnist, svhn, usps, syn, mnistm. "
     "synthdigits and streetdigits stand in for SYN and SVHN and are neither; "
     "mnistm's digits are mnist's (train with train, test with test).",
+    sizes={
+        "mnist": (10, {"": (60_000, 10_000)}),
+        "usps": (10, {"": (7_291, 2_007)}),
+        "svhn": (10, {"": (73_257, 26_032)}),
+        "syn": (10, {"": (479_400, 9_553)}),
+        "mnistm": (10, {"": (59_001, 9_001)}),
+    },
     load=_digits,
 )

@@ -15,5 +15,11 @@ SPEC = Benchmark(
     name="office_caltech10",
     summary="Office-Caltech-10: amazon, caltech10, dslr, webcam; ten classes",
     note="webcam and dslr show the same objects from several views.",
+    sizes={
+        "office_caltech10": (
+            10,
+            {"amazon": (766, 192), "caltech10": (898, 225), "dslr": (125, 32), "webcam": (236, 59)},  # as FedBN splits
+        )
+    },
     load=_office,
 )

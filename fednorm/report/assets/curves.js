@@ -1,6 +1,6 @@
 // Learning and plasticity: a line and a band over seeds for each method, of whichever quantity is picked.
 
-const IN_TURN = { federated: "round", continual: "experience", memorization: "experience" };
+const IN_TURN = { federated: "round", continual: "experience", memorization: "experience", federated_continual: "experience" };
 
 function curvesBlock(section, view, heading, about) {
   const offered = section.quantities.filter((quantity) => quantity.view === view);
@@ -53,8 +53,8 @@ function curvesOf(section, quantity, axis) {
     const curve = overSeeds(curves);
     const label = section.methods[index].label;
     const text = curve.mean.map((value, i) => {
-      const band = curve.n > 1 ? ` (${ends(curve.low[i], curve.high[i], false)})` : "";
-      return `${show(value, false)}${band}`;
+      const band = curve.n > 1 ? ` ${ends(curve.low[i] / times, curve.high[i] / times, quantity.percent)}` : "";
+      return show(value / times, quantity.percent) + band;
     });
     traces.push(...curveTraces(label, section.view.style(index), curve, text, section.view.shown.length > 4));
   }

@@ -23,7 +23,7 @@ function imagesOf(section) {
 
 function panel(section) {
   section.view = new Methods(section);
-  const federated = section.kind === "federated";
+  const federated = section.kind.startsWith("federated");
   const bold = section.methods.length > 1 ? "Scores that are shares are in per cent; bold: the best mean of a column." : "Scores that are shares are in per cent.";
   const caption = el("div", { class: "caption" }, ...[...section.caption, bold].map((text) => el("p", { text })), ...section.notes.map((text) => el("p", { class: "of-data", text })));
   const table = new ComparisonTable(section).element();

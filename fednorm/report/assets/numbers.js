@@ -4,26 +4,57 @@ const UNKNOWN = "–";
 const MINUS = "−";
 
 const known = (value) => value !== null && value !== undefined;
-const signed = (text) => text.replace("-", MINUS);
 
-/** Return a number as a table shows it: a share in per cent, else three significant digits. */
-function show(value, percent) {
+/** Return a number's first twelve digits, what tables round from: [integer, power of ten, sign]. */
+function decimal(value) {
+  const [digits, power] = Math.abs(value).toExponential(11).split("e");
+  return [BigInt(digits.replace(".", "")), Number(power) - 11, value < 0 ? MINUS : ""];
+}
+
+/** Return an integer times a power of ten as an integer, rounded half to even. */
+function scaled(integer, power) {
+  if (power >= 0) return integer * 10n ** BigInt(power);
+  const unit = 10n ** BigInt(-power);
+  const [whole, rest] = [integer / unit, 2n * (integer % unit)];
+  return whole + (rest > unit || (rest === unit && whole % 2n === 1n) ? 1n : 0n);
+}
+
+/** Return an integer with a decimal point before its last places. */
+function pointed(integer, places) {
+  const text = String(integer).padStart(places + 1, "0");
+  return places ? `${text.slice(0, -places)}.${text.slice(-places)}` : text;
+}
+
+/** Return a number with so many decimal places, rounded once, as fednorm.report.numbers does; `shift` 2 for per cent. */
+function fixed(value, places, shift = 0) {
   if (!known(value)) return UNKNOWN;
-  if (percent) return signed((100 * value).toFixed(1));
-  const size = Math.abs(value);
-  if (Number.isInteger(value) && size < 1e6) return signed(String(value));
-  if (size < 1e-3 || size >= 1e6) return signed(value.toExponential(2));
-  return signed(size < 1000 ? value.toPrecision(3) : String(Math.round(value)));
+  const [integer, power, sign] = decimal(value);
+  const rounded = scaled(integer, power + shift + places);
+  return (rounded ? sign : "") + pointed(rounded, places);
 }
 
-/** Return two ends as text: "86.1–88.4", or with a word between where a sign would be misread. */
-function ends(low, high, percent) {
-  const joint = low < 0 || high < 0 ? " to " : "–";
-  return show(low, percent) + joint + show(high, percent);
+/** Return a number with three significant digits, none before the point dropped, and no zeros that only fill up. */
+function significant(value) {
+  if (!known(value)) return UNKNOWN;
+  const [integer, power, sign] = decimal(value);
+  if (integer === 0n) return "0";
+  let size = power + 11;
+  let rounded = scaled(integer, -9);
+  if (rounded === 1000n) [rounded, size] = [100n, size + 1];
+  const bare = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
+  if (size < -4 || size >= 6) return `${sign}${bare(pointed(rounded, 2))}e${size < 0 ? MINUS : "+"}${String(Math.abs(size)).padStart(2, "0")}`;
+  return sign + (size >= 3 ? String(scaled(integer, power)) : bare(pointed(rounded, 2 - size)));
 }
+
+/** Return a number as a table shows it: a share in per cent with one decimal, else three significant digits. */
+const show = (value, percent) => (percent ? fixed(value, 1, 2) : significant(value));
+
+/** Return the ends of an interval as text: "[86.1, 88.4]". */
+const ends = (low, high, percent) => `[${show(low, percent)}, ${show(high, percent)}]`;
 
 function withSign(value, percent) {
-  return (value > 0 ? "+" : "") + show(value, percent);
+  const text = show(value, percent);
+  return value > 0 && /[1-9]/.test(text) ? `+${text}` : text;
 }
 
 function bytes(count) {
@@ -48,7 +79,7 @@ const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
 function mean(values) {
   const found = values.filter(known);
-  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null;
+  return found.length ? found.reduce((sum, value) => sum + value, 0) / found.length : null; // its noise is never shown
 }
 
 /** Return the geometric mean: of weight norms and learning rates it keeps rate = lr / norm^p true of the means. */

@@ -43,7 +43,7 @@ function runDetails(section, run) {
     ...(run.bytes ? [["sent a round", bytes(run.bytes)]] : []),
     ["scored on", imagesOf(section)],
   ];
-  const config = data.configs[run.config];
+  const config = data.configs[run.config].map((setting) => data.settings[setting]);
   const chosen = config.filter(([, , isDefault]) => !isDefault);
   const rest = config.filter(([, , isDefault]) => isDefault);
   return el("div", { class: "run-body" },

@@ -41,7 +41,7 @@ class ComparisonTable {
         label: "mean rank",
         better: -1,
         value: (method) => method.rank,
-        fill: (cell, method) => cell.append(el("span", { class: "number", text: known(method.rank) ? method.rank.toFixed(2) : UNKNOWN })),
+        fill: (cell, method) => cell.append(el("span", { class: "number", text: fixed(method.rank, 1) })),
       });
     }
     for (const score of scores.filter((each) => section.methods.some((method) => method.paper[each.key]))) {

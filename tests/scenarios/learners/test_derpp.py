@@ -46,7 +46,7 @@ def test_the_loss_is_the_papers(
     batches = watch(learner)
     learner.train(experiences[:2])
     retrace([*batches.states, learner.model.state_dict()], batches, loss_of)
-    assert float(learner.loss_sum) == pytest.approx(sum(losses[5:]), rel=1e-4)
+    assert float(learner.tally.loss_sum) == pytest.approx(sum(losses[5:]), rel=1e-4)
 
 
 def test_logits_are_those_of_the_augmented_sample_before_the_update(build: Any, experiences: list[Any]) -> None:

@@ -106,7 +106,7 @@ def test_passes_are_a_difference_where_samples_of_a_batch_are_coupled(
     for passes in ("joint", "separate"):
         learner = build("er_ace", norm, passes=passes, task_free=True)
         learner.train(experiences[0])
-        losses[passes] = float(learner.loss_sum)
+        losses[passes] = float(learner.tally.loss_sum)
     assert math.isclose(losses["joint"], losses["separate"], rel_tol=1e-5) == same
 
 

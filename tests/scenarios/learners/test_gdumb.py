@@ -100,8 +100,8 @@ def test_nothing_is_learned_before_an_experience_ends(
                 losses += float(nn.functional.cross_entropy(logits, new.labels, reduction="sum"))
         learner.model.load_state_dict(learner_after)
         learner.model.train()
-        assert (int(learner.hits), learner.met, learner.seen) == (hits, 40, 80)
-        assert float(learner.loss_sum) == pytest.approx(losses, rel=1e-5)
+        assert (int(learner.hits), learner.met, learner.tally.seen) == (hits, 40, 80)
+        assert float(learner.tally.loss_sum) == pytest.approx(losses, rel=1e-5)
 
 
 def test_the_memory_takes_each_image_once(build: Any, experiences: list[Any]) -> None:

@@ -67,6 +67,6 @@ def test_a_step_and_the_online_accuracy_before_it(build: Any, watch: Any, retrac
     learner.train(experiences[:2])
     retrace([*batches.states, learner.model.state_dict()], batches, loss_of)
     logits, labels = torch.cat(outputs[5:]).detach(), torch.cat([new.labels for new in batches[5:]])
-    assert (int(learner.hits), learner.seen) == (int((logits.argmax(1) == labels).sum()), 40)
+    assert (int(learner.hits), learner.tally.seen) == (int((logits.argmax(1) == labels).sum()), 40)
     total = float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
-    assert float(learner.loss_sum) == pytest.approx(total, rel=1e-4)
+    assert float(learner.tally.loss_sum) == pytest.approx(total, rel=1e-4)

@@ -50,7 +50,7 @@ def finish(learner: Any, experiences: list[Any]) -> list[dict[str, torch.Tensor]
     for experience in experiences[learner.progress.ended :]:
         learner.train(experience)
         assert learner.progress.batch == learner.progress.epoch == 0
-        counts = {"seen": torch.tensor(learner.seen), "met": torch.tensor(learner.met)}
+        counts = {"seen": torch.tensor(learner.tally.seen), "met": torch.tensor(learner.met)}
         ends.append({key: tensor.clone() for key, tensor in (learner.tensors() | counts).items()})
     return ends
 

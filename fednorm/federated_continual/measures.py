@@ -1,0 +1,106 @@
+"""What is measured of a grid: the accuracy tensor, and what is forgotten over time and over space.
+
+``R[t][k][i]`` is the accuracy of client k's network on the test images of experience i after time t, None where it has
+not met it. There are two of them: ``aggregated``, of the network that the server sent, under the client's own local
+tensors; and ``own``, of the network that the client had just trained, before the server averaged.
+
+Temporal forgetting is the stream's (:mod:`fednorm.streams.metrics`), of each client's rows in the order in which it met
+the experiences, averaged over clients. Spatial forgetting is what aggregation takes from a client's own network:
+
+    S_t = mean over clients k and the experiences i that k has met by t of  own[t][k][i] - aggregated[t][k][i]
+
+after Yang et al., Federated Continual Learning via Knowledge Fusion, arXiv 2312.16475, who name the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from fednorm.streams import metrics
+from fednorm.streams.metrics import Floats
+
+Row = Sequence[float | None]
+Tensor3 = Sequence[Sequence[Row]]
+"""By time, client and experience."""
+
+
+def spatial_forgetting(own: Sequence[Row], aggregated: Sequence[Row]) -> float | None:
+    """Return S_t of one time, whose rows are given by client; None where no client has met anything."""
+    gaps = [
+        mine - theirs
+        for own_row, row in zip(own, aggregated, strict=True)
+        for mine, theirs in zip(own_row, row, strict=True)
+        if mine is not None and theirs is not None
+    ]
+    return mean(gaps) if gaps else None
+
+
+def average(rows: Sequence[Row]) -> float | None:
+    """Return the mean over clients of each one's mean over the experiences that it has met, of one time."""
+    met = [[x for x in row if x is not None] for row in rows]
+    return _mean(mean(row) for row in met if row)
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a client met.
+
+    Attributes:
+        cells: The time and the experience's number of each of its cells, in order.
+        last: The last time at which it was there.
+    """
+
+    cells: tuple[tuple[int, int], ...]
+    last: int
+
+
+def matrix_of(tensor: Tensor3, client: int, course: Course) -> Floats:
+    """Return a client's accuracy matrix: a row for each of its cells and a column too, in the order in which they came.
+
+    The last row is of the last time at which the client was there, which may be later than its last cell.
+
+    Args:
+        tensor: The accuracy tensor.
+        client: The client.
+        course: What it met.
+    """
+    times = [time for time, _ in course.cells[:-1]] + [course.last]
+    rows = [[tensor[time][client][number] for _, number in course.cells] for time in times]
+    return np.array(rows, dtype=np.float64)
+
+
+def final(aggregated: Tensor3, own: Tensor3, courses: Sequence[Course]) -> dict[str, Any]:
+    """Return the numbers of a whole run.
+
+    ``average_accuracy``: the mean over clients of each one's mean over the experiences that it has met, after the last
+    time; ``worst_client``: the least of those. The forgettings are means over the clients that met two experiences or
+    more, ``spatial_forgetting`` over all times.
+
+    Args:
+        aggregated: Of the networks that the server sent.
+        own: Of those that clients had trained.
+        courses: What each client met.
+    """
+    rows = [[x for x in row if x is not None] for row in aggregated[-1]]
+    accuracies = [mean(row) for row in rows if row]
+    matrices = [matrix_of(aggregated, client, course) for client, course in enumerate(courses)]
+    several = [matrix for matrix in matrices if len(matrix) > 1]
+    spatial = [spatial_forgetting(mine, theirs) for mine, theirs in zip(own, aggregated, strict=True)]
+    return {
+        "average_accuracy": mean(accuracies),
+        "worst_client": min(accuracies),
+        "average_incremental_accuracy": _mean(metrics.average_incremental_accuracy(m) for m in matrices),
+        "forgetting_max_minus_last": _mean(metrics.forgetting_max_minus_last(m) for m in several),
+        "forgetting_first_minus_last": _mean(metrics.forgetting_first_minus_last(m) for m in several),
+        "spatial_forgetting": _mean(value for value in spatial if value is not None),
+    }
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    numbers = list(values)
+    return mean(numbers) if numbers else None

@@ -1,0 +1,314 @@
+"""What a process needs to act as any client of a grid: a federation's workbench whose clients are learners.
+
+Rounds are counted through: experience t of every client lasts for the rounds ``t * R + 1`` to ``(t + 1) * R``, R being
+``rounds.per_experience``, and a round is ``train.local_epochs`` passes over what the client holds of it. Between the
+last of them and the next experience the server tells every client that the experience has ended
+(``query.boundary``): its learner does then, under the network that the server sends, what it does at an experience's
+end (a teacher, a Fisher information), and reports the client's accuracy on every experience it has met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid as FlowerGrid
+
+from fednorm.config import RunConfig
+from fednorm.data.domain import Client, Federation
+from fednorm.data.moving import moved
+from fednorm.data.scaling import Scaling
+from fednorm.errors import ConfigError
+from fednorm.federated_continual import measures
+from fednorm.federated_continual.cells import Grid, make_grid
+from fednorm.federated_continual.norms import NormBoundary
+from fednorm.federated_continual.turn import GridTurn, recall, remembered, split_state
+from fednorm.federation import undo
+from fednorm.federation.local import Local, Turn
+from fednorm.federation.replies import UnfitReply, in_order, read_scores
+from fednorm.federation.wire import unpack
+from fednorm.federation.workbench import STATE_RECORD, Workbench
+from fednorm.rng import stream_seed
+from fednorm.spec import Norm
+from fednorm.streams.evaluation import accuracy, split_of
+from fednorm.streams.learner import Learner
+from fednorm.streams.normalize import normalized_stream
+from fednorm.streams.stream import Stream
+
+
+class GridWorkbench(Workbench):
+    """The grid, the model, the learner and the strategy of a run, in this process.
+
+    Attributes:
+        grid: Which client meets what when.
+    """
+
+    grid: Grid
+    trains_on_all = False
+
+    def __init__(self, config: RunConfig, stream: Stream | None = None) -> None:
+        """Make the stream (unless given), deal it, and build the rest.
+
+        Raises:
+            FedNormError: Something in the configuration does not fit the rest.
+        """
+        self._given = stream
+        self._options = config.learner.card.made_options(config.learner.options)
+        _require_fit(config)
+        super().__init__(config)
+        self.norms = NormBoundary(self.model, config.grid.norms)
+        self._require_plain_training()
+        self.trainee.require_batches(
+            (f"Client {client} in experience {cell.number + 1}", len(cell.train))
+            for client in range(len(self.grid.cells))
+            for _, cell in self.grid.row(client)
+        )
+        self.learner(0)  # what the learner refuses is refused before training
+
+    # What a federation's workbench asks -------------------------------------------------------------------------------
+
+    @property
+    def num_rounds(self) -> int:
+        """Return the rounds of all experiences."""
+        return self.config.rounds.per_experience * self.grid.num_times
+
+    @property
+    def evaluate_every(self) -> int:
+        """Return that every client is scored as in a plain federation once, after the last round."""
+        return self.num_rounds
+
+    def takes_part(self, partition_id: int, server_round: int) -> bool:
+        """Return whether a client holds anything of the experience that it is at."""
+        return self.grid.cells[partition_id][self.time_of(server_round)] is not None
+
+    def about(self) -> dict[str, Any]:
+        """Return the grid: the images in each cell."""
+        grid, options = self.grid, dataclasses.asdict(self._options)
+        return {
+            "learner": {"name": self.config.learner.name, **options},
+            "scenario": {"name": self.config.scenario.name, **self.config.scenario.values},
+            "grid": {
+                "experiences": [experience.title for experience in grid.stream],
+                "rounds_per_experience": self.config.rounds.per_experience,
+                "cells": [
+                    [None if cell is None else {"experience": cell.number, "train": len(cell.train)} for cell in row]
+                    for row in grid.cells
+                ],
+                "present": [list(row) for row in grid.present],
+                "boundaries": self._boundaries(),
+            },
+        }
+
+    def _boundaries(self) -> list[dict[str, Any]]:
+        """Return what each kind of tensor is subject to at a round's boundary, and at an experience's."""
+        crossing = dict.fromkeys(self.norms.keys, self.config.grid.norms)
+        crossing |= dict.fromkeys(self.trainee.boundary.reset, "reset")
+        told = [
+            (entry.norm or "", entry.kind.value, entry.role.value, crossing.get(entry.key, "keep"))
+            for entry in self.plan.entries
+        ]
+        names = ("norm", "kind", "round", "experience")
+        return [{**dict(zip(names, row, strict=True)), "tensors": told.count(row)} for row in dict.fromkeys(told)]
+
+    def turn(self, client: Client, server_round: int, *args: Any, **kwargs: Any) -> Turn:
+        """Return a client's turn, with the images that it holds of the experience it is at."""
+        cell = self.grid.cells[client.partition_id][self.time_of(max(server_round, 1))]
+        here = client if cell is None else dataclasses.replace(client, train=cell.train)
+        return super().turn(here, server_round, *args, **kwargs)
+
+    def _loaded(self, given: Federation | None) -> Federation:
+        del given
+        config = self.config
+        stream = self._given or config.scenario.card.stream(
+            config.data, image_size=config.model.card.input_size, seed=config.seed, options=config.scenario.options
+        )
+        stream = normalized_stream(stream, config.data.normalize)
+        for experience in stream:
+            split_of(experience, config.evaluate.split)
+        self.grid = make_grid(stream, config.grid, config.data.split_seed or config.seed)
+        return self.grid.federation()
+
+    def _made_norm(self) -> Norm:
+        ratio = self._options.batch_ratio(self.config.train.batch_size)
+        norm: Norm = self.config.norm.card.made(self.config.norm.options)
+        return norm.for_stream(num_tasks=self.grid.num_times, batch_ratio=ratio)
+
+    def _made_turn(self, **parts: Any) -> Turn:
+        return GridTurn(bench=self, **parts)
+
+    def _move_data(self, device: torch.device) -> None:
+        self.grid, self.federation = moved((self.grid, self.federation), device)
+
+    # The rounds -------------------------------------------------------------------------------------------------------
+
+    def time_of(self, server_round: int) -> int:
+        """Return how many experiences have ended before a round."""
+        return min((server_round - 1) // self.config.rounds.per_experience, self.grid.num_times - 1)
+
+    def ends_experience(self, server_round: int) -> bool:
+        """Return whether a round is the last of an experience."""
+        return server_round % self.config.rounds.per_experience == 0
+
+    @property
+    def passes(self) -> int:
+        """Return the passes of a round."""
+        return int(self.config.train.local_epochs)
+
+    def learner(self, client: int, adjust: Callable[[], None] | None = None) -> Learner:
+        """Return a client's learner on the workbench's model, remembering nothing yet.
+
+        Its random streams are those of a stream's learner with the run's seed for client 0, and of seeds derived from
+        it for the others, so that a federation of one client is the stream.
+        """
+        config, trainee = self.config, self.trainee
+        learner: Learner = config.learner.card.make(
+            model=self.model,
+            optimizer=trainee.optimizer,
+            num_classes=self.federation.num_classes,
+            options=self._options,
+            train_mb_size=config.train.batch_size,
+            train_epochs=self.passes * config.rounds.per_experience,
+            eval_mb_size=config.evaluate.batch_size,
+            seed=stream_seed(config.seed, "client", client) if client else config.seed,
+            augment=trainee.augmentation,
+            scaling=Scaling.stack(experience.train.scaling for experience in self.grid.stream),
+            begin=[trainee.begin_anew, self.norms.begin],
+            adjust=[*([adjust] if adjust else []), *trainee.adjust],
+            after=trainee.after,
+            device=trainee.device,
+            criterion=trainee.loss if config.train.label_smoothing else None,
+        )
+        return learner
+
+    def scores(self, learner: Learner, client: int, time: int, name: str) -> dict[str, float]:
+        """Return the accuracy of the model on each experience that a client has met by a time, as ``NAME-I``."""
+        evaluate, numbers = self.config.evaluate, {}
+        with learner.for_evaluation() as model:
+            for number in self.grid.scored(client, time):
+                experience = self.grid.stream.experiences[number]
+                split = split_of(experience, evaluate.split)
+                measured = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
+                numbers[f"{name}-{number}"] = measured.overall
+        self.model.train()
+        return numbers
+
+    # An experience's end ----------------------------------------------------------------------------------------------
+
+    def cross_boundary(self, content: RecordDict, context: Context) -> RecordDict:
+        """End a client's experience under the network that the server sent, and score it."""
+        client, config = self.client(context).partition_id, content.config_records["config"]
+        time = int(str(config["time"]))
+        self.receive(content.array_records["arrays"], context.state)
+        kept = unpack(context.state.array_records[STATE_RECORD]) if STATE_RECORD in context.state else {}
+        own, kept = split_state(kept)
+        learner, cell = self.learner(client), self.grid.cells[client][time]
+        recall(learner, kept)
+        undo.forget(context.state)
+        if cell is not None and learner.progress.begun:
+            learner.end(cell)
+            self.keep_local(context.state, own | remembered(learner))
+        scores = self.scores(learner, client, time, "accuracy")
+        return RecordDict({"metrics": MetricRecord({"num-examples": len(scores), **scores})})
+
+    def after_round(self, grid: FlowerGrid, server_round: int, arrays: ArrayRecord) -> dict[str, Any]:
+        """Tell every client where an experience has ended, and return the accuracies."""
+        if not self.ends_experience(server_round):
+            return {}
+        time, strategy = self.time_of(server_round), self.strategy
+        strategy.discover(grid)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"time": time})})
+        aggregated, nodes = self._no_scores(), strategy.nodes
+        messages = [Message(content, dst_node_id=n.node_id, message_type="query.boundary") for n in nodes]
+        awaited = [node.partition_id for node in nodes]
+
+        def reject(partition_id: int | None, unfit: UnfitReply) -> None:
+            strategy.report.reject(partition_id, unfit, during="query.boundary")
+
+        for node, reply in in_order(grid.send_and_receive(messages), nodes, awaited, reject):
+            try:
+                _fill(aggregated[node.partition_id], read_scores(reply, shares=False), "accuracy")
+            except UnfitReply as unfit:
+                reject(node.partition_id, unfit)
+        own = self._no_scores()
+        for told in strategy.report.train:
+            _fill(own[told.partition_id], told.metrics, "own-accuracy")
+        return {
+            "experience": time,
+            "accuracy": aggregated,
+            "own_accuracy": own,
+            "average_accuracy": measures.average(aggregated),
+            "spatial_forgetting": measures.spatial_forgetting(own, aggregated),
+        }
+
+    def _no_scores(self) -> list[list[float | None]]:
+        return [[None] * self.grid.num_times for _ in self.grid.cells]
+
+    def measures(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the accuracy tensors, and what they say."""
+        ends = [line for line in lines if "experience" in line]
+        aggregated, own = ([line[name] for line in ends] for name in ("accuracy", "own_accuracy"))
+        courses = [self.grid.course(client) for client in range(len(self.grid.cells))]
+        return {
+            "accuracy_tensor": aggregated,
+            "own_accuracy_tensor": own,
+            "final": measures.final(aggregated, own, courses),
+        }
+
+    # What cannot be ---------------------------------------------------------------------------------------------------
+
+    def _require_plain_training(self) -> None:
+        """Refuse a strategy whose clients train in a way of their own, which a learner has too.
+
+        Raises:
+            ConfigError: It changes the loss, trains in phases, or trains before an evaluation.
+        """
+        side, name = self.strategy.local, self.config.strategy.name
+        for method, does in (
+            ("loss", "changes the loss"),
+            ("phases", "trains in phases"),
+            ("before_evaluation", "changes the network before it is evaluated"),
+        ):
+            if getattr(side, method) is not getattr(Local, method):
+                raise ConfigError(
+                    f"Strategy {name} {does} on its clients, and so does what learns there, learner "
+                    f"{self.config.learner.name}. Take a strategy that leaves the training to the learner: fedavg, "
+                    "fedbn, silobn, fedprox, scaffold, fedwon and those with an optimizer of the server."
+                )
+
+
+def _require_fit(config: RunConfig) -> None:
+    """Refuse what a client on a stream does not have.
+
+    Raises:
+        ConfigError: It is something of a plain stream's learner, or of a plain federation.
+    """
+    learner = config.learner.card
+    if config.strategy.card.pooled:
+        raise ConfigError(
+            f"Strategy {config.strategy.name} trains on the images of all clients at once; then there is no grid. It "
+            "is the stream itself: kind = 'continual' (fednorm continual)."
+        )
+    if learner.joint:
+        raise ConfigError(
+            f"Learner {config.learner.name} is given all experiences at once; then there is no stream. It is a plain "
+            "federation: kind = 'federated', without --scenario."
+        )
+    if hasattr(learner.made_options(config.learner.options), "memory_epochs"):
+        raise ConfigError(
+            f"Learner {config.learner.name} trains a network of its own when an experience has ended, which no round "
+            "would average. Take another learner (naive, er, er_ace, derpp, ewc, lwf)."
+        )
+    if config.train.local_epochs != int(config.train.local_epochs):
+        raise ConfigError(
+            f"A client on a stream makes whole passes over an experience; got train.local_epochs = "
+            f"{config.train.local_epochs}. Set it to a whole number, and rounds.per_experience for how many rounds."
+        )
+
+
+def _fill(row: list[float | None], metrics: Mapping[str, float], name: str) -> None:
+    for key, value in metrics.items():
+        if key.startswith(f"{name}-"):
+            row[int(key.removeprefix(f"{name}-"))] = value

@@ -1,0 +1,48 @@
+"""PyTorch's optimizers without its compiler, which they import at their first use and then never need.
+
+``torch.optim`` guards four methods of every optimizer (``torch._disable_dynamo``) and its step
+(``torch._dynamo.graph_break``) against being compiled. The first guard that is reached imports all of
+``torch._dynamo``: 1.5 CPU-seconds and about 140 MB in every process, for an optimizer that nothing compiles. Here the
+same methods are called inside their guards, so that a step is PyTorch's own, to the bit, in every option. What cannot
+be done is to compile the optimizer itself, or to differentiate through its step.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def unguarded(method: Callable[..., Any]) -> Any:
+    """Return a method of PyTorch's inside its guards; the method itself where this PyTorch has none around it."""
+    return inspect.unwrap(method)
+
+
+class Eager(torch.optim.Optimizer):
+    """An optimizer whose step is never compiled; the first base of one, before PyTorch's own."""
+
+    add_param_group = unguarded(torch.optim.Optimizer.add_param_group)
+    zero_grad = unguarded(torch.optim.Optimizer.zero_grad)
+    state_dict = unguarded(torch.optim.Optimizer.state_dict)
+    load_state_dict = unguarded(torch.optim.Optimizer.load_state_dict)
+
+
+class SGD(Eager, torch.optim.SGD):
+    """PyTorch's SGD, never compiled."""
+
+    step = torch.no_grad()(unguarded(torch.optim.SGD.step))
+
+
+class Adam(Eager, torch.optim.Adam):
+    """PyTorch's Adam, never compiled."""
+
+    step = torch.no_grad()(unguarded(torch.optim.Adam.step))
+
+
+class AdamW(Eager, torch.optim.AdamW):
+    """PyTorch's AdamW, never compiled."""
+
+    step = torch.no_grad()(unguarded(torch.optim.AdamW.step))

@@ -1,0 +1,98 @@
+"""Tables of federations whose clients learn on streams of their own: the grid, and what was measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, name_of, percent, seeds
+
+SCORES: Mapping[str, str] = {
+    "average_accuracy": "average accuracy",
+    "worst_client": "worst client",
+    "average_incremental_accuracy": "average incremental",
+    "forgetting_max_minus_last": "forgetting (max − last)",
+    "forgetting_first_minus_last": "forgetting (first − last)",
+    "spatial_forgetting": "spatial forgetting",
+}
+"""The numbers of a run, in the order of the columns."""
+
+
+def grid_table(results: Sequence[Result]) -> Table:
+    """Return what came of each method, over seeds where there are several.
+
+    Args:
+        results: Results of finished runs on the same grid.
+    """
+    groups = by_method(results, name_of)
+    rows = [
+        (
+            name,
+            *(percent([result["final"][key] for result in group]) for key in SCORES),
+            f"{mean(result['seconds'] for result in group):.0f}",
+        )
+        for name, group in groups.items()
+    ]
+    notes = (
+        "Means over clients after the last experience. Spatial forgetting: what a client's own network, just trained, "
+        "has more than the server's average of all, on the experiences that the client has met.",
+        f"{seeds(results, groups)}.",
+    )
+    return Table(
+        f"Accuracy (%): {results[0]['data']['title']}",
+        ("method", *SCORES.values(), "seconds"),
+        tuple(rows),
+        notes,
+        caption=f"Means over clients after the last experience. {seeds(results, groups)}.",
+        first=(SCORES["average_accuracy"], SCORES["forgetting_max_minus_last"], SCORES["spatial_forgetting"]),
+    )
+
+
+def tensor_table(result: Result) -> Table:
+    """Return the mean over clients of the accuracy on each experience, after each time."""
+    tensor = result["accuracy_tensor"]
+    rows = [
+        (f"after {time + 1}", *(_cell([row[number] for row in clients]) for number in range(len(clients[0]))))
+        for time, clients in enumerate(tensor)
+    ]
+    columns = ("experience", *(str(number + 1) for number in range(len(tensor[0][0]))))
+    notes = (f"Means over clients of the network that the server sent; {UNKNOWN}: nobody has met it.",)
+    return Table("Accuracy on each experience (%)", columns, tuple(rows), notes)
+
+
+def _cell(shares: Sequence[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    return percent([mean(known)]) if known else UNKNOWN
+
+
+def cells_table(grid: Mapping[str, Any]) -> Table:
+    """Return the grid: what each client meets at each time, and how many training images it has of it.
+
+    Args:
+        grid: ``grid`` of a run's plan or result.
+    """
+    cells, present = grid["cells"], grid["present"]
+    rows = []
+    for client, row in enumerate(cells):
+        told = []
+        for time, cell in enumerate(row):
+            away = "away" if not present[client][time] else "nothing, skipped"
+            told.append(away if cell is None else f"{cell['experience'] + 1}: {cell['train']}")
+        rows.append((f"client {client}", *told))
+    columns = ("", *(f"time {time + 1}" for time in range(len(cells[0]))))
+    notes = (
+        f"Experience: training images. {grid['rounds_per_experience']} rounds each. "
+        + "; ".join(f"{number + 1}: {title}" for number, title in enumerate(grid["experiences"]))
+        + ".",
+    )
+    return Table("The grid: clients and experiences", columns, tuple(rows), notes)
+
+
+def boundaries_table(grid: Mapping[str, Any]) -> Table:
+    """Return what happens to each kind of tensor when a round ends, and when an experience ends."""
+    rows = tuple(
+        (row["norm"] or UNKNOWN, row["kind"], str(row["tensors"]), row["round"], row["experience"])
+        for row in grid["boundaries"]
+    )
+    return Table("At the boundaries", ("norm", "kind", "tensors", "round", "experience"), rows)

@@ -1,0 +1,68 @@
+"""The loop that trains, of a client's round and a learner's experience alike: a pass in batches, and what was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fednorm.device import wide
+
+
+def batches_of(order: Tensor, size: int, *, single: bool, begin: int = 0, whole: bool = False) -> Iterator[Tensor]:
+    """Yield the rows of each batch of a pass; empty in place of a batch that is not trained on.
+
+    A last batch of one image has no variance: where the layers estimate one, it is left out, and still counts as a
+    batch, so that where a run is does not depend on its norm.
+
+    Args:
+        order: The rows of a pass, int64, shape (n,).
+        size: Rows a batch; the last one may have fewer.
+        single: Whether a batch of one row is trained on.
+        begin: The first batch, from 0, of a pass that was begun before.
+        whole: Whether a last batch of fewer rows is no batch.
+    """
+    batches = torch.split(order, size)
+    if whole and len(batches[-1]) < size:
+        batches = batches[:-1]
+    for rows in batches[begin:]:
+        yield rows if single or len(rows) > 1 else rows[:0]
+
+
+class Tally:
+    """What was seen of the images that were trained on, each just before the update that it was part of.
+
+    Attributes:
+        seen: How many, counted each time.
+        hits: How many of them the model got right, int64.
+        loss_sum: The sum of their losses, float64 where the device has it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seen = 0
+        self.hits = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss_sum = torch.zeros((), dtype=wide(device), device=device)
+
+    def add(self, loss: Tensor, right: Tensor, count: int) -> None:
+        """Add a batch.
+
+        Args:
+            loss: The mean loss of its images, a scalar.
+            right: How many of them were right, int64, a scalar.
+            count: How many there are.
+        """
+        self.hits += right
+        self.loss_sum += loss.detach() * count
+        self.seen += count
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.seen = 0
+        self.hits.zero_()
+        self.loss_sum.zero_()
+
+    def means(self) -> dict[str, float]:
+        """Return the mean ``loss`` and ``accuracy``; zeros where nothing was seen."""
+        count = max(self.seen, 1)
+        return {"loss": float(self.loss_sum) / count, "accuracy": int(self.hits) / count}
