@@ -20,7 +20,7 @@ try:
 
     from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
-    from fednorm.cli.measuring import bench_app, verify_app
+    from fednorm.cli.measuring import analyse, bench_app, verify_app
     from fednorm.cli.parameters import (
         KINDS,
         AmpOption,
@@ -63,6 +63,7 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(verify_app, name="verify")
+app.command()(analyse)
 
 
 def _whole(number: float | None) -> float | int | None:
@@ -354,28 +355,6 @@ def report(  # noqa: PLR0913 - one parameter an option
         interval=interval,
         depth=Depth(details, notes),
         as_json=as_json,
-    )
-
-
-@app.command()
-def analyse(
-    name: Annotated[
-        str | None, typer.Argument(help="The analysis, or the file of one (.json); all are listed without.")
-    ] = None,
-    data: Annotated[str, typer.Option(help="Benchmark (fednorm list data), trained on as a whole.")] = "digits_mini",
-    data_dir: DataDirOption = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,3",
-    steps: Annotated[int, typer.Option(help="Updates of each training; 0 for the analysis's own number.")] = 0,
-    document: Annotated[Path | None, typer.Option("--out", help="Also write the numbers to this file (.json).")] = None,
-    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Measure on small networks what papers say that a normalization does to a training."""
-    with starting():
-        from fednorm.cli.analyse import run_analyse
-
-    run_analyse(
-        name, data=data, data_dir=data_dir, seeds=seeds, steps=steps, out=document, markdown=markdown, as_json=as_json
     )
 
 
