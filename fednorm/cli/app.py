@@ -20,7 +20,7 @@ try:
 
     from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
-    from fednorm.cli.measuring import bench_app, verify_app
+    from fednorm.cli.measuring import analyse, bench_app, verify_app
     from fednorm.cli.parameters import (
         KINDS,
         AmpOption,
@@ -66,6 +66,7 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(verify_app, name="verify")
+app.command()(analyse)
 
 
 @app.command()
@@ -448,13 +449,14 @@ def check(
         str | None, typer.Argument(help="torchvision:NAME, timm:NAME, a name of ours, or PACKAGE.MODULE:NAME.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check torchvision's classifiers and many of timm's.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="With --all: print the table in Markdown.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Convert some of them to every norm there is.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With these two: print the table in Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what every strategy and every conversion would make of a model, and try a training step of each."""
     from fednorm.cli.check import run_check
 
-    run_check(model, every=every, markdown=markdown, as_json=as_json)
+    run_check(model, every=every, norms=norms, markdown=markdown, as_json=as_json)
 
 
 @app.command()

@@ -142,6 +142,11 @@ class TrainConfig(Section, name="train"):
         "What is trained: all, norm (the learned tensors of normalization layers), head, or norm,head; the rest stays "
         "at its initial value, and a federation does not send it.",
     )
+    scale_init: Literal["own", "uniform"] = key(
+        "own",
+        "Initial scales of normalization layers: own (their method's, most often 1), or uniform for U(0, 1) in place "
+        "of 1, as in the paper that trains only batch normalization.",
+    )
     head: str = key(
         "head",
         "The head, for trainable and the linear probe: head is the last weight layer; else modules' paths or patterns "

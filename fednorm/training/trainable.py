@@ -5,7 +5,8 @@ Two protocols:
 * **Only the normalization layers** (Frankle, Schwab, Morcos. Training BatchNorm and Only BatchNorm. ICLR 2021.
   https://arxiv.org/abs/2003.00152): ``train.trainable = "norm"`` trains the scales, shifts and gates of normalization
   layers and leaves all else at its initial value; running statistics follow the data as ever. The paper's code trains
-  the output layer too unless told otherwise (``output_frozen``): that is ``"norm,head"``.
+  the output layer too unless told otherwise (``output_frozen``): that is ``"norm,head"``. Its scales begin as U(0, 1):
+  ``train.scale_init = "uniform"`` (:mod:`fednorm.training.scale_init`).
 * **Linear probe, then fine-tuning** (Kumar et al., arXiv 2202.10054; Tomihari, Sato, arXiv 2405.16747):
   ``train.linear_probe_rounds`` or ``train.linear_probe_epochs`` train the head first, on features that stand still, and
   then everything. ``"head"`` is the probe alone.
@@ -171,27 +172,33 @@ class Mode:
             self._model.train(training)
 
 
-def _norm_keys(model: nn.Module) -> frozenset[str]:
-    """Return the keys of the learned tensors of normalization layers.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    keys: set[str] = set()
+def kinds_of_norms(model: nn.Module) -> dict[str, Kind]:
+    """Return the kind of every parameter of a normalization layer, by its key in the state dict."""
+    found: dict[str, Kind] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
         spec, declared = spec_of(module), declared_tensors(type(module))
         kinds = {name: spec.tensors[name].kind for name in own if spec and name in spec.tensors} | dict(declared)
         if own and spec is None and not declared and per_channel(module) and normalizes(module):
             kinds = dict.fromkeys(own, Kind.SCALE)
-        keys |= {f"{path}.{name}" if path else name for name in own if kinds.get(name) in OF_NORMS}
+        found |= {f"{path}.{name}" if path else name: kinds[name] for name in own if name in kinds}
+    return found
+
+
+def _norm_keys(model: nn.Module) -> frozenset[str]:
+    """Return the keys of the learned tensors of normalization layers.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    keys = frozenset(key for key, kind in kinds_of_norms(model).items() if kind in OF_NORMS)
     if not keys:
         raise ConfigError(
             "train.trainable = 'norm' trains the scales and shifts of normalization layers, and "
             f"{type(model).__name__} has none. Take a norm that has them, such as batch_norm (norm.name; for a network "
             "of your own fednorm.convert(model, 'batch_norm')), or train.trainable = 'all'."
         )
-    return frozenset(keys)
+    return keys
 
 
 def _head_keys(model: nn.Module, train: TrainConfig, num_classes: int) -> frozenset[str]:

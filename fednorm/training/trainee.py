@@ -31,6 +31,7 @@ from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.training.boundary import Boundary
 from fednorm.training.precision import bf16_advice
+from fednorm.training.scale_init import draw_scales
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
 from fednorm.training.trainable import Trainable
@@ -97,6 +98,13 @@ class Trainee:
 
     def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
         built = chosen_model(choice, self.norm, self._num_classes, self._image_size, seed)
+        if self.config.train.scale_init == "uniform":
+            if choice.weights:
+                raise ConfigError(
+                    "train.scale_init = 'uniform' draws initial scales, and model.weights brings a trained network's. "
+                    "Leave one of the two out."
+                )
+            draw_scales(built.model, seed)
         # oneDNN's convolutions are a tenth to a third faster in this layout.
         return replace(built, model=built.model.to(self.device).to(memory_format=torch.channels_last))
 
