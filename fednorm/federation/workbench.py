@@ -58,7 +58,11 @@ class Workbench:
         trainee: What trains: the model, its optimizer, the effects around an update.
         schedule: Of the learning rate, over the rounds.
         engine: What carries out its clients' turns, once that is decided.
+        lends: Whether what a client's turn returns may be the model's own tensors: a worker lays it into shared memory
+            before the next turn.
     """
+
+    lends = False
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
         """Load the data (unless given) and build the model and the strategy.
@@ -307,8 +311,8 @@ class Workbench:
         torch._foreach_copy_(targets, [tensors[key] for key in self._state])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies of some of the model's tensors, on the CPU."""
-        return {key: self._state[key].to("cpu", copy=True) for key in keys}
+        """Return copies of some of the model's tensors, on the CPU; its own, where the workbench :attr:`lends` them."""
+        return {key: self._state[key].to("cpu", copy=not self.lends) for key in keys}
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""

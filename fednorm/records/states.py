@@ -184,7 +184,6 @@ class States:
         """
         with self._guarded("write"):
             self._begin()
-            self._sql("DELETE FROM states WHERE ended > ?", ended)
             self._sql("INSERT OR IGNORE INTO points VALUES (?)", ended)
             self._sql("DELETE FROM points WHERE ended NOT IN (SELECT ended FROM points ORDER BY ended DESC LIMIT ?)",
                       POINTS)  # fmt: skip
@@ -283,7 +282,7 @@ class States:
     # How --------------------------------------------------------------------------------------------------------------
 
     def _drop(self, client: int, points: list[int]) -> None:
-        """Drop the rows of a client that none of the kept checkpoints needs."""
+        """Drop the rows of a client that none of the kept checkpoints needs: old ones, and those after the last."""
         rounds = [row[0] for row in self._sql("SELECT ended FROM states WHERE client = ? ORDER BY ended", client)]
         needed = {max((ended for ended in rounds if ended <= point), default=-1) for point in points}
         for ended in rounds:

@@ -196,11 +196,13 @@ def _begin(parent: int, own: Connection, strangers: Iterable[Connection], serve:
         code = 1
     finally:
         own.close()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(code)
 
 
 def _write_anew() -> None:
-    """Write to the terminal past the parent's buffers, of which a thread (a progress bar's) may hold the locks."""
+    """Write past the parent's buffers, of which a thread of it (a progress bar's) may hold the locks."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         with suppress(OSError):  # a process may have neither
             setattr(sys, name, open(number, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
