@@ -6,6 +6,7 @@ clients are in its cohort, and is the same to the bit for cohorts of the same si
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,13 +20,15 @@ from fednorm.federation import undo
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, several
 from fednorm.federation.cohort.training import CohortTraining
-from fednorm.federation.executors import Answer, Job
+from fednorm.federation.executors import Answer, Failure, Job
 from fednorm.federation.executors.sequential import answer
 from fednorm.federation.local import Local, Phase
 from fednorm.federation.stack import RowRecord, Stack, StackRow
 from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
 from fednorm.norms import spec_of
+
+log = logging.getLogger("fednorm")
 
 IMAGES = 512
 """Images of a pass where all clients have one network."""
@@ -111,16 +114,26 @@ class Cohort:
 
     def _train(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         turns = [self._turn(job) for job in jobs]
-        done: dict[int, tuple[_Result, int]] = {}
+        done: dict[int, tuple[_Result | Failure, int]] = {}
         cohorts = iter(self._cohorts(turns))
         for place, turn in enumerate(turns):
             if not turn.steps:  # it fails in the words of a client that is alone
                 yield answer(self._bench, turn.job)
                 continue
             while place not in done:
-                places, result = self._trained(next(cohorts), turns)
+                places = next(cohorts)
+                result = self._carried_out(places, turns)
                 done |= {other: (result, number) for number, other in enumerate(places)}
-            yield self._answer(turn, *done.pop(place))
+            result, number = done.pop(place)
+            yield result if isinstance(result, Failure) else self._answer(turn, result, number)
+
+    def _carried_out(self, places: list[int], turns: Sequence[_Turn]) -> _Result | Failure:
+        """Train a cohort; what it raises is the failure of each of its clients, and does not end the round."""
+        try:
+            return self._trained(places, turns)
+        except Exception as error:  # as of one client's turn
+            log.debug("the cohort of client %d failed", turns[places[0]].job.client, exc_info=True)
+            return Failure(f"the client's cohort failed: {type(error).__name__}: {error}")
 
     def _turn(self, job: Job) -> _Turn:
         bench = self._bench
@@ -142,7 +155,7 @@ class Cohort:
             alike.setdefault(turns[place].parts, []).append(place)
         return [own[start : start + size] for own in alike.values() for start in range(0, len(own), size)]
 
-    def _trained(self, places: list[int], turns: Sequence[_Turn]) -> tuple[list[int], _Result]:
+    def _trained(self, places: list[int], turns: Sequence[_Turn]) -> _Result:
         size = _share(sum(turn.steps > 0 for turn in turns), self._size)
         padded = places + places[-1:] * (size - len(places))
         cohort = [turns[place] for place in padded]
@@ -165,7 +178,7 @@ class Cohort:
         kept = Stack({key: host[same[key]] for key in bench.plan.local}, size)
         sound = _finite(kept.tensors, size)
         sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size)
-        return places, _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
+        return _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
 
     def _stacked(self, jobs: Sequence[Job]) -> Tensors:
         """Return what each client's model holds before its turn, as of :meth:`Workbench.receive`."""

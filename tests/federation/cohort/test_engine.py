@@ -16,7 +16,8 @@ from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.engine import engine_of
-from fednorm.federation.executors import Executor, Job
+from fednorm.federation.cohort.training import CohortTraining
+from fednorm.federation.executors import Executor, Failure, Job
 from fednorm.federation.executors.choice import executor_of
 from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
@@ -196,6 +197,27 @@ def test_a_client_that_diverges_is_rejected_alone_and_keeps_what_it_had(make_fed
     assert finite == [number != 2 for number in range(len(jobs))]
     kept = unpack(jobs[2].context.state.array_records[LOCAL_RECORD])
     assert all(bool(t.isnan().all()) for t in kept.values() if t.is_floating_point()), "an update of NaN is not kept"
+
+
+def test_a_cohort_that_fails_fails_its_clients_and_not_the_round(
+    make_federation: MakeFederation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = bench_of(make_federation, configuration("fedbn"))
+    executor, jobs, whole = Cohort(bench, 3), _jobs(bench, "train"), CohortTraining.train
+
+    def train(self: CohortTraining, clients: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        if any(client.partition_id == 2 for client in clients):
+            raise MemoryError("no room")
+        return whole(self, clients, *args, **kwargs)
+
+    monkeypatch.setattr(CohortTraining, "train", train)
+    answers = list(executor.run(jobs))
+    failed = [answer for answer in answers if isinstance(answer, Failure)]
+    assert 1 <= len(failed) <= 3
+    assert isinstance(answers[2], Failure)
+    assert failed[0].reason == "the client's cohort failed: MemoryError: no room"
+    kept = [LOCAL_RECORD in job.context.state for job in jobs]
+    assert kept == [not isinstance(answer, Failure) for answer in answers]
 
 
 # What cannot be stacked -----------------------------------------------------------------------------------------------
