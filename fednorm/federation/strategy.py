@@ -87,6 +87,7 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
+        num_rounds: The rounds of the whole run, on the server and on the clients; 0 where nobody has said.
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
@@ -123,6 +124,7 @@ class NormStrategy(Strategy):
         self.expected: Mapping[int, Expected] = {}
         self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
+        self.num_rounds = 0
         self.nodes: tuple[Node, ...] = ()
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}

@@ -92,6 +92,7 @@ class Workbench:
         away = self.trainee.device.type != "cpu"
         model = copy.deepcopy(self.model).cpu() if away else self.model
         self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
+        self.strategy.num_rounds = self.num_rounds
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
