@@ -16,7 +16,8 @@ batch as batch normalization's do. Strategy ``hbn`` holds them still while a cli
 second pass over the clients: each adds up the moments of some of its images (:class:`Estimate`), and the server pools
 them (:func:`pooled_estimates`), with n - 1 as for an unbiased variance.
 
-Federated: the share is a client's own (``hbn``, FedBN). Continual: everything is kept.
+Federated: the share is a client's own (``hbn``, FedBN); strategy ``fbn`` is a share of 0.
+Continual: everything is kept.
 Differs: the sums of the second pass are no buffers of the layer; they live as long as the pass.
 """
 
@@ -130,12 +131,16 @@ class HybridBNLayer(BatchLayer):
 
     Attributes:
         estimate: Where the mixed moments of every training batch are added up; None for nowhere.
+        held: A mean and a variance of shape (C,) that every training batch is normalized by, constants without a
+            gradient and without the share, while the running moments move with the batches; None for mixed moments.
+            Strategy ``fbn`` sets it.
     """
 
     def __init__(self, num_features: int, *, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.distribution_factor = nn.Parameter(torch.zeros(num_features))
         self.estimate: Estimate | None = None
+        self.held: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``; training updates the running moments.
@@ -152,6 +157,11 @@ class HybridBNLayer(BatchLayer):
     @in_full_precision
     def _train(self, x: Tensor) -> Tensor:
         batch_mean, batch_var = batch_moments(x)
+        count = x.numel() / self.num_features
+        if self.held is not None:
+            mean, var = map(widened, self.held)
+            self.update(batch_mean, batch_var * (count / (count - 1)), self.count_batch())
+            return scaled_by(x, mean, var, widened(self.weight), widened(self.bias), self.eps)
         factor = widened(self.distribution_factor)
         share = torch.ones_like(factor) if self.momentum is None else factor.sigmoid()
         old_mean, old_var = widened(self.running_mean), widened(self.running_var)
@@ -163,7 +173,6 @@ class HybridBNLayer(BatchLayer):
         if self.estimate is not None:
             self.estimate.add(mean, var, len(x))
         elif rate := self.count_batch():
-            count = x.numel() / self.num_features
             self.update(batch_mean, batch_var * (count / (count - 1)), rate)
         return y
 
