@@ -82,6 +82,29 @@ class Estimate:
         self.count, self.mean = total, moved
 
 
+@dataclass
+class Held:
+    """Moments that stay as they are for a while, as constants, while running moments become those of the batches seen.
+
+    The running moments are then the mean over these batches, each counting alike, of their means and of their biased
+    variances.
+
+    Attributes:
+        mean: (C,).
+        var: (C,).
+        batches: Batches seen.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: int = 0
+
+    def next_rate(self) -> float:
+        """Count a batch, and return its weight in the running moments."""
+        self.batches += 1
+        return 1.0 / self.batches
+
+
 class _Hybrid(torch.autograd.Function):
     """The normalization by mixed moments, with its gradient, whose sums PyTorch's fused kernel makes."""
 
@@ -131,16 +154,15 @@ class HybridBNLayer(BatchLayer):
 
     Attributes:
         estimate: Where the mixed moments of every training batch are added up; None for nowhere.
-        held: A mean and a variance of shape (C,) that every training batch is normalized by, constants without a
-            gradient and without the share, while the running moments move with the batches; None for mixed moments.
-            Strategy ``fbn`` sets it.
+        held: What every training batch is normalized by in place of mixed moments, without the share; None for mixed
+            moments. Strategy ``fbn`` sets it.
     """
 
     def __init__(self, num_features: int, *, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.distribution_factor = nn.Parameter(torch.zeros(num_features))
         self.estimate: Estimate | None = None
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.held: Held | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``; training updates the running moments.
@@ -159,8 +181,9 @@ class HybridBNLayer(BatchLayer):
         batch_mean, batch_var = batch_moments(x)
         count = x.numel() / self.num_features
         if self.held is not None:
-            mean, var = map(widened, self.held)
-            self.update(batch_mean, batch_var * (count / (count - 1)), self.count_batch())
+            self.count_batch()
+            self.update(batch_mean, batch_var, self.held.next_rate())
+            mean, var = widened(self.held.mean), widened(self.held.var)
             return scaled_by(x, mean, var, widened(self.weight), widened(self.bias), self.eps)
         factor = widened(self.distribution_factor)
         share = torch.ones_like(factor) if self.momentum is None else factor.sigmoid()

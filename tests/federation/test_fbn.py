@@ -14,22 +14,21 @@ from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError, RoleError
 from fednorm.federation.wire import unpack
 from fednorm.norms import make_norm
-from fednorm.norms.hybrid_bn import hybrid_layers
+from fednorm.norms.hybrid_bn import Held, hybrid_layers
 from fednorm.rng import torch_stream
 from strategies.fbn import FBN
 
-RATE, MOMENTUM, ROUNDS = 0.05, 0.1, 2
+RATE, ROUNDS = 0.05, 2
 State = dict[str, Tensor]
 
 
-def forward(w: State, x: Tensor, own: State) -> Tensor:
-    """Return the logits of an MLP normalized by (M, V) of ``w``; the moments ``own`` follow the batch."""
+def forward(w: State, x: Tensor, own: dict[str, list[Tensor]]) -> Tensor:
+    """Return the logits of an MLP normalized by (M, V) of ``w``; the batch's moments are added to ``own``."""
     h = x.flatten(1)
     for i in range(1, 5):
         h = h @ w[f"fc{i}.weight"].T + w[f"fc{i}.bias"]
-        for name, batch in (("mean", h.mean(0)), ("var", h.var(0))):
-            key = f"norm{i}.running_{name}"
-            own[key] = (1 - MOMENTUM) * own[key] + MOMENTUM * batch.detach()
+        for name, batch in (("mean", h.mean(0)), ("var", h.var(0, correction=0))):
+            own.setdefault(f"norm{i}.running_{name}", []).append(batch.detach())
         scaled = (h - w[f"norm{i}.running_mean"]) / (w[f"norm{i}.running_var"] + 1e-5).sqrt()
         h = (scaled * w[f"norm{i}.weight"] + w[f"norm{i}.bias"]).relu()
     return h @ w["fc5.weight"].T + w["fc5.bias"]
@@ -37,7 +36,7 @@ def forward(w: State, x: Tensor, own: State) -> Tensor:
 
 def turn(server: State, client: Any, pid: int, r: int) -> State:
     w = {key: tensor.clone() for key, tensor in server.items()}
-    own = {key: tensor.clone() for key, tensor in server.items() if "running" in key}
+    own: dict[str, list[Tensor]] = {}
     learned = [key for key in w if "running" not in key and "batches" not in key and "factor" not in key]
     generator = torch_stream(1, "client", pid, "round", r, "batches")
     for rows in torch.randperm(len(client.train), generator=generator).split(4):
@@ -49,12 +48,12 @@ def turn(server: State, client: Any, pid: int, r: int) -> State:
             gradients = torch.autograd.grad(loss, [w[key] for key in learned])
             for key, gradient in zip(learned, gradients, strict=True):
                 w[key] = (w[key] - RATE * gradient).detach()
-    return w | own
+    return w | {key: sum(of_batches) / len(of_batches) for key, of_batches in own.items()}
 
 
-@pytest.mark.parametrize("moments", ["pool", "average"])
-def test_the_rounds_are_those_written_out(moments: str, make_site: Any) -> None:
-    site = make_site("fbn", options={"moments": moments}, model={"name": "mlp", "width": 8})
+@pytest.mark.parametrize("beta", [0.1, 0.4])
+def test_the_rounds_are_those_written_out(beta: float, make_site: Any) -> None:
+    site = make_site("fbn", options={"global_momentum": beta}, model={"name": "mlp", "width": 8})
     initial = site.strategy.initial_arrays(site.bench.model)
     server = {k: t.double() if t.is_floating_point() else t for k, t in site.bench.model.state_dict().items()}
     server = copy.deepcopy(server)
@@ -63,11 +62,11 @@ def test_the_rounds_are_those_written_out(moments: str, make_site: Any) -> None:
     for r in range(1, ROUNDS + 1):
         states = [turn(server, client, pid, r) for pid, client in enumerate(clients)]
         mean = {key: sum(w * s[key] for w, s in zip(p, states, strict=True)) for key in server}
-        if moments == "pool":
-            for i in range(1, 5):
-                key = f"norm{i}.running_mean"
-                spread = [w * (s[key] - mean[key]).square() for w, s in zip(p, states, strict=True)]
-                mean[f"norm{i}.running_var"] = mean[f"norm{i}.running_var"] + sum(spread)
+        for i in range(1, 5):
+            key, var = f"norm{i}.running_mean", f"norm{i}.running_var"
+            mean[key] = (1 - beta) * server[key] + beta * mean[key]
+            terms = [len(c.train) * (s[var] + (s[key] - mean[key]) ** 2) for c, s in zip(clients, states, strict=True)]
+            mean[var] = (1 - beta) * server[var] + beta * sum(terms) / 22
         server = mean
     result = site.strategy.start(site.grid, initial, num_rounds=ROUNDS, evaluate_every=ROUNDS)
     ours = unpack(result.arrays)
@@ -81,9 +80,9 @@ def test_the_rounds_are_those_written_out(moments: str, make_site: Any) -> None:
 
 def test_a_layer_that_holds_moments_is_batch_norm_in_evaluation() -> None:
     layer, other = make_norm("hybrid_bn").layer(4, 2).double(), nn.BatchNorm2d(4).double().eval()
-    held = torch.randn(4).double(), torch.rand(4).double() + 0.5
-    layer.held = held
-    other.running_mean, other.running_var = held
+    mean, var = torch.randn(4).double(), torch.rand(4).double() + 0.5
+    layer.held = Held(mean, var)
+    other.running_mean, other.running_var = mean.clone(), var.clone()
     x = torch.randn(3, 4, 2, 2).double()
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, right = layer(one), other(two)
@@ -93,15 +92,18 @@ def test_a_layer_that_holds_moments_is_batch_norm_in_evaluation() -> None:
     torch.testing.assert_close(one.grad, two.grad, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer.weight.grad, other.weight.grad, rtol=1e-10, atol=1e-12)
     assert layer.distribution_factor.grad is None
-    torch.testing.assert_close(layer.running_mean, 0.1 * x.mean((0, 2, 3)))  # moves as batch normalization's does
-    torch.testing.assert_close(layer.running_var, 0.9 + 0.1 * x.var((0, 2, 3)))
+    more = torch.randn(2, 4, 3, 1).double()
+    layer(more)
+    for running, of in ((layer.running_mean, torch.mean), (layer.running_var, lambda t, d: t.var(d, correction=0))):
+        torch.testing.assert_close(running, (of(x, (0, 2, 3)) + of(more, (0, 2, 3))) / 2)
+    assert torch.equal(layer.held.mean, mean)
 
 
 def test_what_it_cannot_do_is_refused() -> None:
     with pytest.raises(RoleError, match=r"Build it with --norm hybrid_bn"):
         FBN(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
-    with pytest.raises(ConfigError, match="moments"):
-        FBN(nn.Sequential(make_norm("hybrid_bn").layer(4, 2)), moments="mean")
+    with pytest.raises(ConfigError, match="global_momentum"):
+        FBN(nn.Sequential(make_norm("hybrid_bn").layer(4, 2)), global_momentum=0)
 
 
 def test_under_fedbn_every_tensor_of_hybrid_layers_stays_on_its_client(make_site: Any) -> None:

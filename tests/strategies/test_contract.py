@@ -20,18 +20,17 @@ from fednorm.cards import STRATEGIES
 from fednorm.errors import AggregationError, ConfigError, IncompleteError
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.local import Local
-from fednorm.federation.plan import Entry
 from fednorm.federation.server_optimizer import ServerOptimizer
 from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import pack, unpack
-from fednorm.roles import LEARNED, Kind, Role
+from fednorm.roles import LEARNED, Kind
 
 every_strategy = pytest.mark.parametrize("name", STRATEGIES.names)
 SHARING = [name for name in STRATEGIES.names if not STRATEGIES[name].make.silent]
 every_that_shares = pytest.mark.parametrize("name", SHARING)
 State = dict[str, Tensor]
-MOMENTS = "HBN"
-"""The strategy whose moments are no averages; tests/strategies/test_hbn.py has them."""
+MOMENTS = ("HBN", "FBN")
+"""Strategies whose moments are no averages; tests/strategies/test_hbn.py and tests/federation/test_fbn.py have them."""
 
 
 def equal(a: State, b: State) -> bool:
@@ -41,14 +40,9 @@ def equal(a: State, b: State) -> bool:
 def averaged_keys(strategy: NormStrategy) -> list[str]:
     """Return the keys that are averaged (or pooled) whatever the strategy does with learned tensors."""
     kinds = strategy.plan.by_key
-    own = {MOMENTS: (Kind.MEAN, Kind.VAR)}.get(type(strategy).__name__, ())  # of a second pass over the clients
+    own = (Kind.MEAN, Kind.VAR) if type(strategy).__name__ in MOMENTS else ()
     own = LEARNED if isinstance(strategy, ServerOptimizer) else own
-    return [k for k in strategy.plan.sent if kinds[k].kind not in own and not pooled_variance(kinds[k])]
-
-
-def pooled_variance(entry: Entry) -> bool:
-    """Return whether a tensor is no average by its role; tests/federation/test_pooling.py has what it is."""
-    return entry.role is Role.POOLED and entry.kind is Kind.VAR
+    return [k for k in strategy.plan.sent if kinds[k].kind not in own]
 
 
 @every_strategy
@@ -152,7 +146,7 @@ def test_variances_stay_non_negative(name: str, rate: float | None, lab: Any) ->
     assert bool(variances) == (name not in ("fedbn", "silobn", "fedwon", "local"))
     for key in variances:
         assert new[key].min() >= 0
-        if type(strategy).__name__ == MOMENTS or pooled_variance(strategy.plan.by_key[key]):
+        if type(strategy).__name__ in MOMENTS:
             continue
         expected = sum(updates[-1][pid][0][key].double() for pid in range(3)) / 3
         torch.testing.assert_close(new[key].double(), expected, rtol=1e-5, atol=1e-7)
