@@ -51,6 +51,27 @@ def measured(splits: Iterable[Split]) -> Scaling:
     return Scaling((tuple(means),), (tuple(v**0.5 or 1.0 for v in variances),))
 
 
+def measured_by_image(splits: Iterable[Split]) -> Scaling:
+    """Return the mean over images of each one's mean, and of each one's std (with n - 1), by channel.
+
+    FedRDN's official statistics (IAMJackYan/FedRDN): the std is that within images, and less than that of all pixels.
+    A channel in which every image is of one colour is centred and not stretched.
+
+    Raises:
+        DataError: There are no images.
+    """
+    means, stds, count = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0
+    for split in splits:
+        for rows in torch.split(torch.arange(len(split)), CHUNK) if len(split) else ():
+            images = split.batch(rows)[0].flatten(2).cpu().double() / 255
+            std, mean = torch.std_mean(images, 2)
+            means, stds = (means + mean.sum(0), stds + std.sum(0)) if count else (mean.sum(0), std.sum(0))
+            count += len(images)
+    if not count:
+        raise DataError("data.normalize measures training images, and there are none. Use 'half' or 'none'.")
+    return Scaling((tuple((means / count).tolist()),), (tuple(s or 1.0 for s in (stds / count).tolist()),))
+
+
 def scaled(split: S, scaling: Scaling) -> S:
     """Return the split under another scaling; its arrays are the same objects."""
     return split if split.scaling == scaling else dataclasses.replace(split, scaling=scaling)
@@ -61,12 +82,13 @@ def normalized(federation: Federation, how: str) -> Federation:
 
     Args:
         federation: The clients. Where something is measured, it is over their training images, none held back.
-        how: ``half``, ``none``, ``global`` or ``domain``.
+        how: ``half``, ``none``, ``global``, ``domain`` or ``client``.
     """
     if how == "half":
         return federation
     training = federation.training_clients
-    of_all = FIXED[how] if how in FIXED else measured(client.train for client in training)
+    measure = measured_by_image if how == "client" else measured
+    of_all = FIXED[how] if how in FIXED else measure(client.train for client in training)
     by_domain: dict[str, Scaling] = {}
     if how == "domain":
         for domain in dict.fromkeys(client.domain for client in training):
@@ -74,6 +96,8 @@ def normalized(federation: Federation, how: str) -> Federation:
     clients = []
     for client in federation.clients:
         scaling = by_domain.get(client.domain, of_all)
+        if how == "client" and len(client.train):
+            scaling = measured_by_image([client.train])
         train, validation, test = (scaled(part, scaling) for part in (client.train, client.validation, client.test))
         clients.append(dataclasses.replace(client, train=train, validation=validation, test=test))
     unseen = [domain for domain in federation.domains if domain not in by_domain] if how == "domain" else []
@@ -84,6 +108,8 @@ def normalized(federation: Federation, how: str) -> Federation:
 
 def notes(how: str, whose: str, unseen: Iterable[str] = ()) -> tuple[str, ...]:
     """Return what the reader of a table must know of a measured normalization."""
+    if how == "client":
+        return ("Images are normalized by the mean and std of their own client's training images.",)
     if how not in ("global", "domain"):
         return ()
     names = ", ".join(unseen)

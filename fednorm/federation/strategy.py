@@ -147,7 +147,7 @@ class NormStrategy(Strategy):
         """Return the map from kinds to roles, the strategy's options taken into account."""
         return self.rule
 
-    def client_config(self) -> Mapping[str, float]:
+    def client_config(self) -> Mapping[str, float | list[float]]:
         """Return what the clients must know to train; it travels with every training message."""
         return {}
 

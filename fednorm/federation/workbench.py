@@ -153,10 +153,10 @@ class Workbench:
         config = self.config
         input_size = config.model.card.input_size
         loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
-        if config.strategy.card.pooled and config.data.normalize == "domain":
+        if config.strategy.card.pooled and config.data.normalize in ("domain", "client"):
             raise ConfigError(
                 f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
-                "'domain', which scales each domain's in its own way. Take 'global'."
+                f"{config.data.normalize!r}, which scales each {config.data.normalize}'s in its own way. Take 'global'."
             )
         scaled = normalized(loaded, config.data.normalize)
         return pooled(scaled) if config.strategy.card.pooled else scaled
@@ -254,7 +254,7 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(sent.array_records["arrays"]) if content else {},
+            received=unpack(sent.array_records["arrays"]) if "arrays" in sent else {},
             extra=held(beside, "A strategy sends"),
             config=dict(sent.config_records.get("config", self.strategy.client_config())),
             state=held(own, "A client keeps"),
