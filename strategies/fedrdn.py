@@ -9,7 +9,8 @@ Learning. CVPR 2025. https://arxiv.org/abs/2306.09363. Official code: IAMJackYan
 
 The clients' means and stds, 3 and 3 numbers each, are sent once, before the first round (``query.measure``), and every
 training message brings all of them along. The weights' part is FedAvg's, or FedBN's with ``roles = "fedbn"``. What
-``train.augment`` does to an image comes first, as in the official code.
+``train.augment`` does to an image comes first, as in the official code. A client without training images is tested by
+the statistics of all others'.
 """
 
 from __future__ import annotations
@@ -77,16 +78,11 @@ class RandomlyScaled(Local):
     """Trains on images that are scaled as random clients' are."""
 
     def check(self, trainee: Trainee) -> None:
-        """Refuse test images that would be scaled in another way than training images, and streams."""
+        """Refuse streams."""
         if trainee.config.kind == "federated_continual":
             raise ConfigError(
                 "Strategy fedrdn draws from the input statistics of clients, which on streams change with every "
                 "experience. Take strategy fedavg, and data.normalize = 'domain'."
-            )
-        if (how := trainee.config.data.normalize) != "client":
-            raise ConfigError(
-                f"Strategy fedrdn tests each client by its own input statistics, and data.normalize is {how!r}. Leave "
-                "it out (the strategy brings 'client')."
             )
 
     def measure(self, turn: Turn) -> Mapping[str, Tensor]:
@@ -195,7 +191,7 @@ SPEC = StrategySpec(
         where="official code IAMJackYan/FedRDN",
     ),
     make=FedRDN,
-    defaults={"data": {"normalize": "client"}},
+    own_scaling=True,
     deviations=(
         "A mean and a std are drawn for each image, as the paper has it; the official code draws them for each batch "
         "(draw = 'batch').",

@@ -39,13 +39,11 @@ class DataConfig(Section, name="data"):
     validation: float = key(
         0.0, "Share of the training images held back for choosing hyper-parameters, in [0, 1).", ge=0, lt=1
     )
-    normalize: Literal["half", "none", "global", "domain", "client"] = key(
+    normalize: Literal["half", "none", "global", "domain"] = key(
         "half",
         "What images are scaled by before a network sees them, per channel: half (mean and std 0.5: to [-1, 1]), none "
         "(to [0, 1]), global (mean and std of all training images), domain (those of the training images of each "
-        "image's own domain; global for a domain that nobody trains on), client (in a federation: of each client's own "
-        "training images, the mean over them of each one's; of all clients' for one without any). Training and "
-        "evaluation alike.",
+        "image's own domain; global for a domain that nobody trains on). Training and evaluation alike.",
     )
     merge: bool = key(
         False,

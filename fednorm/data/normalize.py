@@ -82,7 +82,8 @@ def normalized(federation: Federation, how: str) -> Federation:
 
     Args:
         federation: The clients. Where something is measured, it is over their training images, none held back.
-        how: ``half``, ``none``, ``global``, ``domain`` or ``client``.
+        how: ``half``, ``none``, ``global``, ``domain``, or what a strategy asks for, ``client``: by each client's own
+            training images (:func:`measured_by_image`), or those of all where a client has none.
     """
     if how == "half":
         return federation

@@ -153,12 +153,17 @@ class Workbench:
         config = self.config
         input_size = config.model.card.input_size
         loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
-        if config.strategy.card.pooled and config.data.normalize in ("domain", "client"):
+        if config.strategy.card.pooled and config.data.normalize == "domain":
             raise ConfigError(
                 f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
-                f"{config.data.normalize!r}, which scales each {config.data.normalize}'s in its own way. Take 'global'."
+                "'domain', which scales each domain's in its own way. Take 'global'."
             )
-        scaled = normalized(loaded, config.data.normalize)
+        if config.strategy.card.own_scaling and config.data.normalize != "half":
+            raise ConfigError(
+                f"strategy {config.strategy.name} scales each client's images by statistics of its own, and "
+                f"data.normalize is {config.data.normalize!r}. Leave data.normalize out."
+            )
+        scaled = normalized(loaded, "client" if config.strategy.card.own_scaling else config.data.normalize)
         return pooled(scaled) if config.strategy.card.pooled else scaled
 
     def _made_norm(self) -> Norm:

@@ -6,7 +6,6 @@ import dataclasses
 
 from fednorm.data.normalize import FIXED, measured, notes, scaled
 from fednorm.data.scaling import Scaling
-from fednorm.errors import ConfigError
 from fednorm.streams.stream import Stream
 
 PARTS = ("train", "validation", "test")
@@ -22,15 +21,7 @@ def normalized_stream(stream: Stream, how: str) -> Stream:
     Args:
         stream: The stream.
         how: ``half``, ``none``, ``global`` or ``domain``.
-
-    Raises:
-        ConfigError: It is ``client``.
     """
-    if how == "client":
-        raise ConfigError(
-            "data.normalize = 'client' scales each client's images by its own statistics, and a stream is not a "
-            "client's. Take 'global', or 'domain' for those of each experience's domain."
-        )
     if how == "half":
         return stream
     scalings: dict[str, Scaling] = {}

@@ -32,9 +32,7 @@ def statistics(client: Any) -> tuple[list[float], list[float]]:
 
 
 def site_of(make_site: Any, **options: Any) -> Any:
-    site = make_site("fedrdn", options=options, model={"name": "mlp", "width": 8})
-    assert site.bench.config.data.normalize == "client"  # the strategy's default
-    return site
+    return make_site("fedrdn", options=options, model={"name": "mlp", "width": 8})
 
 
 def test_every_client_is_asked_once_and_told_of_all_by_partition_id(make_site: Any) -> None:
@@ -119,20 +117,19 @@ def test_roles_of_fedbn_keep_normalization_layers(make_site: Any) -> None:
 
 
 def test_what_it_cannot_do_is_refused(make_site: Any) -> None:
-    with pytest.raises(ConfigError, match=r"data\.normalize is 'half'"):
-        make_site("fedrdn", data={"normalize": "half"})
+    with pytest.raises(ConfigError, match=r"data\.normalize is 'domain'\. Leave"):
+        make_site("fedrdn", data={"normalize": "domain"})
     for options in ({"roles": "silobn"}, {"draw": "epoch"}):
         with pytest.raises(ConfigError, match=next(iter(options))):
             make_site("fedrdn", options=options)
-    stream = {"kind": "continual", "scenario": {"num_experiences": 2}, "data": {"normalize": "client"}}
-    with pytest.raises(ConfigError, match="a stream is not a client's"):
-        simulate_stream(stream)
-
-
-def simulate_stream(values: dict[str, Any]) -> None:
-    from fednorm.streams.workbench import ContinualWorkbench
-
-    ContinualWorkbench(resolve(values))
+    grid = {
+        "kind": "federated_continual",
+        "scenario": {"num_experiences": 2, "train_per_experience": 16, "test_per_experience": 8},
+        "model": {"width": 4},
+        "strategy": {"name": "fedrdn"},
+    }
+    with pytest.raises(ConfigError, match="on streams change with every"):
+        simulate(resolve(grid), runs=None)
 
 
 def test_a_run_of_it_is_the_same_twice() -> None:
