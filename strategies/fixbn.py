@@ -84,7 +84,7 @@ class FixBN(NormStrategy):
         self.share = share
         super().__init__(model, **common)
         self._statistics = tuple(entry.key for entry in self.plan.entries if entry.kind in STATISTICS)
-        self.layers = tuple(dict.fromkeys(key.rpartition(".")[0] for key in self._statistics))
+        self.layers = self.plan.estimating
         if not self._statistics:
             raise RoleError(
                 f"Strategy fixbn freezes running statistics, and this {type(model).__name__} has none. Build it with "
