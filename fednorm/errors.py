@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FedNormError(Exception):
@@ -69,11 +70,15 @@ def unknown_name(what: str, name: str, known: Iterable[str], listed: str = "") -
         what: The kind of thing asked for, e.g. ``"strategy"``.
         name: The name that was given.
         known: Every valid name.
-        listed: What shows all of them, e.g. ``"fednorm list strategies"``; empty where nothing does.
+        listed: What shows all of them, e.g. ``"fednorm list strategies"``; empty where nothing does. An object in a
+            file of the working directory may stand for one of them too.
 
     Returns:
         An error whose message offers the nearest valid names, and where all are.
     """
+    if listed and name.isidentifier() and Path(f"{name}.py").is_file():
+        here = f"{name}.py is a file of this folder: an object in it is {name}:OBJECT, e.g. {name}:SPEC."
+        return UnknownNameError(f"There is no {what} named {name!r}. {here}")
     names = sorted(known)
     name = name if len(name) <= 80 else f"{name[:80]}..."
     near = suggestions(name, names)

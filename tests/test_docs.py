@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import fednorm
-from fednorm.cards import FAMILIES
+from fednorm.cards import FAMILIES, NORMS
 from fednorm.config import SECTION_VALUES
 from fednorm.records import formats
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
-from _make import blocks, docstrings, methods, prose, reference, results  # noqa: E402 - the documentation's own tools are no package of ours
+from _make import blocks, docstrings, methods, prose, readings, reference, results, trust  # noqa: E402 - the documentation's own tools are no package of ours
 
 MADE_FOLDERS = ("_build", "_made", *(f"methods/{plural}/" for plural in FAMILIES))
 PAGES = sorted(
@@ -31,6 +31,7 @@ PAGES = sorted(
     and path.name not in ("commands.md", "configuration.md", "records.md")
 )
 SUMMARIES = sorted((ROOT / ".records").glob("*.json"))
+ANALYSES_MADE = sorted((ROOT / ".records/analyses").glob("*.json"))
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -50,9 +51,83 @@ def test_a_page_s_tables_are_what_their_command_prints(path: Path, capsys: pytes
     assert not missing, f"{page.name} does not show {missing}"
 
 
+@pytest.mark.parametrize("path", ANALYSES_MADE, ids=lambda path: path.stem)
+def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fednorm.cli.analyse import run_analyse
+
+    text = (DOCS / f"results/{path.stem}.md").read_text(encoding="utf-8")
+    assert f"<!-- analysis-{path.stem} -->" in text
+    assert f"fednorm analyse .records/analyses/{path.name} --markdown" in text
+    assert re.search(
+        rf"^fednorm analyse {path.stem}( --\w+ \S+)* --out \.records/analyses/{path.name}$", text, re.MULTILINE
+    )
+    run_analyse(
+        str(path), data="digits_mini", data_dir=None, seeds="1", steps=0, out=None, markdown=True, as_json=False
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows
+    assert all(row in text for row in rows)
+
+
 def test_the_results_pages_are_as_their_command_writes_them() -> None:
     stale = [path.name for path, text in results.pages() if path.read_text(encoding="utf-8") != text]
     assert not stale, f"run: {blocks.COMMAND}"
+
+
+def settings_of(study: str) -> set[str]:
+    """Return the numbers of a study's configurations as text: what a sentence may name of how it was run."""
+
+    def numbers(value: object) -> set[str]:
+        if isinstance(value, dict):
+            return set().union(*map(numbers, value.values()))
+        return {f"{value:g}"} if isinstance(value, float) else set()
+
+    return set().union(*(numbers(result["config"]) for result in results.summary(study).results))
+
+
+PAPERS = {"7.68"}
+"""Numbers of papers that pages of results quote."""
+
+
+def test_no_score_is_typed_by_hand() -> None:
+    """What is written about results has no number with a decimal but from the record, a setting, or a quoted paper."""
+    allowed = PAPERS.union(*map(settings_of, results.shown()))
+    for name, page in results.shown().items():
+        text = re.sub(r"^<!-- (\S+) -->$.*?^<!-- /\1 -->$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        typed = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text + readings.readings().get(name, "")))
+        assert typed <= allowed, f"{page.name}: {sorted(typed - allowed)}"
+
+
+def test_a_reading_s_numbers_are_the_record_s() -> None:
+    assert "by 9.9 points (95 % interval 1.8 to\n18.0)" in readings.reading("office_small")
+    assert "in the paper it is by 7.8." in readings.reading("office_small")
+    with pytest.raises(StopIteration):
+        readings._method(results.compared("office_small")[0], "fedbm")
+
+
+def test_the_pages_of_trust_are_as_their_command_writes_them() -> None:
+    stale = [path.name for path, text in trust.pages() if path.read_text(encoding="utf-8") != text]
+    assert not stale, f"run: {blocks.COMMAND}"
+
+
+def test_the_golden_table_says_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from fednorm.cli.verify import run_golden
+
+    run_golden(trust.TRACES, as_json=False)
+    printed = [line.split()[:2] for line in capsys.readouterr().out.splitlines()]
+    rows = [re.split(r" \| ?", line.strip("| "))[:2] for line in trust.golden().splitlines()[2:]]
+    assert len(rows) == len(printed) > 20
+    assert [name for name, _ in rows] == [file.removesuffix(".npz") for file, _ in printed]
+    assert {status for _, status in rows} == {"pass"}, "a trace without a method, or one that fails"
+
+
+def test_every_fault_names_tests_that_are_there() -> None:
+    named = [test for group in trust.groups() for row in group["fault"] for test in row["tests"]]  # type: ignore[attr-defined]
+    assert len(named) > 40
+    for test in named:
+        path, _, name = test.partition("::")
+        assert name in trust.tests_of(path), test
 
 
 def test_a_block_without_a_place_is_told() -> None:
@@ -95,8 +170,11 @@ def test_a_norm_s_page_tells_each_tensor_s_kind_and_roles(made: dict[str, str]) 
 def test_the_table_of_norms_has_every_norm_and_its_cost_where_that_was_measured(made: dict[str, str]) -> None:
     rows = {line.split("](")[0][3:]: line for line in made["methods/norms/index.md"].splitlines() if "](" in line}
     assert set(FAMILIES["norms"].built_in) <= rows.keys()
-    assert methods.cost_ratios()["nn.BatchNorm2d"] == "1.00×"
-    assert methods.cost_ratios()["adab2n"] in rows["adab2n"]
+    costs = methods.cost_ratios()
+    without = {"none", "selu", "residual_scale"}  # which put no layer there
+    assert costs["maps"].keys() | costs["tokens"].keys() == set(FAMILIES["norms"].built_in) - without
+    assert f"| {costs['maps']['adab2n']} | {costs['tokens']['adab2n']} |" in rows["adab2n"]
+    assert f"| – | {costs['tokens']['nalaformer']} |" in rows["nalaformer"]
     assert "| none | no | yes |" in rows["group_norm"]
     assert "| mean, var, count | yes | no |" in rows["batch_norm"]
 
@@ -182,6 +260,10 @@ def test_docstrings_become_markdown(docstring: str, page: str) -> None:
 )
 def test_formulas_in_docstrings_are_literal(before: list[str], after: list[str]) -> None:
     assert docstrings.marked(before) == after
+
+
+def test_every_norm_has_its_formula_set() -> None:
+    assert set(NORMS.built_in) <= methods.formulas()["norms"].keys()
 
 
 def test_every_formula_is_of_a_card_and_is_set() -> None:

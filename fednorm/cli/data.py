@@ -29,7 +29,7 @@ def run_data(config: RunConfig, *, as_json: bool) -> None:
         for c in clients
     )
     columns = ("client", "train", "validation", "test", f"training images of labels 0 to {federation.num_classes - 1}")
-    out().print(Table(federation.title, columns, rows, federation.notes).rich())
+    out().print(Table(federation.title, columns, rows, federation.notes, texts=columns[-1:]).rich())
     return None
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 from fednorm.cards import FAMILIES, is_path
 from fednorm.cli.console import out, print_json
 from fednorm.config import SECTION_FAMILIES, SECTION_VALUES
-from fednorm.config.keys import RUNS, TOP, Key, find_key, keys_of, runs_of, section_names, top_keys
+from fednorm.config.keys import Key, find_key, keys_of, runs_of, section_names, top_keys, words_of
+from fednorm.config.resolve import TOP
 from fednorm.errors import canonical, unknown_name
 
 
@@ -56,7 +57,7 @@ def _print(document: dict[str, Any], as_json: bool) -> None:
     else:
         for line in text.split("\n"):  # between words, and what is indented stays so
             shown = line.lstrip(" ")
-            out().print(Padding(Text(shown), (0, 0, 0, len(line) - len(shown)), expand=False))
+            out().print(Padding(Text(shown or " "), (0, 0, 0, len(line) - len(shown)), expand=False))
 
 
 def _section(name: str) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _section(name: str) -> dict[str, Any]:
             f"Which {family.noun}. Its options stand beside its name, {name}.OPTION: `fednorm explain NAME` tells "
             f"them, `fednorm list {family.plural}` the names."
         )
-    head = f"{name} (section of the configuration, of {RUNS[runs_of(name)]})"
+    head = f"{name} (section of the configuration, of {words_of(runs_of(name))})"
     text = [head, "", about, "", *(line for key in keys for line in key.lines()), "", _how(keys[0])]
     return {
         "what": "section of the configuration",
@@ -89,7 +90,7 @@ def _one(key: Key) -> dict[str, Any]:
 def _all() -> dict[str, Any]:
     """Return the sections, a line each, and the keys that stand in none."""
     told = [
-        f"{name}: {RUNS[runs_of(name)]}; {', '.join(key.name for key in keys_of(name))}" for name in section_names()
+        f"{name}: {words_of(runs_of(name))}; {', '.join(key.name for key in keys_of(name))}" for name in section_names()
     ]
     text = ["The configuration: fednorm explain SECTION, fednorm explain SECTION.KEY", "", *told, ""]
     text += [line for key in top_keys() for line in key.lines()]

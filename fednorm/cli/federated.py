@@ -21,6 +21,7 @@ from fednorm.federation.simulate import plan, simulate
 from fednorm.federation.simulate_flower import simulate_flower
 from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.limits import require_path
+from fednorm.records import further
 from fednorm.records.record import RunRecord
 from fednorm.report.grid_table import boundaries_table, cells_table
 from fednorm.report.progress import RoundProgress
@@ -64,9 +65,19 @@ def run_federated(
     if dry_run:
         return None
     here = runtime == "in-process"
+    if here and (told := _earlier(config, runs)):
+        err().print(told, markup=False, soft_wrap=True)
     with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
         result = _run(config, bench, runs, runtime, progress)
     return show_result(result, depth or Depth(), as_json=as_json)
+
+
+def _earlier(config: RunConfig, runs: Path) -> str:
+    """Return what becomes of a shorter run of the same configuration that has finished; empty where there is none."""
+    if RunRecord(runs, config).stands() or not (finished := further.shorter(config, runs)):
+        return ""
+    goes_on = f"A run of {finished.rounds} rounds has finished; this one goes on from its end: {finished.folder}"
+    return further.why_not(config, finished) or goes_on
 
 
 def _run(config: RunConfig, bench: Workbench, runs: Path, runtime: str, observer: Observer) -> dict[str, Any]:
@@ -97,11 +108,13 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         return
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
+        count = sum(client.get("clients", 1) for client in members)
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
         held = "held out, " if members[0]["held_out"] else ""
-        console.print(
-            f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
-        )
+        console.print(f"  {domain}: {held}{count:,} client{'s'[: count > 1]}, {train} train, {test} test images")
+    if engine := document.get("engine"):
+        size = f" of {engine['cohort_size']} clients at most" if "cohort_size" in engine else ""
+        console.print(f"engine: {engine['name']}{size}: {engine['why']}", markup=False, soft_wrap=True)
     if (workers := document["workers"]) > 1:
         console.print(f"workers: {workers} processes take the clients side by side")
     if "entries" in document:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from fednorm.config.resolve import FAMILY, VALUES
-from fednorm.config.run import IMMATERIAL, MACHINE, SECTIONS, ModelChoice, RunConfig
+from fednorm.config.resolve import FAMILY, TOP, VALUES
+from fednorm.config.run import IMMATERIAL, SECTIONS, ModelChoice, RunConfig
 from fednorm.config.schema import KINDS, Kind, expected, kinds_of
 from fednorm.errors import canonical, unknown_name
-
-TOP = ("kind", "seed", "threads", *MACHINE)
-"""The keys that stand in no section."""
 
 SHORT = {"lr": "learning_rate"}
 """What people type for a key."""
 
-RUNS = {("federated", "continual"): "all runs", ("federated",): "federated runs", ("continual",): "streams"}
-"""Which runs have a key, in words."""
+WORDS: Mapping[Kind, str] = {
+    "federated": "federated runs",
+    "continual": "streams",
+    "federated_continual": "federations of streams",
+}
+"""What the kinds of run are called."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Key:
         path: Its section and name, e.g. ``train.learning_rate``.
         takes: What values it takes, in words.
         default: Its value where nobody sets it.
-        on_streams: That of a stream, where it is another; else None.
+        others: The kinds of run that have another default, with it.
         kinds: The kinds of run that have it.
         about: What it means.
         immaterial: Whether no number of a run depends on it.
@@ -42,7 +43,7 @@ class Key:
     path: str
     takes: str
     default: Any
-    on_streams: Any
+    others: Mapping[Kind, Any]
     kinds: tuple[Kind, ...]
     about: str
     immaterial: bool
@@ -55,15 +56,20 @@ class Key:
     @property
     def runs(self) -> str:
         """Return which runs use it, in words."""
-        return RUNS[self.kinds]
+        return words_of(self.kinds)
 
     def lines(self) -> Iterator[str]:
         """Yield the key as text: its name, default and runs; beneath it what it means."""
         default = f"{self.name} = {_written(self.default)}"
-        if self.on_streams is not None:
-            default += f" (streams: {_written(self.on_streams)})"
+        if self.others:
+            default += f" ({'; '.join(f'{WORDS[kind]}: {_written(value)}' for kind, value in self.others.items())})"
         yield f"{default}    [{self.runs}; {self.takes}]"
         yield f"    {self.about}{' No number depends on it.' if self.immaterial else ''}"
+
+
+def words_of(kinds: Sequence[Kind]) -> str:
+    """Return kinds of run in words: ``all runs``, ``federated runs, streams``."""
+    return "all runs" if tuple(kinds) == KINDS else ", ".join(WORDS[kind] for kind in kinds)
 
 
 def section_names() -> tuple[str, ...]:
@@ -84,13 +90,13 @@ def keys_of(section: str) -> list[Key]:
     family, kinds = FAMILY[section], runs_of(section)
     default = getattr(RunConfig.defaults(kinds[0]), section).name
     about = f"The {family.noun}: `fednorm list {family.plural}`, or the import path of your own."
-    keys = [Key(f"{section}.name", "a name or an import path", default, None, kinds, about, False)]
+    keys = [Key(f"{section}.name", "a name or an import path", default, {}, kinds, about, False)]
     if section == "model":
         general = {"width": "an integer, 0 or more", "activation": "a name", "weights": "a path"}
         for name, takes in {**general, "feature_norm": "true or false"}.items():
             value = getattr(ModelChoice, name)
             material = (section, name) not in IMMATERIAL
-            keys.append(Key(f"model.{name}", takes, value, None, kinds, _meanings(ModelChoice)[name], not material))
+            keys.append(Key(f"model.{name}", takes, value, {}, kinds, _meanings(ModelChoice)[name], not material))
     return keys
 
 
@@ -99,7 +105,7 @@ def top_keys() -> list[Key]:
     defaults, meanings = RunConfig.defaults("federated"), _meanings(RunConfig)
     words = {str: "a name", int: "an integer", bool: "true or false"}
     values = {name: getattr(defaults, name) for name in TOP}
-    return [Key(name, words[type(value)], value, None, KINDS, meanings[name], False) for name, value in values.items()]
+    return [Key(name, words[type(value)], value, {}, KINDS, meanings[name], False) for name, value in values.items()]
 
 
 def find_key(path: str) -> Key:
@@ -120,10 +126,11 @@ def find_key(path: str) -> Key:
 def _of_field(section: str, name: str, info: FieldInfo) -> Key:
     kinds = tuple(kind for kind in runs_of(section) if kind in kinds_of(info))
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-    other = extra.get("continual") if len(kinds) > 1 else None
-    default = extra.get("continual", info.default) if kinds == ("continual",) else info.default
+    defaults = {kind: extra.get(kind, info.default) for kind in kinds}
+    default = defaults[kinds[0]]
+    others = {kind: value for kind, value in defaults.items() if value != default}
     immaterial = (section, name) in IMMATERIAL
-    return Key(f"{section}.{name}", _takes(info), default, other, kinds, info.description or "", immaterial)
+    return Key(f"{section}.{name}", _takes(info), default, others, kinds, info.description or "", immaterial)
 
 
 def _takes(info: FieldInfo) -> str:

@@ -122,13 +122,13 @@ class Fitted:
         """Return the characters of each column: what numbers need, and what is left for names and texts, in turn."""
         own = {column: self._least[column] for column in columns}
         left = width - sum(own.values()) - GAP * (len(columns) - 1)
-        for column in columns:
-            if left < 0 and column == 0:  # no terminal has room for it; names give way before numbers
-                own[0] = max(own[0] + left, 1)
-            elif left > 0 and (column == 0 or self.table.columns[column] in self.table.texts):
-                more = min(self._most[column] - own[column], left)
-                own[column] += more
-                left -= more
+        if left < 0:  # no terminal has room for it; names give way before numbers
+            own[0] = max(own[0] + left, 1)
+        words = [column for column in columns if column == 0 or self.table.columns[column] in self.table.texts]
+        for column in (*words, *(column for column in columns if column not in words)):  # last, heads in one line
+            more = max(min(self._most[column] - own[column], left), 0)
+            own[column] += more
+            left -= more
         return own
 
 

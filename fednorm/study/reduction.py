@@ -25,6 +25,7 @@ SCALED: Mapping[KeyPath, int] = {
     ("data", "train_per_client"): 32,
     ("data", "test_per_domain"): 50,
     ("train", "epochs"): 1,
+    ("grid", "clients"): 2,
     ("train", "decay_every"): 1,
     ("scenario", "train_per_experience"): 50,
     ("scenario", "test_per_experience"): 50,
@@ -69,9 +70,9 @@ def reduction(config: RunConfig, factor: float, kept: Collection[KeyPath] = ()) 
     less: dict[KeyPath, Any] = {}
     for path, floor in SCALED.items():
         of_clients = path[0] == "data"  # a stream's images are its scenario's
-        if path in own and path not in kept and not (of_clients and config.kind == "continual"):
+        if path in own and path not in kept and not (of_clients and config.kind != "federated"):
             less[path] = _scaled(own[path], factor, floor, capped=path in CAPS)
-    alike = config.kind == "continual" and config.scenario.card.memorization
+    alike = config.kind != "federated" and config.scenario.card.memorization
     if alike and EXPERIENCES in own and EXPERIENCES not in kept:
         less[EXPERIENCES] = _scaled(own[EXPERIENCES], factor, FEWEST_EXPERIENCES, capped=False)
     if config.kind == "federated":
@@ -90,7 +91,7 @@ def _scaled(value: int, factor: float, floor: int, *, capped: bool) -> int:
 
 def _options(config: RunConfig) -> dict[str, Any]:
     """Return the options of scenario and learner, those at their default too."""
-    return {"scenario": config.scenario.values, "learner": config.learner.values} if config.kind == "continual" else {}
+    return {} if config.kind == "federated" else {"scenario": config.scenario.values, "learner": config.learner.values}
 
 
 def departures(own: RunConfig, original: RunConfig, immaterial: Collection[KeyPath]) -> dict[str, list[Any]]:

@@ -102,3 +102,10 @@ def test_a_key_is_explained_by_what_people_call_it(call: Callable[..., Any]) -> 
     assert find_key("seed").default == 1
     with pytest.raises(UnknownNameError, match=r"no key of section train named 'momentun'\. Did you mean 'momentum'"):
         find_key("train.momentun")
+
+
+def test_a_file_of_this_folder_is_told_how_it_is_named(call: Callable[..., Any], tmp_path: Any) -> None:
+    (tmp_path / "mynorm.py").write_text("")
+    ended = call("federated", "--norm", "mynorm")
+    assert ended.code == 2
+    assert "mynorm.py is a file of this folder: an object in it is mynorm:OBJECT, e.g. mynorm:SPEC." in ended.err

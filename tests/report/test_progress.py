@@ -104,7 +104,7 @@ def test_rounds_are_told_as_before() -> None:
     )
     console = log()
     with RoundProgress(console) as progress:
-        progress.begin(cast(Any, SimpleNamespace(config=config)), 2)
+        progress.begin(cast(Any, SimpleNamespace(config=config, num_rounds=3)), 2)
         progress.round({"round": 2, "train_loss": 0.25, "rejected": [], "seconds": 1.26})
         progress.round({"round": 3, "train_loss": None, "rejected": [4], "seconds": 1.0, "mean": 0.5, "worst": 0.1})
     assert text(console).splitlines() == [

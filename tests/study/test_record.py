@@ -59,7 +59,8 @@ def test_a_record_says_what_was_run_and_what_came_out(make: Make, tmp_path: Path
     folder = tmp_path / f"fedbn-batch_norm-digits_mini-seed3-{config.hash}"
     assert result["run"] == str(folder)
     names = {path.name for path in folder.iterdir()} - {".lock"}
-    assert names == {"run.json", "rounds.jsonl", "model.safetensors", "clients.safetensors", "result.json"}
+    tensors = {f"{name}.safetensors" for name in ("model", "clients", "further")}
+    assert names == {"run.json", "rounds.jsonl", "result.json", *tensors}
     run = unsealed(json.loads((folder / "run.json").read_text()))
     assert resolve(run["config"]) == config
     assert run["hash"] == config.hash
@@ -349,7 +350,7 @@ def test_all_files_of_a_record_have_the_mode_that_the_user_wants(mask: int, make
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
     assert modes == dict.fromkeys(modes, 0o666 & ~mask)
-    assert len(modes) == 6
+    assert len(modes) == 7
 
 
 def test_what_is_removed_or_relied_on_is_on_the_disk_before(
@@ -615,6 +616,7 @@ LEAVES: dict[str, Any] = {
     "rounds.evaluate_every": 2,
     "rounds.max_update_norm": 3.5,
     "evaluate.kinds": ["own", "cross"],
+    "evaluate.clients": "sampled",
     "evaluate.images": 64,
     "evaluate.fallback": "pooled",
     "evaluate.split": "validation",
