@@ -25,11 +25,13 @@ try:
         KINDS,
         AmpOption,
         AugmentOption,
+        CohortSizeOption,
         CompileOption,
         DataDirOption,
         DataOption,
         DetailsOption,
         DeviceOption,
+        EngineOption,
         JsonOption,
         LearnerOption,
         MemoryOption,
@@ -47,6 +49,7 @@ try:
         StudyArgument,
         WorkersOption,
         names,
+        whole,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -64,11 +67,6 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(verify_app, name="verify")
 app.command()(analyse)
-
-
-def _whole(number: float | None) -> float | int | None:
-    """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
-    return int(number) if number is not None and number.is_integer() else number
 
 
 @app.command()
@@ -124,6 +122,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    engine: EngineOption = None,
+    cohort_size: CohortSizeOption = None,
     workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
@@ -164,12 +164,14 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "train.schedule": schedule,
         "train.augment": augment,
         "train.batch_size": batch_size,
-        "train.local_epochs": _whole(local_epochs),
+        "train.local_epochs": whole(local_epochs),
         "evaluate.kinds": evaluate,
         "seed": seed,
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "engine": engine,
+        "cohort_size": cohort_size,
         "workers": workers,
     }
     resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
@@ -385,7 +387,7 @@ def list_names(
 ) -> None:
     """List what is there, a line each."""
     with starting():
-        from fednorm.cli.catalogue import run_list
+        from fednorm.cli.listing import run_list
 
     run_list(what, every=every, as_json=as_json)
 

@@ -19,7 +19,9 @@ verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 @bench_app.command("engine")
 def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
-    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas: bare, workers, flower, bare-contiguous.")
+    ] = "bare,workers",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
@@ -69,6 +71,22 @@ def bench_layers(
         from fednorm.cli.bench_layers import run_bench_norms
 
     run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
+
+
+@bench_app.command("scale")
+def bench_scale(
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients, separated by commas; 10 to 100,000 by default.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a round in which 100 of many clients are sampled, with what it takes of memory and disk."""
+    with starting():
+        from fednorm.cli.bench_scale import run_bench_scale
+
+    run_bench_scale(clients, rounds, markdown=markdown, as_json=as_json)
 
 
 @verify_app.command("golden")

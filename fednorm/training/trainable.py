@@ -66,6 +66,7 @@ class Trainable:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         asks = HEAD in self._parts or self._probes
         self.head = _head_keys(model, train, num_classes) if asks else frozenset()
+        self._mode = Mode(model)
         self._of_head = [module for path, module in model.named_modules() if self._is_of_head(path, module)]
         given = {key for key, parameter in self._parameters.items() if parameter.requires_grad}
         self.learned = frozenset(given & self._chosen())
@@ -118,9 +119,13 @@ class Trainable:
     def train_mode(self) -> None:
         """Put the network in training mode; where the head alone is trained, the head alone."""
         alone = self._probing or self._parts == {HEAD}
-        self._model.train(not alone)
+        self._mode.set(training=not alone)
         for module in self._of_head if alone else ():
             module.train()
+
+    def evaluation_mode(self) -> None:
+        """Put the network in evaluation mode."""
+        self._mode.set(training=False)
 
     @contextmanager
     def stage(self, probing: bool) -> Iterator[None]:
@@ -146,6 +151,25 @@ class Trainable:
         # In one order whatever the layout: a checkpoint does not keep that.
         norms = [tensors[key].detach().cpu().double().contiguous().norm() for key in keys]
         return float(torch.stack(norms).norm())
+
+
+class Mode:
+    """Puts a network in training or evaluation mode where it is not: a client's turn asks for it several times.
+
+    Args:
+        model: The network; its modules are looked through once, here.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        modules = list(model.modules())
+        plain = all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in modules)
+        self._modules = modules if plain else []  # one that does something at the change is always told
+
+    def set(self, *, training: bool) -> None:
+        """Put the network in a mode."""
+        if not self._modules or any(module.training is not training for module in self._modules):
+            self._model.train(training)
 
 
 def kinds_of_norms(model: nn.Module) -> dict[str, Kind]:

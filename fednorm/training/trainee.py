@@ -30,6 +30,7 @@ from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.training.boundary import Boundary
+from fednorm.training.precision import bf16_advice
 from fednorm.training.scale_init import draw_scales
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
@@ -69,6 +70,9 @@ class Trainee:
         built = self._built(config.model, config.seed)
         self.model = built.model
         self.about_model = describe_model(config.model, built, num_classes, image_size)
+        if config.amp == "bf16" and self.device.type == "cpu":
+            advice = bf16_advice(self.model, image_size=image_size, batch_size=config.train.batch_size)
+            self.about_model["notes"] += [advice] * bool(advice)
         self.batch_coupled = batch_coupled(self.model, spec_of)
         train = config.train
         self.trainable = Trainable(self.model, train, num_classes)
