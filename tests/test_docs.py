@@ -59,7 +59,7 @@ def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.Ca
     assert f"<!-- analysis-{path.stem} -->" in text
     assert f"fednorm analyse .records/analyses/{path.name} --markdown" in text
     assert re.search(
-        rf"^fednorm analyse {path.stem}( --\w+ \S+)* --out \.records/analyses/{path.name}$", text, re.MULTILINE
+        rf"^fednorm analyse {path.stem}( --[\w-]+ \S+)* --out \.records/analyses/{path.name}$", text, re.MULTILINE
     )
     run_analyse(
         str(path), data="digits_mini", data_dir=None, seeds="1", steps=0, out=None, markdown=True, as_json=False
