@@ -100,6 +100,7 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
+        num_rounds: The rounds of the whole run, on the server and on the clients; 0 where nobody has said.
         evaluates: Which clients are evaluated (``evaluate.clients``).
 
     Raises:
@@ -137,6 +138,7 @@ class NormStrategy(Strategy):
         self.expected: Mapping[int, Expected] = {}
         self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
+        self.num_rounds = 0
         self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
         self._known = KnownNodes(())
@@ -162,7 +164,7 @@ class NormStrategy(Strategy):
         """Return the map from kinds to roles, the strategy's options taken into account."""
         return self.rule
 
-    def client_config(self) -> Mapping[str, float]:
+    def client_config(self) -> Mapping[str, float | list[float]]:
         """Return what the clients must know to train; it travels with every training message."""
         return {}
 
