@@ -172,7 +172,7 @@ def test_the_table_of_norms_has_every_norm_and_its_cost_where_that_was_measured(
     assert set(FAMILIES["norms"].built_in) <= rows.keys()
     costs = methods.cost_ratios()
     without = {"none", "selu", "residual_scale"}  # which put no layer there
-    without |= {"anfr"}  # not measured yet: group normalization on standardized weights, and an attention
+    without |= {"anfr"}  # not measured yet
     assert costs["maps"].keys() | costs["tokens"].keys() >= set(FAMILIES["norms"].built_in) - without
     assert f"| {costs['maps']['adab2n']} | {costs['tokens']['adab2n']} |" in rows["adab2n"]
     assert f"| – | {costs['tokens']['nalaformer']} |" in rows["nalaformer"]
