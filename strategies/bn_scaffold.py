@@ -59,7 +59,7 @@ class Corrected:
         if not layer.training:
             evaluated: Tensor = type(layer).forward(layer, x)
             return evaluated
-        layer._check_input_dim(x)
+        layer._check_input_dim(x)  # type: ignore[no-untyped-call]
         var, mean = torch.var_mean(x.float(), (0, *range(2, x.ndim)), correction=0)
         square = var + mean.square()
         self._see(mean.detach(), var.detach(), square.detach(), x.numel() // len(mean))
