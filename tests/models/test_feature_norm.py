@@ -139,7 +139,7 @@ def test_an_exported_program_and_a_loaded_model_have_it_too(tmp_path: Path) -> N
     program = torch.export.load(tmp_path / "model.pt2").module()
     torch.testing.assert_close(program(images), loaded(images))
     plain = chosen_model(
-        resolve({**small, "model": {"name": "mlp", "width": 4}}).model, make_norm("batch_norm"), 10, 28, 0
+        resolve({**small, "model": {"name": "mlp", "width": 4}}).model, make_norm("batch_norm"), 10, 32, 0
     ).model
     plain.load_state_dict(loaded.state_dict())  # the same tensors, and another function
     assert not torch.allclose(plain.eval()(images), loaded(images))
