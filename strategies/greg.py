@@ -68,7 +68,8 @@ class Consistent(Local):
             return loss
         with _evaluating(self.layers):
             others = functional_call(turn.model, self.sent, (self.images,))
-        return loss + self.strategy.lambd * symmetric_kl(logits, others)
+        total: Tensor = loss + self.strategy.lambd * symmetric_kl(logits, others)
+        return total
 
 
 @contextmanager

@@ -105,6 +105,7 @@ class SqueezeExcitation(ChannelAttention):
 
     def __init__(self, channels: int, gate_gain: float) -> None:
         super().__init__(gate_gain)
+        self.down_weight: nn.Parameter
         hidden = max(1, channels // REDUCTION)
         for name, (out, into) in {"down": (hidden, channels), "up": (channels, hidden)}.items():
             bound = 1 / math.sqrt(into)  # as nn.Linear

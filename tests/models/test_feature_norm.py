@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+import fednorm
 from fednorm.cards import MODELS
 from fednorm.config import resolve
 from fednorm.errors import ConfigError
+from fednorm.export import export
 from fednorm.models import Order, build_model, chosen_model
 from fednorm.norms import make_norm
 
@@ -122,3 +125,21 @@ def test_it_is_a_key_of_every_run_and_part_of_its_identity() -> None:
     assert any("sqrt(d)" in note for note in notes)
     with pytest.raises(ConfigError, match=r"model\.feature_norm must be true or false; got 1"):
         resolve({"model": {"feature_norm": 1}})
+
+
+def test_an_exported_program_and_a_loaded_model_have_it_too(tmp_path: Path) -> None:
+    small = {
+        "data": {"train_per_client": 8, "test_per_domain": 4},
+        "model": {"name": "mlp", "width": 4, "feature_norm": True},
+    }
+    run = fednorm.federated(rounds=1, config=small, runs=tmp_path)["run"]
+    export(run, tmp_path / "model.pt2")
+    images = torch.rand(3, 3, 32, 32)
+    loaded = fednorm.load_model(run)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(images), loaded(images))
+    plain = chosen_model(
+        resolve({**small, "model": {"name": "mlp", "width": 4}}).model, make_norm("batch_norm"), 10, 32, 0
+    ).model
+    plain.load_state_dict(loaded.state_dict())  # the same tensors, and another function
+    assert not torch.allclose(plain.eval()(images), loaded(images))
