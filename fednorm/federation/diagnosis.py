@@ -117,6 +117,7 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
     local = any(plan.by_key[key].role is Role.LOCAL for key in keys)
     nodes = {node.partition_id: node for node in bench.strategy.nodes}
     asked = [nodes[client.partition_id] for client in report.train] if local else []
+    asked = [node for node in asked if node.shows]
     kept = _ask(grid, asked, plan, report)
     return [
         ClientStatistics(

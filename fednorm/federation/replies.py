@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
 
 import torch
-from flwr.app import Array, Message, MetricRecord, RecordDict
+from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
@@ -229,21 +229,35 @@ def read_about(reply: Message) -> About | None:
     Raises:
         UnfitReply: It failed, or says something else than its partition, its domain and whether it is held out.
     """
-    content = _content(reply)
-    if "client" not in content.config_records:
+    if "client" not in _content(reply).config_records:
         return None
-    about = content.config_records["client"]
-    partition_id, domain, held_out = (about.get(key) for key in ("partition-id", "domain", "held-out"))
+    about, domain, held_out, constants = read_about_site(reply)
+    partition_id = about.get("partition-id")
     if not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < 0:
         raise UnfitReply(f"it describes itself without a partition-id, a number from 0 on; got {partition_id!r}")
+    count = about.get("train")
+    train = count if isinstance(count, int) and not isinstance(count, bool) else None
+    return About(partition_id, domain, held_out, constants, train)
+
+
+@reader
+def read_about_site(reply: Message) -> tuple[ConfigRecord, str, bool, Mapping[str, object] | None]:
+    """Return all that a client says of itself, its domain, whether it is held out, and prints of its constants.
+
+    Raises:
+        UnfitReply: It failed, knows nothing of fednorm, or says no domain, or not whether it is held out.
+    """
+    content = _content(reply)
+    if "client" not in content.config_records:
+        raise UnfitReply("it does not describe itself (query.describe)")
+    about = content.config_records["client"]
+    domain, held_out = about.get("domain"), about.get("held-out")
     if not isinstance(domain, str) or not domain.strip():
         raise UnfitReply(f"it describes itself without a domain, a name; got {domain!r}")
     if not isinstance(held_out, bool):
         raise UnfitReply(f"it describes itself without held-out, true or false; got {held_out!r}")
     constants = content.metric_records.get("constants")
-    count = about.get("train")
-    train = count if isinstance(count, int) and not isinstance(count, bool) else None
-    return About(partition_id, domain, held_out, None if constants is None else dict(constants), train)
+    return about, domain, held_out, None if constants is None else dict(constants)
 
 
 @reader

@@ -25,6 +25,7 @@ from fednorm.federation.replies import Expected
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
+    DEPLOYMENT,
     LOCAL_RECORD,
     BenchSource,
     Workbench,
@@ -50,13 +51,17 @@ class Observer(Protocol):
         """Called after every round with its line of the record."""
 
 
+RecordSource = Callable[[Context, RunConfig], RunRecord | None]
+"""How an app finds the record of the run that a context belongs to; None to write nothing."""
+
+
 def make_server_app(
     bench_of: BenchSource,
-    record_of: Callable[[Context, Workbench], RunRecord | None],
+    record_of: RecordSource,
     observer: Observer | None = None,
     on_result: Callable[[Document], None] | None = None,
 ) -> ServerApp:
-    """Return a ServerApp.
+    """Return a ServerApp; one of a deployed run makes its workbench of what the sites say of themselves.
 
     Args:
         bench_of: Finds the workbench of the run.
@@ -68,8 +73,13 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        bench = bench_of(context)
-        result = serve(grid, bench, record_of(context, bench), observer)
+        if context.run_config.get("runtime") == DEPLOYMENT:
+            from fednorm.federation.deployment.server import serve_sites  # it calls what is here
+
+            result = serve_sites(grid, context, record_of, observer)
+        else:
+            bench = bench_of(context)
+            result = serve(grid, bench, record_of(context, bench.config), observer)
         if on_result:
             on_result(result)
 
@@ -180,11 +190,14 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
             first_round=first_round,
             evaluate_every=bench.evaluate_every,
             on_round=journal.round,
+            timeout=bench.config.rounds.timeout,
         )
         if first_round > bench.num_rounds and "missing" in journal.lines[-1]:
             journal.evaluate_again(arrays)
     finally:
         journal.close()
+    if bench.strategy.roster:  # sites that came later are known now
+        about = describe(bench)
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     if record:
         own = personal(bench, grid, result.arrays, bench.num_rounds)
@@ -346,6 +359,8 @@ def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = No
         scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
         line |= summarize(by_domain(scored))
         line |= held_back_scores(report.evaluate)
+    if report.events:
+        line["events"] = report.events
     if report.evaluated:
         line |= answers(expected or {}, {r.partition_id for r in report.evaluate}).document()
     return typing.cast(Document, finite(line))
@@ -358,9 +373,9 @@ def _of_client(report: ClientReport) -> Document:
     return own | {key: value for key, value in report.metrics.items() if key not in own}
 
 
-def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None:
+def _record_from_context(context: Context, config: RunConfig) -> RunRecord | None:
     runs = str(context.run_config.get("runs", ""))
-    return RunRecord(Path(runs), bench.config) if runs else None
+    return RunRecord(Path(runs), config) if runs else None
 
 
 class _Log:

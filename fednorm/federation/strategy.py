@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import ClassVar, TypedDict
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -36,6 +36,9 @@ from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.recognition.places import patterns_of
 from fednorm.rng import stream
 from fednorm.roles import LEARNED, Role, RoleRule
+
+if TYPE_CHECKING:
+    from fednorm.federation.deployment.roster import Roster
 
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
@@ -87,6 +90,7 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
+        roster: Who the nodes are in a deployed run, where they come and go; None elsewhere.
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
@@ -127,6 +131,7 @@ class NormStrategy(Strategy):
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
         self._grid: Grid | None = None
+        self.roster: Roster | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -258,6 +263,8 @@ class NormStrategy(Strategy):
         if not self.report.train:
             return None, None
         self.norms = norms
+        if self.roster:
+            self.roster.note(self.report)
         return pack(self.server_update(self._sent, average.result())), weighted_metrics(self.report.train)
 
     def _take_back(self) -> None:
@@ -357,10 +364,15 @@ class NormStrategy(Strategy):
                     result.evaluate_metrics_clientapp[current] = metrics
                 if evaluate_fn and (metrics := evaluate_fn(current, arrays)) is not None:
                     result.evaluate_metrics_serverapp[current] = metrics
-            self.report.seconds = time.perf_counter() - began
+            self._end(began)
             if on_round:
                 on_round(self.report, arrays)
         return result
+
+    def _end(self, began: float) -> None:
+        self.report.seconds = time.perf_counter() - began
+        if self.roster:
+            self.report.events += self.roster.told()
 
     # Nodes --------------------------------------------------------------------------------------------------------
 
@@ -370,7 +382,7 @@ class NormStrategy(Strategy):
         Raises:
             AggregationError: Too few nodes came, or none of them can be taken on.
         """
-        if not self.nodes:
+        if not self.nodes and not self.roster:
             self._wait_for_nodes(grid)
             self.nodes, self._refused = discover(grid, self.expected, self._constants)
 
@@ -389,6 +401,8 @@ class NormStrategy(Strategy):
         return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
+        if self.roster:
+            self.nodes = self.roster.look(self._constants)
         self.discover(grid)
         nodes = self.trainers
         if not nodes:
