@@ -20,6 +20,7 @@ try:
 
     from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
+    from fednorm.cli.deploying import InsecureOption, RootsOption, RuntimeOption, SuperlinkOption, Target, deploy_app
     from fednorm.cli.measuring import bench_app, verify_app
     from fednorm.cli.parameters import (
         KINDS,
@@ -60,9 +61,8 @@ app = typer.Typer(
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
     "on Flower and continual streams with Avalanche, and compare.",
 )
-
-app.add_typer(bench_app, name="bench")
-app.add_typer(verify_app, name="verify")
+for name, group in (("bench", bench_app), ("verify", verify_app), ("deploy", deploy_app)):
+    app.add_typer(group, name=name)
 
 
 def _whole(number: float | None) -> float | int | None:
@@ -126,7 +126,10 @@ def federated(  # noqa: PLR0913 - one parameter an option
     workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
-    runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
+    runtime: RuntimeOption = "in-process",
+    superlink: SuperlinkOption = "",
+    root_certificates: RootsOption = None,
+    insecure: InsecureOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
     details: DetailsOption = False,
@@ -176,8 +179,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
         from fednorm.cli.answer import Depth
         from fednorm.cli.federated import run_federated
 
+    target, shown = Target(superlink, root_certificates, insecure), {"dry_run": dry_run, "as_json": as_json}
     depth = Depth(details, notes)
-    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, depth=depth, as_json=as_json)
+    run_federated(resolved, runs=runs, runtime=runtime, target=target, layers=layers, depth=depth, **shown)
 
 
 @app.command()

@@ -341,7 +341,7 @@ class Roster:
         if anew:
             self.on_change()
 
-    def _unfit(self, site: Site, names: Mapping[str, int], stated: Mapping[int | None, int]) -> str:
+    def _unfit(self, site: Site, names: Mapping[str, int], stated: Mapping[int, int]) -> str:
         """Return why a site is not taken on; empty where it is."""
         if names[site.name] > 1:
             return f"{names[site.name]} nodes say that they are {site.name}; each site needs a name of its own"
