@@ -24,8 +24,8 @@ PLACES: Mapping[str, str] = {"client": LOCAL_RECORD, "remembered": TRAINEE_RECOR
 """The records of a client's state that a checkpoint holds, by the first part of their keys."""
 
 
-def taken(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
-    """Return the checkpoint of a federation whose clients live in this process.
+def taken(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: Grid, data: str) -> Checkpoint:
+    """Return the checkpoint of a federation: of its server, and of its clients where they live in this process.
 
     Args:
         server_round: The round that has ended.

@@ -209,7 +209,8 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
 class _Journal:
     """Takes down every round: its line, now and then a checkpoint, a word to the observer.
 
-    Clients' local tensors live outside this process on Flower's own runtimes: there, no checkpoint is written.
+    Clients' local tensors live outside this process on Flower's own simulation: there, no checkpoint is written. Sites
+    keep theirs on their own disks, and the server's checkpoint is of its own tensors.
 
     Attributes:
         lines: Every round's line so far.
@@ -220,7 +221,9 @@ class _Journal:
     ) -> None:
         self.lines: list[Document] = []
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
-        self._data = data
+        self._sites = bench.strategy.roster
+        self._data = data if self._sites is None else f"sites of {self._sites.run}"
+        self._keeps = isinstance(grid, InProcessGrid) or self._sites is not None
         self._pending: Checkpoint | None = None
         self.last: Checkpoint | None = None
         """That of the last round, once there is one: what a longer run would go on with."""
@@ -228,7 +231,7 @@ class _Journal:
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
-        if self._record and not isinstance(self._grid, InProcessGrid):
+        if self._record and not self._keeps:
             self._record.start_over()
         elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
@@ -242,9 +245,10 @@ class _Journal:
 
     def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
         """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
-        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        if self._sites is None:
+            further.begin(record, self._data, (*SCORES, "diagnostics"))
         checkpoint = record.load_checkpoint(self._data)
-        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+        if checkpoint and self._sites is None and checkpoint.ended == self._bench.num_rounds:
             self.last = checkpoint
         return checkpoint
 
@@ -260,11 +264,14 @@ class _Journal:
         self.lines.append(line)
         if self._record:
             self._record.append_line(line)
-            if isinstance(self._grid, InProcessGrid):
+            if report.events:  # sites that have joined are part of what is known of the run
+                self._record.describe(describe(self._bench))
+            if self._keeps:
                 self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
-                if report.server_round == self._bench.num_rounds:
+                if report.server_round == self._bench.num_rounds and self._sites is None:
                     self.last = self._pending
-                if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
+                # A site can go back by one training and no more: its server keeps every round.
+                if self._sites or report.server_round % self._bench.config.rounds.checkpoint_every == 0:
                     self.close()
         if self._observer:
             self._observer.round(line)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import fednorm
 from fednorm.config import resolve
-from fednorm.errors import ConfigError, FedNormError, IncompleteError
+from fednorm.errors import ConfigError, FedNormError, IncompleteError, RecordError
 from fednorm.federation.client import carry_out
 from fednorm.federation.deployment import grid as deployed_grid
 from fednorm.federation.deployment import roster as rosters
@@ -155,8 +155,8 @@ def serve(grid: FakeGrid, runs: Path | None = None) -> dict[str, Any]:
     return serve_sites(grid, context, lambda _, config: RunRecord(runs, config) if runs else None, None)
 
 
-def values(**sections: Any) -> dict[str, Any]:
-    return {**VALUES, **{name: {**VALUES.get(name, {}), **table} for name, table in sections.items()}}
+def values(seed: int = 1, **sections: Any) -> dict[str, Any]:
+    return {**VALUES, "seed": seed} | {name: {**VALUES.get(name, {}), **table} for name, table in sections.items()}
 
 
 def events(result: Mapping[str, Any]) -> list[tuple[int, str, str]]:
@@ -268,6 +268,53 @@ def test_a_node_that_dies_after_training_goes_back_to_what_the_server_used(tmp_p
     assert all(torch.equal(tensor, kept[1][key]) for key, tensor in kept[0].items())
     assert [event for *_, event in events(result)] == ["its node has left", "its node has come back"]
     assert any("no reply came within 0.3 s" in reason for *_, reason in rejected(other))
+
+
+class Killed(BaseException):
+    """What ends a server in a test."""
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_a_server_that_is_killed_goes_on_to_the_same_bits(phase: str, tmp_path: Path) -> None:
+    """Its nodes are started again too, under other ids, and one of them later; their tensors are on their disks."""
+
+    def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
+        if (kind, grid.round, node_id) == (phase, 2, 11):
+            raise Killed
+
+    disk = {"state_dir": str(tmp_path / "state")}
+    with pytest.raises(Killed):
+        serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
+    again = FakeGrid(values(), {node_id + 30: node for node_id, node in nodes(**disk).items()})
+    result, undisturbed = serve(again, tmp_path / "runs"), serve(FakeGrid(values(), nodes()), tmp_path / "other")
+    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, undisturbed)]
+    assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
+    assert result["final"]["per_domain"] == undisturbed["final"]["per_domain"]
+    assert [line["round"] for line in result["rounds"]] == [1, 2, 3]
+    assert events(result) == []
+    assert {kind for kind, *_ in again.wire} == {"query.describe", "train", "evaluate"}
+
+
+def test_a_checkpoint_of_sites_is_not_one_of_this_process_s_clients_nor_the_other_way_round(tmp_path: Path) -> None:
+    def hook(grid: FakeGrid, kind: str, _: int) -> None:
+        if kind == "train" and grid.round == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        serve(FakeGrid(values(), nodes(), hook), tmp_path)
+    with pytest.raises(RecordError, match="trained on other data"):
+        simulate(resolve(values()), runs=tmp_path)
+
+    class Ending:
+        def begin(self, bench: Any, first_round: int) -> None: ...
+
+        def round(self, _: Any) -> None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        simulate(resolve(values(seed=2)), runs=tmp_path, observer=Ending())
+    with pytest.raises(RecordError, match="trained on other data"):
+        serve(FakeGrid(values(seed=2), nodes()), tmp_path)
 
 
 def test_a_late_reply_is_dropped_and_counted() -> None:

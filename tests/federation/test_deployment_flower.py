@@ -134,7 +134,7 @@ def test_flower_is_told_the_address_and_whom_to_trust(tmp_path: Path) -> None:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
-    monkeypatch.setattr(sys, "argv", ["fednorm", "federated", *arguments])
+    monkeypatch.setattr(sys, "argv", ["fednorm", *arguments])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return int(str(ended.value.code)), " ".join(capsys.readouterr().err.split())
@@ -152,8 +152,19 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def test_the_command_says_what_a_deployment_lacks(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, error = command(monkeypatch, capsys, *arguments)
+    code, error = command(monkeypatch, capsys, "federated", *arguments)
     assert (code, message in error) == (2, True), error
+
+
+def test_the_command_writes_a_folder_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fednorm.federation.deployment.folder.shutil.which", lambda _: None)  # keys take a second
+    arguments = ("deploy", "init", str(tmp_path / "clinic"), "--sites", "a, b", "--data", "folders")
+    assert command(monkeypatch, capsys, *arguments)[0] == 0
+    assert {"a.sh", "b.sh", "README.md", "submit.sh"} <= {path.name for path in (tmp_path / "clinic").iterdir()}
+    code, error = command(monkeypatch, capsys, *arguments)
+    assert (code, "is there already and not empty" in error) == (2, True), error
 
 
 def test_a_superlink_that_is_not_there_is_an_error_and_leaves_no_record(tmp_path: Path) -> None:

@@ -141,20 +141,32 @@ class Roster:
         config: The run's configuration.
         grid: The way to the nodes; from now on it says to each which client of which run it is.
         run: What tells this run from others of the same configuration, on the sites' disks.
+        before: What :meth:`about` returned before the server was started again; nothing for a new run.
+        last: The last round of which each client's training was used, by its number.
 
     Attributes:
+        run: See above.
         sites: Every site that was ever taken on, by its client's number.
         on_change: Called when there are new ones.
     """
 
-    def __init__(self, config: RunConfig, grid: DeployedGrid, run: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        grid: DeployedGrid,
+        run: str,
+        before: Mapping[str, tuple[int, str]] | None = None,
+        last: Mapping[int, int] | None = None,
+    ) -> None:
+        self.run = run
         self.sites: dict[int, Site] = {}
         self.on_change: Callable[[], None] = lambda: None
-        self._config, self._grid, self._run = config, grid, run
+        self._config, self._grid = config, grid
+        self._before = dict(before or {})
         self._nodes: dict[int, int] = {}  # the numbers of those that are there, by node id
         self._candidates: dict[int, Site] = {}
         self._refused: dict[int, str] = {}
-        self._last: dict[int, int] = {}
+        self._last = dict(last or {})
         self._events: list[dict[str, str]] = []
         self._plan = ""
         self._constants: Mapping[str, list[float]] = {}
@@ -286,6 +298,11 @@ class Roster:
         events, self._events = self._events, []
         return events
 
+    def about(self) -> dict[str, list[object]]:
+        """Return each site's number and its data's digest, by its name; those before a restart of the server too."""
+        now = {site.name: [number, site.digest] for number, site in sorted(self.sites.items())}
+        return {name: list(said) for name, said in self._before.items()} | now
+
     def federation(self) -> Federation:
         """Return the run's clients as the server knows them: their numbers of images, and none of the images."""
         return remote_federation({number: self.sites[number] for number in sorted(self.sites)})
@@ -333,7 +350,8 @@ class Roster:
                 self._refuse(node_id, site.name, reason)
                 continue
             back = number in self.sites
-            if back and self.sites[number].digest != site.digest:
+            digest = self.sites[number].digest if back else self._before.get(site.name, (0, site.digest))[1]
+            if digest != site.digest:
                 self._event(site.name, "it came back with other data")
             elif self._began:
                 self._event(site.name, "its node has come back" if back else "it has joined")
@@ -373,12 +391,19 @@ class Roster:
             return site.number
         if (had := next((n for n, known in self.sites.items() if known.name == site.name), None)) is not None:
             return had
+        if site.name in self._before:
+            return self._before[site.name][0]
         named = self._config.data.domains
         if site.name in named:
             place = sorted(named, key=lambda name: name == self._config.data.held_out).index(site.name)
-            if place not in self.sites and place not in stated:
+            if place not in {*self.sites, *stated, *(number for number, _ in self._before.values())}:
                 return place
-        taken = {*self.sites, *stated, *(range(len(named)) if named else ())}
+        taken = {
+            *self.sites,
+            *stated,
+            *(number for number, _ in self._before.values()),
+            *(range(len(named)) if named else ()),
+        }
         return next(n for n in range(len(taken) + 1) if n not in taken)
 
     def _rival(self, number: int, site: Site) -> str:
@@ -402,7 +427,7 @@ class Roster:
         number = self._nodes.get(node_id)
         if number is None:
             return None
-        return {"run": self._run, "partition-id": number, "last-round": self._last.get(number, 0)}
+        return {"run": self.run, "partition-id": number, "last-round": self._last.get(number, 0)}
 
     def _refuse(self, node_id: int, name: str, reason: str) -> None:
         who = name or f"node {node_id}"

@@ -17,6 +17,7 @@ from fednorm.federation.deployment.roster import Roster
 from fednorm.federation.deployment.site import plan_digest
 from fednorm.federation.server import Document, Observer, RecordSource, expected_of, read_back, serve
 from fednorm.federation.workbench import Workbench
+from fednorm.records.record import RunRecord
 
 ASKING = ("cross", "averaged", "pooled")
 """Evaluations that ask clients for their local tensors."""
@@ -24,6 +25,11 @@ ASKING = ("cross", "averaged", "pooled")
 
 class ServerWorkbench(Workbench):
     """A workbench of a server whose clients' images are elsewhere."""
+
+    def about(self) -> Document:
+        """Return what the record says of the sites: which run they know, their numbers, digests of their data."""
+        roster = self.strategy.roster
+        return {} if roster is None else {"sites": {"run": roster.run, "known": roster.about()}}
 
     def _loaded(self, given: Federation | None) -> Federation:
         assert given is not None, "a server has no data of its own"
@@ -88,9 +94,28 @@ def serve_sites(grid: Grid, context: Context, record_of: RecordSource, observer:
         return finished
     torch.set_num_threads(config.threads)
     deployed = DeployedGrid(grid, timeout=config.rounds.timeout)
-    roster = Roster(config, deployed, f"{config.hash}-{context.run_id}")
-    bench = gathered(config, roster)
-    return serve(deployed, bench, record, observer)
+    roster = roster_of(config, deployed, record, f"{config.hash}-{context.run_id}")
+    return serve(deployed, gathered(config, roster), record, observer)
+
+
+def roster_of(config: RunConfig, grid: DeployedGrid, record: RunRecord | None, run: str) -> Roster:
+    """Return the roster of a new run, or of one that goes on from its server's checkpoint.
+
+    Args:
+        config: The run's configuration.
+        grid: The way to the nodes.
+        record: Where it may have been before.
+        run: What a new one is called.
+
+    Raises:
+        RecordError: The record cannot be read.
+    """
+    said = record.about().get("sites") if record is not None and record.has_checkpoint() else None
+    if record is None or not isinstance(said, dict):
+        return Roster(config, grid, run)
+    before = {name: (int(number), str(digest)) for name, (number, digest) in said["known"].items()}
+    last = {c["client"]: line["round"] for line in record.lines() for c in line["clients"]["train"]}
+    return Roster(config, grid, str(said["run"]), before, last)
 
 
 def gathered(config: RunConfig, roster: Roster) -> Workbench:

@@ -40,7 +40,7 @@ SITE = "fednorm.site"
 """The record that goes to a site beside every message, and the one of its ``Context.state`` that remembers it."""
 
 LOST = "lost-state-of-round"
-"""The metric with which a site's training says that it has lost what it kept: the last round that it should know."""
+"""The metric with which a site's training says that it does not keep what it kept in the last round that was used."""
 
 NEEDED = (
     'Start it with --node-config \'domain="NAME" data-dir="/its/own/folder"\': what its data is called in the run, and '
@@ -188,7 +188,7 @@ class SiteWorkbench(Workbench):
             if numbers["round"] > last and undo.BEFORE_RECORD in state:  # trained, and never heard that it was in vain
                 undo.go_back(state, numbers["round"])
                 numbers["round"] = numbers["before"]
-            self._lost = last if numbers["round"] < last else 0
+            self._lost = last if numbers["round"] != last else 0
         state[SITE] = ConfigRecord({"run": str(said["run"]), "partition-id": int(str(said["partition-id"])), **numbers})
 
     def _numbers(self, state: RecordDict, run: str) -> dict[str, int]:
