@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from fednorm.config import RunConfig, resolve
 from fednorm.errors import ConfigError, RecordError
 from fednorm.models import chosen_model
+from fednorm.records.folder import Folder
 from fednorm.records.results import load
+from fednorm.records.states import STATES, States
 from fednorm.report.files import write_whole
 from fednorm.roles import Kind, Role
 from fednorm.spec import Norm
@@ -199,11 +201,15 @@ def _tensors(result: Result, client: int | None) -> tuple[dict[str, Tensor], boo
     server = _read(folder / "model.safetensors")
     if client is None:
         return server, whole
-    personal = folder / "personal.safetensors"
-    server |= _of(personal, client) if personal.exists() else {}
+    if (folder / STATES).exists():
+        own, personal = _of_table(folder, result, client)
+    else:
+        place = folder / "personal.safetensors"
+        personal = _of(place, client) if place.exists() else {}
+        own = _own(folder, client) if local else {}
+    server |= personal
     if not local:
         return server, whole
-    own = _own(folder, client)
     if missing := [key for key in local if key not in own]:
         raise ConfigError(
             f"Client {client} of {folder} has no model: it was never trained, so {len(missing)} tensors that "
@@ -214,16 +220,35 @@ def _tensors(result: Result, client: int | None) -> tuple[dict[str, Tensor], boo
 
 def _require_client(result: Result, client: int | None, count: int) -> None:
     """Refuse a client that there is not, and the server's model where it is not whole."""
-    domains = {entry["client"]: entry["domain"] for entry in result["data"]["clients"]}
-    there = [f"{number} ({domain})" for number, domain in domains.items()]
+    domains = result["data"]["clients"]  # of a large federation an entry is of many clients of a domain
+    ends = [(entry["client"], entry["client"] + entry.get("clients", 1)) for entry in domains]
+    spans = [str(first) if end == first + 1 else f"{first} to {end - 1}" for first, end in ends]
+    there = [f"{span} ({entry['domain']})" for span, entry in zip(spans, domains, strict=True)]
     known = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
     if client is None and count:
         raise ConfigError(
             f"{result['strategy']['name']} keeps {count} tensors of {result['model']['name']} at its clients, so this "
             f"run has no model without a client. Choose one (--client N, client=N): {known}."
         )
-    if client is not None and client not in domains:
+    if client is not None and not any(first <= client < end for first, end in ends):
         raise ConfigError(f"There is no client {client} in {result['run']}. Its clients: {known}.")
+
+
+def _of_table(folder: Path, result: Result, client: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return what a client of a large federation keeps, and the model that it was evaluated with where it has one."""
+    table = States(Folder(folder, result["hash"]))
+    try:
+        kept, personal = table.read(client), table.has("personal/")
+    finally:
+        table.close()
+    own, model = ({k.removeprefix(p): t for k, t in kept.items() if k.startswith(p)} for p in ("client/", "personal/"))
+    if personal and not model:
+        raise ConfigError(
+            f"Client {client} of {folder} has no model: it was not evaluated after the last round, and only those "
+            f"that were have one in the record (evaluate.clients is {result['config']['evaluate']['clients']}). "
+            "Choose another."
+        )
+    return own, model
 
 
 def _of(path: Path, client: int) -> dict[str, Tensor]:

@@ -136,6 +136,10 @@ class Case:
 def check_roles(case: Case) -> None:
     """Every tensor has a kind, parameters a learned one, buffers a statistic's; and so a role under any rule."""
     unit = case.unit()
+    spec = spec_of(unit[1])
+    for key in unit[1].state_dict():
+        declared = spec is None or "." in key or key in spec.tensors
+        assert declared, f"{case.name}: the card does not declare {key!r} in its tensors"
     plan = norm_plan(unit, RoleRule())
     assert [entry.key for entry in plan.entries] == list(unit.state_dict()), f"{case.name}: a tensor has no role"
     parameters = dict(unit.named_parameters())
@@ -152,9 +156,11 @@ def check_forward(case: Case) -> None:
         unit, inputs = case.unit().train(), case.inputs().requires_grad_()
         outputs = case.run(unit, inputs)
         assert outputs.shape == case.shape, f"{case.name}: the output has shape {tuple(outputs.shape)}"
+        assert outputs.dtype == inputs.dtype, f"{case.name}: {inputs.dtype} becomes {outputs.dtype}"
         outputs.square().sum().backward()  # type: ignore[no-untyped-call]
+        assert inputs.grad is not None, f"{case.name}: the output does not depend on the input"
         grads = [inputs.grad, *(p.grad for p in unit.parameters() if p.grad is not None)]
-        results.append([outputs.detach(), *(g for g in grads if g is not None), *unit.state_dict().values()])
+        results.append([outputs.detach(), *grads, *unit.state_dict().values()])
     for one, other in zip(*results, strict=True):
         assert bool(one.isfinite().all()), f"{case.name}: a value or a gradient is not finite"
         assert torch.equal(one, other), f"{case.name}: one seed gives two results"

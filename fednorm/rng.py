@@ -44,7 +44,8 @@ def torch_seeded(seed: int, *names: Name) -> Iterator[None]:
     For what takes no generator argument: a layer's initialisation, dropout.
     """
     on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()  # to count takes its time
+    with torch.random.fork_rng(devices=devices):
         reseed(stream_seed(seed, *names))
         try:
             yield

@@ -15,14 +15,14 @@ the norms.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.federation.local import Local, Turn
+from fednorm.federation.local import Local, StackedLocal, Turn
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common, NormStrategy
 
@@ -52,8 +52,26 @@ class ProximalTerm:
         torch._foreach_add_(grads, torch._foreach_sub(values, anchors), alpha=self.mu)
 
 
+class StackedProximal(StackedLocal):
+    """The proximal terms of several clients at once."""
+
+    def __init__(self, strategy: FedProx, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Take the shared, learned tensors as w_t."""
+        self.mu = float(config.get("proximal-mu", strategy.mu))
+        self.anchors = {key: tensor.clone() for key, tensor in tensors.items()} if self.mu else {}
+
+    @torch.no_grad()
+    def adjust(self, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Add ``mu * (w - w_t)`` to every gradient."""
+        for key, anchor in self.anchors.items():
+            if key in gradients:
+                gradients[key].add_(tensors[key] - anchor, alpha=self.mu)
+
+
 class Proximal(Local):
     """Holds a client near the server's weights; the factor is the message's ``proximal-mu``, as with Flower's."""
+
+    stacked = StackedProximal
 
     def begin(self, turn: Turn) -> None:
         """Take the shared, learned tensors as w_t."""

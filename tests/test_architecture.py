@@ -40,7 +40,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("strategies", "scenarios"),
     ("fednorm.study", "fednorm.api", "fednorm.inspection"),
     ("fednorm.report",),
-    ("fednorm.verify", "fednorm.bench", "fednorm.export", "fednorm.testing", "fednorm.norm_contract"),
+    (
+        "fednorm.verify",
+        "fednorm.bench",
+        "fednorm.export",
+        "fednorm.testing",
+        "fednorm.norm_contract",
+        "fednorm.analyses",
+    ),
     ("fednorm.cli", "fednorm.__main__"),
 )
 """Modules import their own layer and those above; the longest prefix counts."""

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from fednorm.cards import NORMS, STRATEGIES
 from fednorm.cli.app import app
 from fednorm.errors import ConfigError, FedNormError, UnknownNameError
 from fednorm.inspection.model import NO_VALUES, check
+from fednorm.inspection.norm_survey import MODELS, norm_page, norm_survey
 from fednorm.inspection.strangers import load_model
 from fednorm.inspection.survey import check_row, markdown_page, markdown_row, surveyed
 
+NORMS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "conversions.md"
 MODELS_PAGE = Path(__file__).resolve().parents[1] / "docs" / "models.md"
 
 STRANGERS = """
@@ -218,7 +221,9 @@ def test_the_command_prints_tables_or_one_document(strangers: str) -> None:
     assert document["input_shape"] == [3, 32, 32]
 
 
-@pytest.mark.parametrize("arguments", [(), ("mlp", "--all"), ("mlp", "--markdown"), ("mlq",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("mlp", "--all"), ("mlp", "--norms"), ("--all", "--norms"), ("mlp", "--markdown"), ("mlq",)]
+)
 def test_mistakes_on_the_command_line(arguments: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, ["check", *arguments])
     assert isinstance(result.exception, FedNormError)
@@ -255,3 +260,37 @@ def test_the_page_of_models_is_what_the_survey_says() -> None:
         now = markdown_row(row).split(" | ")
         assert now[:-1] == table[name][:-1], name
         assert "failures" not in row or now[-1] == table[name][-1], name
+
+
+def test_a_row_of_the_survey_of_norms_and_its_page(strangers: str) -> None:
+    (row,) = norm_survey([f"{strangers}:make"], ["group_norm", "sws", "nalaformer", "adab2n"])
+    assert row["norms"]["group_norm"] == {
+        "layers": 1, "inserted": 0, "convolutions": 0, "refusal": "", "failure": "",
+    }  # fmt: skip
+    assert (row["norms"]["sws"]["layers"], row["norms"]["sws"]["convolutions"]) == (1, 1)
+    assert "replaces the attention of a transformer, and model has none" in row["norms"]["nalaformer"]["refusal"]
+    assert row["norms"]["adab2n"]["failure"] == "", "a step that needs values is not tried on the meta device"
+    other: Any = {"model": "other", "norms": {"sws": dict(row["norms"]["sws"], inserted=2, failure="It breaks.")}}
+    (unknown,) = norm_survey(["torchvision:resnet17"], ["sws"])
+    page = norm_page([row, other, unknown])
+    assert "| norm | strangers_nets:make | other | resnet17 |" in page
+    assert "| sws | 1 (1) | fails | – |" in page
+    assert "| nalaformer | – | – | – |" in page
+    assert "* **sws**: It breaks. (other)" in page
+    assert "* **no norm**: " in page
+    assert page.endswith("(torchvision:resnet17)")
+    other["norms"]["sws"]["failure"] = ""
+    assert "| sws | 1 + 2 (1) |" in norm_page([other])
+
+
+@pytest.mark.slow
+def test_the_page_of_conversions_is_what_the_survey_says() -> None:
+    lines = NORMS_PAGE.read_text(encoding="utf-8").splitlines()
+    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+    assert table[0] == ["norm", *(name.removeprefix("torchvision:") for name in MODELS.split())]
+    assert [row[0].removesuffix(" †") for row in table[1:]] == list(NORMS.names)
+    some = [name for i, name in enumerate(MODELS.split()) if i % 6 == 0]
+    for row in norm_survey(some):
+        column = MODELS.split().index(row["model"]) + 1
+        now = [line.strip("| ").split(" | ")[1] for line in norm_page([row]).splitlines() if line.startswith("| ")]
+        assert now[1:] == [line[column] for line in table[1:]], row["model"]

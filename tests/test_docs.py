@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 import fednorm
-from fednorm.cards import FAMILIES
+from fednorm.cards import FAMILIES, NORMS
 from fednorm.config import SECTION_VALUES
 from fednorm.records import formats
 
@@ -31,6 +31,7 @@ PAGES = sorted(
     and path.name not in ("commands.md", "configuration.md", "records.md")
 )
 SUMMARIES = sorted((ROOT / ".records").glob("*.json"))
+ANALYSES_MADE = sorted((ROOT / ".records/analyses").glob("*.json"))
 
 
 # Results --------------------------------------------------------------------------------------------------------------
@@ -48,6 +49,24 @@ def test_a_page_s_tables_are_what_their_command_prints(path: Path, capsys: pytes
     assert rows
     missing = [row for row in rows if row not in text]
     assert not missing, f"{page.name} does not show {missing}"
+
+
+@pytest.mark.parametrize("path", ANALYSES_MADE, ids=lambda path: path.stem)
+def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from fednorm.cli.analyse import run_analyse
+
+    text = (DOCS / f"results/{path.stem}.md").read_text(encoding="utf-8")
+    assert f"<!-- analysis-{path.stem} -->" in text
+    assert f"fednorm analyse .records/analyses/{path.name} --markdown" in text
+    assert re.search(
+        rf"^fednorm analyse {path.stem}( --\w+ \S+)* --out \.records/analyses/{path.name}$", text, re.MULTILINE
+    )
+    run_analyse(
+        str(path), data="digits_mini", data_dir=None, seeds="1", steps=0, out=None, markdown=True, as_json=False
+    )
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert rows
+    assert all(row in text for row in rows)
 
 
 def test_the_results_pages_are_as_their_command_writes_them() -> None:
@@ -151,8 +170,11 @@ def test_a_norm_s_page_tells_each_tensor_s_kind_and_roles(made: dict[str, str]) 
 def test_the_table_of_norms_has_every_norm_and_its_cost_where_that_was_measured(made: dict[str, str]) -> None:
     rows = {line.split("](")[0][3:]: line for line in made["methods/norms/index.md"].splitlines() if "](" in line}
     assert set(FAMILIES["norms"].built_in) <= rows.keys()
-    assert methods.cost_ratios()["nn.BatchNorm2d"] == "1.00×"
-    assert methods.cost_ratios()["adab2n"] in rows["adab2n"]
+    costs = methods.cost_ratios()
+    without = {"none", "selu", "residual_scale"}  # which put no layer there
+    assert costs["maps"].keys() | costs["tokens"].keys() == set(FAMILIES["norms"].built_in) - without
+    assert f"| {costs['maps']['adab2n']} | {costs['tokens']['adab2n']} |" in rows["adab2n"]
+    assert f"| – | {costs['tokens']['nalaformer']} |" in rows["nalaformer"]
     assert "| none | no | yes |" in rows["group_norm"]
     assert "| mean, var, count | yes | no |" in rows["batch_norm"]
 
@@ -238,6 +260,10 @@ def test_docstrings_become_markdown(docstring: str, page: str) -> None:
 )
 def test_formulas_in_docstrings_are_literal(before: list[str], after: list[str]) -> None:
     assert docstrings.marked(before) == after
+
+
+def test_every_norm_has_its_formula_set() -> None:
+    assert set(NORMS.built_in) <= methods.formulas()["norms"].keys()
 
 
 def test_every_formula_is_of_a_card_and_is_set() -> None:

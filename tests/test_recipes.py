@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fednorm.cards import NORMS
 from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
@@ -20,6 +21,8 @@ from fednorm.study.cases import Study
 from fednorm.study.estimate import Estimate
 from fednorm.study.recipes import RECIPES, find_study, recipe_names
 from fednorm.study.study import read_study
+
+SUMMARIES = Path(__file__).parents[1] / ".records"
 
 DOMAINS: Mapping[str, tuple[str, ...]] = {
     "digits": (*DIGITS, *DIGITS_FIVE),
@@ -115,6 +118,35 @@ def test_streams_are_tuned_on_streams_that_are_held_back() -> None:
         for config in study_of(name).search_configs:
             assert config.kind == "continual"
             assert (config.evaluate.split, config.data.validation) == ("validation", 0.05)
+
+
+def test_the_best_five_norms_are_those_with_the_highest_validation_scores() -> None:
+    """Of the summary of digits_norms, as digits_norms_best says: the better of both strategies counts."""
+    summary = json.loads((SUMMARIES / "digits_norms.json").read_text(encoding="utf-8"))
+    scores: dict[str, float] = {}
+    for choice in summary["studies"][0]["selection"]["chosen"]:
+        strategy, _, rest = choice["method"].partition(" + ")
+        assert strategy in ("fedavg", "fedbn")
+        norm = rest.split(",")[0] or "batch_norm"
+        scores[norm] = max(scores.get(norm, 0.0), choice["score"])
+    best = sorted(scores, key=lambda norm: -scores[norm])[:5]
+    reported = {(draft.strategy.name, draft.norm.name) for draft in study_of("digits_norms_best").drafts()}
+    assert reported == {(strategy, norm) for strategy in ("fedavg", "fedbn") for norm in (*best, "batch_norm")}
+    assert {draft.seed for draft in study_of("digits_norms_best").drafts()} == {1, 2, 3}
+
+
+def test_the_first_looks_have_every_norm_that_their_network_takes() -> None:
+    """What is left out there needs another network, or puts no layer and changes no weight of a plain one."""
+    for name, model, others in (
+        ("digits_norms", "digits_cnn", {"residual_scale", "task_balanced_norm"}),
+        ("cifar10_norms", "resnet18", set[str]()),
+    ):
+        drafts = study_of(name).drafts()
+        assert {draft.model.name for draft in drafts} == {model}
+        taken = {card.name for card in NORMS if card.name in NORMS.built_in and not card.made().brings_attention}
+        assert {draft.norm.name for draft in drafts} == taken - others
+    attentions = {card.name for card in NORMS if card.made().brings_attention}
+    assert attentions <= {draft.norm.name for draft in study_of("cifar10_norms_vit").drafts()}
 
 
 def test_office_trains_on_62_images_while_it_chooses() -> None:

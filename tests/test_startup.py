@@ -82,6 +82,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (("--help",), 0),
         (("federated", "--help"), 0),
+        (("list", "norms"), 0),
         (("federated", "--strategy", "fedavgg"), 2),
         (("federated", "--set", "rounds.num_round=3"), 2),
         (("continual", "--norm", "batchnrom"), 2),

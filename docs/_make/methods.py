@@ -13,6 +13,7 @@ from typing import Any
 from _make import prose
 from _make.blocks import DOCS
 from _make.readme import built_in, file_of
+from _make.results import costs
 from fednorm.cards import FAMILIES, NORMS, STRATEGIES, Card, Option
 from fednorm.federation.strategy import NormStrategy
 from fednorm.roles import RoleRule
@@ -213,7 +214,7 @@ def _list(title: str, sentences: tuple[str, ...]) -> str:
 
 def norm_table() -> str:
     """Return the overview of all norms: state, facts, roles, cost."""
-    costs = cost_ratios()
+    ratios = cost_ratios()
     heads = (
         "norm",
         "statistics it keeps",
@@ -222,16 +223,19 @@ def norm_table() -> str:
         "scale-invariant",
         "local under fedbn",
         "local under silobn",
-        "cost to BatchNorm",
+        "cost on maps",
+        "cost on tokens",
         "paper",
     )
     rows = [_row(heads), _row(["---"] * len(heads))]
     for card in NORMS_BUILT_IN():
-        rows.append(_row(_facts_of(card, costs)))
+        rows.append(_row(_facts_of(card, ratios)))
     notes = (
         "Statistics: kinds of tensors that are estimated from data. Local: kinds that stay on the client under the "
-        "strategy's rule; all others are shared. Cost: forward and backward pass, beside nn.BatchNorm2d in the same "
-        "memory layout (channels-last), from [the measured table](../../trust/speed.md); – was not measured there. "
+        "strategy's rule; all others are shared. Cost: time of a forward and backward pass for a batch of "
+        f"{COSTED}, on maps beside nn.BatchNorm2d (with a convolution where the method changes its weight), on tokens "
+        "beside nn.LayerNorm (softmax attention for an attention), from [the measured "
+        "table](../../trust/speed.md#every-norm); – has no layer there. "
         "† has a part that is a reconstruction, unverified."
     )
     return "\n".join(rows) + f"\n\n{notes}"
@@ -242,7 +246,7 @@ def NORMS_BUILT_IN() -> list[NormSpec]:
     return [NORMS[name] for name in NORMS.built_in]
 
 
-def _facts_of(card: NormSpec, costs: Mapping[str, str]) -> list[str]:
+def _facts_of(card: NormSpec, ratios: Mapping[str, Mapping[str, str]]) -> list[str]:
     from fednorm.roles import STATISTICS, Role
 
     kinds = list(dict.fromkeys(tensor.kind for tensor in card.tensors.values()))
@@ -262,18 +266,21 @@ def _facts_of(card: NormSpec, costs: Mapping[str, str]) -> list[str]:
         _yes(card.scale_invariant),
         local["fedbn"],
         local["silobn"],
-        costs.get(card.name, "–"),
+        *(ratios[kind].get(card.name, "–") for kind in ("maps", "tokens")),
         paper,
     ]
 
 
-def cost_ratios() -> dict[str, str]:
-    """Return what layers cost beside nn.BatchNorm2d, as the table that ``fednorm bench`` made says."""
-    text = (DOCS / "trust/speed.md").read_text(encoding="utf-8")
-    table = text.partition("<!-- bench_layers -->")[2].partition("<!-- /bench_layers -->")[0]
-    cells = ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|"))
-    ratios = {row[0]: row[2] for row in cells if len(row) > 2 and row[2].endswith("×")}
-    return {"batch_norm": ratios["nn.BatchNorm2d"], **ratios}
+COSTED = 32
+"""The batch for which the table of norms tells costs."""
+
+
+def cost_ratios() -> dict[str, dict[str, str]]:
+    """Return the time of a layer to that of PyTorch's own, by kind of input and norm, as it was measured."""
+    cases = [case for case in costs()["cases"] if case["batch"] == COSTED]
+    return {
+        case["kind"]: {name: f"{cost['time_ratio']:.1f}×" for name, cost in case["norms"].items()} for case in cases
+    }
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------

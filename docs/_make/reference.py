@@ -105,7 +105,7 @@ def configuration() -> str:
 def _top() -> Iterator[tuple[str, str, str, str, str]]:
     meanings = arguments(RunConfig.__doc__ or "")
     defaults = RunConfig.defaults("federated")
-    for key in ("kind", "seed", "threads", *MACHINE):
+    for key in ("kind", "seed", "threads", "workers", *MACHINE):
         value = getattr(defaults, key)
         yield f"`{key}`", type(value).__name__, code(value), "all", cell(meanings[key])
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from _make import readings
 from _make.blocks import DOCS, ROOT, filled, names
+from fednorm.analyses import analysis_of
+from fednorm.bench.norms import norms_table
 from fednorm.cli.report import tables
 from fednorm.records.results import Loaded, load
 from fednorm.report.comparison import Comparison, Method, comparisons
@@ -18,6 +22,11 @@ from fednorm.report.numbers import ends, percent, signed
 PAGES = DOCS / "results"
 CURVE = "-curve"
 """How the block ends that also shows how accuracy went."""
+ANALYSIS = "analysis-"
+"""How the block begins that shows the table of an analysis, ``.records/analyses/NAME.json``."""
+SPEED = DOCS / "trust/speed.md"
+COSTS = ROOT / ".records/bench/norms.json"
+"""What ``fednorm bench layers --json`` printed."""
 
 READING = "-reading"
 """How the block ends that says how a study's results are read."""
@@ -45,8 +54,21 @@ def tables_of(name: str, *, curve: bool = False) -> str:
     return "\n\n".join(made)
 
 
+def analysis(name: str) -> str:
+    """Return the table of an analysis in Markdown, as ``fednorm analyse FILE --markdown`` prints it."""
+    document = json.loads((ROOT / f".records/analyses/{name}.json").read_text(encoding="utf-8"))
+    return analysis_of(name).table(document).markdown()
+
+
+@cache
+def costs() -> dict[str, Any]:
+    """Return what every norm costs, as ``fednorm bench layers`` has measured it."""
+    document: dict[str, Any] = json.loads(COSTS.read_text(encoding="utf-8"))
+    return document
+
+
 def pages() -> Iterator[tuple[Path, str]]:
-    """Yield the results' pages and what they say with their tables made anew."""
+    """Yield the results' pages, and that on speed, and what they say with their tables made anew."""
     for path in sorted(PAGES.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         blocks = {
@@ -55,7 +77,9 @@ def pages() -> Iterator[tuple[Path, str]]:
             if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
         }
         blocks |= {name: readings.reading(name.removesuffix(READING)) for name in names(text) if name.endswith(READING)}
+        blocks |= {name: analysis(name.removeprefix(ANALYSIS)) for name in names(text) if name.startswith(ANALYSIS)}
         yield path, filled(text, blocks)
+    yield SPEED, filled(SPEED.read_text(encoding="utf-8"), {"bench_norms": norms_table(costs()).markdown()})
 
 
 def shown() -> dict[str, Path]:
@@ -64,7 +88,7 @@ def shown() -> dict[str, Path]:
         name: path
         for path in sorted(PAGES.glob("*.md"))
         for name in names(path.read_text(encoding="utf-8"))
-        if not name.endswith((CURVE, READING))
+        if not name.endswith((CURVE, READING)) and not name.startswith(ANALYSIS)
     }
 
 

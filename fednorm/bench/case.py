@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -18,7 +18,7 @@ NUM_CLASSES = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One federation: FedAvg of a ``digits_cnn`` with batch normalization, every client in every round.
+    """One federation, every client in every round; by default FedAvg of a ``digits_cnn`` with batch normalization.
 
     Pixels and labels are drawn uniformly: what is timed does not depend on what they show.
 
@@ -32,6 +32,8 @@ class Case:
         batch_size: Images a step; one epoch a round.
         rounds: Rounds that are timed. One more goes before them, to warm up.
         seed: Of the images, the weights and the batches.
+        model: The network.
+        strategy: The strategy, with the norm that it brings along.
     """
 
     name: str
@@ -43,6 +45,25 @@ class Case:
     batch_size: int
     rounds: int
     seed: int = 1
+    model: str = "digits_cnn"
+    strategy: str = "fedavg"
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is federated averaging and nothing else, as the bare loop does it."""
+        return self.strategy == "fedavg"
+
+    def small(self) -> Case:
+        """Return the case with as little of everything as it takes to run it."""
+        return replace(
+            self,
+            clients=min(self.clients, 3),
+            train=min(self.train, 2 * self.batch_size),
+            test=min(self.test, 2),
+            image_size=min(self.image_size, 8),
+            width=4,
+            rounds=1,
+        )
 
     @property
     def summary(self) -> str:
@@ -51,7 +72,7 @@ class Case:
         return (
             f"{self.clients:,} clients × {self.train} training images ({steps} step{'s' * (steps > 1)} of "
             f"{self.batch_size}) and {self.test} test images, {self.image_size}×{self.image_size}, "
-            f"digits_cnn of width {self.width}"
+            f"{self.model} of width {self.width}{'' if self.plain else f', {self.strategy}'}"
         )
 
     def config(self) -> RunConfig:
@@ -59,8 +80,8 @@ class Case:
         return resolve(
             {
                 "seed": self.seed,
-                "model": {"name": "digits_cnn", "width": self.width},
-                "strategy": {"name": "fedavg"},
+                "model": {"name": self.model, "width": self.width},
+                "strategy": {"name": self.strategy},
                 "train": {"batch_size": self.batch_size, "learning_rate": 0.01},
                 "rounds": {"num_rounds": self.rounds + 1},
             }
@@ -104,6 +125,20 @@ CASES = {
         Case(name="digits-cnn", clients=5, train=256, test=128, image_size=28, width=64, batch_size=32, rounds=2),
         Case(name="small-50", clients=50, train=64, test=32, image_size=28, width=8, batch_size=32, rounds=3),
         Case(name="tiny-1000", clients=1000, train=8, test=8, image_size=8, width=4, batch_size=8, rounds=3),
+        Case(
+            name="mlp-1000", clients=1000, train=8, test=8, image_size=8, width=64, batch_size=8, rounds=3, model="mlp"
+        ),
+        Case(
+            name="fedwon-1",
+            clients=20,
+            train=32,
+            test=32,
+            image_size=28,
+            width=8,
+            batch_size=1,
+            rounds=3,
+            strategy="fedwon",
+        ),
     )
 }
 """The cases by name."""

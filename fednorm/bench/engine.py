@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,18 @@ from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
 from fednorm.config import choose
-from fednorm.cores import available_cores
+from fednorm.cores import available_cores, usable_cores
 from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
+from fednorm.federation.cohort.work import work_of
+from fednorm.federation.executors import Answer, Executor, Job
+from fednorm.federation.executors.cohort import Cohort
+from fednorm.federation.executors.sequential import Sequential
+from fednorm.federation.executors.workers import Workers
 from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.simulate import simulate
+from fednorm.federation.wire import arrays_of, unpack
+from fednorm.federation.workbench import Workbench
 from fednorm.records.versions import versions
 from fednorm.report.table import Table
 from fednorm.threads import torch_threads
@@ -72,14 +79,47 @@ def run_bare(case: Case, *, channels_last: bool = True) -> Cost:
 
 
 def run_fednorm(case: Case) -> Cost:
-    """Run a case on the in-process grid, without a record."""
+    """Run a case on the in-process grid, one client after the other, without a record."""
+    return _run_here(case, Sequential, workers=False)
+
+
+def run_workers(case: Case) -> Cost:
+    """Run a case on the in-process grid with a worker for each core, two at least, and count all processes."""
+    return _run_here(case, partial(Workers, count=max(2, usable_cores())), workers=True)
+
+
+def run_cohort(case: Case) -> Cost:
+    """Run a case on the in-process grid by cohorts, of as many clients as the model's size suggests."""
+
+    def make(bench: Workbench) -> Executor:
+        return Cohort(bench, work_of(bench, min(case.batch_size, case.train)).clients)
+
+    return _run_here(case, make, workers=False)
+
+
+def _run_here(case: Case, make: Callable[[Workbench], Executor], *, workers: bool) -> Cost:
     bench = case.workbench()
-    with torch_threads(THREADS), ProcessWatch(descendants=False) as watch:
-        clock = RoundClock()
-        simulate(bench.config, runs=None, observer=clock, bench=bench)
-    # FedAvg shares every tensor, and a run ends by evaluating the server's: the model holds them.
-    tensors = {key: tensor.clone() for key, tensor in bench.model.state_dict().items()}
-    return cost(clock.wall, clock.cpu, watch.memory, tensors)
+    executor = _Watched(make(bench))
+    with torch_threads(THREADS), ProcessWatch(descendants=workers, itself=True) as watch:
+        clock = RoundClock(workers=workers)
+        simulate(bench.config, runs=None, observer=clock, bench=bench, executor=lambda _: executor)
+    return cost(clock.wall, clock.cpu, watch.memory, executor.sent)
+
+
+class _Watched:
+    """Keeps what clients were sent last: a run ends by evaluating the server's tensors."""
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self.sent: dict[str, Tensor] = {}
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
+        if jobs and "arrays" in jobs[-1].content:
+            self.sent = unpack(arrays_of(jobs[-1].content, "arrays"))
+        return self._executor.run(jobs)
+
+    def close(self) -> None:
+        self._executor.close()
 
 
 def run_flower(case: Case) -> Cost:
@@ -106,9 +146,14 @@ ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "bare": run_bare,
     "bare-contiguous": partial(run_bare, channels_last=False),
     "fednorm": run_fednorm,
+    "workers": run_workers,
+    "cohort": run_cohort,
     "flower": run_flower,
 }
 """How each engine runs a case. ``bare-contiguous`` is the bare loop in PyTorch's default memory layout."""
+
+BARE = ("bare", "bare-contiguous")
+"""Engines that do federated averaging alone."""
 
 
 def bench_engine(
@@ -124,10 +169,10 @@ def bench_engine(
 
     Returns:
         A document for JSON: ``machine``, and for each of ``cases`` its ``engines`` with, each a round: ``cpu_seconds``
-        and ``wall_seconds`` (the fastest, and ``all_cpu_seconds`` as they came), ``ratio`` of processor time to the
-        bare loop's and ``overhead_ms`` a client over it (None without ``bare``); ``startup_cpu_seconds`` and
-        ``startup_wall_seconds`` to the end of the first round; ``memory_mb``; and ``difference``, the largest of a
-        final weight to fednorm's.
+        and ``wall_seconds`` (the fastest, and ``all_cpu_seconds`` as they came), ``ratio`` of processor time and
+        ``wall_ratio`` of wall-clock time to the bare loop's, and ``overhead_ms`` a client over it (None without
+        ``bare``); ``startup_cpu_seconds`` and ``startup_wall_seconds`` to the end of the first round; ``memory_mb``;
+        and ``difference``, the largest of a final weight to fednorm's.
 
     Raises:
         ConfigError: An engine is unknown or not installed, or ``repeats`` is less than 1.
@@ -146,13 +191,16 @@ def bench_engine(
 def _bench_case(
     case: Case, engines: Sequence[str], repeats: int, on_line: Callable[[str], None] | None
 ) -> dict[str, Any]:
-    costs: dict[str, list[Cost]] = {name: [] for name in engines}
+    costs: dict[str, list[Cost]] = {name: [] for name in engines if case.plain or name not in BARE}
     for repeat in range(repeats):
-        for name in engines:
+        for name in costs:
             costs[name].append(run := ENGINES[name](case))
             if on_line:
                 on_line(f"{case.name}, {name}, run {repeat + 1} of {repeats}: {min(run.cpu):.3f} CPU seconds a round")
-    bare = _fastest(run.cpu for run in costs["bare"]) if "bare" in costs else None
+    bare = {
+        clock: _fastest(getattr(run, clock) for run in costs["bare"]) if "bare" in costs else None
+        for clock in ("cpu", "wall")
+    }
     ours = costs["fednorm"][0].tensors
     return {
         "summary": case.summary,
@@ -163,14 +211,15 @@ def _bench_case(
 
 
 def _engine_document(
-    runs: Sequence[Cost], case: Case, bare: float | None, ours: Mapping[str, Tensor]
+    runs: Sequence[Cost], case: Case, bare: Mapping[str, float | None], ours: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    cpu = _fastest(run.cpu for run in runs)
+    cpu, wall = _fastest(run.cpu for run in runs), _fastest(run.wall for run in runs)
     return {
         "cpu_seconds": cpu,
-        "wall_seconds": _fastest(run.wall for run in runs),
-        "ratio": cpu / bare if bare else None,
-        "overhead_ms": 1000 * (cpu - bare) / case.clients if bare is not None else None,
+        "wall_seconds": wall,
+        "ratio": cpu / bare["cpu"] if bare["cpu"] else None,
+        "wall_ratio": wall / bare["wall"] if bare["wall"] else None,
+        "overhead_ms": 1000 * (cpu - bare["cpu"]) / case.clients if bare["cpu"] is not None else None,
         "startup_cpu_seconds": min(run.startup_cpu for run in runs),
         "startup_wall_seconds": min(run.startup_wall for run in runs),
         "memory_mb": min(run.memory for run in runs) / 1e6,
@@ -206,6 +255,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
             f"{cost['cpu_seconds']:.3f}",
             f"{cost['wall_seconds']:.3f}",
             "–" if cost["ratio"] is None else f"{cost['ratio']:.2f}×",
+            "–" if cost["wall_ratio"] is None else f"{cost['wall_ratio']:.2f}×",
             "–" if cost["overhead_ms"] is None else f"{cost['overhead_ms']:+.2f}",
             f"{cost['startup_wall_seconds']:.1f}",
             f"{cost['startup_cpu_seconds']:.1f}",
@@ -220,6 +270,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         "CPU s a round",
         "wall s a round",
         "CPU to bare",
+        "wall to bare",
         "ms a client over bare",
         "start s",
         "start CPU s",
@@ -229,9 +280,10 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     machine, found = result["machine"], result["machine"]["versions"]
     notes = (
         *(f"{name}: {case['summary']}; {case['rounds']} timed rounds." for name, case in result["cases"].items()),
-        f"Fastest round of {result['repeats']} runs; start: until the first round's end, which is not timed; flower: "
-        "all its processes; largest difference: of a final weight to fednorm's (another memory layout rounds "
-        "differently, which training amplifies).",
+        f"Fastest round of {result['repeats']} runs; start: until the first round's end, which is not timed; workers "
+        "(one a core, two at least) and flower: all processes; memory: the most of all, what they share counted once; "
+        "bare does federated averaging alone; largest difference: of a final weight to fednorm's (another memory "
+        "layout rounds differently, which training amplifies).",
         f"{machine['cores']} cores ({machine['cpu_capability']}), {machine['torch_threads']} PyTorch thread a process, "
         f"load average {machine['load_average']}; "
         f"torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",

@@ -24,7 +24,7 @@ class Cost:
         startup_wall: Wall-clock seconds of the same.
         cpu: Processor seconds of each round after the first.
         wall: Wall-clock seconds of the same.
-        memory: The most private memory (resident, less what is shared with other processes), in bytes.
+        memory: The most memory of all its processes together, in bytes; what they share is counted once.
         tensors: The server's final tensors.
     """
 
@@ -45,12 +45,17 @@ def cost(wall: Sequence[float], cpu: Sequence[float], memory: int, tensors: Mapp
 class RoundClock:
     """Reads both clocks of this process when made, and at the end of each round; an Observer of a run.
 
+    Args:
+        workers: Count the processor time of this process's children too; the system counts it in hundredths of a
+            second.
+
     Attributes:
         wall: The wall clock's readings, in seconds.
         cpu: The processor clock's readings, of all threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, workers: bool = False) -> None:
+        self._workers = psutil.Process() if workers else None
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self.tick()
@@ -58,7 +63,7 @@ class RoundClock:
     def tick(self) -> None:
         """Read the clocks."""
         self.wall.append(time.perf_counter())
-        self.cpu.append(time.process_time())
+        self.cpu.append(time.process_time() + (_cpu_of_children(self._workers) if self._workers else 0.0))
 
     def begin(self, bench: Workbench, first_round: int) -> None:
         """Do nothing: what goes before the first round is part of the start."""
@@ -66,6 +71,19 @@ class RoundClock:
     def round(self, line: Mapping[str, Any]) -> None:  # noqa: ARG002 - an Observer's method
         """Read the clocks."""
         self.tick()
+
+
+def _cpu_of_children(process: psutil.Process) -> float:
+    """Return the processor seconds of the children that a process has, and of those that it has had."""
+    own = process.cpu_times()
+    spent: float = own.children_user + own.children_system
+    for child in process.children():
+        try:
+            times = child.cpu_times()
+        except psutil.Error:
+            continue
+        spent += times.user + times.system
+    return spent
 
 
 class ProcessWatch:
@@ -76,14 +94,15 @@ class ProcessWatch:
 
     Args:
         descendants: Watch what this process starts from now on, instead of this process itself.
+        itself: Watch this process too.
     """
 
     INTERVAL = 0.2
     """Seconds between two looks."""
 
-    def __init__(self, *, descendants: bool) -> None:
+    def __init__(self, *, descendants: bool, itself: bool = False) -> None:
         self._self = psutil.Process()
-        self._descendants = descendants
+        self._descendants, self._itself = descendants, itself or not descendants
         self._strangers = set(self._self.children(recursive=True)) if descendants else set()
         self._cpu_of: dict[psutil.Process, float] = {}
         self._times: list[float] = []
@@ -116,15 +135,22 @@ class ProcessWatch:
             self._look()
 
     def _look(self) -> None:
-        found = self._self.children(recursive=True) if self._descendants else [self._self]
+        found = self._self.children(recursive=True) if self._descendants else []
+        found += [self._self] if self._itself else []
         memory = 0
         for process in {*found, *self._cpu_of} - self._strangers:
             try:
-                spent, held = process.cpu_times(), process.memory_info()
+                spent, held = process.cpu_times(), _memory_of(process)
             except psutil.Error:
                 continue
             self._cpu_of[process] = spent.user + spent.system
-            memory += held.rss - getattr(held, "shared", 0)
+            memory += held
         self.memory = max(self.memory, memory)
         self._times.append(time.time())
         self._cpu.append(sum(self._cpu_of.values()))
+
+
+def _memory_of(process: psutil.Process) -> int:
+    """Return a process's memory in bytes; of what several have, its part alone, where the system says (Linux)."""
+    part = getattr(process.memory_full_info(), "pss", None)
+    return int(process.memory_info().rss if part is None else part)

@@ -20,17 +20,20 @@ try:
 
     from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
-    from fednorm.cli.deploying import InsecureOption, RootsOption, RuntimeOption, SuperlinkOption, Target, deploy_app
-    from fednorm.cli.measuring import bench_app, verify_app
+    from fednorm.cli.deploying import Target, deploy_app, new
+    from fednorm.cli.measuring import analyse, bench_app, verify_app
     from fednorm.cli.parameters import (
         KINDS,
         AmpOption,
         AugmentOption,
+        CohortSizeOption,
         CompileOption,
         DataDirOption,
         DataOption,
         DetailsOption,
         DeviceOption,
+        EngineOption,
+        InsecureOption,
         JsonOption,
         LearnerOption,
         MemoryOption,
@@ -40,14 +43,18 @@ try:
         OptimizerOption,
         RateOption,
         ReduceOption,
+        RootsOption,
         RunsOption,
+        RuntimeOption,
         ScenarioOption,
         ScheduleOption,
         SetOption,
         StrategyOption,
         StudyArgument,
+        SuperlinkOption,
         WorkersOption,
         names,
+        whole,
     )
     from fednorm.cli.welcome import root
     from fednorm.errors import ConfigError, FedNormError
@@ -63,11 +70,8 @@ app = typer.Typer(
 )
 for name, group in (("bench", bench_app), ("verify", verify_app), ("deploy", deploy_app)):
     app.add_typer(group, name=name)
-
-
-def _whole(number: float | None) -> float | int | None:
-    """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
-    return int(number) if number is not None and number.is_integer() else number
+for command in (analyse, new):
+    app.command()(command)
 
 
 @app.command()
@@ -123,6 +127,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
     device: DeviceOption = None,
     amp: AmpOption = None,
     compiled: CompileOption = None,
+    engine: EngineOption = None,
+    cohort_size: CohortSizeOption = None,
     workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
@@ -166,12 +172,14 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "train.schedule": schedule,
         "train.augment": augment,
         "train.batch_size": batch_size,
-        "train.local_epochs": _whole(local_epochs),
+        "train.local_epochs": whole(local_epochs),
         "evaluate.kinds": evaluate,
         "seed": seed,
         "device": device,
         "amp": amp,
         "compile": compiled,
+        "engine": engine,
+        "cohort_size": cohort_size,
         "workers": workers,
     }
     resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
@@ -388,7 +396,7 @@ def list_names(
 ) -> None:
     """List what is there, a line each."""
     with starting():
-        from fednorm.cli.catalogue import run_list
+        from fednorm.cli.listing import run_list
 
     run_list(what, every=every, as_json=as_json)
 
@@ -450,25 +458,14 @@ def check(
         str | None, typer.Argument(help="torchvision:NAME, timm:NAME, a name of ours, or PACKAGE.MODULE:NAME.")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Check torchvision's classifiers and many of timm's.")] = False,
-    markdown: Annotated[bool, typer.Option("--markdown", help="With --all: print the table in Markdown.")] = False,
+    norms: Annotated[bool, typer.Option("--norms", help="Convert some of them to every norm there is.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="With these two: print the table in Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Say what every strategy and every conversion would make of a model, and try a training step of each."""
     from fednorm.cli.check import run_check
 
-    run_check(model, every=every, markdown=markdown, as_json=as_json)
-
-
-@app.command()
-def new(
-    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
-    name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
-    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
-) -> None:
-    """Write a commented file of a method of your own, which keeps its family's contract as it is."""
-    from fednorm.cli.new import run_new
-
-    run_new(what, name, folder)
+    run_check(model, every=every, norms=norms, markdown=markdown, as_json=as_json)
 
 
 def main() -> None:

@@ -8,23 +8,27 @@ from rich.table import Table
 from fednorm.cli.console import err, out, print_json
 from fednorm.errors import ConfigError
 from fednorm.inspection.model import ModelReport, NormVerdict, Step, StrategyVerdict, check
+from fednorm.inspection.norm_survey import norm_page, norm_survey
 from fednorm.inspection.survey import markdown_page, survey
 
 
-def run_check(model: str | None, *, every: bool, markdown: bool, as_json: bool) -> None:
-    """Check one model and show the report, or check the models of the survey."""
-    if every == (model is not None):
-        raise ConfigError("Name a model, e.g. fednorm check torchvision:resnet18, or give --all for the survey.")
-    if every:
+def run_check(model: str | None, *, every: bool, norms: bool, markdown: bool, as_json: bool) -> None:
+    """Check one model and show the report, or check the models of a survey: few norms on many, or all norms on some."""
+    if (model is not None) + every + norms != 1:
+        raise ConfigError(
+            "Name a model, e.g. fednorm check torchvision:resnet18; or give --all for the survey of models, or --norms "
+            "for that of norms."
+        )
+    if every or norms:
         rows = []
-        for row in survey():
+        for row in norm_survey() if norms else survey():
             rows.append(row)
             err().print(f"{len(rows)}: {row['model']}", markup=False)
         if as_json:
             return print_json({"models": rows})
-        return out().print(markdown_page(rows), markup=False, soft_wrap=True)
+        return out().print(norm_page(rows) if norms else markdown_page(rows), markup=False, soft_wrap=True)
     if markdown:
-        raise ConfigError("--markdown is the form of the survey: give it with --all.")
+        raise ConfigError("--markdown is the form of the surveys: give it with --all or --norms.")
     assert model is not None
     report = check(model)
     if as_json:

@@ -1,4 +1,4 @@
-"""``fednorm deploy``: what a federation of sites with data of their own needs to start."""
+"""``fednorm new`` and ``fednorm deploy``: the commands that write files to start from."""
 
 from __future__ import annotations
 
@@ -10,15 +10,6 @@ import typer
 
 from fednorm.errors import ConfigError
 from fednorm.signals import starting
-
-RuntimeOption = Annotated[
-    str, typer.Option(help="in-process, flower (flwr run on Ray), or deployment (sites on a running SuperLink).")
-]
-SuperlinkOption = Annotated[str, typer.Option(help="Address of the SuperLink of a deployment, host:port.")]
-RootsOption = Annotated[
-    Path | None, typer.Option("--root-certificates", help="Certificate (PEM) that the SuperLink's is checked against.")
-]
-InsecureOption = Annotated[bool, typer.Option("--insecure", help="Speak to the SuperLink without encryption.")]
 
 
 @dataclass(frozen=True)
@@ -69,3 +60,14 @@ def deploy_init(
         from fednorm.cli.deploy import run_deploy_init
 
     run_deploy_init(folder, sites, data=data, port=port)
+
+
+def new(
+    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
+    name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
+    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
+) -> None:
+    """Write a commented file of a method of your own, which keeps its family's contract as it is."""
+    from fednorm.cli.new import run_new
+
+    run_new(what, name, folder)

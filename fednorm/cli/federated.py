@@ -115,11 +115,13 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
         return
     for domain in dict.fromkeys(client["domain"] for client in data["clients"]):
         members = [client for client in data["clients"] if client["domain"] == domain]
+        count = sum(client.get("clients", 1) for client in members)
         train, test = sum(c["train"] for c in members), sum(c["test"] for c in members)
         held = "held out, " if members[0]["held_out"] else ""
-        console.print(
-            f"  {domain}: {held}{len(members)} client{'s'[: len(members) > 1]}, {train} train, {test} test images"
-        )
+        console.print(f"  {domain}: {held}{count:,} client{'s'[: count > 1]}, {train} train, {test} test images")
+    if engine := document.get("engine"):
+        size = f" of {engine['cohort_size']} clients at most" if "cohort_size" in engine else ""
+        console.print(f"engine: {engine['name']}{size}: {engine['why']}", markup=False, soft_wrap=True)
     if (workers := document["workers"]) > 1:
         console.print(f"workers: {workers} processes take the clients side by side")
     if "entries" in document:

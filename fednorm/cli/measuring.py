@@ -1,4 +1,4 @@
-"""``fednorm bench`` and ``fednorm verify``: the commands that measure speed and check numbers."""
+"""``fednorm bench``, ``verify`` and ``analyse``: the commands that measure speed, check numbers, and papers' claims."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 @bench_app.command("engine")
 def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
-    against: Annotated[str, typer.Option(help="Engines to compare with, separated by commas: bare, flower.")] = "bare",
+    against: Annotated[
+        str, typer.Option(help="Engines to compare with, separated by commas: bare, workers, flower, bare-contiguous.")
+    ] = "bare,workers",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
@@ -71,6 +73,22 @@ def bench_layers(
     run_bench_norms(norm, repeats, markdown=markdown, as_json=as_json)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    clients: Annotated[
+        str, typer.Option(help="Numbers of clients, separated by commas; 10 to 100,000 by default.")
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each.")] = 5,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Time a round in which 100 of many clients are sampled, with what it takes of memory and disk."""
+    with starting():
+        from fednorm.cli.bench_scale import run_bench_scale
+
+    run_bench_scale(clients, rounds, markdown=markdown, as_json=as_json)
+
+
 @verify_app.command("golden")
 def verify_golden(
     folder: Annotated[Path, typer.Argument(help="Folder of traces (.npz).")], as_json: JsonOption = False
@@ -95,3 +113,24 @@ def verify_determinism(
         from fednorm.cli.verify import run_determinism
 
     run_determinism(config, data_dir=data_dir, settings=settings or [], rounds=rounds, as_json=as_json)
+
+
+def analyse(
+    name: Annotated[
+        str | None, typer.Argument(help="The analysis, or the file of one (.json); all are listed without.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Benchmark (fednorm list data), trained on as a whole.")] = "digits_mini",
+    data_dir: DataDirOption = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "1,2,3",
+    steps: Annotated[int, typer.Option(help="Updates of each training; 0 for the analysis's own number.")] = 0,
+    document: Annotated[Path | None, typer.Option("--out", help="Also write the numbers to this file (.json).")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure on small networks what papers say that a normalization does to a training."""
+    with starting():
+        from fednorm.cli.analyse import run_analyse
+
+    run_analyse(
+        name, data=data, data_dir=data_dir, seeds=seeds, steps=steps, out=document, markdown=markdown, as_json=as_json
+    )

@@ -90,6 +90,11 @@ DataDirOption = Annotated[Path | None, typer.Option("--data-dir", help="Folder o
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1 or mps; cpu by default.")]
 AmpOption = Annotated[str | None, typer.Option(help="bf16: forward passes under autocast in bfloat16; none.")]
 CompileOption = Annotated[bool | None, typer.Option("--compile", help="Forward passes go through torch.compile.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(help="client: one after the other; cohort: many small clients at once; auto: cohorts where they pay."),
+]
+CohortSizeOption = Annotated[int | None, typer.Option(help="Most clients of a cohort; by the model's size.")]
 WorkersOption = Annotated[
     int | None,
     typer.Option(help="Processes that take the clients side by side, to the same bits; by default what pays."),
@@ -115,3 +120,18 @@ ReduceOption = Annotated[
     float | None,
     typer.Option("--reduce", metavar="FACTOR", help="A smaller study: 0.1 for a tenth of rounds, images, clients."),
 ]
+
+
+def whole(number: float | None) -> float | int | None:
+    """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
+    return int(number) if number is not None and number.is_integer() else number
+
+
+RuntimeOption = Annotated[
+    str, typer.Option(help="in-process, flower (flwr run on Ray), or deployment (sites on a running SuperLink).")
+]
+SuperlinkOption = Annotated[str, typer.Option(help="Address of the SuperLink of a deployment, host:port.")]
+RootsOption = Annotated[
+    Path | None, typer.Option("--root-certificates", help="Certificate (PEM) that the SuperLink's is checked against.")
+]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Speak to the SuperLink without encryption.")]

@@ -87,7 +87,7 @@ def run_report(  # noqa: PLR0913 - one parameter an option
     if figures:
         from fednorm.report.figures import write_figures
 
-        for file, shows in write_figures(figures, compared, figure_format=figure_format, interval=interval):
+        for file, shows in write_figures(figures, compared, figure_format=figure_format):
             _wrote("figure", file, shows)
     if page:
         from fednorm.report.page import write_page

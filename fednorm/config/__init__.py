@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fednorm.cards import Scalar
+from fednorm.config.evaluated import ALL_CLIENTS, SAMPLED_CLIENTS, of_which
 from fednorm.config.online import ONLINE, require_online
 from fednorm.config.resolve import REFERENCED as SECTION_FAMILIES
 from fednorm.config.resolve import VALUES as SECTION_VALUES
@@ -24,6 +25,7 @@ from fednorm.config.sections import EVALUATIONS, DataConfig, EvaluateConfig, Gri
 from fednorm.config.values import KeyPath, flatten, merge, nest, override, read_config, scalar
 
 __all__ = [
+    "ALL_CLIENTS",
     "DEFAULT_NORM",
     "EVALUATIONS",
     "IMMATERIAL",
@@ -31,6 +33,7 @@ __all__ = [
     "METHOD_OPTIONS",
     "METHOD_SWITCHES",
     "ONLINE",
+    "SAMPLED_CLIENTS",
     "SECTION_FAMILIES",
     "SECTION_VALUES",
     "Choice",
@@ -52,6 +55,7 @@ __all__ = [
     "merge",
     "nearest",
     "nest",
+    "of_which",
     "override",
     "read_config",
     "require_online",

@@ -107,8 +107,9 @@ def _require_words(kind: Kind, values: Mapping[str, Any]) -> None:
         if section in VALUES:
             VALUES[section].require_keys(kind, values.get(section, {}))
     for section, family in REFERENCED.items():
-        name = _name_in(values, section) if section in SECTIONS[kind] else ""
-        if name and not (section == "norm" and canonical(name) == "auto"):
+        table = values.get(section, {}) if section in SECTIONS[kind] else {}
+        name = table.get("name") if isinstance(table, Mapping) else None
+        if isinstance(name, str) and name and not (section == "norm" and canonical(name) == "auto"):
             family.require(name)
     train = values.get("train", {})
     if isinstance(optimizer := train.get("optimizer"), str):

@@ -34,14 +34,18 @@ C = TypeVar("C", bound=Card)
 MOST_THREADS = 1024
 """PyTorch threads; beyond some ten thousand the system ends the process that asks for them."""
 
+MOST_COHORT = 100_000
+"""Clients of a cohort."""
+
 MOST_WORKERS = 1024
 """Processes of a run, on whatever machine; how many cores there are is asked when a run is made."""
 
-MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False}
+MACHINE: Mapping[str, Any] = {"device": "cpu", "amp": "none", "compile": False, "engine": "client", "cohort_size": 0}
 """What computes a run, with the values that a configuration leaves out: numbers depend on it in their last bits."""
 
 DEVICE = re.compile(r"cpu|mps|cuda(:[0-9]{1,3})?")
 AMP = ("none", "bf16")
+ENGINES = ("auto", "client", "cohort")
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,10 @@ class RunConfig:
             is asked when a run is made, not here: records of other machines can be read.
         amp: ``bf16`` for forward passes under autocast in bfloat16; ``none``.
         compile: Whether forward passes go through ``torch.compile``.
+        engine: ``client`` for one client after the other; ``cohort`` for many small clients as one stack of tensors;
+            ``auto`` for cohorts where a client's step is so little work that they pay, and the method has a stacked
+            form. Part of the configuration because sums depend on it in the last bits.
+        cohort_size: The most clients of a cohort; 0 for as many as the model's size suggests.
         workers: How many processes take a federation's clients side by side, or ``auto``. No number depends on it, and
             it is part neither of the hash nor of the record.
         data: Which data, and who holds what.
@@ -155,6 +163,8 @@ class RunConfig:
     device: str = "cpu"
     amp: str = "none"
     compile: bool = False
+    engine: str = "client"
+    cohort_size: int = 0
     workers: int | str = "auto"
     data: DataConfig = field(default_factory=DataConfig)
     scenario: Choice[ScenarioSpec] = field(default_factory=lambda: Choice("split_digits", SCENARIOS))
@@ -184,6 +194,25 @@ class RunConfig:
             raise ConfigError(
                 f"workers, the processes that take a federation's clients side by side, is 'auto' or a number from 1 "
                 f"to {MOST_WORKERS}; got {shown(self.workers)}."
+            )
+        self._require_engine()
+
+    def _require_engine(self) -> None:
+        choose("engine", self.engine, ENGINES)
+        if type(self.cohort_size) is not int or not 0 <= self.cohort_size <= MOST_COHORT:
+            raise ConfigError(
+                f"cohort_size is a number of clients, 1 to {MOST_COHORT:,}, or 0 for as many as the model's size "
+                f"suggests; got {shown(self.cohort_size)}."
+            )
+        if self.kind != "federated" and (self.engine, self.cohort_size) != ("client", 0):
+            raise ConfigError(
+                "engine and cohort_size are of federated runs: learners on streams take their turns one at a time. "
+                "Leave them out."
+            )
+        if self.engine == "client" and self.cohort_size:
+            raise ConfigError(
+                f"cohort_size is {self.cohort_size}, and engine 'client' takes clients one at a time. Set engine to "
+                "'cohort' or 'auto'."
             )
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from fednorm.config.augmentations import Augment
+from fednorm.config.evaluated import Evaluated
 from fednorm.config.schema import Kind, Names, Section, choose, key
 from fednorm.config.trainable import Parts
 from fednorm.errors import ConfigError
@@ -140,6 +141,11 @@ class TrainConfig(Section, name="train"):
         "all",
         "What is trained: all, norm (the learned tensors of normalization layers), head, or norm,head; the rest stays "
         "at its initial value, and a federation does not send it.",
+    )
+    scale_init: Literal["own", "uniform"] = key(
+        "own",
+        "Initial scales of normalization layers: own (their method's, most often 1), or uniform for U(0, 1) in place "
+        "of 1, as in the paper that trains only batch normalization.",
     )
     head: str = key(
         "head",
@@ -283,6 +289,12 @@ class EvaluateConfig(Section, name="evaluate"):
     kinds: Names = key(
         ("own",), f"The evaluation matrix after the last round: any of {', '.join(EVALUATIONS)}.", kinds=ROUNDS
     )
+    clients: Evaluated = key(
+        "all",
+        "Which clients are evaluated: all, sampled (those that were asked to train in the round), or a number of them: "
+        "one draw for the whole run by its seed, as many of each domain as can be. Tables say which.",
+        kinds=FEDERATED,
+    )
     images: int = key(
         128,
         "k, the unlabelled test images a client re-estimates its statistics on; 2 or more, to estimate a variance.",
@@ -303,7 +315,7 @@ class EvaluateConfig(Section, name="evaluate"):
         "memorization stream and all else; transfer to experiences to come is measured with all only.",
         kinds=CONTINUAL,
     )
-    batch_size: int = key(64, "Images a forward pass.", ge=1, continual=256)
+    batch_size: int = key(64, "Images a forward pass.", ge=1, continual=128)
     train_images: int = key(
         1000,
         "Most training images of the experience for its training accuracy; 0 for all of them.",

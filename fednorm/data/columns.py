@@ -17,13 +17,10 @@ from PIL import Image
 
 from fednorm.data.classes import Rows, in_natural_order, some
 from fednorm.data.images import decode
-from fednorm.data.shards import require_regular
+from fednorm.data.shards import DOMAIN_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, require_regular
 from fednorm.errors import DataError
 from fednorm.memory import require_memory
 
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "fine_label", "labels")
-DOMAIN_COLUMN = "domain"
 _IMAGE_FEATURE, _CLASS_FEATURE = "Image", "ClassLabel"
 _MOST_BATCH_ROWS = 512
 _BATCH_BYTES = 64 << 20

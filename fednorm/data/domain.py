@@ -6,14 +6,18 @@ clients of a process share one copy.
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from fednorm.data.scaling import HALF, Scaling
+
+if TYPE_CHECKING:
+    from fednorm.data.clients import Counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +116,21 @@ class Federation:
     title: str
     num_classes: int
     image_size: int
-    clients: tuple[Client, ...]
+    clients: Sequence[Client]
     notes: tuple[str, ...] = field(default=())
     class_names: tuple[str, ...] = field(default=())
 
     @property
     def domains(self) -> tuple[str, ...]:
         """Return the domains' names, in the order of their first client."""
-        return tuple(dict.fromkeys(client.domain for client in self.clients))
+        return self.counts.domains
+
+    @cached_property
+    def counts(self) -> Counts:
+        """How many images each client has, in arrays: what is asked of all clients is asked of these."""
+        from fednorm.data.clients import Counts
+
+        return Counts.of(self.clients)
 
     @property
     def training_clients(self) -> tuple[Client, ...]:
@@ -132,16 +143,9 @@ class Federation:
         Of each split, the pixels of its first and last image are read, and no others; data without files brings a
         digest of all of its pixels along (:attr:`Split.content`).
         """
-        digest = hashlib.sha256()
-        for client in self.clients:
-            for name, split in (("train", client.train), ("validation", client.validation), ("test", client.test)):
-                digest.update(f"{client.partition_id}|{client.domain}|{client.held_out}|{name}|{len(split)}".encode())
-                for numbers in (split.index, split.targets):
-                    digest.update(numbers.cpu().numpy().astype("<i8").tobytes())
-                if len(split):
-                    digest.update(split.batch(torch.tensor([0, len(split) - 1]))[0].cpu().numpy().tobytes())
-                digest.update(split.content.encode())
-        return digest.hexdigest()[:16]
+        from fednorm.data.clients import digest_of_clients
+
+        return digest_of_clients(self.clients)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,15 @@ import torch
 from fednorm.cards import DATA
 from fednorm.config import DataConfig
 from fednorm.data.benchmarks import Loaded, Reader
-from fednorm.data.domain import Client, Domain, Federation, Split
+from fednorm.data.clients import Clients, Group
+from fednorm.data.clients import Share as Dealt
+from fednorm.data.domain import Client, Domain, Federation
 from fednorm.data.partition import Share, deal, draw_test, merged_split
 from fednorm.data.shards import holds_parquet
-from fednorm.data.source import Rows
 from fednorm.errors import DataError
+
+SMALL = 512
+"""Clients up to which a federation has a tuple of them."""
 
 
 def load_federation(
@@ -101,10 +105,9 @@ def load_site(
     one = _merged(one) if config.merge else one
     held_out = domain == config.held_out
     (share,) = _shares(one, config, config.split_seed or seed, held_out=held_out)
-    client = Client(
-        0, domain, _part(one.train, share.train), _part(one.train, share.validation), _part(one.test, share.test),
-        held_out,
-    )  # fmt: skip
+    parts = [(one.train, share.train), (one.train, share.validation), (one.test, share.test)]
+    train, validation, test = (replace(split, index=split.index[torch.from_numpy(rows)]) for split, rows in parts)
+    client = Client(0, domain, train, validation, test, held_out)
     return Federation(loaded.title, loaded.num_classes, size, (client,), loaded.notes, loaded.class_names)
 
 
@@ -119,27 +122,27 @@ def _merged(domain: Domain) -> Domain:
     return Domain(domain.name, splits[0], splits[1], domain.note)
 
 
-def _clients(domains: Sequence[Domain], config: DataConfig, seed: int) -> tuple[Client, ...]:
+def _clients(domains: Sequence[Domain], config: DataConfig, seed: int) -> Sequence[Client]:
     names = [domain.name for domain in domains]
     if config.held_out and config.held_out not in names:
         raise DataError(f"data.held_out is {config.held_out!r}, which is no domain of this run: {', '.join(names)}.")
     if names == [config.held_out]:
         raise DataError(f"data.held_out leaves no domain to train on: {config.held_out} is the only one.")
-    clients: list[Client] = []
+    groups = []
     for domain in sorted(domains, key=lambda domain: domain.name == config.held_out):
         held_out = domain.name == config.held_out
-        for share in _shares(domain, config, seed, held_out=held_out):
-            clients.append(
-                Client(
-                    partition_id=len(clients),
-                    domain=domain.name,
-                    train=_part(domain.train, share.train),
-                    validation=_part(domain.train, share.validation),
-                    test=_part(domain.test, share.test),
-                    held_out=held_out,
-                )
+        shares = _shares(domain, config, seed, held_out=held_out)
+        groups.append(
+            Group(
+                domain=domain.name,
+                train=Dealt.of(domain.train, [share.train for share in shares]),
+                validation=Dealt.of(domain.train, [share.validation for share in shares]),
+                test=Dealt.of(domain.test, [share.test for share in shares]),
+                held_out=held_out,
             )
-    return tuple(clients)
+        )
+    clients = Clients(tuple(groups))
+    return clients if len(clients) > SMALL else tuple(clients)
 
 
 def _shares(domain: Domain, config: DataConfig, seed: int, *, held_out: bool) -> list[Share]:
@@ -148,11 +151,6 @@ def _shares(domain: Domain, config: DataConfig, seed: int, *, held_out: bool) ->
         return [Share(none, none, draw_test(domain.name, len(domain.test), config, seed))]
     labels = domain.train.labels[domain.train.index].numpy()
     return deal(domain.name, labels, len(domain.test), config, seed)
-
-
-def _part(split: Split, rows: Rows) -> Split:
-    """Return some rows of a split; the arrays stay the same objects."""
-    return replace(split, index=split.index[torch.from_numpy(rows)])
 
 
 def _protocol_notes(loaded: Loaded, config: DataConfig) -> tuple[str, ...]:

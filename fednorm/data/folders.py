@@ -9,16 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from fednorm.data.cache import Pixels, cached, file_key
 from fednorm.data.classes import Rows, in_natural_order, renumbered, require_same_names, some
-from fednorm.data.columns import DOMAIN_COLUMN, ImageTable
-from fednorm.data.shards import entries, find_shards, holds_parquet
+from fednorm.data.shards import DOMAIN_COLUMN, entries, find_shards, holds_parquet
 from fednorm.data.source import Source, stack
 from fednorm.errors import DataError
+
+if TYPE_CHECKING:
+    from fednorm.data.columns import ImageTable
 
 
 def list_folders(directory: Path) -> tuple[str, ...]:
@@ -46,6 +49,9 @@ def read_folder(directory: Path, name: str, image_size: int, cache_dir: Path | N
             or refused; a label is not one of the classes; files name different classes; the images do not fit into
             memory. The message names the file and the row.
     """
+    # Imports pyarrow, which starts a thread of its own: worker processes are forked off one that has no other.
+    from fednorm.data.columns import ImageTable
+
     folder = directory / name
     if not folder.is_dir():
         there = some(list_folders(directory)) or "nothing of that kind"

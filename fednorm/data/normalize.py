@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
-from fednorm.data.domain import Federation, Split
+from fednorm.data.clients import Clients
+from fednorm.data.domain import Client, Federation, Split
 from fednorm.data.scaling import HALF, UNIT, Scaling
 from fednorm.errors import DataError
 
@@ -71,15 +72,20 @@ def normalized(federation: Federation, how: str) -> Federation:
     if how == "domain":
         for domain in dict.fromkeys(client.domain for client in training):
             by_domain[domain] = measured(client.train for client in training if client.domain == domain)
-    clients = []
-    for client in federation.clients:
-        scaling = by_domain.get(client.domain, of_all)
-        train, validation, test = (scaled(part, scaling) for part in (client.train, client.validation, client.test))
-        clients.append(dataclasses.replace(client, train=train, validation=validation, test=test))
+    clients = _rescaled(federation.clients, lambda domain: by_domain.get(domain, of_all))
     unseen = [domain for domain in federation.domains if domain not in by_domain] if how == "domain" else []
-    return dataclasses.replace(
-        federation, clients=tuple(clients), notes=(*federation.notes, *notes(how, "clients", unseen))
-    )
+    return dataclasses.replace(federation, clients=clients, notes=(*federation.notes, *notes(how, "clients", unseen)))
+
+
+def _rescaled(clients: Sequence[Client], scaling_of: Callable[[str], Scaling]) -> Sequence[Client]:
+    if isinstance(clients, Clients):
+        return clients.rescaled(scaling_of)
+    made = []
+    for client in clients:
+        parts = (client.train, client.validation, client.test)
+        train, validation, test = (scaled(part, scaling_of(client.domain)) for part in parts)
+        made.append(dataclasses.replace(client, train=train, validation=validation, test=test))
+    return tuple(made)
 
 
 def notes(how: str, whose: str, unseen: Iterable[str] = ()) -> tuple[str, ...]:

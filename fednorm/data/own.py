@@ -27,9 +27,8 @@ import numpy as np
 
 from fednorm.data.arrays import Images, joined, read_image, read_images, read_labels, together
 from fednorm.data.classes import Rows, missing_numbers, some
-from fednorm.data.columns import DOMAIN_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS
 from fednorm.data.partition import train_and_test
-from fednorm.data.shards import SPLIT_WORDS
+from fednorm.data.shards import DOMAIN_COLUMN, IMAGE_COLUMNS, LABEL_COLUMNS, SPLIT_WORDS
 from fednorm.data.source import Source, align_classes, count_classes
 from fednorm.errors import DataError
 

@@ -177,8 +177,10 @@ def deal(domain: str, train_labels: Rows, num_test: int, config: DataConfig, see
     shares = []
     for number, (pool, test) in enumerate(zip(pools, tests, strict=True)):
         capped = pool[: config.train_per_client] if config.train_per_client else pool
-        held_rng = stream(seed, "data", domain, "validation", number)
-        train, validation = hold_back(capped, train_labels[capped], config.validation, held_rng)
+        train, validation = capped, capped[:0]
+        if config.validation:
+            held_rng = stream(seed, "data", domain, "validation", number)
+            train, validation = hold_back(capped, train_labels[capped], config.validation, held_rng)
         share = Share(train, validation, test)
         _refuse_empty(share, f"Client {number} of domain {domain}", (len(train_labels), num_test), config)
         shares.append(share)

@@ -27,6 +27,11 @@ SPLIT_WORDS = {
 }
 """The words that ``datasets`` takes for a split, by its name."""
 
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels")
+DOMAIN_COLUMN = "domain"
+"""What ``datasets`` calls the columns of a shard that are read."""
+
 _SUFFIX = ".parquet"
 _NUMBERED = re.compile(r"(?P<stem>.*?)-?(?P<number>\d{1,9})-of-(?P<count>\d{1,9})(?:-[0-9A-Za-z]+)?\.parquet")
 _COUNTED = re.compile(r"(?P<stem>.*?)(?P<number>\d{1,9})\.parquet")

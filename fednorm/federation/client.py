@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
@@ -39,9 +39,9 @@ from fednorm.data.domain import Client, Split
 from fednorm.device import wide
 from fednorm.federation import undo
 from fednorm.federation.constants import constant_prints
-from fednorm.federation.local import Turn, held
+from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
-from fednorm.federation.wire import pack
+from fednorm.federation.wire import arrays_of, config_of, pack, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.training.recalibration import in_batches, reestimate
 
@@ -88,8 +88,8 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
 
 def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Train as the message's round has it; keep what is the client's own, and return what is sent."""
-    client, config = bench.client(context), content.config_records["config"]
-    bench.receive(content.array_records["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     bench.begin_turn(context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
@@ -104,26 +104,27 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
 
 def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Evaluate as the message's mode has it, and return the metrics; nothing is kept."""
-    client, config = bench.client(context), content.config_records["config"]
+    client, config = bench.client(context), config_of(content)
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
-    complete = bench.receive(content.array_records["arrays"], context.state)
+    complete = bench.receive(arrays_of(content, "arrays"), context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
     elif not client.held_out:
         if not complete:
             reestimate_on(bench, client.train, len(client.train))
-        if config.get("mode", "own") == "own":
+        side = bench.strategy.local
+        if config.get("mode", "own") == "own" and side.before_evaluation is not Local.before_evaluation:
             turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
-            bench.strategy.local(bench.strategy).before_evaluation(turn)
+            side(bench.strategy).before_evaluation(turn)
     scores = _scores(bench, client, in_a_round="mode" not in config)
     return RecordDict({"metrics": MetricRecord(dict(scores))})
 
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
-    client, config = bench.client(context), content.config_records["config"]
-    bench.receive(content.array_records["arrays"], context.state)
+    client, config = bench.client(context), config_of(content)
+    bench.receive(arrays_of(content, "arrays"), context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
     tensors = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
     return RecordDict({EXTRA: pack(tensors), "metrics": MetricRecord({"num-examples": len(client.train)})})
@@ -153,8 +154,8 @@ def _local(bench: Workbench, content: RecordDict, context: Context) -> RecordDic
     """Return a client's local tensors, where it has any."""
     del content
     reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
-    if LOCAL_RECORD in context.state.array_records:
-        reply["arrays"] = context.state.array_records[LOCAL_RECORD]
+    if LOCAL_RECORD in context.state:
+        reply["arrays"] = context.state[LOCAL_RECORD]
     return reply
 
 
@@ -162,10 +163,10 @@ def _statistics(bench: Workbench, content: RecordDict, context: Context) -> Reco
     """Return the running means and variances among a client's local tensors, where it has any."""
     del content
     reply = RecordDict({"metrics": MetricRecord({"num-examples": len(bench.client(context).train)})})
-    if LOCAL_RECORD in context.state.array_records:
-        own = context.state.array_records[LOCAL_RECORD]
+    if LOCAL_RECORD in context.state:
+        own = arrays_of(context.state, LOCAL_RECORD)
         keys = (key for pair in bench.plan.moments() for key in pair)
-        reply["arrays"] = ArrayRecord({key: own[key] for key in keys if key in own})
+        reply["arrays"] = pack({key: tensor_of(own[key]) for key in keys if key in own})
     return reply
 
 
@@ -176,7 +177,7 @@ def _boundary(bench: Workbench, content: RecordDict, context: Context) -> Record
 def _undone(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Go back to what the client kept before its training in a round."""
     del bench
-    undo.go_back(context.state, _int(content.config_records["config"], "server-round"))
+    undo.go_back(context.state, _int(config_of(content), "server-round"))
     return RecordDict()
 
 
@@ -227,7 +228,7 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
     Returns:
         ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
     """
-    bench.model.eval()
+    bench.trainee.trainable.evaluation_mode()
     device = bench.trainee.device
     loss, hits = torch.zeros((), dtype=wide(device), device=device), 0
     for images, labels in _batches(split, bench.config.evaluate.batch_size):

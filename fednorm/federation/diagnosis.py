@@ -115,7 +115,8 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
     plan = bench.plan
     keys = [key for pair in plan.moments() for key in pair]
     local = any(plan.by_key[key].role is Role.LOCAL for key in keys)
-    nodes = {node.partition_id: node for node in bench.strategy.nodes}
+    trained = {client.partition_id for client in report.train} if local else set()
+    nodes = {node.partition_id: node for node in bench.strategy.nodes if node.partition_id in trained}
     asked = [nodes[client.partition_id] for client in report.train] if local else []
     asked = [node for node in asked if node.shows]
     kept = _ask(grid, asked, plan, report)

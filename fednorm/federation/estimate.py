@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fednorm.config import RunConfig, TrainConfig
+import numpy as np
+
+from fednorm.config import ALL_CLIENTS, SAMPLED_CLIENTS, RunConfig, TrainConfig
 from fednorm.data import load_federation
 from fednorm.data.benchmarks import Reader
 from fednorm.data.domain import Federation, Split, pooled
@@ -45,21 +47,31 @@ def work(config: RunConfig, federation: Federation) -> Work:
     """
     if config.strategy.card.pooled:
         federation = pooled(federation)
-    rounds, evaluate, clients = config.rounds, config.evaluate, federation.training_clients
+    rounds, evaluate, counts = config.rounds, config.evaluate, federation.counts
+    clients, share = int(counts.trains.sum()), _share_evaluated(config, len(counts))
     adds = config.strategy.card.make.local.passes(config.strategy.values)
-    held = sum(len(client.train) for client in clients)
-    a_round = sum(images_of_round(config.train, len(client.train)) for client in clients) + adds.in_round * held
+    held = int(counts.train[counts.trains].sum())
+    sizes = zip(*np.unique(counts.train[counts.trains], return_counts=True), strict=True)
+    a_round: float = sum(int(many) * images_of_round(config.train, int(count)) for count, many in sizes)
+    a_round += adds.in_round * held
     turns = rounds.num_rounds * rounds.fraction
     in_rounds = -(-rounds.num_rounds // rounds.evaluate_every)
     after = sum(len(federation.domains) if kind == "cross" else 1 for kind in evaluate.kinds if kind != "own")
-    split = "validation" if evaluate.split == "validation" else "test"
-    scored = sum(len(getattr(client, split)) for client in federation.clients)
-    choosing = sum(len(client.validation) for client in clients) if evaluate.best_round else 0
+    scored = share * int((counts.validation if evaluate.split == "validation" else counts.test).sum())
+    choosing = share * int(counts.validation[counts.trains].sum()) if evaluate.best_round else 0
     return Work(
-        trained=turns * a_round + in_rounds * adds.before_evaluation * held,
-        scored=(in_rounds + after) * scored + in_rounds * choosing + turns * adds.measured * len(clients),
-        turns=COPIES * turns * len(clients) + (in_rounds + after) * len(federation.clients),
+        trained=turns * a_round + in_rounds * share * adds.before_evaluation * held,
+        scored=(in_rounds + after) * scored + in_rounds * choosing + turns * adds.measured * clients,
+        turns=COPIES * turns * clients + (in_rounds + after) * share * len(counts),
     )
+
+
+def _share_evaluated(config: RunConfig, clients: int) -> float:
+    """Return the share of the clients that an evaluation is made on."""
+    which = config.evaluate.clients
+    if which == SAMPLED_CLIENTS:
+        return config.rounds.fraction
+    return 1.0 if which == ALL_CLIENTS else min(1.0, int(which) / max(clients, 1))
 
 
 def images_of_round(train: TrainConfig, count: int) -> int:
@@ -78,7 +90,8 @@ def cost(bench: Workbench) -> Work:
         bench: A workbench of the run.
     """
     size, device = bench.config.train.batch_size, bench.trainee.device
-    client = max(bench.federation.training_clients, key=lambda client: len(client.train))
+    counts = bench.federation.counts
+    client = bench.federation.clients[int((counts.train * counts.trains).argmax())]
     before, few = bench.read(bench.model.state_dict()), first(client.train, STEPS * size)
     turn, local = bench.turn(replace(client, train=few), 1), bench.strategy.local(bench.strategy)
     phase = Phase(steps=-(-len(few) // size))

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from flwr.app import Array, ArrayRecord
 from flwr.supercore.run import Run
 
-__all__ = ["Run", "empty_run", "ensure_task_identity", "quiet_flower_log"]
+__all__ = ["Run", "array_record", "empty_run", "ensure_task_identity", "quiet_flower_log"]
 
 _IDENTITY = ("task_id", "run_id", "node_id")
 _set_by_us: tuple[int | None, ...] | None = None
@@ -75,6 +76,24 @@ def empty_run(run_id: int) -> Run:
         run_id: The run's number.
     """
     return Run.create_empty(run_id=run_id)
+
+
+def array_record(arrays: dict[str, Array]) -> ArrayRecord:
+    """Return a record of arrays that are known to be some, under names that are.
+
+    Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
+    training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
+
+    Args:
+        arrays: By name; the dictionary becomes the record's.
+    """
+    record = ArrayRecord()
+    if record.__dict__.get("_data") == {}:
+        record.__dict__["_data"] = arrays
+        return record
+    for key, array in arrays.items():
+        record[key] = array
+    return record
 
 
 @contextmanager

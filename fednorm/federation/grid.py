@@ -14,6 +14,7 @@ from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
+from fednorm.federation.contexts import Contexts
 from fednorm.federation.executors import Executor, Failure, Job
 from fednorm.federation.flower_private import Run, empty_run, ensure_task_identity
 
@@ -46,16 +47,12 @@ class InProcessGrid(Grid):
         self._run = empty_run(run_id=1)
         self._replies: dict[str, Message] = {}
         self._next_id = 0
-        self.contexts: Mapping[int, Context] = {
-            partition_id + 2: Context(
-                run_id=1,
-                node_id=partition_id + 2,
-                node_config={"partition-id": partition_id, "num-partitions": num_nodes},
-                state=RecordDict(),
-                run_config=run_config,
-            )
-            for partition_id in range(num_nodes)
-        }
+        self.contexts: Mapping[int, Context] = Contexts(num_nodes, run_config)
+
+    @property
+    def ours(self) -> bool:
+        """Whether its clients are fednorm's own, at the server's workbench, and need not be asked who they are."""
+        return self._executor is not None
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid belongs to."""

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -199,13 +199,40 @@ class Turn:
         )
 
 
+class StackedLocal:
+    """What a strategy's clients do to their gradients, for K clients at once: tensors have an axis of them in front."""
+
+    def __init__(self, strategy: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Begin a round's training.
+
+        Args:
+            strategy: The strategy, for its options.
+            config: The message's settings.
+            tensors: The learned parameters that are shared, by key, shape (K, ...), as the server sent them; not to be
+                written to, and changed by the training.
+        """
+
+    def adjust(self, tensors: Mapping[str, Tensor], gradients: dict[str, Tensor]) -> None:
+        """Change gradients in place; those of parameters that are not trained now are not there.
+
+        Args:
+            tensors: The parameters, by key, shape (K, ...).
+            gradients: Likewise.
+        """
+
+
 class Local:
     """What a strategy adds to a client's training; the base adds nothing, as FedAvg's clients do.
 
     Attributes:
         strategy: The strategy, for its options. The client's process has a strategy of its own, of the same
             configuration: what the server's changes from round to round travels, or is not known here.
+        stacked: What makes of the strategy what ``begin`` and ``adjust`` do for several clients at once
+            (:class:`StackedLocal`); None where nothing does, and for a class that has its own ``begin``, ``loss``,
+            ``adjust`` or ``end`` below the class that says this.
     """
+
+    stacked: ClassVar[type[StackedLocal] | None] = None
 
     def __init__(self, strategy: Any) -> None:
         """Make the client side of one turn."""
@@ -300,16 +327,31 @@ class _Batches:
         return updates
 
     def _rows(self, phase: Phase) -> Iterator[Tensor]:
-        """Yield the rows of a phase's batches; a part of a pass is made of whole batches, one at least."""
-        trainee, count = self._turn.trainee, len(self._turn.client.train)
-        size = trainee.config.train.batch_size
-        wanted = phase.batches(trainee.config.train, -(-count // size)) if count else 0
-        while wanted > 0:
-            order = torch.randperm(count, generator=self._generator)
-            for rows in islice(batches_of(order, size, single=not trainee.batch_coupled), wanted):
-                if len(rows):
-                    yield rows
-            wanted -= -(-count // size)
+        trainee = self._turn.trainee
+        single = not trainee.batch_coupled
+        return rows_of_phase(self._generator, len(self._turn.client.train), trainee.config.train, phase, single=single)
+
+
+def rows_of_phase(
+    generator: torch.Generator, count: int, train: TrainConfig, phase: Phase, *, single: bool
+) -> Iterator[Tensor]:
+    """Yield the rows of a phase's batches; a part of a pass is made of whole batches, one at least.
+
+    Args:
+        generator: Of the turn's stream of batches; a pass draws one permutation.
+        count: The client's training images.
+        train: Section ``train`` of the run.
+        phase: The phase.
+        single: Whether a batch of one image is trained on; else it is left out.
+    """
+    size = train.batch_size
+    wanted = phase.batches(train, -(-count // size)) if count else 0
+    while wanted > 0:
+        order = torch.randperm(count, generator=generator)
+        for rows in islice(batches_of(order, size, single=single), wanted):
+            if len(rows):
+                yield rows
+        wanted -= -(-count // size)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fednorm.config import EvaluateConfig
+from fednorm.config import ALL_CLIENTS, EvaluateConfig
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federation.answers import answers, enough
+from fednorm.federation.evaluated import require_evaluated
 from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node
 from fednorm.federation.plan import NormPlan
@@ -41,8 +42,14 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
     Raises:
         ConfigError: ``unseen`` without a held-out domain, or for a strategy whose server model is not usable there.
     """
+    counts = federation.counts
+    scored = (counts.validation if config.split == "validation" else counts.test) > 0
+    require_evaluated(
+        config.clients,
+        [counts.domains[place] for place in sorted(set(counts.domain[scored & ~counts.held_out].tolist()))],
+    )
     if "unseen" in config.kinds:
-        if not any(client.held_out for client in federation.clients):
+        if not federation.counts.held_out.any():
             raise ConfigError(
                 "evaluate.kinds has 'unseen', and no domain is held out of training. "
                 f"Set data.held_out to one of {', '.join(federation.domains)}."
@@ -62,11 +69,11 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
             "evaluate.best_round reports test images at the round that is best on the images held back; with "
             "evaluate.split = 'validation' no test image is scored. Leave one of the two out."
         )
-    if config.best_round and not any(len(client.validation) for client in federation.clients):
+    if config.best_round and not federation.counts.validation.any():
         raise ConfigError(
             "evaluate.best_round chooses by images held back, and data.validation holds none back. Set it, e.g. to 0.2."
         )
-    if config.split == "validation" and not any(len(client.validation) for client in federation.clients):
+    if config.split == "validation" and not federation.counts.validation.any():
         raise ConfigError(
             "evaluate.split is 'validation', and data.validation holds no images back. Set it, e.g. to 0.2."
         )
@@ -82,6 +89,7 @@ class EvaluationMatrix:
         config: Which evaluations, and their settings.
         own: The scores of ``own``, where the last round's evaluation has made them already.
         min_answered: Share of the clients that must answer (``rounds.min_answered``).
+        seen: The clients to evaluate (``evaluate.clients``); None for all that do not only evaluate.
 
     Attributes:
         bytes_of_locals: Bytes of the local tensors that clients sent for it.
@@ -97,7 +105,9 @@ class EvaluationMatrix:
         own: Scores | None = None,
         *,
         min_answered: float = 1.0,
+        seen: Sequence[Node] | None = None,
     ) -> None:
+        self._asked = seen
         self._known, self._least = own, min_answered
         self._strategy, self._grid, self._config = strategy, grid, config
         self._shared = unpack(arrays)
@@ -184,13 +194,13 @@ class EvaluationMatrix:
             return "clients are tested with models of their own, of which no tensor is one of the plan's local ones"
         return "the strategy keeps no tensors on clients: every domain is tested with one model"
 
-    def _seen(self) -> list[Node]:
-        return [node for node in self._strategy.nodes if not node.held_out]
+    def _seen(self) -> Sequence[Node]:
+        return self._strategy.known.seen if self._asked is None else self._asked
 
     def _local_tensors(self) -> Mapping[int, tuple[float, dict[str, Tensor]]]:
         """Ask every client, once, for its local tensors; clients that never trained have none."""
         if self._locals is None:
-            nodes, expected = self._seen(), self._strategy.expected
+            nodes, expected = self._strategy.known.seen, self._strategy.expected
             replies = dict(
                 self._ask(
                     nodes,
@@ -245,8 +255,12 @@ class EvaluationMatrix:
 
         scores = dict(self._ask(nodes, content, "evaluate", read))
         made = summarize(by_domain((n.domain, s["num-examples"], s["accuracy"]) for n, s in scores.items()))
-        asked = expected or {n.partition_id: Expected(n.domain, n.held_out, train=1, scored=1) for n in nodes}
         held_out = any(node.held_out for node in nodes)
+        asked = expected or {n.partition_id: Expected(n.domain, n.held_out, train=1, scored=1) for n in nodes}
+        if (
+            self._config.clients != ALL_CLIENTS and not held_out
+        ):  # of all, those whom the server refused are missing too
+            asked = {node.partition_id: asked[node.partition_id] for node in nodes}
         standing = answers(asked, {node.partition_id for node in scores}, held_out=held_out).document()
         missing = standing["missing"]["clients"] if "missing" in standing else []
         if missing and not (made["per_domain"] and enough(standing, self._least)):

@@ -41,8 +41,8 @@ def pool_moments(
     if not means or total <= 0:
         raise AggregationError(f"Pooling needs at least one sample with a positive count; got counts {list(counts)}.")
     weight = torch.tensor(list(counts), dtype=torch.float64)[:, None] / total
-    mean_k = torch.stack([mean.to(torch.float64) for mean in means])
-    var_k = torch.stack([var.to(torch.float64) for var in variances])
+    mean_k = torch.stack(list(means)).to(torch.float64)
+    var_k = torch.stack(list(variances)).to(torch.float64)
     mean = (weight * mean_k).sum(0)
     var = (weight * (var_k + (mean_k - mean) ** 2)).sum(0)
     return mean, var

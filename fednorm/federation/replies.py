@@ -15,15 +15,18 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
 
 import torch
-from flwr.app import Array, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
+from fednorm.federation.flat import flattened
 from fednorm.federation.plan import Entry, NormPlan
+from fednorm.federation.stack import RowRecord
 from fednorm.federation.wire import Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
+    from fednorm.data.clients import Counts
     from fednorm.federation.nodes import Node
 
 P = ParamSpec("P")
@@ -88,12 +91,14 @@ class Update:
         metrics: ``num-examples`` and whatever other numbers it reports.
         nbytes: Bytes of all tensors.
         extra: What the strategy asked for besides.
+        flat: The floating-point tensors as one vector, of a small model (:mod:`fednorm.federation.flat`).
     """
 
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     metrics: dict[str, float]
     nbytes: int
     extra: dict[str, Tensor] = field(default_factory=dict)
+    flat: Tensor | None = None
 
 
 EXTRA = "extra"
@@ -130,7 +135,7 @@ class About:
     train: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Expected:
     """What a run knows of one of its clients before it has answered anything.
 
@@ -147,6 +152,34 @@ class Expected:
     train: int
     scored: int
     constant: bool = True
+
+
+class ExpectedClients(Mapping[int, Expected]):
+    """What a run knows of its clients, by partition id; each put together when it is asked for.
+
+    Args:
+        counts: How many images each client has.
+        split: The split that is scored.
+        constant: Whether they train on all of their training images in every round.
+    """
+
+    def __init__(self, counts: Counts, split: str, *, constant: bool = True) -> None:
+        self._counts, self._constant = counts, constant
+        self._scored = counts.validation if split == "validation" else counts.test
+
+    def __getitem__(self, partition_id: int) -> Expected:
+        counts = self._counts
+        if not (isinstance(partition_id, int) and 0 <= partition_id < len(counts)):
+            raise KeyError(partition_id)
+        domain, held_out = counts.domains[counts.domain[partition_id]], bool(counts.held_out[partition_id])
+        train, scored = int(counts.train[partition_id]), int(self._scored[partition_id])
+        return Expected(domain, held_out, train, scored, self._constant)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(len(self._counts)))
+
+    def __len__(self) -> int:
+        return len(self._counts)
 
 
 def reader(read: Callable[P, T]) -> Callable[P, T]:
@@ -192,16 +225,17 @@ def read_update(
     """
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
-    records = dict(content.array_records)
+    records = {key: value for key, value in content.items() if isinstance(value, ArrayRecord)}
     if EXTRA in records and not extra and len(records) > 1:
         raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
     beside = _extra(records.pop(EXTRA, {}), extra) if extra else {}
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
-    tensors = _tensors(arrays, plan.sent, plan)
-    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
-    return Update(tensors, _sound(metrics, required, shares), size, beside)
+    tensors, flat = _tensors(arrays, plan.sent, plan)
+    size = arrays.row.stack.nbytes if isinstance(arrays, RowRecord) else nbytes(arrays.values())
+    size += sum(tensor.nbytes for tensor in beside.values())
+    return Update(tensors, _sound(metrics, required, shares), size, beside, flat)
 
 
 @reader
@@ -223,41 +257,31 @@ def read_scores(
 
 
 @reader
-def read_about(reply: Message) -> About | None:
+def read_about(reply: Message, *, numbered: bool = True) -> About | None:
     """Return what a client says of itself; None for one whose app knows nothing of fednorm.
+
+    Args:
+        reply: The client's reply.
+        numbered: Whether it must know its number; a site may leave that to the server, and says -1.
 
     Raises:
         UnfitReply: It failed, or says something else than its partition, its domain and whether it is held out.
     """
-    if "client" not in _content(reply).config_records:
-        return None
-    about, domain, held_out, constants = read_about_site(reply)
-    partition_id = about.get("partition-id")
-    if not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < 0:
-        raise UnfitReply(f"it describes itself without a partition-id, a number from 0 on; got {partition_id!r}")
-    count = about.get("train")
-    train = count if isinstance(count, int) and not isinstance(count, bool) else None
-    return About(partition_id, domain, held_out, constants, train)
-
-
-@reader
-def read_about_site(reply: Message) -> tuple[ConfigRecord, str, bool, Mapping[str, object] | None]:
-    """Return all that a client says of itself, its domain, whether it is held out, and prints of its constants.
-
-    Raises:
-        UnfitReply: It failed, knows nothing of fednorm, or says no domain, or not whether it is held out.
-    """
     content = _content(reply)
     if "client" not in content.config_records:
-        raise UnfitReply("it does not describe itself (query.describe)")
+        return None
     about = content.config_records["client"]
-    domain, held_out = about.get("domain"), about.get("held-out")
+    partition_id, domain, held_out = (about.get(key) for key in ("partition-id", "domain", "held-out"))
+    if not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < (0 if numbered else -1):
+        raise UnfitReply(f"it describes itself without a partition-id, a number from 0 on; got {partition_id!r}")
     if not isinstance(domain, str) or not domain.strip():
         raise UnfitReply(f"it describes itself without a domain, a name; got {domain!r}")
     if not isinstance(held_out, bool):
         raise UnfitReply(f"it describes itself without held-out, true or false; got {held_out!r}")
     constants = content.metric_records.get("constants")
-    return about, domain, held_out, None if constants is None else dict(constants)
+    count = about.get("train")
+    train = count if isinstance(count, int) and not isinstance(count, bool) else None
+    return About(partition_id, domain, held_out, None if constants is None else dict(constants), train)
 
 
 @reader
@@ -271,7 +295,7 @@ def read_local(reply: Message, plan: NormPlan, *, examples: int = 0) -> tuple[fl
     metrics = _sound(_metrics(content, at_least=0, examples=examples or None, verb="trains on"), (), shares=True)
     if "arrays" not in content.array_records:
         return None
-    return metrics["num-examples"], _tensors(content.array_records["arrays"], plan.local, plan)
+    return metrics["num-examples"], dict(_tensors(content.array_records["arrays"], plan.local, plan)[0])
 
 
 @reader
@@ -285,7 +309,7 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     if "arrays" not in records:
         return {}
     kept = [key for pair in plan.moments() for key in pair if plan.by_key[key].role is Role.LOCAL]
-    return _tensors(records["arrays"], kept, plan)
+    return dict(_tensors(records["arrays"], kept, plan)[0])
 
 
 @reader
@@ -307,7 +331,7 @@ def read_measured(reply: Message, forms: Mapping[str, Form]) -> dict[str, Tensor
 
 def in_order(
     replies: Iterable[Message],
-    nodes: Iterable[Node],
+    nodes: Iterable[Node] | Mapping[int, Node],
     awaited: Sequence[int],
     reject: Callable[[int | None, UnfitReply], None],
 ) -> Iterator[tuple[Node, Message]]:
@@ -315,11 +339,11 @@ def in_order(
 
     Args:
         replies: Replies as they come.
-        nodes: The nodes that the run knows.
+        nodes: The nodes that the run knows; or these by their ids.
         awaited: Partition ids of those that were asked, in order.
         reject: Is told of replies that no awaited client sent, with the client's partition id or None.
     """
-    known = {node.node_id: node for node in nodes}
+    known = nodes if isinstance(nodes, Mapping) else {node.node_id: node for node in nodes}
     waiting: dict[int, tuple[Node, Message]] = {}
     came: set[int] = set()
     following = iter(awaited)
@@ -379,7 +403,7 @@ def _last_line(reason: str) -> str:
 
 def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> MetricRecord:
     """Return a reply's metrics, its number of examples checked."""
-    records = content.metric_records
+    records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
     record = next(iter(records.values()))
@@ -419,21 +443,33 @@ def _fits_a_float(value: float) -> bool:
     return not isinstance(value, int) or abs(value) < 2**63
 
 
-def _tensors(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor]:
-    """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be."""
+def _tensors(
+    arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan
+) -> tuple[Mapping[str, Tensor], Tensor | None]:
+    """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be.
+
+    With them comes what :func:`~fednorm.federation.flat.flattened` makes of them.
+    """
+    if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
+        return arrays.row, None  # checked together with the others of its stack
     if odd := sorted(set(arrays) ^ set(keys)):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
     tensors = {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
-    for key, tensor in tensors.items():
-        if not all_finite([tensor]):
-            raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
-        kind = plan.by_key[key].kind
-        if kind in NOT_NEGATIVE and tensor.numel() and tensor.min() < 0:
+    flat = flattened(tensors)
+    if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
+        for key, tensor in tensors.items():
+            if not all_finite([tensor]):
+                raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
+    limited = {key: kind for key in keys if (kind := plan.by_key[key].kind) in NOT_NEGATIVE and tensors[key].numel()}
+    if limited and torch.cat([tensors[key].reshape(-1).float() for key in limited]).min() >= 0:
+        return tensors, flat
+    for key, kind in limited.items():
+        if tensors[key].min() < 0:
             raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[kind]}", Cause.OTHER)
-    return tensors
+    return tensors, flat
 
 
 def _extra(arrays: Mapping[str, Array], forms: Mapping[str, Form]) -> dict[str, Tensor]:

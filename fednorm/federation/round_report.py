@@ -41,6 +41,7 @@ class RoundReport:
         train: What those reported that trained.
         evaluate: What those reported that evaluated; empty in rounds without evaluation.
         evaluated: Whether clients were asked to evaluate.
+        scored: Partition ids of those that were asked; None for all that do not only evaluate.
         rejected: Partition id and reason of every reply that was not used; None for a node that the run does not
             know.
         causes: How often each kind of fault was among them.
@@ -57,6 +58,7 @@ class RoundReport:
     train: list[ClientReport] = field(default_factory=list)
     evaluate: list[ClientReport] = field(default_factory=list)
     evaluated: bool = False
+    scored: tuple[int, ...] | None = None
     rejected: list[tuple[int | None, str]] = field(default_factory=list)
     causes: Counter[Cause] = field(default_factory=Counter)
     bytes_down: int = 0

@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
-from fednorm.config import RunConfig
+from fednorm.config import RunConfig, of_which
+from fednorm.data.clients import Counts
 from fednorm.device import described
 from fednorm.errors import IncompleteError
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
-from fednorm.federation.checkpoint import kept, personal, restored, taken
+from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
+from fednorm.federation.cohort.engine import engine_of
+from fednorm.federation.contexts import SMALL
 from fednorm.federation.diagnosis import diagnose
+from fednorm.federation.evaluated import evaluated
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected
+from fednorm.federation.replies import Expected, ExpectedClients
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
@@ -33,6 +37,7 @@ from fednorm.federation.workbench import (
 )
 from fednorm.records import further
 from fednorm.records.checkpoint import Checkpoint
+from fednorm.records.columns import reports
 from fednorm.records.formats import finite
 from fednorm.records.record import RunRecord
 
@@ -126,18 +131,7 @@ def check(bench: Workbench) -> None:
 def describe(bench: Workbench) -> Document:
     """Return what is known before training: the plan, who holds what, what a table must say."""
     federation = bench.federation
-    clients = [
-        {
-            "client": client.partition_id,
-            "domain": client.domain,
-            "train": len(client.train),
-            "validation": len(client.validation),
-            "test": len(client.test),
-            "held_out": client.held_out,
-        }
-        for client in federation.clients
-    ]
-    sampled = max(1, round(bench.config.rounds.fraction * len(federation.training_clients)))
+    sampled = max(1, round(bench.config.rounds.fraction * int(federation.counts.trains.sum())))
     extra = bench.strategy.extra_bytes
     return {
         "plan": {
@@ -150,25 +144,40 @@ def describe(bench: Workbench) -> Document:
         "strategy": {"name": bench.config.strategy.name, **_options(bench)},
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
         **described(bench.config, bench.trainee.device),
+        **({"engine": engine_of(bench).to_dict()} if bench.config.engine != "client" else {}),
         "data": {
             "title": federation.title,
             "notes": list(federation.notes),
-            "clients": clients,
+            "clients": _held(federation.counts),
             "digest": federation.digest(),
         },
         **bench.about(),
     }
 
 
-def expected_of(bench: Workbench) -> dict[int, Expected]:
+def _held(counts: Counts) -> list[Document]:
+    """Return who holds how many images: a table a client; of many clients one for all of a domain.
+
+    The latter have ``clients`` of them, the first of which is ``client``.
+    """
+    ends = [(pid, pid + 1) for pid in range(len(counts))] if len(counts) <= SMALL else counts.runs()
+    return [
+        {
+            "client": first,
+            **({"clients": end - first} if len(counts) > SMALL else {}),
+            "domain": counts.domains[counts.domain[first]],
+            "train": int(counts.train[first:end].sum()),
+            "validation": int(counts.validation[first:end].sum()),
+            "test": int(counts.test[first:end].sum()),
+            "held_out": bool(counts.held_out[first]),
+        }
+        for first, end in ends
+    ]
+
+
+def expected_of(bench: Workbench) -> Mapping[int, Expected]:
     """Return what a run knows of its clients before they answer, by partition id."""
-    scored = bench.config.evaluate.split
-    return {
-        client.partition_id: Expected(
-            client.domain, client.held_out, len(client.train), len(getattr(client, scored)), bench.trains_on_all
-        )
-        for client in bench.federation.clients
-    }
+    return ExpectedClients(bench.federation.counts, bench.config.evaluate.split, constant=bench.trains_on_all)
 
 
 def _options(bench: Workbench) -> Document:
@@ -176,8 +185,10 @@ def _options(bench: Workbench) -> Document:
 
 
 def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Observer | None) -> Document:
-    about = describe(bench)
-    bench.strategy.expected, bench.strategy.takes_part = expected_of(bench), bench.takes_part
+    config, about = bench.config, describe(bench)
+    bench.strategy.expected, bench.strategy.evaluates = expected_of(bench), config.evaluate.clients
+    if type(bench).takes_part is not Workbench.takes_part:
+        bench.strategy.takes_part = bench.takes_part
     journal = _Journal(grid, bench, record, observer, about["data"]["digest"])
     arrays, first_round = journal.open()
     if record:
@@ -196,12 +207,16 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
             journal.evaluate_again(arrays)
     finally:
         journal.close()
-    if bench.strategy.roster:  # sites that came later are known now
+    if bench.roster:  # sites that came later are known now
         about = describe(bench)
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
-    if record:
+    rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
+    if record and (large := in_table(grid)):
+        scored = [client["client"] for client in reports(record.folder, record.lines()[-1])["evaluate"]]
+        table = finished_table(bench, large, result.arrays, bench.num_rounds, scored)
+        record.finish(document, unpack(result.arrays), table=table, further=rest)
+    elif record:
         own = personal(bench, grid, result.arrays, bench.num_rounds)
-        rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
         record.finish(document, unpack(result.arrays), kept(grid, LOCAL_RECORD), personal=own, further=rest)
     return document
 
@@ -221,7 +236,7 @@ class _Journal:
     ) -> None:
         self.lines: list[Document] = []
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
-        self._sites = bench.strategy.roster
+        self._sites = bench.roster
         self._data = data if self._sites is None else f"sites of {self._sites.run}"
         self._keeps = isinstance(grid, InProcessGrid) or self._sites is not None
         self._pending: Checkpoint | None = None
@@ -231,13 +246,19 @@ class _Journal:
     def open(self) -> tuple[ArrayRecord, int]:
         """Return the tensors to start from and the first round, from the checkpoint if there is one."""
         arrays, first_round = self._bench.strategy.initial_arrays(self._bench.model), 1
+        large = in_table(self._grid)
+        if large and self._record:
+            large.attach(self._record.states)
+            self._record.columns = True
         if self._record and not self._keeps:
             self._record.start_over()
         elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
+                if large:
+                    large.attach(self._record.states, checkpoint.ended)
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
-            trained = self.lines[-1].get("clients", {}).get("train", ()) if self.lines else ()
+            trained = reports(self._record.folder, self.lines[-1]).get("train", ()) if self.lines else ()
             self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
         if self._observer:
             self._observer.begin(self._bench, first_round)
@@ -254,37 +275,50 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
+        if self._sites:
+            self._sites.note(report)
         config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
         if self._bench.trainee.trainable.head:
             beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
         beside |= self._bench.after_round(self._grid, report.server_round, arrays)
+        large = in_table(self._grid)
+        if large:
+            large.end_round(report.server_round)
         line = round_line(report, self._bench.strategy.expected) | finite(beside)
-        self.lines.append(line)
+        # Of many clients, memory does not grow with the rounds.
+        self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
-            self._record.append_line(line)
-            if report.events:  # sites that have joined are part of what is known of the run
-                self._record.describe(describe(self._bench))
-            if self._keeps:
-                self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
-                if report.server_round == self._bench.num_rounds and self._sites is None:
-                    self.last = self._pending
-                # A site can go back by one training and no more: its server keeps every round.
-                if self._sites or report.server_round % self._bench.config.rounds.checkpoint_every == 0:
-                    self.close()
+            self._keep(self._record, line, arrays)
         if self._observer:
             self._observer.round(line)
+
+    def _keep(self, record: RunRecord, line: Document, arrays: ArrayRecord) -> None:
+        """Write a round's line, and a checkpoint where it is time for one."""
+        number = line["round"]
+        record.append_line(line)
+        if "events" in line:  # sites that have joined are part of what is known of the run
+            record.describe(describe(self._bench))
+        if not self._keeps:
+            return
+        self._pending = taken(number, arrays, self._bench, self._grid, self._data)
+        if number == self._bench.num_rounds and self._sites is None:
+            self.last = self._pending
+        # A site can go back by one training and no more: its server keeps every round.
+        if self._sites or number % self._bench.config.rounds.checkpoint_every == 0:
+            self.close()
 
     def evaluate_again(self, arrays: ArrayRecord) -> None:
         """Evaluate the last round once more, whose evaluation lacked clients when the run was cut short by it."""
         strategy, last = self._bench.strategy, self.lines.pop()
-        report = strategy.report = RoundReport(last["round"])
+        report = strategy.report = RoundReport(last["round"], sampled=tuple(last["sampled"]))
         messages = strategy.configure_evaluate(last["round"], arrays, ConfigRecord(), self._grid)
         strategy.aggregate_evaluate(last["round"], self._grid.send_and_receive(messages))
         again = round_line(report, strategy.expected)
         kept = [rejection for rejection in last["rejected"] if not rejection["reason"].startswith("evaluation")]
-        clients = {**last["clients"], "evaluate": again["clients"]["evaluate"]}
+        before = reports(self._record.folder, self._record.lines()[-1]) if self._record else last["clients"]
+        clients = {**before, "evaluate": again["clients"]["evaluate"]}
         line = {key: value for key, value in last.items() if key not in SCORES}
         line |= {key: again[key] for key in SCORES if key in again}
         self.lines.append({**line, "rejected": kept + again["rejected"], "clients": clients})
@@ -311,10 +345,18 @@ def _document(
             "record keeps the round."
         )
     own = {key: last[key] for key in ("per_domain", "mean", "worst")}
-    bench.strategy.discover(grid)
+    strategy = bench.strategy
+    strategy.discover(grid)
+    seen = evaluated(
+        strategy.known.seen,
+        bench.config.evaluate.clients,
+        sampled=last["sampled"],
+        expected=strategy.expected,
+        seed=strategy.seed,
+    )
     standing = {key: last[key] for key in ("answered", "missing") if key in last}
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
-    matrix = EvaluationMatrix(bench.strategy, grid, arrays, bench.config.evaluate, known, min_answered=least)
+    matrix = EvaluationMatrix(strategy, grid, arrays, bench.config.evaluate, known, min_answered=least, seen=seen)
     evaluation = matrix.run()
     beside = bench.measures(lines)
     return {
@@ -325,7 +367,7 @@ def _document(
             **own,
             **standing,
             "round": last["round"],
-            "selection": f"last round, {bench.config.evaluate.split} images",
+            "selection": f"last round, {bench.config.evaluate.split} images{of_which(bench.config.evaluate.clients)}",
             **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
             **beside.pop("final", {}),
         },
@@ -369,8 +411,12 @@ def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = No
     if report.events:
         line["events"] = report.events
     if report.evaluated:
-        line |= answers(expected or {}, {r.partition_id for r in report.evaluate}).document()
+        line |= answers(_asked(expected or {}, report.scored), {r.partition_id for r in report.evaluate}).document()
     return typing.cast(Document, finite(line))
+
+
+def _asked(expected: Mapping[int, Expected], scored: Sequence[int] | None) -> Mapping[int, Expected]:
+    return expected if scored is None else {pid: expected[pid] for pid in scored if pid in expected}
 
 
 def _of_client(report: ClientReport) -> Document:

@@ -45,6 +45,11 @@ def simulate_flower(
             a checkpoint that only the in-process runtime can go on from.
     """
     config.require_importable("Flower's runtime has processes of its own")
+    if config.engine != "client":
+        raise ConfigError(
+            f"engine is {config.engine!r}, and Flower's runtime takes each client for itself. Leave it out, or take "
+            "--runtime in-process."
+        )
     record = RunRecord(runs, config)
     if finished := read_back(record, config):
         return finished

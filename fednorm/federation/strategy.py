@@ -16,29 +16,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, TypedDict
+from typing import ClassVar, TypedDict
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor, nn
 
+from fednorm.config import ALL_CLIENTS
 from fednorm.errors import AggregationError, ConfigError, DivergedError, IncompleteError, RoleError
 from fednorm.federation.aggregation import Average, all_finite
 from fednorm.federation.constants import constant_prints
+from fednorm.federation.evaluated import evaluated
+from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import Node, discover
+from fednorm.federation.nodes import KnownNodes, Node, discover
 from fednorm.federation.plan import NormPlan, norm_plan
-from fednorm.federation.replies import EXTRA, Cause, Expected, Form, UnfitReply, in_order, read_scores, read_update
+from fednorm.federation.replies import (
+    EXTRA,
+    Cause,
+    Expected,
+    Form,
+    UnfitReply,
+    Update,
+    in_order,
+    read_scores,
+    read_update,
+)
 from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.recognition.places import patterns_of
 from fednorm.rng import stream
 from fednorm.roles import LEARNED, Role, RoleRule
-
-if TYPE_CHECKING:
-    from fednorm.federation.deployment.roster import Roster
 
 NODE_SECONDS = 120.0
 """How long to wait for the nodes of a run."""
@@ -90,7 +100,8 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
-        roster: Who the nodes are in a deployed run, where they come and go; None elsewhere.
+        renew: How the nodes of a round are found, in a run where they come and go.
+        evaluates: Which clients are evaluated (``evaluate.clients``).
 
     Raises:
         RoleError: The plan cannot place a tensor, or the strategy would do nothing on this model.
@@ -127,11 +138,14 @@ class NormStrategy(Strategy):
         self.expected: Mapping[int, Expected] = {}
         self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
+        self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
+        self._known = KnownNodes(())
         self.report = RoundReport(0)
         self._sent: dict[str, Tensor] = {}
+        self._sent_flat: Tensor | None = None
         self._grid: Grid | None = None
-        self.roster: Roster | None = None
+        self.renew: Callable[[], tuple[Node, ...]] | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -235,6 +249,8 @@ class NormStrategy(Strategy):
         beside = pack(self.extra_to_send())
         self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
         self._sent, self._grid = unpack(arrays), grid
+        # In the plan's order, which a checkpoint does not keep.
+        self._sent_flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen)
@@ -247,24 +263,22 @@ class NormStrategy(Strategy):
         average, norms = Average(self.plan), dict[int, float]()
         for node, reply in self._in_order(replies):
             try:
-                tensors, report, extra = self._read_update(node, reply)
+                update, report = self._read_update(node, reply)
             except UnfitReply as unfit:
                 self.report.reject(node.partition_id, unfit)
                 continue
             self.report.train.append(report)
             norms[node.partition_id] = report.update_norm or 0.0
             if self._keeps_statistics:
-                self.report.statistics[node.partition_id] = {key: tensors[key] for key in self._travelling}
+                self.report.statistics[node.partition_id] = {key: update.tensors[key] for key in self._travelling}
             weight = report.metrics["num-examples"] if self.weighting == "examples" else 1.0
-            average.add(tensors, weight)
-            if extra:
-                self.aggregate_extra(node.partition_id, extra, weight)
+            average.add(update.tensors, weight, update.flat)
+            if update.extra:
+                self.aggregate_extra(node.partition_id, update.extra, weight)
         self._take_back()
         if not self.report.train:
             return None, None
         self.norms = norms
-        if self.roster:
-            self.roster.note(self.report)
         return pack(self.server_update(self._sent, average.result())), weighted_metrics(self.report.train)
 
     def _take_back(self) -> None:
@@ -280,11 +294,16 @@ class NormStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Address the shared tensors to every client that took part in the federation."""
+        """Address the shared tensors to the clients of the federation that are evaluated, by default to all."""
         self.discover(grid)
         self.report.evaluated = True
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
-        return self._address(content, "evaluate", [node for node in self.nodes if not node.held_out])
+        nodes = evaluated(
+            self.known.seen, self.evaluates, sampled=self.report.sampled, expected=self.expected, seed=self.seed
+        )
+        if self.evaluates != ALL_CLIENTS:
+            self.report.scored = tuple(node.partition_id for node in nodes)
+        return self._address(content, "evaluate", nodes)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every client's metrics, and return their average weighted by test images."""
@@ -364,15 +383,10 @@ class NormStrategy(Strategy):
                     result.evaluate_metrics_clientapp[current] = metrics
                 if evaluate_fn and (metrics := evaluate_fn(current, arrays)) is not None:
                     result.evaluate_metrics_serverapp[current] = metrics
-            self._end(began)
+            self.report.seconds = time.perf_counter() - began
             if on_round:
                 on_round(self.report, arrays)
         return result
-
-    def _end(self, began: float) -> None:
-        self.report.seconds = time.perf_counter() - began
-        if self.roster:
-            self.report.events += self.roster.told()
 
     # Nodes --------------------------------------------------------------------------------------------------------
 
@@ -382,7 +396,7 @@ class NormStrategy(Strategy):
         Raises:
             AggregationError: Too few nodes came, or none of them can be taken on.
         """
-        if not self.nodes and not self.roster:
+        if not self.nodes:
             self._wait_for_nodes(grid)
             self.nodes, self._refused = discover(grid, self.expected, self._constants)
 
@@ -401,32 +415,40 @@ class NormStrategy(Strategy):
         return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
-        if self.roster:
-            self.nodes = self.roster.look(self._constants)
+        if self.renew:
+            self.nodes = self.renew()
         self.discover(grid)
-        nodes = self.trainers
+        nodes = self.known.trainers
         if not nodes:
             raise IncompleteError(f"None of the {len(self.nodes)} clients of this run trains: all are held out.")
-        nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
+        if self.takes_part is not _always:
+            nodes = [node for node in nodes if self.takes_part(node.partition_id, server_round)]
         if self.fraction == 1:
-            return nodes
+            return list(nodes)
         size = max(1, round(self.fraction * len(nodes)))
         chosen = stream(self.seed, "sample", "round", server_round).choice(len(nodes), size=size, replace=False)
         return [nodes[i] for i in sorted(chosen)]
 
     @property
+    def known(self) -> KnownNodes:
+        """The nodes by what they do, found once."""
+        if self._known.nodes is not self.nodes:
+            self._known = KnownNodes(self.nodes)
+        return self._known
+
+    @property
     def trainers(self) -> list[Node]:
         """The nodes that train: those that are not held out and have something to train on, as far as is known."""
-        return [node for node in self.nodes if node.trains and not node.held_out]
+        return list(self.known.trainers)
 
     def _in_order(self, replies: Iterable[Message], during: str = "") -> Iterator[tuple[Node, Message]]:
         def reject(partition_id: int | None, unfit: UnfitReply) -> None:
             self.report.reject(partition_id, unfit, during)
 
-        return in_order(replies, self.nodes, self._awaited, reject)
+        return in_order(replies, self.known.by_id, self._awaited, reject)
 
-    def _read_update(self, node: Node, reply: Message) -> tuple[dict[str, Tensor], ClientReport, Mapping[str, Tensor]]:
-        """Return a client's tensors, what it reported and what it sent besides, or raise UnfitReply."""
+    def _read_update(self, node: Node, reply: Message) -> tuple[Update, ClientReport]:
+        """Return what a client sent, and what it reported, or raise UnfitReply."""
         ours = self.expected.get(node.partition_id) if node.described else None
         update = read_update(
             reply,
@@ -436,12 +458,12 @@ class NormStrategy(Strategy):
             shares=node.described or bool(self.expected),
             extra=self.extra_expected(),
         )
-        norm = update_norm(update.tensors, self._sent)
+        norm = update_norm(update.tensors, self._sent, update.flat, self._sent_flat)
         if self.max_update_norm and not norm <= self.max_update_norm:
             limit = f"the limit, rounds.max_update_norm, is {self.max_update_norm:g}"
             raise UnfitReply(f"the norm of its update is {norm:.4g}, and {limit}", Cause.NORM)
         self.report.bytes_up += update.nbytes
-        return update.tensors, ClientReport(node.partition_id, node.domain, update.metrics, norm), update.extra
+        return update, ClientReport(node.partition_id, node.domain, update.metrics, norm)
 
     # Rounds that cannot be gone on from ---------------------------------------------------------------------------
 

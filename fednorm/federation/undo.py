@@ -9,12 +9,12 @@ end (``query.undo``, with the round), and go back (:func:`go_back`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
-from fednorm.federation.wire import MemoryArray, tensor_of
+from fednorm.federation.wire import LazyRecord, MemoryArray, arrays_of, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, STATE_RECORD, TRAINEE_RECORD
 
 BEFORE_RECORD = "fednorm.before"
@@ -27,9 +27,29 @@ KEPT = (LOCAL_RECORD, TRAINEE_RECORD, STATE_RECORD)
 """What a client keeps."""
 
 
+class _Before(Mapping[str, Array]):
+    """The arrays of some records as ``RECORD/KEY``, and a round's number: looked up when they are asked for."""
+
+    def __init__(self, server_round: int, records: Mapping[str, ArrayRecord]) -> None:
+        self._round, self._records = server_round, records
+
+    def __getitem__(self, path: str) -> Array:
+        if path == ROUND:
+            return MemoryArray(torch.tensor(self._round))
+        name, _, key = path.partition("/")
+        return self._records[name][key]
+
+    def __iter__(self) -> Iterator[str]:
+        yield ROUND
+        yield from (f"{name}/{key}" for name, record in self._records.items() for key in record)
+
+    def __len__(self) -> int:
+        return 1 + sum(map(len, self._records.values()))
+
+
 def kept_now(state: RecordDict) -> dict[str, ArrayRecord]:
     """Return what a client keeps: records that are replaced by training, and never written to."""
-    return {name: state.array_records[name] for name in KEPT if name in state.array_records}
+    return {name: arrays_of(state, name) for name in KEPT if name in state}
 
 
 def remember(state: RecordDict, before: Mapping[str, ArrayRecord], server_round: int) -> None:
@@ -44,8 +64,7 @@ def remember(state: RecordDict, before: Mapping[str, ArrayRecord], server_round:
     now = kept_now(state)
     if now.keys() == before.keys() and all(now[name] is record for name, record in before.items()):
         return
-    arrays = {f"{name}/{key}": array for name, record in before.items() for key, array in record.items()}
-    state[BEFORE_RECORD] = ArrayRecord({ROUND: MemoryArray(torch.tensor(server_round)), **arrays})
+    state[BEFORE_RECORD] = LazyRecord(_Before(server_round, before))
 
 
 def forget(state: RecordDict) -> None:
@@ -61,8 +80,10 @@ def go_back(state: RecordDict, server_round: int) -> None:
         state: The client's ``Context.state``.
         server_round: The round.
     """
-    before = state.array_records.get(BEFORE_RECORD)
-    if before is None or int(tensor_of(before[ROUND])) != server_round:
+    if BEFORE_RECORD not in state:
+        return
+    before = arrays_of(state, BEFORE_RECORD)
+    if int(tensor_of(before[ROUND])) != server_round:
         return
     records: dict[str, ArrayRecord] = {}
     for path, array in before.items():

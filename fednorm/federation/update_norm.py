@@ -9,6 +9,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from fednorm.federation.stack import StackRow
+
 BLOCK = 2**18
 """Values at a time: a block stays in the processor's cache, and no second copy of the model is made."""
 
@@ -16,7 +18,12 @@ SUSPICIOUS = 100.0
 """An update is suspicious that is so many times as long as the median of the others'."""
 
 
-def update_norm(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
+def update_norm(
+    new: Mapping[str, Tensor],
+    old: Mapping[str, Tensor],
+    new_flat: Tensor | None = None,
+    old_flat: Tensor | None = None,
+) -> float:
     """Return how far a client has gone from what it was sent.
 
         ||new - old||_2  over every floating-point tensor that travels, running statistics included
@@ -24,10 +31,18 @@ def update_norm(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> float:
     Args:
         new: The tensors that a client sent.
         old: The tensors that it was sent.
+        new_flat: The former as one vector, if it is there (:func:`~fednorm.federation.flat.flattened`): of a small
+            model, whose squares are then summed in float64.
+        old_flat: The latter likewise, in the same order.
 
     Returns:
         The Euclidean norm; infinite only where float64 cannot hold it.
     """
+    if isinstance(new, StackRow) and math.isfinite(norm := new.stack.norms(old)[new.number]):
+        return norm
+    if new_flat is not None and old_flat is not None and new_flat.shape == old_flat.shape:
+        difference = new_flat.double() - old_flat.double()
+        return math.sqrt(difference.square_().sum().item())  # a dot's last bits depend on where in memory it is
     pairs = [(new[key], old[key]) for key in new if key in old and new[key].is_floating_point()]
     total = sum(_squares(a, b, torch.float32) for a, b in pairs)
     if not math.isfinite(total):  # finite values whose squares are not, or whose differences are not

@@ -19,10 +19,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fednorm.federation.flower_private import array_record
 
 BFLOAT16 = "bfloat16"
 
@@ -42,13 +44,22 @@ class MemoryArray(Array):
 
     def __init__(self, tensor: Tensor) -> None:
         """Wrap a CPU tensor; it must not be written to afterwards."""
-        fields = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": tuple(tensor.shape),
-            "stype": STYPE,
-            "tensor": tensor,
-        }
-        self.__dict__.update(fields)
+        self.__dict__["tensor"] = tensor
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        """Return the type of the values, e.g. ``float32``."""
+        return str(self.__dict__["tensor"].dtype).removeprefix("torch.")
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Return the shape."""
+        return tuple(self.__dict__["tensor"].shape)
+
+    @property
+    def stype(self) -> str:  # type: ignore[override]
+        """Return the serialization that ``data`` has."""
+        return STYPE
 
     @property
     def data(self) -> bytes:  # type: ignore[override]
@@ -69,17 +80,37 @@ class MemoryArray(Array):
 MemoryArray.__qualname__ = Array.__qualname__
 
 
+class LazyRecord(ArrayRecord):
+    """An ``ArrayRecord`` whose arrays are made when they are asked for; it must not be written to."""
+
+    def __init__(self, arrays: Mapping[str, Array]) -> None:
+        """Take the arrays by key."""
+        super().__init__()
+        self.__dict__["_data"] = arrays
+
+
+# Flower writes a record's class name into its serialized form and looks it up on the other side.
+LazyRecord.__qualname__ = ArrayRecord.__qualname__
+
+
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record of tensors that will not be written to again; what is on another device is copied to the CPU."""
-    record = ArrayRecord()
-    for key, tensor in tensors.items():
-        record[key] = MemoryArray(tensor.detach().cpu())
-    return record
+    return array_record({key: MemoryArray(tensor.detach().cpu()) for key, tensor in tensors.items()})
 
 
 def unpack(record: ArrayRecord) -> dict[str, Tensor]:
     """Return a record's tensors; they must not be written to."""
     return {key: tensor_of(array) for key, array in record.items()}
+
+
+def arrays_of(records: RecordDict, name: str) -> ArrayRecord:
+    """Return one of our own records of arrays; to sort all records by their types takes longer than to use one."""
+    return cast(ArrayRecord, records[name])
+
+
+def config_of(records: RecordDict) -> ConfigRecord:
+    """Return the settings that a message of ours brings."""
+    return cast(ConfigRecord, records["config"])
 
 
 def tensor_of(array: Array) -> Tensor:
@@ -109,6 +140,8 @@ def decode(array: Array, shape: tuple[int, ...], dtype: str) -> Tensor:
         raise Undecodable(f"is no Array but a {type(array).__name__}")
     held = array.__dict__.get("tensor")
     if isinstance(held, Tensor):
+        if held.dtype is getattr(torch, dtype) and held.shape == shape and held.layout is torch.strided:
+            return held.detach() if held.is_cpu else held.detach().cpu()
         _require_fit(tuple(held.shape), str(held.dtype).removeprefix("torch."), shape, dtype)
         if held.layout is not torch.strided:
             raise Undecodable(f"is laid out as {held.layout}; expected a dense tensor")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from flwr.app import ArrayRecord, Context, RecordDict
@@ -25,25 +25,24 @@ from fednorm.data.domain import Client, Federation, pooled
 from fednorm.data.moving import moved
 from fednorm.data.normalize import normalized
 from fednorm.errors import ConfigError
+from fednorm.federation.contexts import AT_ONCE, SMALL
+from fednorm.federation.contexts import LOCAL_RECORD as LOCAL_RECORD
+from fednorm.federation.contexts import STATE_RECORD as STATE_RECORD
+from fednorm.federation.contexts import TRAINEE_RECORD as TRAINEE_RECORD
 from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import Common, NormStrategy
-from fednorm.federation.wire import pack, unpack
+from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.memory import require_memory
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
 from fednorm.training.footprint import require_footprint
 from fednorm.training.trainee import Trainee
 
-LOCAL_RECORD = "fednorm.local"
-"""The record of a client's ``Context.state`` that holds its local tensors."""
-
-TRAINEE_RECORD = "fednorm.trainee"
-"""The record of a client's ``Context.state`` that holds what its optimizer and effects remember between rounds."""
-
-STATE_RECORD = "fednorm.state"
-"""The record of a client's ``Context.state`` that holds what the strategy's client side keeps under its own names."""
+if TYPE_CHECKING:
+    from fednorm.federation.cohort.engine import Engine
+    from fednorm.federation.deployment.roster import Roster
 
 
 DEPLOYMENT = "deployment"
@@ -63,7 +62,14 @@ class Workbench:
         plan: The strategy's norm plan.
         trainee: What trains: the model, its optimizer, the effects around an update.
         schedule: Of the learning rate, over the rounds.
+        engine: What carries out its clients' turns, once that is decided.
+        lends: Whether what a client's turn returns may be the model's own tensors: a worker lays it into shared memory
+            before the next turn.
     """
+
+    lends = False
+    roster: Roster | None = None
+    """Who the nodes are, in a deployed run."""
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
         """Load the data (unless given) and build the model and the strategy.
@@ -72,6 +78,7 @@ class Workbench:
             FedNormError: Something in the configuration does not fit the rest.
         """
         self.config = config
+        self.engine: Engine | None = None
         devices.device_of(config)  # before data are read
         self.federation = self._loaded(federation)
         self.norm: Norm = self._made_norm()
@@ -105,10 +112,11 @@ class Workbench:
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         }
         self.strategy.local(self.strategy).check(self.trainee)
-        clients = self.federation.training_clients
-        self._require_phases(clients)
+        counts = self.federation.counts
+        self._require_phases()
         self.trainee.require_batches(
-            (f"Client {client.partition_id} (domain {client.domain!r})", len(client.train)) for client in clients
+            (f"Client {pid} (domain {counts.domains[counts.domain[pid]]!r})", int(counts.train[pid]))
+            for pid in counts.trains.nonzero()[0].tolist()
         )
         self._require_memory_of_clients()
 
@@ -189,21 +197,25 @@ class Workbench:
 
     def _require_memory(self) -> None:
         """Refuse a model or a batch that this machine cannot hold, before it is allocated."""
-        clients = self.federation.clients
+        counts = self.federation.counts
         require_footprint(
             self.config,
             self.norm,
             num_classes=self.federation.num_classes,
             image_size=self.federation.image_size,
             copies=5 + bool(self.config.train.momentum),  # gradients, the initial, the server's, the average's
-            train_images=max((len(client.train) for client in clients), default=0),
-            test_images=max((len(client.test) for client in clients), default=0),
+            train_images=int(counts.train.max(initial=0)),
+            test_images=int(counts.test.max(initial=0)),
         )
 
-    def _require_phases(self, clients: Sequence[Client]) -> None:
+    def _require_phases(self) -> None:
         """Refuse a strategy whose clients train nothing of what the run trains, or nothing while the head is probed."""
-        train, trainable = self.config.train, self.trainee.trainable
-        if (train.trainable == "all" and not train.linear_probe_rounds) or not clients:
+        train, trainable, training = (
+            self.config.train,
+            self.trainee.trainable,
+            self.federation.counts.trains.nonzero()[0],
+        )
+        if (train.trainable == "all" and not train.linear_probe_rounds) or not len(training):
             return
         if train.linear_probe_rounds >= self.config.rounds.num_rounds:
             raise ConfigError(
@@ -211,7 +223,7 @@ class Workbench:
                 f"rounds.num_rounds; got {train.linear_probe_rounds} of {self.config.rounds.num_rounds}. A probe "
                 "without fine-tuning is train.trainable = 'head'."
             )
-        phases = self.strategy.local(self.strategy).phases(self.turn(clients[0], 1))
+        phases = self.strategy.local(self.strategy).phases(self.turn(self.federation.clients[int(training[0])], 1))
         for key, keys in (
             ("trainable", trainable.learned),
             *([("linear_probe_rounds", trainable.learned & trainable.head)] if train.linear_probe_rounds else []),
@@ -223,8 +235,9 @@ class Workbench:
                 )
 
     def _require_memory_of_clients(self) -> None:
-        """Refuse more clients than this machine can hold the local tensors of."""
-        count, each = len(self.federation.training_clients), self.plan.bytes_by_role()[Role.LOCAL.value]
+        """Refuse more clients than this machine can hold the local tensors of; of many it holds a few at a time."""
+        count, each = int(self.federation.counts.trains.sum()), self.plan.bytes_by_role()[Role.LOCAL.value]
+        count = count if len(self.federation.clients) <= SMALL else AT_ONCE
         each += self.strategy.local(self.strategy).state_bytes(self.plan)
         require_memory(
             2 * count * each,  # and those before the last training, to which a rejected client goes back
@@ -267,8 +280,8 @@ class Workbench:
             evaluating: Whether it is an evaluation and no training: its random streams are the same in every round.
         """
         sent, state = content or RecordDict(), context.state if context else RecordDict()
-        own = unpack(state.array_records[STATE_RECORD]) if STATE_RECORD in state else {}
-        beside = unpack(sent.array_records[EXTRA]) if EXTRA in sent else {}
+        own = unpack(arrays_of(state, STATE_RECORD)) if STATE_RECORD in state else {}
+        beside = unpack(arrays_of(sent, EXTRA)) if EXTRA in sent else {}
         if content is None:
             beside = dict(self.strategy.extra_to_send())
         of_round = ("evaluation",) if evaluating else ("round", server_round)
@@ -281,11 +294,21 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(sent.array_records["arrays"]) if content else {},
+            received=unpack(arrays_of(sent, "arrays")) if content else {},
             extra=held(beside, "A strategy sends"),
-            config=dict(sent.config_records.get("config", self.strategy.client_config())),
+            config=dict(config_of(sent) if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),
         )
+
+    @property
+    def initial(self) -> Mapping[str, Tensor]:
+        """The initial values of the tensors that the server does not send, by key; not to be written to."""
+        return self._initial
+
+    @property
+    def learned(self) -> Collection[str]:
+        """The keys of the learned parameters that are shared: those that a term of a federated method acts on."""
+        return self._learned.keys()
 
     @property
     def statistics(self) -> tuple[str, ...]:
@@ -304,7 +327,7 @@ class Workbench:
             has never trained.
         """
         sent = unpack(arrays)
-        own = unpack(state.array_records[LOCAL_RECORD]) if LOCAL_RECORD in state.array_records else {}
+        own = unpack(arrays_of(state, LOCAL_RECORD)) if LOCAL_RECORD in state else {}
         self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
 
@@ -319,12 +342,12 @@ class Workbench:
         torch._foreach_copy_(targets, [tensors[key] for key in self._state])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies of some of the model's tensors, on the CPU."""
-        return {key: self._state[key].to("cpu", copy=True) for key in keys}
+        """Return copies of some of the model's tensors, on the CPU; its own, where the workbench :attr:`lends` them."""
+        return {key: self._state[key].to("cpu", copy=not self.lends) for key in keys}
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""
-        self.trainee.begin_turn(unpack(state.array_records[TRAINEE_RECORD]) if TRAINEE_RECORD in state else {})
+        self.trainee.begin_turn(unpack(arrays_of(state, TRAINEE_RECORD)) if TRAINEE_RECORD in state else {})
 
     def keep_local(self, state: RecordDict, own: Mapping[str, Tensor] | None = None) -> None:
         """Store the model's local tensors in a client's ``Context.state``; without any, a client keeps nothing.

@@ -37,7 +37,7 @@ from torch.nn import functional
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import DataError
-from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims, per_channel
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.norms.group_norm import checked_groups
 from fednorm.norms.ws_group_norm import WSConv2d
@@ -93,7 +93,7 @@ class BatchChannelNormLayer(BatchLayer):
             self._move(x)
         mean, var = widened(self.running_mean), widened(self.running_var)
         rate = self.count_batch() if by_batch else 0.0
-        y = functional.batch_norm(x, mean, var, weight, bias, by_batch, rate, self.eps)
+        y = batch_norm(x, mean, var, weight, bias, by_batch, rate, self.eps)
         if mean is not self.running_mean:  # a model in half precision
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)

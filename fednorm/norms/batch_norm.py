@@ -74,6 +74,10 @@ class BatchNorm(Norm):
             return self.layer(num_channels, max(spatial_dims))
         return BatchLayer(num_channels, eps=self.eps, momentum=self.momentum)
 
+    def token_layer(self, num_channels: int) -> nn.Module:
+        """Return the layer for a transformer's tokens: PyTorch's numbers, by its kernel for rows."""
+        return BatchLayer(num_channels, eps=self.eps, momentum=self.momentum)
+
 
 SPEC = NormSpec(
     name="batch_norm",
@@ -99,7 +103,7 @@ SPEC = NormSpec(
     train_eval_differ=True,
     deviations=("Running moments are an exponential average, the paper's are a pass over the population.",),
     verified=(
-        "It is torch.nn.BatchNorm itself.",
+        "It is torch.nn.BatchNorm itself; on a ViT's tokens a subclass that hands them to it as rows.",
         "The formula written out in float64, on drawn maps and features, with finite differences of its gradient.",
     ),
 )

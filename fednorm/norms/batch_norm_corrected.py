@@ -23,12 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.norms._batch import BatchLayer, check_spatial_dims
+from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -69,9 +68,7 @@ class CorrectedBatchNorm(BatchLayer):
         rate = self.count_batch() if self.training else 0.0
         if self.training and self.momentum is not None:
             rate = corrected_momentum(int(self.num_batches_tracked), self.momentum, self.kappa)
-        return functional.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, rate, self.eps
-        )
+        return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.training, rate, self.eps)
 
     def extra_repr(self) -> str:
         """Return the arguments."""

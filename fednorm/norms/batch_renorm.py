@@ -13,6 +13,8 @@ https://arxiv.org/abs/1702.03275. As in avalanche-lib's ``BatchRenorm2D``, whose
 r_bound starts at 1 and d_bound at 0, which is batch normalization; each grows by ``growth`` * N with every batch of N
 samples that finds it below its maximum, ``r_max`` and ``d_max``, and may overshoot it once, as in Avalanche.
 
+Cost: moments and normalization are two passes, less than twice PyTorch's batch normalization at a batch of 32; at a
+batch of 1 the number of calls counts, three times.
 Federated: ``running_var`` is the *square* of running_sd, eps included, so that moments can be pooled like any other
 variance. The bounds follow from two counters of samples, which each client keeps for itself.
 Continual: everything is kept. Avalanche's running moments and bounds are plain attributes, lost on saving; ours are in
@@ -27,12 +29,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
-from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims, per_channel
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
@@ -89,7 +90,7 @@ class BatchRenormLayer(BatchLayer):
         self._check_input_dim(x)
         if not self.training:
             # running_var has its eps inside.
-            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
+            return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.0)
         return self._train(x)
 
     @in_full_precision
@@ -99,7 +100,7 @@ class BatchRenormLayer(BatchLayer):
         # r and d are constants, so they go into the scale and shift of PyTorch's own batch norm.
         weight = widened(self.weight)
         shift = torch.addcmul(widened(self.bias), weight, d)
-        y = functional.batch_norm(x, None, None, weight * r, shift, True, 0.0, self.eps)
+        y = batch_norm(x, None, None, weight * r, shift, True, 0.0, self.eps)
         self._track(mean, sd, len(x))
         return y
 

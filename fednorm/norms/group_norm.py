@@ -8,6 +8,8 @@ Mean and biased variance are those of one sample and one group of C / num_groups
 ``weight`` and ``bias`` are per channel. Train = eval; no running statistics; a batch of one works. An input (N, C)
 is normalized over the features of each group.
 
+Cost: PyTorch's fused kernel, batch normalization's on maps; on tokens, whose features stand side by side, two to five
+times layer normalization's, for it copies them first.
 Federated: no statistics to disagree about; both tensors are shared by FedAvg, local under FedBN's rule.
 Continual: nothing is carried over but the learned scale and shift.
 Differs from the paper: its default is 32 groups, for ImageNet's widths. Ours is 2, the count of the federated line of

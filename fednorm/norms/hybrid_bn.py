@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
@@ -38,6 +37,7 @@ from fednorm.errors import DataError
 from fednorm.norms._batch import (
     BatchLayer,
     batch_moments,
+    batch_norm,
     check_spatial_dims,
     per_channel,
     scaled_by,
@@ -145,7 +145,7 @@ class HybridBNLayer(BatchLayer):
         """
         self._check_input_dim(x)
         if not self.training:
-            return functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            return batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return self._train(x)
 
     @uncompiled

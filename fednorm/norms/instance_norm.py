@@ -8,6 +8,7 @@ https://arxiv.org/abs/1607.08022
 with the biased variance of one channel of one sample. Train = eval; a batch of one works. A map of a single position
 has no variance: PyTorch refuses it, so small images and deep networks do not go together here.
 
+Cost: PyTorch's own layer, which takes two to four times as long as its batch normalization on channels-last maps.
 Federated: removes each image's own contrast and brightness, which is much of what sets domains apart; no statistics.
 Continual: nothing is carried over but the learned scale and shift.
 Differs from PyTorch: ``nn.InstanceNorm2d`` has no weight and bias unless asked, so exchanging it for batch

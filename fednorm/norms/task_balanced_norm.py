@@ -29,12 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import DataError
-from fednorm.norms._batch import BatchLayer, check_spatial_dims
+from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims
 from fednorm.norms._hearing import Hearing
 from fednorm.roles import Kind
 from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
@@ -115,7 +114,7 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
         mean, var = self.running_mean.repeat(parts), self.running_var.repeat(parts)
         weight, bias = self.weight.repeat(parts), self.bias.repeat(parts)
         batch = torch.cat((rows, memory))
-        y = functional.batch_norm(batch, mean, var, weight, bias, True, self.count_batch(), self.eps)
+        y = batch_norm(batch, mean, var, weight, bias, True, self.count_batch(), self.eps)
         self.running_mean.copy_(mean.view(parts, -1).mean(0))
         self.running_var.copy_(var.view(parts, -1).mean(0))
         ours = y[: len(rows)].reshape(current, *x.shape[1:])

@@ -116,15 +116,16 @@ def find_classifier(model: nn.Module) -> str:
     return linear[-1]
 
 
-def _has_rows(parameter: Tensor, units: Units) -> bool:
+def has_rows(parameter: Tensor, units: Units) -> bool:
+    """Return whether each row of dimension 0 is a unit; else the whole tensor is one."""
     shape = parameter.shape if units == "timm" else [size for size in parameter.shape if size != 1]
     return len(shape) > 1
 
 
 def _clip(parameters: list[Tensor], clipping: float, eps: float, units: Units) -> None:
     """Clip in place. All units of all tensors are compared at once: a small model's time goes into calls, not sums."""
-    by_row = [parameter for parameter in parameters if _has_rows(parameter, units)]
-    whole = [parameter for parameter in parameters if not _has_rows(parameter, units)]
+    by_row = [parameter for parameter in parameters if has_rows(parameter, units)]
+    whole = [parameter for parameter in parameters if not has_rows(parameter, units)]
     ordered = by_row + whole
     if not ordered:
         return

@@ -87,6 +87,10 @@ class WeightProjection:
     Attributes:
         radii: rho of each projected layer, by its path.
         updates: How many updates have been seen.
+        weights: The projected weights, a group of one tensor for each of the ``radii``.
+        joint: Scales and shifts that share a radius, the root of the number of scales.
+        scales: What decays to 1.
+        shifts: What decays to 0.
 
     Raises:
         ConfigError: An option is out of range; no weight is hidden; an initial weight is zero or not finite;
@@ -101,10 +105,10 @@ class WeightProjection:
         self.every = every
         self.updates = 0
         self.radii: dict[str, float] = {found.path: _initial_norm(found) for found in hidden}
-        self._weights: list[Group] = [(found.layer.weight,) for found in hidden]
-        self._joint: list[Group] = []
-        self._scales: list[Tensor] = []
-        self._shifts: list[Tensor] = []
+        self.weights: list[Group] = [(found.layer.weight,) for found in hidden]
+        self.joint: list[Group] = []
+        self.scales: list[Tensor] = []
+        self.shifts: list[Tensor] = []
         if affine != "free":
             self._take_affine(model)
 
@@ -118,10 +122,10 @@ class WeightProjection:
             scales, shifts = _of_kind(place.module, Kind.SCALE), _of_kind(place.module, Kind.SHIFT)
             # A shift alone starts from 0 and has no radius to keep.
             if self.affine == "joint" and scales and _passes_scale_on(place):
-                self._joint.append((*scales, *shifts))
+                self.joint.append((*scales, *shifts))
             else:
-                self._scales += scales
-                self._shifts += shifts
+                self.scales += scales
+                self.shifts += shifts
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -129,12 +133,12 @@ class WeightProjection:
         self.updates += 1
         if self.updates % self.every:
             return
-        _rescale([*self._weights, *self._joint], [*self.radii.values(), *(g[0].numel() ** 0.5 for g in self._joint)])
-        if self._scales:
-            torch._foreach_mul_(self._scales, self.decay)
-            torch._foreach_add_(self._scales, 1.0 - self.decay)
-        if self._shifts:
-            torch._foreach_mul_(self._shifts, self.decay)
+        _rescale([*self.weights, *self.joint], [*self.radii.values(), *(g[0].numel() ** 0.5 for g in self.joint)])
+        if self.scales:
+            torch._foreach_mul_(self.scales, self.decay)
+            torch._foreach_add_(self.scales, 1.0 - self.decay)
+        if self.shifts:
+            torch._foreach_mul_(self.shifts, self.decay)
 
     @property
     def counts(self) -> bool:

@@ -17,11 +17,15 @@ from fednorm.records.folder import Folder, Tensors
 from fednorm.records.formats import Unfit
 from fednorm.records.integrity import UNREADABLE, read_tensors, reason
 from fednorm.records.journal import Journal
+from fednorm.records.states import States
 
 CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "previous.safetensors"
 
 VERSION = 2
 """Of what a checkpoint holds; one of another version is refused."""
+
+TABLE_VERSION = 3
+"""Of one beside which a table has what clients keep."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,15 @@ class Checkpoint:
         tensors: Everything that is a tensor, under names that the run's kind gives.
         state: What else the run needs, for JSON.
         data: The digest of the data it was trained on; None in a checkpoint that does not say.
+        table: Whether what clients keep is in the record's table (:class:`~fednorm.records.states.States`) and not
+            among the tensors.
     """
 
     ended: int
     tensors: Tensors
     state: Mapping[str, Any] = field(default_factory=dict)
     data: str | None = None
+    table: bool = False
 
 
 class _Damaged(RecordError):
@@ -52,10 +59,11 @@ class Checkpoints:
         folder: The record's folder.
         journal: The record's journal.
         unit: What a line is of: ``round`` or ``experience``.
+        states: The table of what clients keep, which checkpoints of large federations go with.
     """
 
-    def __init__(self, folder: Folder, journal: Journal, unit: str) -> None:
-        self._folder, self._journal, self._unit = folder, journal, unit
+    def __init__(self, folder: Folder, journal: Journal, unit: str, states: States) -> None:
+        self._folder, self._journal, self._unit, self._states = folder, journal, unit, states
         self.paths = (folder.path / CHECKPOINT, folder.path / PREVIOUS)
 
     def save(self, checkpoint: Checkpoint) -> None:
@@ -65,8 +73,10 @@ class Checkpoints:
         """
         chain = self._journal.chain()
         self._journal.sync()
+        table = {"clients": self._states.commit(checkpoint.ended)} if checkpoint.table else {}
         about = {
-            "version": str(VERSION),
+            "version": str(TABLE_VERSION if table else VERSION),
+            **table,
             "ended": str(checkpoint.ended),
             "state": json.dumps(dict(checkpoint.state)),
             "journal": chain.digest(min(checkpoint.ended, len(chain.lines))),
@@ -94,10 +104,15 @@ class Checkpoints:
             if damage:
                 self._go_back(checkpoint, damage[0])
             self._journal.keep(checkpoint.ended)
+            if checkpoint.table:
+                self._states.keep(checkpoint.ended)
+            else:
+                self._states.remove()
             return checkpoint
         if damage:
             raise RecordError(f"{damage[0]} {self.remedy()}")
         self._journal.keep(0)
+        self._states.remove()
         return None
 
     def standing(self) -> list[Path]:
@@ -146,21 +161,36 @@ class Checkpoints:
         """Return what a file holds, if it and the lines it belongs to are whole."""
         try:
             tensors, about = read_tensors(path, self._folder.run)
-            version = about.get("version")
-            if version == str(VERSION):
-                checkpoint = Checkpoint(int(about["ended"]), tensors, json.loads(about["state"]), about.get("data"))
+            version, known = about.get("version"), (str(VERSION), str(TABLE_VERSION))
+            if version in known:
+                ended, state, table = int(about["ended"]), json.loads(about["state"]), about.get("clients")
+                checkpoint = Checkpoint(ended, tensors, state, about.get("data"), table is not None)
                 journal = about["journal"]
         except Unfit as error:  # whole, and another's: nothing that going back would mend
             raise RecordError(f"{_unfit(path, error)} {self.remedy()}") from error
         except (*UNREADABLE, LookupError, TypeError) as error:
             raise _Damaged(_unfit(path, error)) from error
-        if version != str(VERSION):
+        if version not in known:
             raise RecordError(
                 f"The checkpoint {path} has version {version}, and this fednorm reads {VERSION}. Go on with the "
                 f"fednorm that wrote it. {self.remedy()}"
             )
         self._require_lines(path, checkpoint.ended, journal)
+        if table is not None:
+            self._require_table(path, checkpoint.ended, table)
         return checkpoint
+
+    def _require_table(self, path: Path, ended: int, digest: str) -> None:
+        """Refuse a table of clients that is not the one that the checkpoint was written with."""
+        place = f"The table {self._states.path} of what clients keep"
+        try:
+            self._states.check(ended, digest)
+        except Unfit as error:
+            raise RecordError(f"{place} cannot be gone on from ({reason(error)}). {self.remedy()}") from error
+        except UNREADABLE as error:
+            raise _Damaged(
+                f"{place} does not go with the checkpoint {path.name} of {self._unit} {ended} ({reason(error)})."
+            ) from error
 
     def _require_lines(self, path: Path, ended: int, digest: str) -> None:
         """Refuse a record that has lost lines from before the checkpoint."""

@@ -1,8 +1,9 @@
 """A finished run goes on: 200 rounds after a run of 100 with the same configuration, to the same bits as 200 at once.
 
-A finished record keeps the server's tensors and every client's; what else its last checkpoint had (a server optimizer's
-moments, control variates, clients' momentum) stands in ``further.safetensors``. A longer run that finds the record of a
-shorter one beside its own begins with its lines and tensors, as if it had been cut short there.
+A finished record keeps the server's tensors and every client's (of many clients, all that they keep); what else its
+last checkpoint had (a server optimizer's moments, control variates, clients' momentum) stands in
+``further.safetensors``. A longer run that finds the record of a shorter one beside its own begins with its lines and
+tensors, as if it had been cut short there.
 
 Where the length enters what is computed before its end, the longer run is another run and begins anew: a learning rate
 that falls over the rounds. A stream does not go on so: its number of passes, and of experiences, is part of each of
@@ -20,6 +21,7 @@ from typing import Any
 from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
 from fednorm.records.checkpoint import Checkpoint
+from fednorm.records.columns import reports
 from fednorm.records.folder import Tensors
 from fednorm.records.integrity import read_tensors
 from fednorm.records.record import ABOUT, CLIENTS, FURTHER, MODEL, RESULT, RunRecord
@@ -129,13 +131,18 @@ def begin(record: RunRecord, data: str, scores: tuple[str, ...]) -> Finished | N
         earlier = RunRecord(record.folder.parent, finished.config)
         if not earlier.result():  # which checks every file of it
             return None
-        lines, tensors = earlier.lines(), _tensors(finished)
+        written, tensors = earlier.lines(), _tensors(finished)
+        lines: list[dict[str, Any]] = [{**line, "clients": reports(finished.folder, line)} for line in written]
     except FedNormError:  # it is damaged: that is said to whoever asks for it
         return None
     if finished.rounds % config.rounds.evaluate_every:
         last = {key: value for key, value in lines[-1].items() if key not in scores}
-        lines[-1] = {**last, "clients": {**last["clients"], "evaluate": []}} if "clients" in last else last
-    record.take_over(lines, Checkpoint(finished.rounds, tensors, data=data))
+        lines[-1] = {**last, "clients": {**last["clients"], "evaluate": []}}
+    last_state = Checkpoint(finished.rounds, tensors, data=data, table=earlier.states.used)
+    try:
+        record.take_over(lines, last_state, earlier.states)
+    finally:
+        earlier.states.close()
     return finished
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-TRACES = (".lock", ".launch", ".writable", "run.json")
+TRACES = (".lock", ".launch", ".writable", "run.json", "clients.sqlite", "clients.sqlite-journal")
 """Files of a record that say nothing of how its run went."""
 
 
@@ -58,6 +59,7 @@ def remove_traces(folder: Path, missing: list[Path], lines: str) -> None:
         for path in (folder / lines, *(folder / name for name in TRACES), *folder.glob("*.part")):
             if path.is_file():
                 path.unlink()
+        shutil.rmtree(folder / "clients", ignore_errors=True)
         remove_empty([folder, *missing])
 
 

@@ -3,11 +3,14 @@
     RUNS/fedbn-batch_norm-digits-seed1-0123456789ab/
         run.json                  the resolved configuration, its hash, versions, the plan, the data's title and notes
         rounds.jsonl              one line a round: every client's metrics
+        clients/*.parquet         of a federation of more than 512 clients, these, a file a round
         checkpoint.safetensors    the server's tensors, its optimizer's, every client's; the round; while it runs
         previous.safetensors      the checkpoint before that one
         model.safetensors         the final server tensors
         evaluated.safetensors     a stream's tensors in its last evaluation, where the learner evaluates others
         clients.safetensors       every client's final local tensors, as client/key; where the strategy keeps any
+        clients.sqlite            of a federation of more than 512 clients in place of these, and of what checkpoints
+                                  have of them, from the first round on: a row for each client that has trained
         personal.safetensors      what stands in each client's own network in place of the server's, likewise; where the
                                   strategy evaluates clients with another (Ditto's own model, a fine-tuned one)
         further.safetensors       what else a longer run goes on with (:mod:`fednorm.records.further`)
@@ -37,6 +40,7 @@ import fednorm.records.files as files
 from fednorm.config import RunConfig
 from fednorm.errors import RecordError
 from fednorm.records.checkpoint import Checkpoint, Checkpoints
+from fednorm.records.columns import content_of, in_columns, tables
 from fednorm.records.folder import Folder, Tensors
 from fednorm.records.formats import Unfit
 from fednorm.records.integrity import (
@@ -50,6 +54,7 @@ from fednorm.records.integrity import (
 )
 from fednorm.records.journal import Journal
 from fednorm.records.leftovers import anything_stands, beside_a_result, not_there, nothing_left, remove_empty
+from fednorm.records.states import STATES, States
 from fednorm.records.versions import versions
 
 ABOUT, RESULT = "run.json", "result.json"
@@ -66,6 +71,13 @@ class RunRecord:
     Args:
         root: The folder that holds records.
         config: The run's configuration.
+
+    Attributes:
+        folder: The run's folder.
+        config: The configuration.
+        states: The table of what the clients of a large federation keep.
+        columns: Whether what clients report goes to a file of columns a round (:mod:`fednorm.records.columns`), as it
+            does in a large federation.
     """
 
     def __init__(self, root: Path, config: RunConfig) -> None:
@@ -74,7 +86,8 @@ class RunRecord:
         self._folder = Folder(self.folder, config.hash)
         unit = UNITS[config.kind]
         self._journal = Journal(self._folder, f"{unit}s.jsonl")
-        self._checkpoints = Checkpoints(self._folder, self._journal, unit)
+        self.states, self.columns = States(self._folder), False
+        self._checkpoints = Checkpoints(self._folder, self._journal, unit, self.states)
 
     def prepare(self) -> None:
         """Make the run's folder.
@@ -96,7 +109,10 @@ class RunRecord:
             RecordError: The folder cannot be made or written, or another process is running this very run.
         """
         with self.held(".lock", f"Another process is running this run now ({self.folder})."):
-            yield
+            try:
+                yield
+            finally:
+                self.states.close()
 
     @contextmanager
     def held(self, name: str, who: str) -> Iterator[None]:
@@ -135,7 +151,7 @@ class RunRecord:
 
     def append_line(self, line: Mapping[str, Any]) -> None:
         """Append the line of a round or an experience; a full disk leaves none of it."""
-        self._journal.append(line)
+        self._journal.append(in_columns(self._folder, line) if self.columns else line)
 
     def lines(self) -> list[dict[str, Any]]:
         """Return the lines of the rounds or experiences, up to the first that is not whole, if any.
@@ -174,6 +190,8 @@ class RunRecord:
         """
         self._require_about()
         checkpoint = self._checkpoints.load()
+        if checkpoint:
+            self._require_columns()
         if checkpoint and data is not None and checkpoint.data not in (None, data):
             raise RecordError(
                 f"The checkpoint {self._checkpoints.paths[0]} was trained on other data: their digest is "
@@ -190,15 +208,24 @@ class RunRecord:
         """
         return bool(self._checkpoints.standing())
 
-    def take_over(self, lines: Iterable[Mapping[str, Any]], checkpoint: Checkpoint) -> None:
+    def take_over(self, lines: Iterable[Mapping[str, Any]], checkpoint: Checkpoint, states: States) -> None:
         """Begin with the lines and the checkpoint of a shorter run, in place of whatever lines are there.
+
+        Args:
+            lines: Its lines.
+            checkpoint: Its last checkpoint.
+            states: Its table of what clients keep, from which rows are taken where the checkpoint has them there.
 
         Raises:
             RecordError: They cannot be written.
         """
         self._journal.keep(0)
+        self.states.remove()
         for line in lines:
-            self._journal.append(line)
+            self.append_line(line)
+        for client in states.clients() if checkpoint.table else ():
+            if kept := {key: t for key, t in states.read(client).items() if not key.startswith("personal/")}:
+                self.states.write(client, checkpoint.ended, kept)
         self._checkpoints.save(checkpoint)
 
     def restoring(self) -> AbstractContextManager[None]:
@@ -227,6 +254,14 @@ class RunRecord:
     def _require_about(self) -> None:
         self.about()
 
+    def _require_columns(self) -> None:
+        """Refuse to go on from rounds of which what clients reported is lost."""
+        try:
+            for clients in tables(self.lines()):
+                content_of(self.folder, clients)
+        except RecordError as error:
+            raise RecordError(f"{error} {self._checkpoints.remedy()}") from error
+
     def start_over(self) -> None:
         """Forget the rounds of an earlier attempt that left no checkpoint.
 
@@ -248,6 +283,7 @@ class RunRecord:
         clients: Mapping[int, Tensors] | None = None,
         evaluated: Tensors | None = None,
         personal: Mapping[int, Tensors] | None = None,
+        table: bool = False,
         further: Tensors | None = None,
     ) -> None:
         """Write the final tensors and the result, and remove the checkpoint: the run has finished.
@@ -258,6 +294,7 @@ class RunRecord:
             clients: Each client's local tensors, by partition id.
             evaluated: The tensors of the model that was evaluated, where they are not those of the model.
             personal: What each client's own network has in place of the model's, by partition id.
+            table: Whether clients' tensors are in the record's table, committed, and not given here.
             further: What else the last checkpoint had; None where the run cannot be gone on with.
         """
         if evaluated:
@@ -269,7 +306,7 @@ class RunRecord:
                 self._folder.save_tensors(name, named)
         if further is not None:
             self._folder.save_tensors(FURTHER, further)
-        parts = dict(self._folder.digests)
+        parts = dict(self._folder.digests) | ({STATES: self.states.digest()} if table else {})
         if chain := self._journal.chain().digests:
             self._journal.sync()
             parts[self._journal.name] = chain[-1]
@@ -306,6 +343,7 @@ class RunRecord:
             EVALUATED: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             CLIENTS: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
             PERSONAL: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
+            STATES: lambda _: self.states.verified(),
             FURTHER: lambda path: read_tensors(path, self.config.hash)[1]["digest"],
         }
         path = self.folder / name
@@ -323,4 +361,9 @@ class RunRecord:
         chain = read_chain(files.read(path), self.config.hash)
         if chain.broken:
             raise Unfit(chain.broken)
+        try:
+            for clients in tables(chain.lines):
+                content_of(self.folder, clients)
+        except RecordError as error:
+            raise Unfit(str(error)) from error
         return chain.digest(len(chain.lines))

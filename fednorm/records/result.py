@@ -173,6 +173,22 @@ class FederatedResult(Result):
         """What happened in each round."""
         return self.lines
 
+    def clients(self) -> polars.DataFrame:
+        """Return what every client reported in every round: ``round``, ``phase``, ``client``, ``domain``, its metrics.
+
+        Raises:
+            ConfigError: The run was not recorded (``runs=None``).
+            RecordError: The record cannot be read.
+        """
+        if self.folder is None:
+            raise ConfigError(
+                "The run was made without a record, so that what single clients reported was not kept. Make it with a "
+                "folder for records, e.g. runs='runs'."
+            )
+        from fednorm.records.columns import frame_of
+
+        return frame_of(self.folder)
+
     @property
     def plan(self) -> Mapping[str, Any]:
         """What the federation did with each of the model's tensors."""

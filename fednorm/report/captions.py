@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fednorm.cards import NORMS, spelled
+from fednorm.config import ALL_CLIENTS, of_which
 from fednorm.records.result import result_of
 from fednorm.report._common import Result, incomplete
 from fednorm.study.statistics import LEVEL, METHODS
@@ -66,7 +67,8 @@ def scored(results: Sequence[Result]) -> str:
     split = f"{results[0]['config']['evaluate']['split']} images"
     rounds = sorted({result["final"]["round"] for result in results if "round" in result["final"]})
     after = f"after round {', '.join(map(str, rounds))}" if rounds else "after the last experience"
-    return f"{split}, {after}"
+    whose = dict.fromkeys(of_which(result["config"]["evaluate"].get("clients", ALL_CLIENTS)) for result in results)
+    return f"{split}{' or'.join(text or ' of all clients' for text in whose) if any(whose) else ''}, {after}"
 
 
 def of_table(groups: Mapping[str, Sequence[Result]]) -> str:

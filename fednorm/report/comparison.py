@@ -75,6 +75,13 @@ class Score:
     percent: bool
     better: int
 
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """What no mean of it lies outside of: an accuracy 0 and 1, a difference of accuracies -1 and 1."""
+        if not self.percent:
+            return None
+        return (0.0, 1.0) if self.better > 0 else (-1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -260,7 +267,8 @@ def _scores(results: Sequence[Result]) -> list[Score]:
     return found
 
 
-def _by_seed(group: Sequence[Result], key: str) -> dict[int, float]:
+def by_seed(group: Sequence[Result], key: str) -> dict[int, float]:
+    """Return a score by seed, of the results that have a finite one."""
     found: dict[int, float] = {}
     for result in group:
         if (value := score_of(result, key)) is not None:
@@ -269,8 +277,9 @@ def _by_seed(group: Sequence[Result], key: str) -> dict[int, float]:
 
 
 def _intervals(group: Sequence[Result], scores: Sequence[Score], method: str) -> dict[str, Interval]:
-    measured = {score.key: list(_by_seed(group, score.key).values()) for score in scores}
-    return {key: interval_of(values, method=method) for key, values in measured.items() if values}
+    measured = {score.key: list(by_seed(group, score.key).values()) for score in scores}
+    bounds = {score.key: score.bounds for score in scores}
+    return {key: interval_of(values, method=method, within=bounds[key]) for key, values in measured.items() if values}
 
 
 def _differences(
@@ -278,7 +287,11 @@ def _differences(
 ) -> dict[str, Difference]:
     found = {
         score.key: paired_difference(
-            _by_seed(group, score.key), _by_seed(baseline, score.key), method=method, better=score.better
+            by_seed(group, score.key),
+            by_seed(baseline, score.key),
+            method=method,
+            better=score.better,
+            within=(-1.0, 1.0) if score.percent else None,
         )
         for score in scores
         if score.better
@@ -329,7 +342,8 @@ def _caption(
     studies: Sequence[Study],
     interval: str,
 ) -> tuple[str, ...]:
-    said = [_of_seeds(methods, headline, interval), _of_scoring(methods), *_of_missing(methods, headline)]
+    said = [_of_seeds(methods, headline, interval), *_of_cuts(methods), _of_scoring(methods)]
+    said += _of_missing(methods, headline)
     said += incomplete({method.label: method.results for method in methods})
     if baseline:
         which = f"{baseline}, to the one that shares most settings with the method" if baselines > 1 else baseline
@@ -355,6 +369,13 @@ def _of_seeds(methods: Sequence[Method], headline: str, interval: str) -> str:
     if interval == "bootstrap":
         made += f" ({RESAMPLES:,} resamples{'; too short for so few seeds' if most < FEW else ''})"
     return f"{named} ({count}). Standard deviation with n − 1; {100 * LEVEL:g} % interval of the mean: {made}{alone}."
+
+
+def _of_cuts(methods: Sequence[Method]) -> list[str]:
+    ends = {end for method in methods for key, found in method.scores.items() if found.std and key != "drift"
+            for end in (found.low, found.high)}  # fmt: skip
+    cut = ends & {0.0, 1.0}
+    return ["Intervals end at 0 and 100, beyond which no mean accuracy lies."] if cut else []
 
 
 def _of_scoring(methods: Sequence[Method]) -> str:

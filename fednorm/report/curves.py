@@ -41,6 +41,26 @@ def of_average(result: Result) -> Curve:
     return _finite(averages)
 
 
+def of_forgetting(result: Result) -> Curve:
+    """Return the forgetting after each experience but the first: of those before it the best accuracy minus today's.
+
+    The mean over ``j < k`` of ``max_{j <= i <= k} R[i, j] - R[k, j]``; the last point is the score
+    ``forgetting_max_minus_last``. No point where an accuracy was not measured.
+    """
+    matrix = result["accuracy_matrix"]
+    curve: dict[int, float | None] = {}
+    for number, _ in steps(result):
+        rows = [row[: number - 1] for row in matrix[:number]]
+        lost = [_lost([row[j] for row in rows[j:]]) for j in range(number - 1)] if len(rows) == number else []
+        curve[number] = fmean(known(lost)) if lost and len(known(lost)) == len(lost) else None
+    return _finite(curve)
+
+
+def _lost(accuracies: Sequence[float | None]) -> float | None:
+    measured = known(accuracies)
+    return max(measured) - measured[-1] if measured and len(measured) == len(accuracies) else None
+
+
 def named(result: Result, name: str) -> Curve:
     """Return one of a result's own curves (:attr:`~fednorm.records.result.Result.curves`)."""
     return of_average(result) if name == "average" else of_key(result, name)

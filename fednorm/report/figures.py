@@ -18,16 +18,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from fednorm.errors import ConfigError
 from fednorm.report._common import Result
 from fednorm.report.comparison import Comparison, Method
-from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain
+from fednorm.report.curves import Curve, mean_matrix, named, of_diagnostic, of_domain, of_forgetting
 from fednorm.report.files import write_whole
 from fednorm.report.grouping import score_of
-from fednorm.report.numbers import fixed, percent
-from fednorm.report.plotting import COLOURS, Bands, Curves, finish, legend, legend_height, plain, styled
+from fednorm.report.numbers import fixed, percent, significant
+from fednorm.report.plotting import COLOURS, Bands, Curves, finish, legend, legend_height, look, plain, styled
+from fednorm.report.sweep import Sweep, group_names, kin, sweeps
 from fednorm.study.statistics import LEVEL
 
 FORMATS = ("pdf", "svg", "png")
@@ -76,7 +77,7 @@ class _Panel:
 
 
 def write_figures(
-    folder: Path, compared: Sequence[Comparison], *, figure_format: str = "pdf", interval: str = "t"
+    folder: Path, compared: Sequence[Comparison], *, figure_format: str = "pdf"
 ) -> Iterator[tuple[Path, str]]:
     """Write every figure that comparisons have the numbers for.
 
@@ -84,7 +85,6 @@ def write_figures(
         folder: Where to; made where it is not there. Files of the same names are replaced.
         compared: The comparisons.
         figure_format: ``pdf``, ``svg`` or ``png``.
-        interval: How the bands' intervals are made: ``t`` or ``bootstrap``.
 
     Yields:
         Each file once it is written, and what it shows.
@@ -97,7 +97,7 @@ def write_figures(
         raise ConfigError(f"The figure format is one of {', '.join(FORMATS)}; got {figure_format!r}.")
     taken: Counter[str] = Counter()
     for comparison in compared:
-        for drawing in drawings(comparison, interval):
+        for drawing in drawings(comparison):
             stem = f"{_slug(re.sub(r'[(][^)]*[)]', '', comparison.title))}-{drawing.end}"
             taken[stem] += 1
             path = folder / f"{stem}{f'-{taken[stem]}' if taken[stem] > 1 else ''}.{figure_format}"
@@ -108,16 +108,17 @@ def write_figures(
             yield path, drawing.shows
 
 
-def drawings(comparison: Comparison, interval: str = "t") -> list[Drawing]:
+def drawings(comparison: Comparison) -> list[Drawing]:
     """Return the figures that a comparison has the numbers for.
 
     Args:
         comparison: The comparison; of more than 12 methods the best 12 are shown.
-        interval: How the bands' intervals are made.
     """
-    figures = _Figures(comparison, Bands(interval))
-    found = [figures.bars()]
+    figures = _Figures(comparison)
+    found = [figures.bars(), *map(figures.swept, sweeps(comparison))]
     found += [figures.curve(label, partial(named, name=name)) for label, name in comparison.first.curves.items()]
+    if comparison.kind == "continual" and not comparison.first.memorizes:
+        found.append(figures.curve("forgetting", of_forgetting))
     found += [figures.by_domain(), *map(figures.matrix, figures.methods)]
     return [drawing for drawing in (*found, figures.normalization()) if drawing is not None]
 
@@ -125,10 +126,11 @@ def drawings(comparison: Comparison, interval: str = "t") -> list[Drawing]:
 class _Figures:
     """The figures of one comparison."""
 
-    def __init__(self, comparison: Comparison, bands: Bands) -> None:
+    def __init__(self, comparison: Comparison) -> None:
         self.comparison = comparison
         self.methods = _best(comparison)
-        self.bands = bands
+        self.looks = _looks(comparison, self.methods)
+        self.bands = Bands(self.looks)
         self.step = comparison.first.unit
 
     def bars(self) -> Drawing | None:
@@ -157,6 +159,34 @@ class _Figures:
             return figure
 
         return Drawing("comparison", self._caption(shows), draw)
+
+    def swept(self, sweep: Sweep) -> Drawing | None:
+        """Return the headline score against a setting that has several values: a line a method, intervals on it."""
+        score = self.comparison.score(self.comparison.headline)
+        lines = _swept(self.comparison, sweep)
+        if score is None or not any(len(line) > 1 for line in lines.values()):
+            return None
+        n = _range(sorted({method.scores[score.key].n for line in lines.values() for _, method in line}))
+        shows = self._caption(f"{score.label} against {sweep.label}; bars: {100 * LEVEL:g} % intervals, n = {n} seeds")
+
+        def draw() -> Figure:
+            figure = Figure(figsize=(WIDTH, 2.5 + legend_height(list(lines))), layout="constrained")
+            axes = figure.add_subplot()
+            looks = [_swept_line(axes, line, score.key, look(number)) for number, line in enumerate(lines.values())]
+            axes.set_xlabel(sweep.label)
+            axes.set_ylabel(f"{score.label} (%)")
+            values = [value for line in lines.values() for value, _ in line]
+            finish(axes, share=True)
+            axes.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
+            if min(values) > 0 and max(values) >= 10 * min(values):
+                axes.set_xscale("log")
+                axes.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
+                axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: significant(value)))
+            legend(figure, looks, list(lines), f"{100 * LEVEL:g} % intervals, n = {n} seeds")
+            return figure
+
+        return Drawing(f"{score.label.replace(' ', '_')}_against_{sweep.label}", shows, draw)
 
     def curve(self, label: str, curve_of: Callable[[Result], Curve]) -> Drawing | None:
         """Return an accuracy by round or experience; None where no run has two points of it."""
@@ -252,6 +282,41 @@ def _best(comparison: Comparison) -> list[Method]:
     known = [method for method in methods if key in method.scores]
     kept = sorted(known, key=lambda method: -method.scores[key].mean)[:MOST_METHODS]
     return [method for method in methods if method in kept]
+
+
+def _looks(comparison: Comparison, shown: Sequence[Method]) -> dict[str, dict[str, Any]]:
+    """Return how each method that is shown looks: rows of one method have its colour, in tones."""
+    places = [place for place, method in zip(kin(comparison), comparison.methods, strict=True) if method in shown]
+    order = {group: number for number, group in enumerate(dict.fromkeys(group for group, _ in places))}
+    tones = {group: sorted(tone for other, tone in places if other == group) for group in order}
+    return {
+        method.label: look(order[group], tones[group].index(tone), len(tones[group]))
+        for method, (group, tone) in zip(shown, places, strict=True)
+    }
+
+
+def _swept(comparison: Comparison, sweep: Sweep) -> dict[str, list[tuple[float, Method]]]:
+    """Return by method its rows in order of the swept value; of several rows with one value the best."""
+    names = group_names(comparison)
+    best: dict[str, dict[float, Method]] = {}
+    for method, value, (group, _) in zip(comparison.methods, sweep.values, kin(comparison), strict=True):
+        if value is not None and (found := method.scores.get(comparison.headline)) is not None:
+            line = best.setdefault(names[group], {})
+            if value not in line or found.mean > line[value].scores[comparison.headline].mean:
+                line[value] = method
+    return {name: sorted(line.items(), key=lambda each: each[0]) for name, line in best.items()}
+
+
+def _swept_line(axes: Axes, line: Sequence[tuple[float, Method]], key: str, looks: Mapping[str, Any]) -> Line2D:
+    scores = [method.scores[key] for _, method in line]
+    below = [0.0 if s.low is None else 100 * (s.mean - s.low) for s in scores]
+    above = [0.0 if s.high is None else 100 * (s.high - s.mean) for s in scores]
+    means = [100 * s.mean for s in scores]
+    drawn = axes.errorbar(
+        [value for value, _ in line], means, yerr=[below, above], capsize=2.5, elinewidth=0.8, **looks
+    )
+    main: Line2D = drawn.lines[0]
+    return main
 
 
 def _bar(axes: Axes, place: int, method: Method, key: str) -> None:

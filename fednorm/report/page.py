@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm import __version__
 from fednorm.errors import RecordError
-from fednorm.report.comparison import Comparison, comparison_table, comparisons
+from fednorm.report.comparison import Comparison, comparison_table
 from fednorm.report.files import write_whole
 from fednorm.report.page_data import document
+from fednorm.report.sections import sections
+from fednorm.report.verdict import verdict
 
 if TYPE_CHECKING:
     from fednorm.records.results import Loaded
@@ -29,7 +31,9 @@ SCRIPTS = (
     "charts.js",
     "methods.js",
     "table.js",
+    "export.js",
     "headline.js",
+    "sweep.js",
     "curves.js",
     "matrix.js",
     "layers.js",
@@ -55,8 +59,8 @@ def write_page(path: Path, loaded: Loaded, *, baseline: str | None = None, inter
     """
     if not loaded.results:
         raise RecordError("A page needs at least one finished run, and there is none in what was given.")
-    compared = comparisons(loaded.results, studies=loaded.studies, baseline=baseline, interval=interval)
-    text = page(document(loaded, compared), compared, folder=path.parent)
+    parts = sections(loaded, baseline=baseline, interval=interval)
+    text = page(document(loaded, parts), [part.comparison for part in parts], folder=path.parent)
     write_whole(path, text)
 
 
@@ -84,7 +88,7 @@ def page(document: Mapping[str, Any], compared: Sequence[Comparison], *, folder:
         script=Markup(f'(() => {{\n"use strict";\n{own}\n}})();'),
         plotly=Markup(get_plotlyjs()),
         data=Markup(embeddable(_linked(document, folder))),
-        tables=[comparison_table(comparison) for comparison in compared],
+        tables=[(verdict(comparison), comparison_table(comparison)) for comparison in compared],
     )
 
 

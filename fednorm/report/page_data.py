@@ -17,10 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.config import Kind, RunConfig
 from fednorm.records.result import result_of
+from fednorm.report import captions
 from fednorm.report._common import Result, flat
-from fednorm.report.comparison import Comparison, Method
+from fednorm.report.comparison import Comparison, Method, Score
+from fednorm.report.curves import of_forgetting
+from fednorm.report.downloads import files_of
 from fednorm.report.grouping import score_of
 from fednorm.report.page_size import fitting, number
+from fednorm.report.sections import Section
+from fednorm.report.sweep import group_names, kin, sweeps
+from fednorm.report.verdict import distinct_best, verdict
+from fednorm.study.statistics import quantile
 
 if TYPE_CHECKING:
     from fednorm.records.results import Loaded
@@ -56,19 +63,19 @@ BY_LAYER = ("drift", "weight_norm", "effective_learning_rate")
 """Diagnostics that are kept layer by layer."""
 
 
-def document(loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
+def document(loaded: Loaded, parts: Sequence[Section]) -> Document:
     """Return the page's document, thinned where it would otherwise be too large.
 
     Args:
         loaded: The results, and what was wrong with those that are missing.
-        comparisons: The comparisons of the results, a section of the page each.
+        parts: The sections of the page.
 
     Returns:
         ``title``, ``about``, ``count`` of runs, ``problems``, ``sections``; ``configs``, ``plans``, ``layers``,
         ``grids`` (of curves) and ``times`` (of diagnostics), which runs name by number; ``settings``, which
         configurations name by number; and ``thinned``: null, or what says how curves were thinned or left out.
     """
-    return fitting(_Builder().build(loaded, comparisons))
+    return fitting(_Builder().build(loaded, parts))
 
 
 @dataclass
@@ -98,15 +105,13 @@ class _Builder:
     layers: _Pool = field(default_factory=_Pool)
     curved: frozenset[str] | None = None
 
-    def build(self, loaded: Loaded, comparisons: Sequence[Comparison]) -> Document:
-        self.curved = _with_curves(comparisons)
-        sections = [self._section(number, comparison) for number, comparison in enumerate(comparisons)]
-        studies = [study for study in loaded.studies if study.get("title")]
+    def build(self, loaded: Loaded, parts: Sequence[Section]) -> Document:
+        self.curved = _with_curves([part.comparison for part in parts])
+        sections = [self._section(part) for part in parts]
         count = len({run["hash"] for section in sections for run in section["runs"]})
-        title = " · ".join(dict.fromkeys(str(study["title"]) for study in studies)) or _title(comparisons)
+        _name_runs(sections)
         return {
-            "title": title,
-            "about": list(dict.fromkeys(str(study["about"]) for study in studies if study.get("about"))),
+            "title": _title(parts),
             "count": count,
             "problems": list(loaded.problems),
             "sections": sections,
@@ -119,7 +124,8 @@ class _Builder:
             "thinned": None if self.curved is None else _LEFT_OUT,
         }
 
-    def _section(self, number: int, comparison: Comparison) -> Document:
+    def _section(self, part: Section) -> Document:
+        comparison = part.comparison
         runs = [
             self._run(result, index, comparison)
             for index, method in enumerate(comparison.methods)
@@ -129,7 +135,16 @@ class _Builder:
         first = results[0]
         quantities = dict.fromkeys(key for run in runs for key in run["series"])
         return {
-            "id": f"s{number}",
+            "id": part.id,
+            "name": part.name,
+            "about": part.about,
+            "verdict": verdict(comparison),
+            "files": files_of(comparison),
+            "sweeps": [{"label": sweep.label, "values": sweep.values} for sweep in sweeps(comparison)],
+            "groups": group_names(comparison),
+            "quantiles": {
+                n: number(quantile(n)) for n in sorted({len(m.results) for m in comparison.methods}) if n > 2
+            },
             "title": comparison.title,
             "kind": comparison.first.subject,
             "headline": comparison.headline,
@@ -137,11 +152,8 @@ class _Builder:
             "caption": list(comparison.caption),
             "notes": list(dict.fromkeys(note for result in results for note in result["data"]["notes"])),
             "split": comparison.split,
-            "scores": [
-                {"key": score.key, "label": score.label, "percent": score.percent, "better": score.better}
-                for score in comparison.scores
-            ],
-            "methods": [_method(method) for method in comparison.methods],
+            "scores": [_score(comparison, score) for score in comparison.scores],
+            "methods": [_method(*each) for each in zip(comparison.methods, kin(comparison), strict=True)],
             "quantities": [_quantity(key, first) for key in quantities],
             "experiences": [str(line.get("title", "")) for line in _experiences(first)],
             "runs": runs,
@@ -226,6 +238,7 @@ class _Builder:
         if not result_of(result).memorizes:
             seen = [[value for value in row[: i + 1] if value is not None] for i, row in enumerate(matrix)]
             found["average"] = [(i + 1, _mean(row)) for i, row in enumerate(seen) if row]
+            found["forgetting"] = list(of_forgetting(result).items())
             for column in range(len(matrix[0]) if matrix else 0):
                 curve = [(i + 1, row[column]) for i, row in enumerate(matrix) if row[column] is not None]
                 found[f"experience.{column}"] = curve
@@ -311,13 +324,34 @@ def _experiences(result: Result) -> Sequence[Mapping[str, Any]]:
     return experiences
 
 
-def _title(comparisons: Sequence[Comparison]) -> str:
-    titles = list(dict.fromkeys(comparison.title for comparison in comparisons))
-    return titles[0] if len(titles) == 1 else f"{len(titles)} comparisons"
+def _title(parts: Sequence[Section]) -> str:
+    """Return what a page is called: what its sections are, as many as can be read at a glance."""
+    names = list(dict.fromkeys(part.name for part in parts))
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
 
 
-def _method(method: Method) -> Document:
+def _name_runs(sections: Sequence[Document]) -> None:
+    """Give each run of each section an address: that of its hash, in a second section with the section's own."""
+    taken: set[str] = set()
+    for section in sections:
+        for run in section["runs"]:
+            run["id"] = f"run-{run['hash']}"
+            if run["id"] in taken:
+                run["id"] += f"-{section['id']}"
+            taken.add(run["id"])
+
+
+def _score(comparison: Comparison, score: Score) -> Document:
+    best = distinct_best(comparison, score.key)
+    own = {"key": score.key, "label": score.label, "percent": score.percent, "better": score.better}
+    return {**own, "best": comparison.methods.index(best) if best is not None else None}
+
+
+def _method(method: Method, place: tuple[int, int]) -> Document:
     return {
+        "kin": place,
         "label": method.label,
         "baseline": method.baseline,
         "scores": {
@@ -336,6 +370,7 @@ def _method(method: Method) -> Document:
                 "std": number(of.std),
                 "source": of.source,
                 "deviation": number(of.deviation),
+                "mark": captions.DEPARTS if of.departs else "",
             }
             for key, of in method.paper.items()
         },
@@ -356,6 +391,9 @@ def _quantity(key: str, first: Result) -> Document:
         return {"key": key, "label": "spatial forgetting", "percent": True, "group": "All", "view": "learning"}
     if head == "average":
         label = "average accuracy over experiences so far"
+        return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}
+    if head == "forgetting":
+        label = "forgetting: best accuracy so far minus today's, mean over earlier experiences"
         return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}
     if head == "plasticity":
         label, share = {**PLASTICITY, **NETWORK}[rest]

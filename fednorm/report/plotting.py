@@ -16,6 +16,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -75,27 +76,37 @@ def plain(text: str, width: int = 1000) -> str:
     return textwrap.fill(text, width).replace("$", r"\$")
 
 
-def look(number: int) -> dict[str, Any]:
-    """Return the colour, line and marker of the method with a number; 308 methods are told apart."""
+def look(number: int, tone: int = 0, tones: int = 1) -> dict[str, Any]:
+    """Return the colour, line and marker of the method with a number; 308 methods are told apart.
+
+    Args:
+        number: Of the method; where a setting of it is swept, of what all its rows share.
+        tone: Of a row among those that share a number: the first has the full colour, the others lighter ones.
+        tones: How many rows share it.
+    """
+    pale = 0.6 * tone / max(1, tones - 1)
+    red, green, blue = (part + (1 - part) * pale for part in to_rgb(COLOURS[number % len(COLOURS)]))
     return {
-        "color": COLOURS[number % len(COLOURS)],
-        "linestyle": LINES[number % len(LINES)],
-        "marker": MARKERS[number % len(MARKERS)],
+        "color": to_hex((red, green, blue)).upper(),
+        "linestyle": LINES[(number if tones == 1 else tone) % len(LINES)],
+        "marker": MARKERS[(number if tones == 1 else tone) % len(MARKERS)],
     }
 
 
 class Bands:
-    """Mean lines over seeds, with bands.
+    """Mean lines over seeds, with bands: Student's t intervals, as on the page.
+
+    A bootstrap is for the few numbers of a table; a page's scripts, which draw bands of what a reader picks, have none.
 
     Args:
-        method: How intervals are made: ``t`` or ``bootstrap``.
+        looks: How each method looks, by its label; by its place among the others where it is not named.
     """
 
     ENOUGH = 3
     """Seeds from which a band is an interval: with two, Student's t interval is 9 standard deviations wide each way."""
 
-    def __init__(self, method: str) -> None:
-        self._method = method
+    def __init__(self, looks: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._looks = looks or {}
 
     def draw(self, axes: Axes, curves: Curves, scale: float = 1.0) -> list[Line2D]:
         """Draw the line and the band of each method, over the steps that all of its runs have.
@@ -109,13 +120,13 @@ class Bands:
             The lines, one a method.
         """
         lines: list[Line2D] = []
-        for number, runs in enumerate(curves.values()):
+        for number, (label, runs) in enumerate(curves.items()):
             shared = sorted(set.intersection(*map(set, runs))) if runs else []
             values = [[scale * run[step] for run in runs] for step in shared]
             every = max(1, len(shared) // MARKED)
-            lines += axes.plot(shared, list(map(mean, values)), markevery=every, **look(number))
+            lines += axes.plot(shared, list(map(mean, values)), markevery=every, **self._looks.get(label, look(number)))
             if shared and len(runs) > 1:
-                low, high = zip(*map(self._ends, values), strict=True)
+                low, high = zip(*(self._ends(each, scale) for each in values), strict=True)
                 axes.fill_between(shared, low, high, color=lines[-1].get_color(), alpha=0.14, linewidth=0)
         return lines
 
@@ -125,12 +136,14 @@ class Bands:
         few, most = min(counts), max(counts)
         if most == 1:
             return "one seed, no band"
-        bands = [f"{100 * LEVEL:g} % {self._method} interval"] if most >= self.ENOUGH else []
+        bands = [f"{100 * LEVEL:g} % t interval"] if most >= self.ENOUGH else []
         bands += ["lowest to highest" + (" where n = 2" if bands else "")] if 2 in counts else []
         return f"mean over n = {f'{few} to ' if few < most else ''}{most} seeds, band: {', '.join(bands)}"
 
-    def _ends(self, values: Sequence[float]) -> tuple[float, float]:
-        found = interval_of(values, method=self._method) if len(values) >= self.ENOUGH else None
+    def _ends(self, values: Sequence[float], scale: float) -> tuple[float, float]:
+        # A scale of 100 is that of shares; none of their means is above it, and those of forgetting are not below -100.
+        within = (0.0 if min(values) >= 0 else -scale, scale) if scale != 1 else None
+        found = interval_of(values, within=within) if len(values) >= self.ENOUGH else None
         if found is None or found.low is None or found.high is None:
             return min(values), max(values)
         return found.low, found.high

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fednorm.report._common import settings
-from fednorm.report.comparison import Comparison, Method
+from fednorm.report.comparison import Comparison, Method, by_seed
 from fednorm.report.grouping import data_settings
 from fednorm.report.numbers import ends, percent, signed
-from fednorm.study.statistics import Difference, Interval
+from fednorm.study.statistics import Difference, Interval, paired_difference
 
 
 def verdict(comparison: Comparison) -> str:
@@ -44,6 +44,34 @@ def verdict(comparison: Comparison) -> str:
     return said if comparison.reduced is None else f"{said}; reduced to {comparison.reduced:g} of the study"
 
 
+def distinct_best(comparison: Comparison, key: str) -> Method | None:
+    """Return the method with the best mean of a score, if its seeds tell it from every other method's.
+
+    Args:
+        comparison: The comparison.
+        key: The score's key.
+
+    Returns:
+        The method; None where a paired interval between it and another holds 0 or cannot be made, where methods have
+        different data, or where neither direction is better.
+    """
+    score = comparison.score(key)
+    measured = [method for method in comparison.methods if key in method.scores]
+    if score is None or not score.better or len(measured) < 2:
+        return None
+    if len({data_settings(settings(method.results[0])) for method in measured}) > 1:
+        return None
+    best = max(measured, key=lambda method: score.better * method.scores[key].mean)
+    own = by_seed(best.results, key)
+    made = best.scores[key].method
+    for other in measured:
+        if other is not best:
+            found = paired_difference(own, by_seed(other.results, key), method=made, better=score.better)
+            if found is None or found.shows_nothing:
+                return None
+    return best
+
+
 def _worth(method: Method, key: str, among: Sequence[Method]) -> float:
     """Return what a method is chosen by: its mean where all have the same data, else its difference."""
     data = {data_settings(settings(other.results[0])) for other in among}
@@ -64,7 +92,7 @@ def _alone(best: Method, label: str, found: Interval, count: int, better: int) -
     spread = "" if found.low is None else f" {ends(found.low, found.high)}"
     which = "highest" if better > 0 else "lowest"
     among = f", {which} {label} of {count} methods" if count > 1 else f" {label}"
-    return f"{best.label} {percent(found.mean)}{spread}{among}, {seeds}"
+    return f"{best.label}: {percent(found.mean)}{spread}{among}, {seeds}"
 
 
 def _beside(deviation: float) -> str:

@@ -21,8 +21,7 @@ from fednorm.training.diagnostics import (
     dormant_units,
     drift_by_layer,
     effective_learning_rates,
-    entropy_rank,
-    threshold_rank,
+    entropy_and_threshold_rank,
     weight_norms,
 )
 from fednorm.training.recalibration import batch_layers, in_batches, reestimate
@@ -69,11 +68,12 @@ def diagnose(model: nn.Module, images: Tensor, *, rate: float, optimizer: Optimi
         running statistics from those of the probe images (by layer; empty where there are none).
     """
     activations, features = _activations(model, images, batch_size)
+    ranks = entropy_and_threshold_rank(features) if features.isfinite().all() else (None, None)
     return {
         "dead_units": {path: float(dead_units(a).double().mean()) for path, a in activations.items()},
         "dormant_units": {path: float(dormant_units(a).double().mean()) for path, a in activations.items()},
-        "entropy_rank": entropy_rank(features) if features.isfinite().all() else None,
-        "threshold_rank": threshold_rank(features) if features.isfinite().all() else None,
+        "entropy_rank": ranks[0],
+        "threshold_rank": ranks[1],
         "weight_norm": weight_norms(model),
         "effective_learning_rate": effective_learning_rates(model, rate, optimizer=optimizer),
         "drift": drift(model, images, batch_size=batch_size),

@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from fednorm.signals import Terminated, exit_code, raising
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import labels
-from fednorm.study.worker import Ended, Progress, Worker, attempt
+from fednorm.study.worker import Ended, Progress, Worker, attempt, context_for
 
 __all__ = [
     "Failure",
@@ -298,7 +297,7 @@ def _run_here(queue: _Queue, missing: Sequence[RunConfig]) -> None:
 
 def _run_apart(queue: _Queue, missing: Sequence[RunConfig], jobs: int) -> None:
     """Run configurations in processes; one that is killed is replaced."""
-    context, waiting = get_context("spawn"), deque(missing)
+    context, waiting = context_for({config.kind for config in missing}), deque(missing)
     workers: list[Worker] = []
     done = False
     try:

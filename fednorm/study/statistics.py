@@ -87,11 +87,14 @@ class Difference:
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
 
-def interval(values: Sequence[float], *, method: str = "t", level: float = LEVEL) -> Interval:
+def interval(
+    values: Sequence[float], *, method: str = "t", level: float = LEVEL, within: tuple[float, float] | None = None
+) -> Interval:
     r"""Return the mean of values with its standard deviation and an interval.
 
     ``t`` is Student's: :math:`\bar x \pm t_{n-1,(1+\text{level})/2} \, s / \sqrt n`, exact where runs scatter normally.
-    It is not cut at 0 or 1: an end beyond them shows how little a few seeds tell of a share.
+    Where the mean cannot lie outside of bounds, as that of shares cannot outside of 0 and 1, ``within`` cuts it there:
+    that takes away nothing that could be true, so its coverage stays what it is.
 
     ``bootstrap`` is the percentile bootstrap of the mean (Efron and Tibshirani 1993, chapter 13) over
     :data:`RESAMPLES` resamples from a fixed random stream, so that the same values, in any order, give the same
@@ -104,6 +107,7 @@ def interval(values: Sequence[float], *, method: str = "t", level: float = LEVEL
         values: One finite number a seed; one or more.
         method: ``t`` or ``bootstrap``.
         level: Nominal coverage, in (0, 1).
+        within: What the mean can be at least and at most; None where there are no bounds.
 
     Returns:
         The mean and its interval. One value has neither deviation nor interval; values that are all equal have an
@@ -121,6 +125,8 @@ def interval(values: Sequence[float], *, method: str = "t", level: float = LEVEL
         return Interval(len(ordered), ordered[0], spread, end, end, method, level)
     mean, std = fmean(ordered), stdev(ordered)
     low, high = _student(ordered, mean, std, level) if method == "t" else _percentile(ordered, level)
+    if within is not None:
+        low, high = max(low, within[0]), min(high, within[1])
     return Interval(len(ordered), mean, std, low, high, method, level)
 
 
@@ -131,6 +137,7 @@ def paired_difference(
     method: str = "t",
     level: float = LEVEL,
     better: int = 1,
+    within: tuple[float, float] | None = None,
 ) -> Difference | None:
     """Return the mean difference to a baseline over the seeds that both have, with its interval and signs.
 
@@ -143,6 +150,7 @@ def paired_difference(
         method: How the interval is made, as for :func:`interval`.
         level: Nominal coverage, in (0, 1).
         better: 1 where a higher score is better, -1 where a lower one is.
+        within: What a mean difference can be at least and at most, as for :func:`interval`.
 
     Returns:
         The difference, score minus baseline; None where no seed is in both.
@@ -158,7 +166,7 @@ def paired_difference(
     if not common:
         return None
     differences = [scores[seed] - baseline[seed] for seed in common]
-    found = interval(differences, method=method, level=level)
+    found = interval(differences, method=method, level=level, within=within)
     ahead = sum(better * difference > 0 for difference in differences)
     ties = sum(difference == 0 for difference in differences)
     behind = len(differences) - ahead - ties

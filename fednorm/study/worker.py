@@ -13,20 +13,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import parent_process, resource_tracker
+from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from fednorm.cards import NORMS
 from fednorm.config import RunConfig
 from fednorm.cores import share_cores
 from fednorm.errors import FedNormError
 
 if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
+
     from fednorm.federation.workbench import Workbench
     from fednorm.streams.workbench import ContinualWorkbench
 
@@ -73,6 +75,29 @@ class Ready:
 
 
 Tell = Callable[[Progress], None]
+
+Context: TypeAlias = "SpawnContext | ForkServerContext"
+
+
+def context_for(kinds: Collection[str]) -> Context:
+    """Return what starts workers for runs of these kinds.
+
+    On Linux they are forked off a process that has imported what they need and done nothing else, so that no thread of
+    PyTorch's is lost in a fork; it is started with the first, and ends with this process. Elsewhere, where system
+    libraries do not bear a fork, each is a process from scratch, which imports PyTorch for itself.
+
+    Args:
+        kinds: ``federated`` or ``continual``, or both.
+    """
+    if sys.platform != "linux":
+        return get_context("spawn")
+    context = get_context("forkserver")
+    norms = (f"{NORMS.package}.{name}" for name in NORMS.built_in)
+    context.set_forkserver_preload([*(_SIMULATE[kind] for kind in sorted(kinds)), *norms])
+    return context
+
+
+_SIMULATE: Mapping[str, str] = {"continual": "fednorm.streams.simulate", "federated": "fednorm.federation.simulate"}
 
 
 def attempt(config: RunConfig, runs: Path, tell: Tell) -> Ended:
@@ -149,7 +174,7 @@ class Worker:
     """A process for runs, from the side of its parent; it is started at once.
 
     Args:
-        context: Starts processes; ``spawn``, since torch's threads do not survive a fork.
+        context: Starts processes: that of :func:`context_for`.
         runs: The folder of records.
         among: How many workers share the cores.
 
@@ -163,13 +188,17 @@ class Worker:
     PATIENCE = 10.0
     """Seconds in which a worker that was asked to end may put its files in order."""
 
-    def __init__(self, context: SpawnContext, runs: Path, among: int = 1) -> None:
+    def __init__(self, context: Context, runs: Path, among: int = 1) -> None:
         self.connection, far = context.Pipe()
         self.config: RunConfig | None = None
         self.ready = self.dead = False
-        self._process = context.Process(target=serve, args=(far, runs, among), daemon=True, name="fednorm worker")
         with _for_children():
-            self._process.start()
+            arguments = (far, runs, among, dict(os.environ))
+            self._process = context.Process(target=serve, args=arguments, daemon=True, name="fednorm worker")
+            try:
+                self._process.start()
+            except EOFError as error:  # of the process that workers are forked off
+                raise FedNormError(f"No process for the study's runs could be started. {_remedy()}") from error
         far.close()
 
     def run(self, config: RunConfig) -> None:
@@ -256,6 +285,9 @@ def how_it_died(code: int) -> str:
     return f"its process was killed by {name}{hint}"
 
 
+OF_THE_TERMINAL = [getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+
+
 @contextmanager
 def _for_children() -> Iterator[None]:
     """Give processes that are started what they inherit from their first moment on.
@@ -266,7 +298,7 @@ def _for_children() -> Iterator[None]:
     resource_tracker.ensure_running()  # started later, it would take the signals' block off
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
     try:
         yield
     finally:
@@ -276,16 +308,20 @@ def _for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here, the rest being in order
 
 
-def serve(connection: Connection, runs: Path, among: int = 1) -> None:
+def serve(connection: Connection, runs: Path, among: int, environment: Mapping[str, str]) -> None:
     """Be a worker: take configurations from the pipe, run them, tell how they go; end when the pipe is closed.
 
     Args:
         connection: The worker's end of the pipe.
         runs: The folder of records.
         among: How many workers share the cores.
+        environment: The parent's environment variables; the process that this one was forked off may have older ones.
     """
     share_cores(among)
+    signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
     signal.signal(signal.SIGTERM, _leave)
+    os.environ.clear()
+    os.environ.update(environment)
     threading.Thread(target=_outlive_no_parent, daemon=True).start()
     os.dup2(2, 1)  # standard output is the parent's: one JSON document, say
     try:

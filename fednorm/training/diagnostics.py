@@ -60,6 +60,19 @@ def dormant_units(activations: Tensor, *, tau: float = 0.025) -> Tensor:
     return size <= tau * size.mean()
 
 
+def entropy_and_threshold_rank(features: Tensor) -> tuple[float, int]:
+    """Return the :func:`entropy_rank` and the :func:`threshold_rank`, from one decomposition.
+
+    Args:
+        features: Shape (n, d); not centred here.
+
+    Raises:
+        DataError: It is not a matrix, or has no entry.
+    """
+    s = _singular_values(features)
+    return _entropy_rank(s), _threshold_rank(s, 0.01)
+
+
 def entropy_rank(features: Tensor) -> float:
     """Return the effective rank ``exp(-sum_i p_i log p_i)`` with ``p_i = s_i / sum(s)``, s the singular values.
 
@@ -71,7 +84,10 @@ def entropy_rank(features: Tensor) -> float:
     Raises:
         DataError: It is not a matrix, or has no entry.
     """
-    s = _singular_values(features)
+    return _entropy_rank(_singular_values(features))
+
+
+def _entropy_rank(s: Tensor) -> float:
     p = s[s > 0] / s.sum()
     return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
 
@@ -117,7 +133,10 @@ def threshold_rank(features: Tensor, *, threshold: float = 0.01) -> int:
     Raises:
         DataError: It is not a matrix, or has no entry.
     """
-    s = _singular_values(features)
+    return _threshold_rank(_singular_values(features), threshold)
+
+
+def _threshold_rank(s: Tensor, threshold: float) -> int:
     return int((s > threshold * s[0]).sum())
 
 
@@ -240,11 +259,15 @@ def wasserstein_drifts(running: Sequence[Moments], reference: Moments, *, eps: f
     Raises:
         DataError: The shapes differ.
     """
-    gaussians = [_gaussians(moments, reference, eps) for moments in running]
-    if not gaussians:
+    if not running:
         return []
-    mu, sigma, m, s = (torch.stack(parts) for parts in zip(*gaussians, strict=True))
-    drifts: list[float] = _wasserstein(mu, sigma, m, s).tolist()
+    for moments in running:
+        _same_shape(moments, reference)
+    mu, var = (
+        torch.stack([getattr(moments, name) for moments in running]).detach().double() for name in ("mean", "var")
+    )
+    m, v = reference.mean.detach().double(), reference.var.detach().double()
+    drifts: list[float] = _wasserstein(mu, (var + eps).sqrt(), m, (v + eps).sqrt()).tolist()
     return drifts
 
 
@@ -309,11 +332,16 @@ def _holding(values: Tensor, share: float) -> int:
 
 
 def _gaussians(running: Moments, reference: Moments, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shapes = {tuple(t.shape) for t in (running.mean, running.var, reference.mean, reference.var)}
-    if len(shapes) != 1:
-        raise DataError(f"Statistics are compared channel by channel, so all must have one shape; got {shapes}.")
+    _same_shape(running, reference)
     mu, var, m, v = (t.detach().double() for t in (running.mean, running.var, reference.mean, reference.var))
     return mu, (var + eps).sqrt(), m, (v + eps).sqrt()
+
+
+def _same_shape(running: Moments, reference: Moments) -> None:
+    if running.mean.shape == running.var.shape == reference.mean.shape == reference.var.shape:
+        return
+    shapes = {tuple(t.shape) for t in (running.mean, running.var, reference.mean, reference.var)}
+    raise DataError(f"Statistics are compared channel by channel, so all must have one shape; got {shapes}.")
 
 
 def _same_names(first: Mapping[str, object], second: Mapping[str, object]) -> None:

@@ -5,7 +5,8 @@ Two protocols:
 * **Only the normalization layers** (Frankle, Schwab, Morcos. Training BatchNorm and Only BatchNorm. ICLR 2021.
   https://arxiv.org/abs/2003.00152): ``train.trainable = "norm"`` trains the scales, shifts and gates of normalization
   layers and leaves all else at its initial value; running statistics follow the data as ever. The paper's code trains
-  the output layer too unless told otherwise (``output_frozen``): that is ``"norm,head"``.
+  the output layer too unless told otherwise (``output_frozen``): that is ``"norm,head"``. Its scales begin as U(0, 1):
+  ``train.scale_init = "uniform"`` (:mod:`fednorm.training.scale_init`).
 * **Linear probe, then fine-tuning** (Kumar et al., arXiv 2202.10054; Tomihari, Sato, arXiv 2405.16747):
   ``train.linear_probe_rounds`` or ``train.linear_probe_epochs`` train the head first, on features that stand still, and
   then everything. ``"head"`` is the probe alone.
@@ -65,6 +66,7 @@ class Trainable:
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         asks = HEAD in self._parts or self._probes
         self.head = _head_keys(model, train, num_classes) if asks else frozenset()
+        self._mode = Mode(model)
         self._of_head = [module for path, module in model.named_modules() if self._is_of_head(path, module)]
         given = {key for key, parameter in self._parameters.items() if parameter.requires_grad}
         self.learned = frozenset(given & self._chosen())
@@ -117,9 +119,13 @@ class Trainable:
     def train_mode(self) -> None:
         """Put the network in training mode; where the head alone is trained, the head alone."""
         alone = self._probing or self._parts == {HEAD}
-        self._model.train(not alone)
+        self._mode.set(training=not alone)
         for module in self._of_head if alone else ():
             module.train()
+
+    def evaluation_mode(self) -> None:
+        """Put the network in evaluation mode."""
+        self._mode.set(training=False)
 
     @contextmanager
     def stage(self, probing: bool) -> Iterator[None]:
@@ -147,27 +153,52 @@ class Trainable:
         return float(torch.stack(norms).norm())
 
 
-def _norm_keys(model: nn.Module) -> frozenset[str]:
-    """Return the keys of the learned tensors of normalization layers.
+class Mode:
+    """Puts a network in training or evaluation mode where it is not: a client's turn asks for it several times.
 
-    Raises:
-        ConfigError: There are none.
+    Args:
+        model: The network; its modules are looked through once, here.
     """
-    keys: set[str] = set()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        modules = list(model.modules())
+        plain = all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in modules)
+        self._modules = modules if plain else []  # one that does something at the change is always told
+
+    def set(self, *, training: bool) -> None:
+        """Put the network in a mode."""
+        if not self._modules or any(module.training is not training for module in self._modules):
+            self._model.train(training)
+
+
+def kinds_of_norms(model: nn.Module) -> dict[str, Kind]:
+    """Return the kind of every parameter of a normalization layer, by its key in the state dict."""
+    found: dict[str, Kind] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = dict(module.named_parameters(recurse=False))
         spec, declared = spec_of(module), declared_tensors(type(module))
         kinds = {name: spec.tensors[name].kind for name in own if spec and name in spec.tensors} | dict(declared)
         if own and spec is None and not declared and per_channel(module) and normalizes(module):
             kinds = dict.fromkeys(own, Kind.SCALE)
-        keys |= {f"{path}.{name}" if path else name for name in own if kinds.get(name) in OF_NORMS}
+        found |= {f"{path}.{name}" if path else name: kinds[name] for name in own if name in kinds}
+    return found
+
+
+def _norm_keys(model: nn.Module) -> frozenset[str]:
+    """Return the keys of the learned tensors of normalization layers.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    keys = frozenset(key for key, kind in kinds_of_norms(model).items() if kind in OF_NORMS)
     if not keys:
         raise ConfigError(
             "train.trainable = 'norm' trains the scales and shifts of normalization layers, and "
             f"{type(model).__name__} has none. Take a norm that has them, such as batch_norm (norm.name; for a network "
             "of your own fednorm.convert(model, 'batch_norm')), or train.trainable = 'all'."
         )
-    return frozenset(keys)
+    return keys
 
 
 def _head_keys(model: nn.Module, train: TrainConfig, num_classes: int) -> frozenset[str]:

@@ -30,6 +30,8 @@ from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.training.boundary import Boundary
+from fednorm.training.precision import bf16_advice
+from fednorm.training.scale_init import draw_scales
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
 from fednorm.training.trainable import Trainable
@@ -68,6 +70,9 @@ class Trainee:
         built = self._built(config.model, config.seed)
         self.model = built.model
         self.about_model = describe_model(config.model, built, num_classes, image_size)
+        if config.amp == "bf16" and self.device.type == "cpu":
+            advice = bf16_advice(self.model, image_size=image_size, batch_size=config.train.batch_size)
+            self.about_model["notes"] += [advice] * bool(advice)
         self.batch_coupled = batch_coupled(self.model, spec_of)
         train = config.train
         self.trainable = Trainable(self.model, train, num_classes)
@@ -93,6 +98,13 @@ class Trainee:
 
     def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
         built = chosen_model(choice, self.norm, self._num_classes, self._image_size, seed)
+        if self.config.train.scale_init == "uniform":
+            if choice.weights:
+                raise ConfigError(
+                    "train.scale_init = 'uniform' draws initial scales, and model.weights brings a trained network's. "
+                    "Leave one of the two out."
+                )
+            draw_scales(built.model, seed)
         # oneDNN's convolutions are a tenth to a third faster in this layout.
         return replace(built, model=built.model.to(self.device).to(memory_format=torch.channels_last))
 

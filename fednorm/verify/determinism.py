@@ -21,7 +21,8 @@ from fednorm.federation.executors import Executor
 from fednorm.federation.executors.choice import executor_of, obstacle_of
 from fednorm.federation.executors.workers import Workers
 from fednorm.federation.simulate import simulate
-from fednorm.federation.workbench import Workbench
+from fednorm.federation.workbench import Workbench, workbench_of
+from fednorm.records.states import tensors_of
 from fednorm.report.table import Table
 from fednorm.streams.simulate import simulate as simulate_stream
 from fednorm.streams.workbench import ContinualWorkbench
@@ -66,11 +67,11 @@ def checks_of(config: RunConfig, folder: Path, told: Callable[[str], None]) -> I
         folder: Where records go.
         told: Is told what there is to say meanwhile.
     """
-    plain = replace(config, workers=1) if config.kind == "federated" else config
+    plain = replace(config, workers=1)
     first = _tensors(plain, folder / "first")
     yield _check("run again", first, _tensors(plain, folder / "again"))
     yield _check("cut short and gone on with", first, _cut(plain, folder / "cut", told))
-    if config.kind != "federated":
+    if config.kind == "continual":
         return
     if obstacle := obstacle_of(config):
         told(f"not run with workers: {obstacle}")
@@ -107,7 +108,8 @@ def _tensors(
 ) -> dict[str, Tensor]:
     folder = Path(_simulate(config, runs, None, executor)["run"])
     files = [folder / f"{name}.safetensors" for name in KEPT]
-    return {f"{file.stem}/{key}": t for file in files if file.is_file() for key, t in load_file(file).items()}
+    whole = {f"{file.stem}/{key}": t for file in files if file.is_file() for key, t in load_file(file).items()}
+    return whole | {f"clients/{key}": tensor for key, tensor in tensors_of(folder, config.hash).items()}
 
 
 def _cut(config: RunConfig, runs: Path, told: Callable[[str], None]) -> dict[str, Tensor]:
@@ -124,7 +126,7 @@ def _middle(config: RunConfig) -> tuple[str, int]:
     """Return where a run is cut, a round or a step; 0 where it is too short for that."""
     if config.kind == "continual":
         return "step", sum(ContinualWorkbench(config).steps) // 2
-    return "round", config.rounds.num_rounds // 2
+    return "round", workbench_of(config).num_rounds // 2
 
 
 def _simulate(

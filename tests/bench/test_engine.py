@@ -19,7 +19,7 @@ from torch.nn import functional
 from fednorm.bench import engine
 from fednorm.bench.bare import Data, federated_averaging
 from fednorm.bench.case import CASES, Case, case_of
-from fednorm.bench.engine import bench_engine, bench_table, run_bare, run_fednorm, run_flower
+from fednorm.bench.engine import bench_engine, bench_table, run_bare, run_cohort, run_fednorm, run_flower
 from fednorm.bench.meter import Cost, ProcessWatch, cost
 from fednorm.errors import ConfigError, UnknownNameError
 from fednorm.rng import stream_seed
@@ -44,11 +44,33 @@ def test_engine_and_bare_loop_reach_the_same_bits(case: Case) -> None:
     assert len(bare.cpu) == len(ours.cpu) == case.rounds
 
 
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
+def test_a_small_version_of_each_case_runs_in_every_engine_to_the_same_bits(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name].small()
+    monkeypatch.setattr(engine, "case_of", lambda _: case)
+    document = bench_engine([name], ["bare", "workers"], 1)
+    engines = document["cases"][name]["engines"]
+    assert list(engines) == (["bare"] if case.plain else []) + ["fednorm", "workers"]
+    assert {found["difference"] for found in engines.values()} == {0.0}
+    assert all(found["wall_seconds"] > 0 and found["memory_mb"] > 50 for found in engines.values())
+    assert len(bench_table(document).rows) == len(engines)
+
+
 def test_contiguous_bare_loop_computes_the_same() -> None:
     # Not SMALL: normalizing its last batches of two images is so ill-conditioned that rounding errors grow to 0.1.
     case = Case(name="sane", clients=3, train=32, test=7, image_size=8, width=4, batch_size=16, rounds=1)
     bare, ours = run_bare(case, channels_last=False), run_fednorm(case)
     for key, tensor in bare.tensors.items():
+        torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cohort_computes_what_one_client_after_the_other_does() -> None:
+    case = Case(name="many", clients=7, train=16, test=7, image_size=8, width=4, batch_size=16, rounds=1)
+    cohort, ours = run_cohort(case), run_fednorm(case)
+    for key, tensor in cohort.tensors.items():
         torch.testing.assert_close(ours.tensors[key], tensor, rtol=1e-4, atol=1e-5)
 
 
@@ -97,6 +119,8 @@ def test_cases_are_what_the_table_says() -> None:
         (5, 28, 64),
         (50, 28, 8),
         (1000, 8, 4),
+        (1000, 8, 64),
+        (20, 28, 8),
     ]
     federation = SMALL.federation()
     rows = torch.cat([torch.cat([client.train.index, client.test.index]) for client in federation.clients])
@@ -160,8 +184,9 @@ def test_document_has_ratios_to_the_fastest_rounds(result: dict[str, Any]) -> No
 def test_table_says_what_the_document_says(result: dict[str, Any]) -> None:
     table = bench_table(result)
     assert all(len(row) == len(table.columns) for row in table.rows)
-    assert table.rows[1] == ("small: fednorm", "2.500", "5.000", "2.50×", "+500.00", "5.0", "4.0", "3", "0")
-    assert table.rows[2] == ("small: flower", "7.000", "14.000", "7.00×", "+2000.00", "5.0", "4.0", "3", "2.5e-01")
+    assert table.rows[1] == ("small: fednorm", "2.500", "5.000", "2.50×", "2.50×", "+500.00", "5.0", "4.0", "3", "0")
+    costs = ("7.000", "14.000", "7.00×", "7.00×", "+2000.00", "5.0", "4.0", "3", "2.5e-01")
+    assert table.rows[2] == ("small: flower", *costs)
     assert SMALL.summary in table.notes[0]
 
 
@@ -172,7 +197,7 @@ def test_without_the_bare_loop_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch
     found = document["cases"]["small"]["engines"]["fednorm"]
     assert found["ratio"] is None
     assert found["overhead_ms"] is None
-    assert bench_table(document).rows[0][3:5] == ("–", "–")
+    assert bench_table(document).rows[0][3:6] == ("–", "–", "–")
 
 
 def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:

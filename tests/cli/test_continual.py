@@ -79,7 +79,7 @@ def test_tables_go_to_standard_output_and_progress_to_the_other(call: Call) -> N
     assert outcome.code == 0
     assert "experience 2/2" in outcome.err
     assert "er_ace with norm adab2n" in outcome.err
-    assert outcome.out.startswith("er_ace + adab2n (memory_size=20) ")  # the answer comes first
+    assert outcome.out.startswith("er_ace + adab2n (memory_size=20): ")  # the answer comes first
     for title in ("Accuracy (%): split", "forgetting", "--details: 2 more tables", "record: "):
         assert title in outcome.out
     assert "Accuracy matrix" not in outcome.out

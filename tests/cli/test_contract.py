@@ -228,6 +228,20 @@ def test_verify_golden_fails_on_a_trace_it_does_not_reproduce(call: Call, tmp_pa
     assert "broken.npz" in outcome.err
 
 
+def test_workers_are_as_many_as_can_be_and_give_the_same_numbers(
+    call: Call, refused: Refused, monkeypatch: pytest.MonkeyPatch, small: Small
+) -> None:
+    monkeypatch.setattr("fednorm.cores.usable_cores", lambda: 2)
+    refused(call("federated", "--workers", "0"), "workers", "from 1 to", "got 0")
+    refused(call("federated", "--workers", "3", "--dry-run", *small), "workers is 3", "2 cores")
+    one = call("federated", "--workers", "1", "--json", *small).document
+    two = call("federated", "--workers", "2", "--json", "--runs", "other", *small).document
+    assert (one["hash"], one["final"]) == (two["hash"], two["final"])
+    dry = call("federated", "--workers", "2", "--dry-run", "--json", *small).document
+    assert dry["workers"] == 2
+    assert "workers does nothing" in call("continual", "--workers", "2", "--dry-run").err
+
+
 def test_verify_determinism_compares_bit_for_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("--set", "model.width=4", "--set", "data.train_per_client=16", "--set", "rounds.num_rounds=2")
     outcome = call("verify", "determinism", "--json", *settings)

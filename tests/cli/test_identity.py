@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from fednorm.cards import LEARNERS, NORMS, OPTIMIZERS, STRATEGIES, Citation
-from fednorm.cli.catalogue import run_explain, run_list
+from fednorm.cli.catalogue import run_explain
 from fednorm.cli.identity import cited, text_of
+from fednorm.cli.listing import run_list
 from fednorm.cli.reading_list import NOT_APPLICABLE
 from fednorm.errors import ConfigError, UnknownNameError
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fednorm.federation.aggregation import Average, weighted_mean
+from fednorm.federation.flat import flattened
 from fednorm.federation.wire import pack, unpack
 from strategies.fedadam import FedAdam
 from strategies.fedavg import FedAvg
@@ -129,3 +130,50 @@ def test_a_bfloat16_model_travels_and_comes_back() -> None:
     flowers = type(array).__mro__[1](array.dtype, tuple(array.shape), array.stype, array.data)
     assert torch.equal(unpack({"w": flowers})["w"], tensor)  # type: ignore[arg-type]
     assert array.numpy().dtype == "float32"
+
+
+class Pieces(nn.Module):
+    """Tensors of several kinds, layouts and sizes, one of them without values to average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3).to(memory_format=torch.channels_last)
+        self.norm = nn.BatchNorm2d(5)
+        self.head = nn.Linear(7, 4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    weights=st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=5),
+    large=st.booleans(),
+    without=st.integers(-1, 4),
+)
+def test_a_small_model_summed_as_one_vector_has_the_same_bits(
+    seed: int, weights: list[float], large: bool, without: int
+) -> None:
+    """Also where one client's vector is missing, and where the sums leave float32's range on the way."""
+    model, draw = Pieces(), torch.Generator().manual_seed(seed)
+    plan = FedAvg(model).plan
+    apart, together = Average(plan), Average(plan)
+    for number, weight in enumerate(weights):
+        tensors = {}
+        for key, tensor in model.state_dict().items():
+            if key in plan.sent:
+                made = torch.empty_like(tensor)
+                value = torch.randn(tensor.shape, generator=draw).abs().add(0.1)
+                tensors[key] = (
+                    made.copy_(value * (1e32 if large else 1.0)) if made.is_floating_point() else made.zero_()
+                )
+        flat = None if number == without else flattened(tensors)
+        assert flat is None or flat.numel() == sum(t.numel() for t in tensors.values() if t.is_floating_point())
+        apart.add(tensors, weight)
+        together.add(tensors, weight, flat)
+    one, other = apart.result(), together.result()
+    assert list(one) == list(other)
+    for key, tensor in one.items():
+        assert tensor.stride() == other[key].stride()
+        if large:  # sums that leave float32's range do so at another client
+            torch.testing.assert_close(tensor, other[key], rtol=1e-6, atol=0)
+        else:
+            assert torch.equal(tensor, other[key])

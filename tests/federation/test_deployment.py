@@ -276,7 +276,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("phase", ["train", "evaluate"])
 def test_a_server_that_is_killed_goes_on_to_the_same_bits(phase: str, tmp_path: Path) -> None:
-    """Its nodes are started again too, under other ids, and one of them later; their tensors are on their disks."""
+    """Its nodes are started again too, under other ids; their tensors are on their disks."""
 
     def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
         if (kind, grid.round, node_id) == (phase, 2, 11):
@@ -338,17 +338,19 @@ def test_a_late_reply_is_dropped_and_counted() -> None:
     assert events(result) == [(2, "street", "a reply of it came after its time, and was dropped")]
 
 
-def test_a_run_starts_with_its_fewest_and_later_sites_join_the_next_round() -> None:
-    there = nodes()
-    late = there.pop(10)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_run_starts_with_its_fewest_and_later_sites_join_the_next_round(number: int) -> None:
+    there, place = nodes(), 12 - number
+    late = there.pop(place)
 
     def hook(grid: FakeGrid, kind: str, _: int) -> None:
         if kind == "train" and grid.round == 1:
-            grid.nodes[10] = late
+            grid.nodes[place] = late
 
     result = serve(FakeGrid(values(rounds={"min_nodes": 2}), there, hook))
-    assert [line["sampled"] for line in result["rounds"]] == [[0, 1], [0, 1, 2], [0, 1, 2]]
-    assert events(result) == [(2, "street", "it has joined")]
+    assert [line["sampled"] for line in result["rounds"]] == [[0, 3 - number], [0, 1, 2], [0, 1, 2]]
+    assert events(result) == [(2, DOMAINS[number], "it has joined")]
+    assert [line.get("missing") for line in result["rounds"]] == [None] * 3
     assert [client["domain"] for client in result["data"]["clients"]] == list(DOMAINS)
 
 

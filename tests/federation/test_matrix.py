@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fednorm.config import resolve
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.errors import ConfigError
+from fednorm.federation.executors import Job
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.simulate import plan, simulate
 from fednorm.federation.workbench import Workbench
@@ -71,15 +72,15 @@ class Trained:
     def __init__(self, strategy: str, norm: str, evaluate: tuple[tuple[str, Any], ...]) -> None:
         config = resolve(values(strategy, norm, **dict(evaluate)))
         self.messages: list[tuple[str, int]] = []
-        handle = InProcessGrid._handle
+        job_of = InProcessGrid._job
 
-        def noted(grid: InProcessGrid, message: Message) -> Message:
-            pid = int(grid.contexts[message.metadata.dst_node_id].node_config["partition-id"])
-            self.messages.append((message.metadata.message_type, pid))
-            return handle(grid, message)
+        def noted(grid: InProcessGrid, message: Message) -> Job:
+            job = job_of(grid, message)
+            self.messages.append((job.kind, job.client))
+            return job
 
         with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-            patch.setattr(InProcessGrid, "_handle", noted)
+            patch.setattr(InProcessGrid, "_job", noted)
             self.result = simulate(config, runs=Path(folder), bench=Workbench(config, federation()))
             self.server = load_file(Path(self.result["run"]) / "model.safetensors")
             path = Path(self.result["run"]) / "clients.safetensors"
@@ -316,7 +317,7 @@ def refused(federation_: Federation, message: str, strategy: str, norm: str = "b
     bench = Workbench(config, federation_)
     for act in (lambda: plan(config, bench), lambda: simulate(config, runs=None, bench=bench)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(InProcessGrid, "_handle", lambda *_: pytest.fail("a client was asked"))
+            patch.setattr(InProcessGrid, "_job", lambda *_: pytest.fail("a client was asked"))
             with pytest.raises(ConfigError, match=message):
                 act()
 

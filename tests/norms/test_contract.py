@@ -116,6 +116,10 @@ class Layer(nn.Module):
             y = y.contiguous()
         if self.broken == "infinite":
             y = y + torch.tensor(float("nan"))
+        if self.broken == "halves":
+            return y.half()
+        if self.broken == "cuts":
+            return y.detach() * 0 + self.weight.view(1, -1, *[1] * (x.ndim - 2))
         return y.half().to(y.dtype) * float("inf") if self.broken == "overflows" and x.dtype == torch.bfloat16 else y
 
 
@@ -156,12 +160,34 @@ def test_a_norm_of_ones_own_keeps_the_contract(check: str) -> None:
         ("forgets", "round trip", "after a state dict the layer computes something else in training"),
         ("contiguous", "layout", "outputs of another layout"),
         ("infinite", "forward", "not finite"),
+        ("halves", "forward", r"torch\.float64 becomes torch\.float16"),
+        ("cuts", "forward", "does not depend on the input"),
         ("overflows", "autocast", "not finite under autocast"),
     ],
 )
 def test_a_broken_norm_is_seen(broken: str, check: str, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         CHECKS[check](broken_case(broken))
+
+
+class Remembering(nn.GroupNorm):
+    """Group normalization that owns a buffer of which its card, group_norm's, knows nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(2, channels)
+        self.register_buffer("extra", torch.zeros(channels))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Undeclared(Norm):
+    def layer(self, num_channels: int, spatial_dims: int) -> nn.Module:
+        del spatial_dims
+        return Remembering(num_channels)
+
+
+def test_a_tensor_that_is_not_declared_is_seen() -> None:
+    with pytest.raises(AssertionError, match="the card does not declare 'extra' in its tensors"):
+        CHECKS["roles"](Case(NORMS["group_norm"], Undeclared(), (3, 8, 3, 4)))
 
 
 def test_facts_that_are_not_so_are_seen() -> None:

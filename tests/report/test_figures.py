@@ -79,9 +79,7 @@ def test_two_seeds_have_a_band_from_lowest_to_highest_and_one_none(stream_result
     assert not alone.axes[0].collections
     assert alone.legends[0].get_title().get_text() == "one seed, no band"
     curves = {"a": [{1: 0.5}] * 3, "b": [{1: 0.5}] * 2, "c": [{1: 0.5}]}
-    assert Bands("bootstrap").told(curves) == (
-        "mean over n = 1 to 3 seeds, band: 95 % bootstrap interval, lowest to highest where n = 2"
-    )
+    assert Bands().told(curves) == ("mean over n = 1 to 3 seeds, band: 95 % t interval, lowest to highest where n = 2")
 
 
 def test_bars_have_the_scores_their_intervals_their_seeds_and_the_paper(stream_result: Make) -> None:

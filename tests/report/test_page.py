@@ -16,13 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fednorm.config import RunConfig
-from fednorm.errors import RecordError
+from fednorm.errors import RecordError, UnknownNameError
 from fednorm.records.results import Loaded
 from fednorm.report import page_data
-from fednorm.report.comparison import comparisons
 from fednorm.report.page import SCRIPTS, embeddable, page, write_page
 from fednorm.report.page_data import document
 from fednorm.report.page_size import number
+from fednorm.report.sections import sections
 
 LAYERS = ("norm1", "norm2")
 TENSORS = [
@@ -95,7 +95,7 @@ def loaded(*results: dict[str, Any], studies: Sequence[dict[str, Any]] = (), pro
 
 def made(of: Loaded) -> dict[str, Any]:
     """The document of some results, as the page's scripts read it."""
-    return dict(json.loads(embeddable(document(of, comparisons(of.results, studies=of.studies)))))
+    return dict(json.loads(embeddable(document(of, sections(of)))))
 
 
 class Page(HTMLParser):
@@ -141,7 +141,9 @@ def test_scores_and_curves_are_those_of_the_results() -> None:
     assert (n, mean) == (2, 0.675)  # of (0.9 + 0.6) / 2 and (0.8 + 0.4) / 2
     assert std == pytest.approx(0.15 / math.sqrt(2), rel=1e-3)
     half = 12.7062 * std / math.sqrt(2)  # Student's t, 1 degree of freedom, 97.5 %
-    assert (low, high) == (pytest.approx(0.675 - half, rel=1e-3), pytest.approx(0.675 + half, rel=1e-3))
+    assert 0.675 - half < 0
+    assert 0.675 + half > 1
+    assert (low, high) == (0, 1)  # no mean of accuracies lies beyond
     assert section["methods"][1]["scores"]["mean"][2:] == [None, None, None]
     run = section["runs"][1]
     assert (run["method"], run["seed"], run["final"]["per_domain.usps"], run["bytes"]) == (0, 2, 0.4, 200)
@@ -211,12 +213,14 @@ def test_differences_papers_and_titles_come_from_the_study() -> None:
         "selection": None, "runs": [result["hash"] for result in results], "selection_runs": [],
     }  # fmt: skip
     found = made(loaded(*results, studies=[study], problems=["x was left out."]))
-    assert (found["title"], found["about"], found["problems"]) == ("A study", ["About it."], ["x was left out."])
+    assert (found["title"], found["sections"][0]["about"]) == ("A study", "About it.")
+    assert found["problems"] == ["x was left out."]
+    assert found["sections"][0]["verdict"] == "fedbn +5.0 over fedavg, one seed: no interval; 5.0 below the paper"
     (section,) = found["sections"]
     fedbn = section["methods"][1]
     assert (section["baseline"], fedbn["baseline"]) == ("fedavg", "fedavg")
     assert fedbn["differences"]["mean"] == [1, 0.05, None, None, 1, 0, 0]
-    assert fedbn["paper"]["mean"] == {"value": 0.85, "std": None, "source": "Table 1", "deviation": -0.05}
+    assert fedbn["paper"]["mean"] == {"value": 0.85, "std": None, "source": "Table 1", "deviation": -0.05, "mark": ""}
     assert section["methods"][0]["differences"] == {}
 
 
@@ -322,8 +326,45 @@ def test_runs_are_linked_from_where_the_page_lies(tmp_path: Path) -> None:
 def test_several_comparisons_are_sections_of_one_page(stream_result: Callable[..., dict[str, Any]]) -> None:
     found = made(loaded(federated(title="one"), federated(title="two"), stream_result()))
     assert [section["title"] for section in found["sections"]] == ["one", "two", "Split CIFAR-10 (5×2)"]
-    assert [section["id"] for section in found["sections"]] == ["s0", "s1", "s2"]
-    assert found["title"] == "3 comparisons"
+    assert [section["id"] for section in found["sections"]] == ["one", "two", "split-cifar-10"]
+    assert [section["name"] for section in found["sections"]] == ["one", "two", "Split CIFAR-10"]
+    assert found["title"] == "one, two and 1 more"
+
+
+def test_each_study_has_a_section_of_its_own_and_what_is_of_none_comes_last() -> None:
+    results = [federated(strategy, seed) for strategy in ("fedavg", "fedbn", "silobn") for seed in (1, 2)]
+    of = {name: [r["hash"] for r in results if r["strategy"]["name"] in names] for name, names in
+          {"first": ("fedavg", "fedbn"), "second_study": ("fedavg",)}.items()}  # fmt: skip
+    studies = [
+        {"study": name, "title": f"Study {name}", "about": f"{name}.", "paper": [], "runs": runs, "selection_runs": [],
+         "baseline": {"strategy": {"name": "fedavg"}}} for name, runs in of.items()
+    ]  # fmt: skip
+    found = made(loaded(*results, studies=studies))
+    assert [section["id"] for section in found["sections"]] == ["first", "second-study", "two-domains"]
+    assert [section["name"] for section in found["sections"]] == ["Study first", "Study second_study", "two domains"]
+    assert [[method["label"] for method in section["methods"]] for section in found["sections"]] == [
+        ["fedavg", "fedbn"], ["fedavg"], ["silobn"],
+    ]  # fmt: skip
+    names = [run["id"] for section in found["sections"] for run in section["runs"]]
+    assert len(set(names)) == len(names) == 8
+    assert found["count"] == 6
+    assert names[0] == f"run-{results[0]['hash']}"
+
+
+def test_a_baseline_that_no_study_has_is_refused() -> None:
+    with pytest.raises(UnknownNameError, match="baseline"):
+        sections(loaded(federated()), baseline="nobody")
+
+
+def test_only_a_best_mean_that_seeds_tell_from_all_others_is_bold() -> None:
+    seeds = (1, 2, 3)
+    first = [federated("fedavg", seed, {"mnist": 0.5 + seed / 100, "usps": 0.6}) for seed in seeds]
+    second = [federated("fedbn", s, {"mnist": 0.7 + s / 90, "usps": 0.6 + (-1) ** s / 50}) for s in seeds]
+    (section,) = made(loaded(*first, *second))["sections"]
+    best = {score["key"]: score["best"] for score in section["scores"]}
+    assert (best["per_domain.mnist"], best["per_domain.usps"]) == (1, None)
+    (section,) = made(loaded(federated("fedavg"), federated("fedbn", 1, {"mnist": 1.0, "usps": 1.0})))["sections"]
+    assert {score["best"] for score in section["scores"]} == {None}  # one seed tells nothing
 
 
 @pytest.mark.slow
@@ -335,9 +376,9 @@ def test_500_runs_stay_below_10_megabytes_and_say_what_was_thinned(tmp_path: Pat
     ]
     results = [{**long, "hash": f"{i:012x}", "config": config} for i, config in enumerate(configs)]
     of = loaded(*results)
-    compared = comparisons(of.results)
-    found = document(of, compared)
-    text = page(found, compared, folder=tmp_path)
+    parts = sections(of)
+    found = document(of, parts)
+    text = page(found, [part.comparison for part in parts], folder=tmp_path)
     assert 5_000_000 < len(text.encode()) < 10_000_000
     assert {run["hash"] for run in found["sections"][0]["runs"]} == {result["hash"] for result in results}
     assert len(found["sections"][0]["methods"]) == 100

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 import html
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -179,7 +182,7 @@ def test_it_sorts_by_any_column_either_way(reader: Reader) -> None:
     assert reader.rows() == best_first
     usps.click()
     assert reader.rows() == best_first[::-1]
-    sorts = [th.get_attribute("aria-sort") for th in reader.all("#s0 .comparison thead th")]
+    sorts = [th.get_attribute("aria-sort") for th in reader.all("#study .comparison thead th")]
     assert sorts.count("none") == len(sorts) - 1
     assert sorts[[head.text for head in heads].index("usps")] == "ascending"
     heads[0].click()
@@ -188,48 +191,51 @@ def test_it_sorts_by_any_column_either_way(reader: Reader) -> None:
 
 @pytest.mark.slow
 def test_it_filters_methods_and_runs(reader: Reader) -> None:
-    field = reader.one("#s0 .comparing input[type=search]")
+    field = reader.one("#study .comparing input[type=search]")
     field.send_keys("FED")
     assert sorted(reader.rows()) == ["fedavg", "fedbn"]
-    assert reader.one("#s0 .comparing [role=status]").text == "2 of 3 methods"
+    assert reader.one("#study .comparing [role=status]").text == "2 of 3 methods"
     field.send_keys("bn")
     assert reader.rows() == ["fedbn"]
-    reader.one("#s0-runs input[type=search]").send_keys("fedavg seed 2")
-    shown = [run.get_attribute("id") for run in reader.all("#s0-runs .run") if run.is_displayed()]
+    reader.one("#study-runs input[type=search]").send_keys("fedavg seed 2")
+    shown = [run.get_attribute("id") for run in reader.all("#study-runs .run") if run.is_displayed()]
     assert shown == [f"run-{federated('fedavg', 2)['hash']}"]
 
 
 @pytest.mark.slow
-def test_it_switches_domain_and_bands_run_from_the_lowest_to_the_highest_seed(reader: Reader) -> None:
+def test_it_switches_domain_and_bands_are_students_interval(reader: Reader) -> None:
     over_domains = mean(DOMAINS.values())
-    assert reader.means("#s0-learning")["fedbn"][-1] == pytest.approx(100 * (0.8 + 0.02 + over_domains), abs=0.02)
-    reader.choose("#s0-learning select", "per_domain.usps")
-    for number, value in enumerate(reader.means("#s0-learning")["fedbn"], start=1):
+    assert reader.means("#study-learning")["fedbn"][-1] == pytest.approx(100 * (0.8 + 0.02 + over_domains), abs=0.02)
+    reader.choose("#study-learning select", "per_domain.usps")
+    for number, value in enumerate(reader.means("#study-learning")["fedbn"], start=1):
         assert value == pytest.approx(100 * mean(accuracy("fedbn", "usps", s, number) for s in SEEDS), abs=0.02)
-    band = next(trace for trace in reader.traces("#s0-learning") if trace["meta"] == "band")
-    ends = [100 * accuracy("fedavg", "usps", seed) for seed in (3, 1)]
-    assert [band["y"][ROUNDS - 1], band["y"][ROUNDS]] == pytest.approx(ends, abs=0.02)
-    assert "lowest to the highest seed" in reader.one("#s0-learning figure .note").text
-    reader.choose("#s0-learning .pick:nth-of-type(2) select", "bytes")
-    assert reader.traces("#s0-learning")[1]["x"] == [200, 400, 600, 800]
+    band = next(trace for trace in reader.traces("#study-learning") if trace["meta"] == "band")
+    values = [100 * accuracy("fedavg", "usps", seed) for seed in SEEDS]
+    half = 4.302653 * stdev(values) / math.sqrt(3)  # Student's t, 2 degrees of freedom, 97.5 %
+    ends = [mean(values) + half, mean(values) - half]
+    assert [band["y"][ROUNDS - 1], band["y"][ROUNDS]] == pytest.approx(ends, abs=1e-4)
+    note = reader.one("#study-learning figure .note").text
+    assert "mean over n = 3 seeds; band: 95 % t interval." in note
+    reader.choose("#study-learning .pick:nth-of-type(2) select", "bytes")
+    assert reader.traces("#study-learning")[1]["x"] == [200, 400, 600, 800]
 
 
 @pytest.mark.slow
 def test_a_method_that_is_not_chosen_is_in_no_chart_and_stays_in_the_table(reader: Reader) -> None:
-    assert set(reader.means("#s0-learning")) == {"fedavg", "fedbn", html.escape(EVIL, quote=False)}
-    reader.js("arguments[0].click()", next(chip for chip in reader.all("#s0 .chip") if chip.text.endswith("fedbn")))
-    for block, number in (("#s0-learning", 0), ("#s0-layers", 0)):
+    assert set(reader.means("#study-learning")) == {"fedavg", "fedbn", html.escape(EVIL, quote=False)}
+    reader.js("arguments[0].click()", next(chip for chip in reader.all("#study .chip") if chip.text.endswith("fedbn")))
+    for block, number in (("#study-learning", 0), ("#study-layers", 0)):
         assert "fedbn" not in reader.means(block, number)
         assert "fedavg" in reader.means(block, number)
     assert "fedbn" in reader.rows()
-    for chosen in reader.all("#s0 .chip input:checked"):
+    for chosen in reader.all("#study .chip input:checked"):
         reader.js("arguments[0].click()", chosen)
-    assert reader.traces("#s0-learning") == []
-    assert "No method is chosen" in reader.one("#s0-learning .note").text
+    assert reader.traces("#study-learning") == []
+    assert "No method is chosen" in reader.one("#study-learning .note").text
 
 
 def test_every_number_leads_to_its_run(reader: Reader) -> None:
-    body = next(b for b in reader.all("#s0 .comparison tbody") if b.text.startswith("■") or "fedbn" in b.text)
+    body = next(b for b in reader.all("#study .comparison tbody") if b.text.startswith("■") or "fedbn" in b.text)
     button = body.find_element("css selector", ".seeds")
     assert button.get_attribute("aria-expanded") == "false"
     button.click()
@@ -263,43 +269,46 @@ def test_an_address_with_a_run_opens_that_run(reader: Reader, page: Path) -> Non
 
 
 def test_text_of_records_does_nothing(reader: Reader) -> None:
-    for run in reader.all("#s0-runs .run"):
+    for run in reader.all("#study-runs .run"):
         reader.js("arguments[0].open = true", run)
-    reader.until(lambda: len(reader.all("#s0-runs .run-body")) == 9, "configurations")
-    reader.traces("#s0-learning")
-    reader.traces("#s0-evaluation")
+    reader.until(lambda: len(reader.all("#study-runs .run-body")) == 9, "configurations")
+    reader.traces("#study-learning")
+    reader.traces("#study-evaluation")
     assert reader.js("return window.hacked ?? null") is None
     assert reader.all("main script, main img") == []
     assert EVIL in reader.one("h1").text
     assert EVIL in reader.one(".problems").text
     assert reader.rows().count(EVIL) == 1
-    labels = reader.js("return [...document.querySelectorAll('#s0 .first .ytick text')].map((t) => t.textContent)")
+    reader.traces("#study .first")
+    labels = reader.js("return [...document.querySelectorAll('#study .first .ytick text')].map((t) => t.textContent)")
     assert "<script>" in " ".join(labels)
 
 
 @pytest.mark.slow
 def test_the_normalization_view_shows_drift_by_layer_domain_and_round(reader: Reader) -> None:
     at = [mean(drift(d, i, s, 4) for d in DOMAINS for i in (1, 2) for s in SEEDS)]
-    assert reader.means("#s0-layers")["fedavg"][-1:] == pytest.approx(at, rel=2e-3)
-    reader.choose("#s0-layers [data-layer] select", "norm2")
-    reader.choose("#s0-layers .controls > .pick:nth-of-type(3) select", "usps")
+    assert reader.means("#study-layers")["fedavg"][-1:] == pytest.approx(at, rel=2e-3)
+    reader.choose("#study-layers [data-layer] select", "norm2")
+    reader.choose("#study-layers .controls > .pick:nth-of-type(3) select", "usps")
     at = [mean(drift("usps", 2, s, number) for s in SEEDS) for number in range(1, ROUNDS + 1)]
-    assert reader.means("#s0-layers")["fedavg"] == pytest.approx(at, rel=2e-3)
-    assert reader.traces("#s0-layers", 1)[0]["z"][1] == pytest.approx(at, rel=2e-3)
-    reader.choose("#s0-layers .controls > .pick:nth-of-type(4) select", "domains")
+    assert reader.means("#study-layers")["fedavg"] == pytest.approx(at, rel=2e-3)
+    assert reader.traces("#study-layers", 1)[0]["z"][1] == pytest.approx(at, rel=2e-3)
+    reader.choose("#study-layers .controls > .pick:nth-of-type(4) select", "domains")
     by_domain = [mean(drift(d, 1, s, 4) for s in SEEDS) for d in DOMAINS]
-    assert reader.traces("#s0-layers", 1)[0]["z"][0] == pytest.approx(by_domain, rel=2e-3)
-    reader.choose("#s0-layers .pick select", "weight_norm")
-    assert reader.means("#s0-layers")["fedavg"] == pytest.approx([4.0, 8.0, 12.0, 16.0])  # the geometric mean of 2, 8
+    assert reader.traces("#study-layers", 1)[0]["z"][0] == pytest.approx(by_domain, rel=2e-3)
+    reader.choose("#study-layers .pick select", "weight_norm")
+    assert reader.means("#study-layers")["fedavg"] == pytest.approx(
+        [4.0, 8.0, 12.0, 16.0]
+    )  # the geometric mean of 2, 8
 
 
 @pytest.mark.slow
 def test_roles_and_bytes_are_told_tensor_by_tensor(reader: Reader) -> None:
-    assert reader.traces("#s0-roles")[0]["z"] == [[0, None, 2], [0, 0, None], [0, None, 2]]  # in the network's order
-    assert "1 tensor\n16 B" in reader.one("#s0-roles table tbody td").text
-    reader.one("#s0-roles details summary").click()
-    reader.until(lambda: reader.all("#s0-roles details tbody tr"), "the tensors")
-    rows = [row.text.split() for row in reader.all("#s0-roles details tbody tr")]
+    assert reader.traces("#study-roles")[0]["z"] == [[0, None, 2], [0, 0, None], [0, None, 2]]  # in the network's order
+    assert "1 tensor\n16 B" in reader.one("#study-roles table tbody td").text
+    reader.one("#study-roles details summary").click()
+    reader.until(lambda: reader.all("#study-roles details tbody tr"), "the tensors")
+    rows = [row.text.split() for row in reader.all("#study-roles details tbody tr")]
     assert rows == [
         ["norm1.weight", "batch_norm", "scale", "shared", "4", "16", "B"],
         ["norm1.running_mean", "batch_norm", "mean", "local", "4", "16", "B"],
@@ -314,27 +323,27 @@ def test_a_stream_has_its_matrix_and_says_what_was_not_measured(reader: Reader) 
     first.send_keys(Keys.ARROW_RIGHT)
     assert second.get_attribute("aria-selected") == "true"
     assert [panel.is_displayed() for panel in reader.all("[role=tabpanel]")] == [False, True]
-    assert reader.traces("#s1-matrix")[0]["z"] == [[90, 0], pytest.approx([50, 58.2])]
-    assert set(reader.means("#s1-layers")) == {"er_ace + batch_norm"}
-    note = reader.one("#s1-layers figure .note").text
+    assert reader.traces("#split-cifar-10-matrix")[0]["z"] == [[90, 0], pytest.approx([50, 58.2])]
+    assert set(reader.means("#split-cifar-10-layers")) == {"er_ace + batch_norm"}
+    note = reader.one("#split-cifar-10-layers figure .note").text
     assert "Not measured: er_ace + group_norm (no running statistics there)." in note
     assert "One seed a method: no band." in note
-    reader.choose("#s1-plasticity select", "plasticity.dead_units")
-    assert reader.means("#s1-plasticity")["er_ace + batch_norm"] == [25, 25]
+    reader.choose("#split-cifar-10-plasticity select", "plasticity.dead_units")
+    assert reader.means("#split-cifar-10-plasticity")["er_ace + batch_norm"] == [25, 25]
 
 
 @pytest.mark.slow
 def test_dark_follows_the_system_and_the_button(reader: Reader, page: Path) -> None:
     background = "getComputedStyle(document.body).backgroundColor"
-    code = f"return [{background}, document.querySelector('#s0-learning .plot').layout.font.color]"
-    reader.traces("#s0-learning")
+    code = f"return [{background}, document.querySelector('#study-learning .plot').layout.font.color]"
+    reader.traces("#study-learning")
     light = reader.js(code)
     reader.one("#theme").click()
-    reader.traces("#s0-learning")
+    reader.traces("#study-learning")
     assert all(one != other for one, other in zip(reader.js(code), light, strict=True))
     assert reader.one("#theme").text == "Light theme"
     reader.one("#theme").click()
-    reader.traces("#s0-learning")
+    reader.traces("#study-learning")
     assert reader.js(code) == light
     reader.js("localStorage.clear()")
     features = [{"name": "prefers-color-scheme", "value": "dark"}]
@@ -357,7 +366,7 @@ def test_on_a_phone_nothing_scrolls_sideways_but_tables(reader: Reader) -> None:
             reader.draw_all()
             assert reader.js("return document.documentElement.scrollWidth") <= 390
         reader.js("arguments[0].click()", reader.one("[role=tab]"))
-        assert reader.js("return document.querySelector('#s0 .scroll').scrollWidth") > 390
+        assert reader.js("return document.querySelector('#study .scroll').scrollWidth") > 390
     finally:
         reader.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -382,10 +391,106 @@ def test_a_keyboard_reaches_everything(reader: Reader) -> None:
     assert reader.js("return getComputedStyle(document.activeElement).outlineStyle") == "solid"
     press(Keys.ENTER)
     assert reader.rows() == [EVIL, "fedavg", "fedbn"]  # by name
-    controls = "[...document.querySelectorAll('#s0 input, #s0 select, #s0 button, #s0 .scroll, #s0 summary')]"
+    controls = (
+        "[...document.querySelectorAll('#study input, #study select, #study button, #study .scroll, #study summary')]"
+    )
     assert reader.js(f"return {controls}.every((control) => control.tabIndex >= 0)")
     unnamed = (
-        "return [...document.querySelectorAll('#s0 input, #s0 select, #s0 button, #s0 a, #s0 .plot')].filter((e) => "
+        "return [...document.querySelectorAll('#study :is(input, select, button, a, .plot)')].filter((e) => "
         "!e.textContent.trim() && !e.ariaLabel && !(e.labels?.length && e.labels[0].textContent.trim())).length"
     )
     assert reader.js(unnamed) == 0
+
+
+def test_tabs_have_addresses_and_the_back_button_goes_back(reader: Reader) -> None:
+    shown = "return document.querySelector('[role=tab][aria-selected=true]').textContent"
+    assert [tab.text for tab in reader.all("[role=tab]")][1] == "Split CIFAR-10"
+    assert [link.get_attribute("hash") for link in reader.all(".answers a")] == ["#study", "#split-cifar-10"]
+    assert reader.one(".answers li span").text.startswith("fedbn +10.0 [10.0, 10.0] over fedavg, 3 of 3 seeds")
+    reader.all("[role=tab]")[1].click()
+    assert reader.js("return location.hash") == "#split-cifar-10"
+    assert reader.js(shown) == "Split CIFAR-10"
+    reader.driver.back()
+    reader.until(lambda: reader.js(shown).startswith("A study"), "the first tab")
+    contents = {link.text: link.get_attribute("hash") for link in reader.all("#study .contents a")}
+    assert contents["Learning curves"] == "#study-learning"
+    reader.all(".answers a")[1].click()
+    reader.until(lambda: reader.js(shown) == "Split CIFAR-10", "the second tab")
+    matrix = next(link for link in reader.all("#split-cifar-10 .contents a") if link.text == "Accuracy matrix")
+    reader.js("arguments[0].click()", matrix)
+    below = "return document.querySelector('#split-cifar-10-matrix h3').getBoundingClientRect().top"
+    bar = "return document.querySelector('#split-cifar-10 .methods').getBoundingClientRect().bottom"
+    reader.until(lambda: reader.js(bar) - 1 <= reader.js(below) < 500, "the heading, under the bar")
+
+
+@pytest.mark.slow
+def test_tables_are_copied_and_downloaded_and_charts_are_pictures(reader: Reader) -> None:
+    reader.js(
+        "window.saved = []; HTMLAnchorElement.prototype.click = function () { saved.push([this.download, this.href]) }"
+    )
+    reader.js("window.copies = []; navigator.clipboard.writeText = async (text) => void copies.push(text)")
+    for kind in ("csv", "md", "tex"):
+        reader.js(f"document.querySelector('#study [data-copy={kind}]').click()")
+        reader.js(f"document.querySelector('#study [data-download={kind}]').click()")
+    reader.until(lambda: len(reader.js("return copies")) == 3, "three texts")
+    texts = reader.js("return copies")
+    assert texts[0].startswith("method,score,n,mean,std,low,high,baseline,difference,")
+    assert "**Comparison (%):" in texts[1]
+    assert "\\begin{tabular}" in texts[2]
+    assert [name for name, _ in reader.js("return saved")] == ["study.csv", "study.md", "study.tex"]
+    reader.traces("#study-learning")
+    for kind in ("png", "svg"):
+        reader.js(f"document.querySelector('#study-learning [data-picture={kind}]').click()")
+    reader.until(lambda: len(reader.js("return saved")) == 5, "two pictures")
+    pictures = dict(reader.js("return saved.slice(3)"))
+    assert pictures["mean-accuracy-over-domains-by-round.png"].startswith("data:image/png;base64,")
+    svg = unquote(pictures["mean-accuracy-over-domains-by-round.svg"])
+    assert svg.startswith("data:image/svg+xml,<svg")
+    assert "fedavg" in svg  # a picture says what its lines are
+
+
+@pytest.mark.slow
+def test_the_papers_column_follows_the_mean_and_a_table_says_that_it_scrolls(
+    chromium: Any, stream_result: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    results = [
+        stream_result(learner={"name": name}, config={"seed": seed, "train": {"learning_rate": rate}},
+                      final={"average_accuracy": rate + seed / 100})
+        for name in ("er_ace", "naive") for rate in (0.1, 0.3) for seed in (1, 2, 3)
+    ]  # fmt: skip
+    paper = {"match": {"learner": {"name": "er_ace"}}, "score": "average_accuracy", "value": 0.5, "source": "a paper"}
+    study = {"study": "s", "title": "S", "about": "", "paper": [paper], "runs": [r["hash"] for r in results],
+             "selection_runs": [], "selection": None, "baseline": None}  # fmt: skip
+    write_page(tmp_path / "page.html", Loaded(results, [], [study]))
+    reader = Reader(chromium, tmp_path / "page.html")
+    heads = [head.text.split("\n")[0] for head in reader.all(".comparison thead button")]
+    assert heads[:3] == ["method", "average accuracy", "paper"]
+    box = "const b = document.querySelector('.scroll'); const cell = b.querySelector('thead th:nth-child(3)');"
+    for width, height in ((390, 844), (1280, 900), (1920, 1000)):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        assert reader.js(f"{box} return cell.getBoundingClientRect().right") <= width
+        scrolls = reader.js(f"{box} return b.scrollWidth - b.clientWidth > 1")
+        reader.until(lambda: reader.js(f"{box} return b.classList.contains('more')") == scrolls, "the shadow")  # noqa: B023
+        assert reader.one(".hint").is_displayed() == scrolls
+        if width == 390:
+            assert scrolls
+            left = reader.js(f"{box} b.scrollLeft = 120; return b.getBoundingClientRect().left")
+            assert reader.js(f"{box} return b.querySelector('tbody th').getBoundingClientRect().left") == left
+    chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    lines = {trace["name"]: trace for trace in reader.traces("#s-sweep")}
+    assert lines["er_ace + batch_norm"]["x"] == [0.1, 0.3]
+    assert lines["er_ace + batch_norm"]["y"] == pytest.approx([12, 32])
+    curves = [trace for trace in reader.traces("#s-learning") if trace["meta"] == "mean"]
+    colours = [trace["colour"] for trace in curves]
+    assert len(set(colours)) == 4
+    assert colours[0] == lines["er_ace + batch_norm"]["colour"]  # the first row has its method's hue in full
+    assert hue(colours[0]) == pytest.approx(hue(colours[1]), abs=0.02)
+    assert hue(colours[2]) == pytest.approx(hue(colours[3]), abs=0.02)
+    assert abs(hue(colours[0]) - hue(colours[2])) > 0.1
+    reader.choose("#s-learning select", "forgetting")
+    assert next(iter(reader.means("#s-learning").values())) == pytest.approx([40])
+
+
+def hue(colour: str) -> float:
+    return colorsys.rgb_to_hls(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0]

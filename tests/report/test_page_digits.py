@@ -12,8 +12,9 @@ import pytest
 
 from fednorm.records.results import load
 from fednorm.report import numbers, page_data
-from fednorm.report.comparison import Comparison, comparison_table, comparisons
+from fednorm.report.comparison import Comparison, comparison_table
 from fednorm.report.page import write_page
+from fednorm.report.sections import sections
 from fednorm.report.stream_table import stream_table
 from fednorm.report.table import accuracy_table
 
@@ -47,15 +48,16 @@ def test_the_page_of_a_record_prints_the_digits_of_its_tables(record: Path, chro
     loaded = load([record])
     write_page(tmp_path / "page.html", loaded)
     chromium.get((tmp_path / "page.html").as_uri())
-    for number, comparison in enumerate(comparisons(loaded.results, studies=loaded.studies)):
-        chromium.execute_script("location.hash = arguments[0]", f"s{number}")
-        shown = read(chromium, f"#s{number}")
+    for section in sections(loaded):
+        comparison = section.comparison
+        chromium.execute_script("document.getElementById(arguments[0])?.click()", f"tab-{section.id}")
+        shown = read(chromium, f"#{section.id}")
         chromium.execute_script(
             "const s = document.querySelector(arguments[0]); if (!s) return; "
             "s.value = 'std'; s.dispatchEvent(new Event('change'))",
-            f"#s{number} .comparing select",
+            f"#{section.id} .comparing select",
         )
-        deviations = read(chromium, f"#s{number}")
+        deviations = read(chromium, f"#{section.id}")
         assert shown.keys() == {method.label for method in comparison.methods}
         compare(comparison, shown, deviations)
 

@@ -16,6 +16,7 @@ from fednorm.records.results import Loaded, load
 from fednorm.report.comparison import comparisons
 from fednorm.report.figures import drawings
 from fednorm.report.page_data import document
+from fednorm.report.sections import sections
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 8, "test_per_domain": 5, "domains": ["scans", "photo"]},
@@ -54,7 +55,8 @@ def test_a_grid_has_a_page_figures_and_a_table_too(grid: GridResult) -> None:
     """It is shown as a stream is, by experience, in means over its clients."""
     assert (grid.kind, grid.subject, grid.unit) == ("federated_continual", "federated_continual", "experience")
     (comparison,) = comparisons([grid])
-    page = document(Loaded([grid], [], []), [comparison])
+    loaded = Loaded([grid], [], [])
+    page = document(loaded, sections(loaded))
     (section,) = page["sections"]
     (run,) = section["runs"]
     assert section["kind"] == "federated_continual"

@@ -17,6 +17,7 @@ from fednorm.report import _common, comparison, grouping, page_data
 from fednorm.report.baselines import Nearest
 from fednorm.report.comparison import comparisons
 from fednorm.report.grouping import data_settings
+from fednorm.report.sections import sections
 
 Make = Callable[..., dict[str, Any]]
 
@@ -87,8 +88,9 @@ def test_a_page_of_many_runs_keeps_the_best_methods_curves_and_says_so(
     stream_result: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = grid(stream_result, 3)
+    loaded = Loaded(results, [], [])
     monkeypatch.setattr(page_data, "WITH_CURVES", 5)
-    made = page_data.document(Loaded(results, [], []), comparisons(results))
+    made = page_data.document(loaded, sections(loaded))
     (section,) = made["sections"]
     kept = {section["methods"][run["method"]]["label"] for run in section["runs"] if run["series"]}
     assert kept == {"naive + batch_norm lr 0.03", "er_ace + batch_norm lr 0.03"}
@@ -96,7 +98,7 @@ def test_a_page_of_many_runs_keeps_the_best_methods_curves_and_says_so(
     assert all(run["final"]["average_accuracy"] for run in section["runs"])
     assert "curves, matrices and diagnostics of" in made["thinned"]
     monkeypatch.setattr(page_data, "WITH_CURVES", 12)
-    whole = page_data.document(Loaded(results, [], []), comparisons(results))
+    whole = page_data.document(loaded, sections(loaded))
     assert whole["thinned"] is None
     assert all(run["series"] for run in whole["sections"][0]["runs"])
 

@@ -51,9 +51,9 @@ def test_the_best_may_be_worse(said: Callable[..., str]) -> None:
 
 def test_without_a_baseline(said: Callable[..., str]) -> None:
     text = said({"naive": [0.40, 0.42], "er_ace": [0.50, 0.50]}, baseline=None, paper=0.5)
-    assert text == "er_ace 50.0 [50.0, 50.0], highest average accuracy of 2 methods, n = 2 seeds; as in the paper"
+    assert text == "er_ace: 50.0 [50.0, 50.0], highest average accuracy of 2 methods, n = 2 seeds; as in the paper"
     assert said({"er_ace": [0.5]}, baseline=None, paper=0.4) == (
-        "er_ace 50.0 average accuracy, one seed: no interval; 10.0 above the paper"
+        "er_ace: 50.0 average accuracy, one seed: no interval; 10.0 above the paper"
     )
 
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from fednorm.cards import SCENARIOS
-from fednorm.cli.catalogue import run_explain, run_list
+from fednorm.cli.catalogue import run_explain
+from fednorm.cli.listing import run_list
 from fednorm.config import DataConfig
 from fednorm.data.domain import Split
 from fednorm.errors import ConfigError, DataError, UnknownNameError

@@ -21,6 +21,7 @@ SMALL: dict[str, Any] = {
 
 KIND = """
 import fednorm.federation.client as client
+import fednorm.federation.cohort.training as training
 from fednorm.federation.simulate import simulate
 from fednorm.config import resolve
 
@@ -31,6 +32,10 @@ def arm_own(where, n):
     if where == "in a client's training":
         when = lambda bench, who, server_round, **_: server_round == n and who.partition_id == 3
         before(client, "fit", when, die)
+        of_cohort = lambda self, clients, tensors, *, server_round, **_: (
+            server_round == n and any(who.partition_id == 3 for who in clients)
+        )
+        before(training.CohortTraining, "train", of_cohort, die)
     elif where == "before the checkpoint":
         before(record.RunRecord, "save_checkpoint", lambda self, checkpoint: checkpoint.ended == n, die)
 """

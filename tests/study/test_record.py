@@ -616,6 +616,7 @@ LEAVES: dict[str, Any] = {
     "rounds.evaluate_every": 2,
     "rounds.max_update_norm": 3.5,
     "evaluate.kinds": ["own", "cross"],
+    "evaluate.clients": "sampled",
     "evaluate.images": 64,
     "evaluate.fallback": "pooled",
     "evaluate.split": "validation",

@@ -26,6 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "clients that are not sampled": {"rounds": {"fraction": 0.4}},
     "checkpoint each third round": {"rounds": {"checkpoint_every": 3}, "strategy": {"name": "silobn"}},
     "evaluation each second round": {"rounds": {"evaluate_every": 2}},
+    "cohorts of clients": {"engine": "cohort", "cohort_size": 2},
 }
 
 PLACES = (

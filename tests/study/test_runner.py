@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fednorm import cores
 from fednorm.config import RunConfig, merge, resolve
 from fednorm.errors import ConfigError, FedNormError
 from fednorm.federation.simulate import simulate
@@ -116,6 +118,36 @@ def test_processes_do_what_one_does_and_a_run_that_fails_or_is_killed_stops_no_o
     assert {run for (run,) in watch.of("started")} == {config.hash for config in configs}
     assert watch.told[0][:2] == ("begin", "runs")
     assert watch.told[-1] == ("end",)
+
+
+def test_workers_are_forked_off_a_process_that_has_imported_what_they_need_where_that_is_safe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lists: list[list[str]] = []
+    context = worker.get_context("forkserver")
+    monkeypatch.setattr(context, "set_forkserver_preload", lists.append)
+    monkeypatch.setattr(worker, "get_context", lambda method: context if method == "forkserver" else method)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert worker.context_for({"federated"}) is context
+    assert lists[0][0] == "fednorm.federation.simulate"
+    assert "fednorm.norms.batch_norm" in lists[0]
+    assert "fednorm.streams.simulate" not in lists[0]
+    for module in lists[0]:
+        importlib.import_module(module)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert worker.context_for({"federated"}) == "spawn"
+
+
+@pytest.mark.slow
+def test_a_worker_has_the_environment_of_its_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tells.py").write_text("import os\ndef data():\n    raise RuntimeError(os.environ['WORD'])\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for word in ("first", "second"):
+        monkeypatch.setenv("WORD", word)
+        configs = [resolve({"data": {"name": "tells:data"}, "seed": seed}) for seed in (1, 2)]
+        outcome = run_study(configs, runs=tmp_path / word, jobs=2)
+        assert [word in failure.reason for failure in outcome.failures] == [True, True]
 
 
 COMMAND = """
@@ -361,6 +393,33 @@ def test_jobs_are_as_many_as_the_cores_that_may_be_used(tmp_path: Path, monkeypa
     for text, jobs in (("max 100000", 6), ("250000 100000", 2), ("50000 100000", 1), ("900000 100000", 6)):
         limit.write_text(text)
         assert default_jobs() == jobs
+
+
+def test_runs_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fednorm.cores.usable_cores", lambda: 4)
+    told: list[Any] = []
+
+    class Link:
+        def send(self, said: Any) -> None:
+            told.append(said)
+
+        def recv(self) -> Any:
+            told.append(cores.cores_of_a_run())
+            raise EOFError
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_outlive_no_parent", lambda: None)
+    try:
+        with pytest.raises(SystemExit):
+            worker.serve(Link(), tmp_path, 2)  # type: ignore[arg-type]
+    finally:
+        cores.share_cores(1)
+    assert told[1:] == [cores.Cores(4, 2)]
 
 
 # What runs tell -------------------------------------------------------------------------------------------------------

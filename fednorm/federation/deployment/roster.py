@@ -8,26 +8,24 @@ fednorm, classes, image shape or norm plan differs is refused by name, with the 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from flwr.app import Message, RecordDict
 
 import fednorm
 from fednorm.config import RunConfig
-from fednorm.data.domain import Client, Federation, Split
+from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federation.constants import differing
+from fednorm.federation.deployment.about import Site, read_site, remote_federation
 from fednorm.federation.deployment.grid import NO_ANSWER, DeployedGrid
 from fednorm.federation.deployment.site import LOST
 from fednorm.federation.nodes import Node
-from fednorm.federation.replies import UnfitReply, in_order, one_line, read_about_site, reader
+from fednorm.federation.replies import UnfitReply, in_order, one_line
 from fednorm.federation.round_report import RoundReport
 
 log = logging.getLogger("flwr")
@@ -40,98 +38,6 @@ LEAST_SECONDS = 60.0
 
 RIVAL_SECONDS = 30.0
 """Time for a known node to show that it is alive, where another says that it is the same site."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """What a site said of itself.
-
-    Attributes:
-        name: Its domain.
-        number: Its client's number; None where its node leaves that to the server.
-        held_out: Whether it never trains.
-        counts: Numbers of its training, validation and test images.
-        classes: K, and the classes' names as JSON, an empty list where the data does not name them.
-        image_size: Height and width of its images.
-        digest: Of its data.
-        version: Of its fednorm.
-        plan: Digest of its norm plan.
-        shows: Whether its node answers what asks for its local tensors and statistics.
-        title: How a table names its data.
-        notes: What belongs under such a table.
-        constants: Prints of its model's constants.
-    """
-
-    name: str
-    number: int | None
-    held_out: bool
-    counts: tuple[int, int, int]
-    classes: tuple[int, str]
-    image_size: int
-    digest: str
-    version: str
-    plan: str
-    shows: bool
-    title: str = ""
-    notes: tuple[str, ...] = ()
-    constants: Mapping[str, object] | None = None
-
-    def differs(self, other: Site) -> str:
-        """Return in what it does not fit another site of the same run; empty where it fits."""
-        if self.version != other.version:
-            return f"it has fednorm {self.version}, and {other.name} has {other.version}"
-        (count, names), (others_count, others_names) = self.classes, other.classes
-        named = "[]" not in (names, others_names)
-        if count != others_count or (named and names != others_names):
-            return f"it has {_classes(self)}, and {other.name} has {_classes(other)}"
-        if self.image_size != other.image_size:
-            return f"its images are {self.image_size} pixels high, and those of {other.name} {other.image_size}"
-        return ""
-
-
-def _classes(site: Site) -> str:
-    count, names = site.classes
-    listed = json.loads(names)
-    shown = ", ".join([*listed[:8], *(["…"] if len(listed) > 8 else [])])
-    return f"{count} classes ({shown})" if shown else f"{count} classes"
-
-
-@reader
-def read_site(reply: Message) -> Site:
-    """Return what a site says of itself.
-
-    Raises:
-        UnfitReply: It failed, or says something else.
-    """
-    about, domain, held_out, constants = read_about_site(reply)
-    if about.get("site") is not True:
-        raise UnfitReply("it is no site: it describes itself without what a deployed run must know (fednorm is older)")
-    counts = tuple(about.get(key) for key in ("train", "validation", "test"))
-    numbers = (*counts, about.get("classes"), about.get("image-size"))
-    if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 2**53 for n in numbers):
-        raise UnfitReply(f"it describes itself without its numbers of images and classes, and their size: {numbers}")
-    names, notes = (json.loads(str(about.get(key))) for key in ("class-names", "notes"))
-    if not all(isinstance(n, list) and all(isinstance(text, str) for text in n) for n in (names, notes)):
-        raise UnfitReply("it describes itself with class names or notes that are no texts")
-    digest, version, plan, title = (one_line(str(about.get(key))) for key in ("digest", "version", "plan", "title"))
-    number = int(str(about["partition-id"])) if about.get("numbered") is True else None
-    if number is not None and not 0 <= number < 10**6:
-        raise UnfitReply(f"it says that it is client {number}")
-    return Site(
-        domain,
-        number,
-        held_out,
-        (int(str(counts[0])), int(str(counts[1])), int(str(counts[2]))),
-        (int(str(about["classes"])), json.dumps(names)),
-        int(str(about["image-size"])),
-        digest,
-        version,
-        plan,
-        about.get("allow-statistics") is True,
-        title,
-        tuple(one_line(note) for note in notes),
-        constants,
-    )
 
 
 class Roster:
@@ -220,9 +126,8 @@ class Roster:
         model = min(fitting, key=lambda site: (-kinds[site.classes, site.image_size], site.name), default=None)
         agreed = {}
         for node_id, site in self._candidates.items():
-            reason = self._unknown(site) or self._version(site) or (site.differs(model) if model else "")
-            if names[site.name] > 1:
-                reason = f"{names[site.name]} nodes say that they are {site.name}; each site needs a name of its own"
+            reason = _twins(site, names) or self._unknown(site) or self._version(site)
+            reason = reason or (site.differs(model) if model else "")
             if reason:
                 self._refuse(node_id, site.name, reason)
             else:
@@ -247,7 +152,7 @@ class Roster:
 
     # In every round --------------------------------------------------------------------------------------------------
 
-    def look(self, constants: Mapping[str, list[float]]) -> tuple[Node, ...]:
+    def look(self) -> tuple[Node, ...]:
         """See who has come and gone, and return the nodes of a round, in the order of their numbers.
 
         Where no site is there that trains, it is waited for, ``rounds.wait`` seconds at most.
@@ -255,7 +160,6 @@ class Roster:
         Raises:
             IncompleteError: None came.
         """
-        self._constants = constants
         until = time.monotonic() + self._config.rounds.wait
         while True:
             self._see_who_left()
@@ -282,21 +186,17 @@ class Roster:
         )
 
     def note(self, report: RoundReport) -> None:
-        """Take down whose training was used, and who has lost what it kept."""
+        """Take down whose training a round used, and tell its report what has become of the nodes."""
         for client in report.train:
             self._last[client.partition_id] = report.server_round
             if lost := client.metrics.get(LOST):
                 self._event(client.domain, f"it has lost what it kept in round {int(lost)}, and began anew")
-
-    def told(self) -> list[dict[str, str]]:
-        """Return what has become of the nodes since this was last asked."""
         for node_id in self._grid.late:
             number = self._nodes.get(node_id)
             name = self.sites[number].name if number is not None else f"node {node_id}"
             self._event(name, "a reply of it came after its time, and was dropped")
         self._grid.late.clear()
-        events, self._events = self._events, []
-        return events
+        report.events, self._events = self._events, []
 
     def about(self) -> dict[str, list[object]]:
         """Return each site's number and its data's digest, by its name; those before a restart of the server too."""
@@ -305,7 +205,7 @@ class Roster:
 
     def federation(self) -> Federation:
         """Return the run's clients as the server knows them: their numbers of images, and none of the images."""
-        return remote_federation({number: self.sites[number] for number in sorted(self.sites)})
+        return remote_federation(self.sites)
 
     def _see_who_left(self) -> None:
         there = set(self._grid.get_node_ids())
@@ -361,11 +261,9 @@ class Roster:
 
     def _unfit(self, site: Site, names: Mapping[str, int], stated: Mapping[int, int]) -> str:
         """Return why a site is not taken on; empty where it is."""
-        if names[site.name] > 1:
-            return f"{names[site.name]} nodes say that they are {site.name}; each site needs a name of its own"
         if site.number is not None and stated[site.number] > 1:
             return f"{stated[site.number]} nodes say that they are client {site.number} (partition-id)"
-        reason = self._unknown(site) or self._version(site)
+        reason = _twins(site, names) or self._unknown(site) or self._version(site)
         if not reason and self.sites:
             reason = site.differs(self.sites[min(self.sites)])
         if not reason and site.plan != self._plan:
@@ -457,38 +355,8 @@ class Roster:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class RemoteFederation(Federation):
-    """The clients of a run whose images are elsewhere.
-
-    Attributes:
-        digests: What identifies each site's data.
-    """
-
-    digests: tuple[str, ...] = ()
-
-    def digest(self) -> str:
-        """Return what identifies the data of all sites: 16 hexadecimal digits made of theirs."""
-        return hashlib.sha256("\n".join(self.digests).encode()).hexdigest()[:16]
-
-
-def remote_federation(sites: Mapping[int, Site]) -> RemoteFederation:
-    """Return the federation of some sites, by their clients' numbers, as their server knows it."""
-    first = next(iter(sites.values()))
-    clients = tuple(_remote(number, site) for number, site in sites.items())
-    names = next((json.loads(site.classes[1]) for site in sites.values() if site.classes[1] != "[]"), ())
-    return RemoteFederation(
-        f"{first.title.partition(' (')[0]} ({', '.join(client.domain for client in clients)})",
-        first.classes[0],
-        first.image_size,
-        clients,
-        tuple(dict.fromkeys(note for site in sites.values() for note in site.notes)),
-        tuple(names),
-        digests=tuple(f"{number}|{site.digest}" for number, site in sites.items()),
-    )
-
-
-def _remote(number: int, site: Site) -> Client:
-    none = torch.empty((0, 3, site.image_size, site.image_size), dtype=torch.uint8)
-    train, validation, test = (Split(none, torch.empty(0, dtype=torch.int64), torch.arange(n)) for n in site.counts)
-    return Client(number, site.name, train, validation, test, site.held_out)
+def _twins(site: Site, names: Mapping[str, int]) -> str:
+    """Return why a site is refused whose name others have too; empty where none has."""
+    if names[site.name] < 2:
+        return ""
+    return f"{names[site.name]} nodes say that they are {site.name}; each site needs a name of its own"

@@ -28,7 +28,7 @@ class ServerWorkbench(Workbench):
 
     def about(self) -> Document:
         """Return what the record says of the sites: which run they know, their numbers, digests of their data."""
-        roster = self.strategy.roster
+        roster = self.roster
         return {} if roster is None else {"sites": {"run": roster.run, "known": roster.about()}}
 
     def _loaded(self, given: Federation | None) -> Federation:
@@ -126,7 +126,7 @@ def gathered(config: RunConfig, roster: Roster) -> Workbench:
     """
     bench = ServerWorkbench(config, roster.gather())
     roster.admit(plan_digest(bench.plan), constant_prints(bench.model, bench.plan))
-    bench.strategy.roster = roster
+    bench.roster, bench.strategy.renew = roster, roster.look
 
     def learn() -> None:
         bench.federation = roster.federation()

@@ -131,7 +131,7 @@ class Sender:
         if (number, begin) not in self._views:
             if len(self._views) > 64:  # parcels whose parts are never alike
                 self._views.clear()
-            self._views[number, begin] = [_view(self._arena.bytes, begin, place) for place in layout.places]
+            self._views[number, begin] = _views(self._arena.bytes, begin, layout)
         return self._views[number, begin]
 
 
@@ -183,10 +183,16 @@ def _tensors(memory: Tensor, begin: int, layout: Layout, *, copy: bool) -> dict[
     """Return a record's tensors by key."""
     if copy and layout.nbytes < _SMALL:
         memory, begin, copy = memory[begin : begin + layout.nbytes].clone(), 0, False
-    views = {place.key: _view(memory, begin, place) for place in layout.places}
-    return {key: view.clone() for key, view in views.items()} if copy else views
+    keys = [place.key for place in layout.places]
+    views = _views(memory, begin, layout)
+    return dict(zip(keys, [view.clone() for view in views] if copy else views, strict=True))
 
 
-def _view(memory: Tensor, begin: int, place: Place) -> Tensor:
-    values = memory[begin + place.offset : begin + place.offset + place.nbytes].view(place.dtype)
-    return values.as_strided(place.shape, place.stride)
+def _views(memory: Tensor, begin: int, layout: Layout) -> list[Tensor]:
+    """Return a record's tensors where they lie; what they begin at is a multiple of what any value takes."""
+    kinds = {place.dtype for place in layout.places}
+    values = {dtype: memory.view(dtype) for dtype in kinds}
+    return [
+        values[place.dtype].as_strided(place.shape, place.stride, (begin + place.offset) // place.dtype.itemsize)
+        for place in layout.places
+    ]

@@ -188,6 +188,7 @@ def _begin(parent: int, own: Connection, strangers: Iterable[Connection], serve:
         _end_with(parent)
         for connection in strangers:
             connection.close()
+        _write_anew()
         gc.freeze()  # what was there is looked at no more, and stays shared with the parent
         serve()
         code = 0
@@ -195,7 +196,16 @@ def _begin(parent: int, own: Connection, strangers: Iterable[Connection], serve:
         code = 1
     finally:
         own.close()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
         os._exit(code)
+
+
+def _write_anew() -> None:
+    """Write past the parent's buffers, of which a thread of it (a progress bar's) may hold the locks."""
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        with suppress(OSError):  # a process may have neither
+            setattr(sys, name, open(number, "w", buffering=1, closefd=False, errors="backslashreplace"))  # noqa: SIM115
 
 
 def _end_with(parent: int) -> None:

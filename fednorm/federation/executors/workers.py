@@ -49,7 +49,7 @@ class Workers:
     def __init__(self, bench: Workbench, count: int, carry: Callable[[Job], Answer] | None = None) -> None:
         self._bench, self._count = bench, count
         self._here = Sequential(bench)
-        self._carry = carry or partial(answer, bench)
+        self._carry = carry or partial(_lent, bench)
         self._broadcast = Broadcast()
         self._processes: list[Process] = []
 
@@ -219,6 +219,12 @@ class _Turns:
         for number in range(self._open, last):
             heapq.heappush(self._heap, (-self._lengths[number], number))
         self._open = max(self._open, last)
+
+
+def _lent(bench: Workbench, job: Job) -> Answer:
+    """Carry out a job in a worker, which copies what comes of it at once."""
+    bench.lends = True
+    return answer(bench, job)
 
 
 def _keep(job: Job, done: Done) -> None:

@@ -37,7 +37,8 @@ class Chart {
     this.title = el("figcaption", { text: title });
     this.plot = el("div", { class: "plot", role: "img", "aria-label": title });
     this.note = el("p", { class: "note" });
-    this.figure = el("figure", {}, this.title, this.plot, this.note);
+    this.tools = pictureButtons(this);
+    this.figure = el("figure", {}, this.title, this.plot, this.note, this.tools);
     this.figure.chart = this;
     charts.add(this);
     inView.observe(this.figure);
@@ -54,6 +55,7 @@ class Chart {
     const built = this.build();
     if (typeof built === "string") {
       this.plot.hidden = true;
+      this.tools.hidden = true;
       if (this.plot.data) window.Plotly.purge(this.plot);
       this.clickable = false;
       this.note.textContent = built;
@@ -61,6 +63,7 @@ class Chart {
       return;
     }
     this.plot.hidden = false;
+    this.tools.hidden = false;
     this.note.textContent = built.note ?? "";
     this.plot.style.height = `${built.height}px`;
     const Plotly = await loadPlotly();
@@ -136,7 +139,7 @@ function wrapped(text, width) {
 
 const narrow = () => window.innerWidth < 640;
 
-/** Return the traces of one method's curve: the band from the lowest to the highest seed (paler among many), and the mean. */
+/** Return the traces of one method's curve: its band over seeds (paler among many), and the mean. */
 function curveTraces(label, style, curve, text, crowded) {
   const traces = [];
   if (curve.n > 1) {

@@ -50,7 +50,7 @@ function curvesOf(section, quantity, axis) {
       });
     if (!curves.length) continue;
     seeds.push(curves.length);
-    const curve = overSeeds(curves);
+    const curve = overSeeds(curves, section.quantiles, quantity.percent ? [quantity.key === "forgetting" ? -100 : 0, 100] : null);
     const label = section.methods[index].label;
     const text = curve.mean.map((value, i) => {
       const band = curve.n > 1 ? ` ${ends(curve.low[i] / times, curve.high[i] / times, quantity.percent)}` : "";
@@ -72,6 +72,8 @@ function curvesOf(section, quantity, axis) {
 
 function bandNote(seeds) {
   if (seeds.every((n) => n === 1)) return "One seed a method: no band.";
-  const said = "Line: mean over seeds; band: from the lowest to the highest seed.";
-  return seeds.some((n) => n === 1) ? `${said} A method with one seed has no band.` : said;
+  const [few, most] = [Math.min(...seeds), Math.max(...seeds)];
+  const kinds = [most > 2 ? "95 % t interval" : null, seeds.includes(2) ? `lowest to highest seed${most > 2 ? " where n = 2" : ""}` : null];
+  const said = `Line: mean over n = ${few < most ? `${few} to ` : ""}${most} seeds; band: ${kinds.filter(Boolean).join(", ")}.`;
+  return few === 1 ? `${said} A method with one seed has no band.` : said;
 }

@@ -47,7 +47,7 @@ function dots(section, shown, score) {
         y: runs.map(() => row + 0.26),
         mode: "markers",
         marker: { symbol: "circle-open", size: 6, color: style.colour, opacity: 0.75 },
-        customdata: runs.map((run) => run.hash),
+        customdata: runs.map((run) => run.id),
         text: runs.map((run) => `seed ${run.seed}: ${show(run.final[score.key], score.percent)}`),
         hovertemplate: "%{text}<extra></extra>",
       });
@@ -62,7 +62,7 @@ function dots(section, shown, score) {
       error_x: known(low)
         ? { type: "data", array: [times * (high - value)], arrayminus: [times * (value - low)], color: style.colour, thickness: 2.2, width: 5 }
         : undefined,
-      customdata: n === 1 && runs.length === 1 ? [runs[0].hash] : [null],
+      customdata: n === 1 && runs.length === 1 ? [runs[0].id] : [null],
       text: [`${plain(method.label)}: ${show(value, score.percent)}${spread}`],
       hovertemplate: "%{text}<extra></extra>",
     });
@@ -94,7 +94,7 @@ function dots(section, shown, score) {
     hovermode: "closest",
     dragmode: false,
   };
-  return { traces, layout, note: dotsNote(section, intervals, baseline, traces), clicked: (point) => point.customdata && goTo(`run-${point.customdata}`) };
+  return { traces, layout, note: dotsNote(section, intervals, baseline, traces), clicked: (point) => point.customdata && goTo(point.customdata) };
 }
 
 function dotsNote(section, intervals, baseline, traces) {

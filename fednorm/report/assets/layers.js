@@ -107,7 +107,7 @@ function overTimeOf(section, { measure, layer, domain }) {
       continue;
     }
     seeds.push(curves.length);
-    const curve = overSeeds(curves);
+    const curve = overSeeds(curves, section.quantiles, null);
     traces.push(...curveTraces(section.methods[index].label, section.view.style(index), curve, curve.mean.map((value) => show(value, false)), section.view.shown.length > 4));
   }
   const lacking = without.length ? `Not measured: ${without.join("; ")}${measure === "drift" ? " (no running statistics there)" : ""}.` : "";

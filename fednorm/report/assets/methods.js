@@ -22,11 +22,18 @@ class Methods {
     for (const index of byHeadline(section).slice(0, SHOWN_AT_FIRST).sort((a, b) => a - b)) this.take(index);
   }
 
+  /** Give a method a colour: that of its kin, where one of them is shown, else the first that is free. */
   take(index) {
+    const mate = [...this.slots.keys()].find((other) => this.kin(other)[0] === this.kin(index)[0]);
     const taken = new Set(this.slots.values());
     let slot = 0;
     while (taken.has(slot)) slot += 1;
-    this.slots.set(index, slot);
+    this.slots.set(index, mate === undefined ? slot : this.slots.get(mate));
+  }
+
+  /** Return the number of the strategy and norm that a method's rows share, and the row's own among them. */
+  kin(index) {
+    return this.section.methods[index].kin;
   }
 
   get shown() {
@@ -62,13 +69,21 @@ class Methods {
 
   style(index) {
     const slot = this.slots.get(index) ?? 0;
-    const colours = PALETTE[dark ? "dark" : "light"];
+    const [group, tone] = this.kin(index);
+    const tones = this.section.methods.filter((method) => method.kin[0] === group).length;
+    const mark = tones > 1 ? tone : slot;
     return {
-      colour: colours[slot % colours.length],
-      dash: DASHES[slot % DASHES.length],
-      symbol: SYMBOLS[slot % SYMBOLS.length],
-      glyph: GLYPHS[slot % GLYPHS.length],
+      colour: tones > 1 ? paler(this.hue(index), (0.45 * tone) / (tones - 1)) : this.hue(index),
+      dash: DASHES[mark % DASHES.length],
+      symbol: SYMBOLS[mark % SYMBOLS.length],
+      glyph: GLYPHS[mark % GLYPHS.length],
     };
+  }
+
+  /** Return the colour of a method and its kin. */
+  hue(index) {
+    const colours = PALETTE[dark ? "dark" : "light"];
+    return colours[(this.slots.get(index) ?? 0) % colours.length];
   }
 
   /** Return a mark in the method's colour and shape; it follows selection and theme. */

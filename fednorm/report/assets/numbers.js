@@ -88,8 +88,12 @@ function geometricMean(values) {
   return found.length ? Math.exp(mean(found.map(Math.log))) : null;
 }
 
-/** Return the mean, lowest and highest of several curves [xs, ys] at every x that one of them has. */
-function overSeeds(curves) {
+/**
+ * Return the mean over several curves [xs, ys] at every x that all of them have, and a band: from three seeds on the 95 %
+ * interval of the mean (Student's t, whose quantiles by n are given), with two from the lowest to the highest.
+ * Figures of fednorm.report.plotting have the same bands.
+ */
+function overSeeds(curves, quantiles, bounds) {
   const at = new Map();
   for (const [xs, ys] of curves) {
     xs.forEach((x, i) => {
@@ -98,13 +102,17 @@ function overSeeds(curves) {
       at.get(x).push(ys[i]);
     });
   }
-  const x = [...at.keys()].sort((a, b) => a - b);
-  const columns = x.map((value) => at.get(value));
-  return {
-    x,
-    mean: columns.map(mean),
-    low: columns.map((values) => Math.min(...values)),
-    high: columns.map((values) => Math.max(...values)),
-    n: curves.length,
-  };
+  const n = curves.length;
+  const x = [...at.keys()].filter((value) => at.get(value).length === n).sort((a, b) => a - b);
+  const bands = x.map((value) => band(at.get(value), quantiles[n], bounds));
+  return { x, mean: x.map((value) => mean(at.get(value))), low: bands.map((ends) => ends[0]), high: bands.map((ends) => ends[1]), n };
+}
+
+function band(values, quantile, bounds) {
+  if (!quantile) return [Math.min(...values), Math.max(...values)];
+  const middle = mean(values);
+  const squares = values.reduce((sum, value) => sum + (value - middle) ** 2, 0);
+  const half = quantile * Math.sqrt(squares / (values.length - 1) / values.length);
+  const [least, most] = bounds ?? [-Infinity, Infinity];
+  return [Math.max(middle - half, least), Math.min(middle + half, most)];
 }

@@ -26,7 +26,7 @@ function runItem(section, run) {
     el("span", { class: "run-seed", text: `seed ${run.seed}` }),
     el("span", { class: "run-score", text: score ? show(run.final[score.key], score.percent) : "" }),
     el("code", { text: run.hash }));
-  const item = el("details", { class: "run", id: `run-${run.hash}` }, summary);
+  const item = el("details", { class: "run", id: run.id }, summary);
   const [method, seed] = [label.toLowerCase(), String(run.seed)];
   item.fits = (word) => method.includes(word) || "seed".startsWith(word) || word === seed || (word.length > 3 && run.hash.startsWith(word));
   item.addEventListener("toggle", () => {

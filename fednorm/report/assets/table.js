@@ -8,7 +8,6 @@ class ComparisonTable {
     this.columns = this.describe();
     this.bodies = section.methods.map((method, index) => this.body(method, index));
     this.sorted = { column: this.columns.findIndex((column) => column.headline), descending: true };
-    this.best = new Map(this.columns.filter((column) => column.better).map((column) => [column, this.bestOf(column)]));
   }
 
   describe() {
@@ -24,7 +23,13 @@ class ComparisonTable {
       value: (method) => method.scores[score.key]?.[1] ?? null,
       fill: (cell, method, index) => this.fillScore(cell, method.scores[score.key], score, index),
     });
-    columns.push(...scores.slice(0, 1).map(column));
+    const paper = (score) => (section.methods.some((method) => method.paper[score.key]) ? [{
+      label: score.key === section.headline ? "paper" : `paper: ${score.label}`,
+      about: `What the paper reports of ${score.label}, and ours minus the paper's`,
+      value: (method) => method.paper[score.key]?.value ?? null,
+      fill: (cell, method) => this.fillPaper(cell, method.paper[score.key], score),
+    }] : []);
+    columns.push(...first.flatMap((score) => [column(score), ...paper(score)]));
     const headline = first[0];
     if (headline && section.methods.some((method) => method.differences[headline.key])) {
       columns.push({
@@ -35,7 +40,7 @@ class ComparisonTable {
         fill: (cell, method) => this.fillDifference(cell, method, headline),
       });
     }
-    columns.push(...scores.slice(1).map(column));
+    columns.push(...scores.slice(first.length).flatMap((score) => [column(score), ...paper(score)]));
     if (section.methods.some((method) => known(method.rank))) {
       columns.push({
         label: "mean rank",
@@ -44,21 +49,7 @@ class ComparisonTable {
         fill: (cell, method) => cell.append(el("span", { class: "number", text: fixed(method.rank, 1) })),
       });
     }
-    for (const score of scores.filter((each) => section.methods.some((method) => method.paper[each.key]))) {
-      columns.push({
-        label: `paper: ${score.label}`,
-        about: "The paper's number, and ours minus the paper's",
-        value: (method) => method.paper[score.key]?.value ?? null,
-        fill: (cell, method) => this.fillPaper(cell, method.paper[score.key], score),
-      });
-    }
     return columns;
-  }
-
-  bestOf(column) {
-    const values = this.section.methods.map(column.value).filter(known);
-    if (new Set(values).size < 2) return null;
-    return column.better > 0 ? Math.max(...values) : Math.min(...values);
   }
 
   fillScore(cell, found, score, index) {
@@ -67,7 +58,7 @@ class ComparisonTable {
     const runs = runsOf(this.section, index);
     const text = show(value, score.percent);
     const single = n === 1 && runs.length === 1;
-    cell.append(single ? el("a", { class: "number", href: `#run-${runs[0].hash}`, text }) : el("span", { class: "number", text }));
+    cell.append(single ? el("a", { class: "number", href: `#${runs[0].id}`, text }) : el("span", { class: "number", text }));
     if (n > 1) {
       const spread = this.spread === "interval" && known(low) ? ends(low, high, score.percent) : `± ${show(std, score.percent)}`;
       cell.append(el("span", { class: "spread", text: spread }));
@@ -90,7 +81,7 @@ class ComparisonTable {
   fillPaper(cell, paper, score) {
     if (!paper) return cell.append(el("span", { class: "number", text: UNKNOWN }));
     cell.append(el("span", { class: "number", text: show(paper.value, score.percent) + (known(paper.std) ? ` ± ${show(paper.std, score.percent)}` : "") }));
-    if (known(paper.deviation)) cell.append(el("span", { class: "spread", text: `ours ${withSign(paper.deviation, score.percent)}` }));
+    if (known(paper.deviation)) cell.append(el("span", { class: "spread", text: `ours ${withSign(paper.deviation, score.percent)}${paper.mark}` }));
     cell.title = paper.source;
     return cell;
   }
@@ -105,7 +96,7 @@ class ComparisonTable {
   fill(body, index) {
     const row = body.rows[0];
     const runs = runsOf(this.section, index);
-    const toggle = runs.length === 1 ? el("a", { class: "seed-link", href: `#run-${runs[0].hash}`, text: `seed ${runs[0].seed}` }) : el("button", {
+    const toggle = runs.length === 1 ? el("a", { class: "seed-link", href: `#${runs[0].id}`, text: `seed ${runs[0].seed}` }) : el("button", {
       type: "button",
       class: "seeds",
       "aria-expanded": body.rows.length > 1 ? "true" : "false",
@@ -116,8 +107,7 @@ class ComparisonTable {
     const cells = this.columns.slice(1).map((column) => {
       const cell = el("td");
       column.fill(cell, body.method, index);
-      const best = this.best.get(column);
-      if (known(best) && column.value(body.method) === best) cell.classList.add("best");
+      if (column.score?.best === index) cell.classList.add("best");
       return cell;
     });
     row.replaceChildren(el("th", { scope: "row" }, name, toggle), ...cells);
@@ -133,10 +123,10 @@ class ComparisonTable {
     for (const run of runsOf(this.section, index)) {
       const cells = this.columns.slice(1).map((column) => {
         const value = column.score ? run.final[column.score.key] : null;
-        const link = known(value) ? el("a", { href: `#run-${run.hash}`, text: show(value, column.score.percent) }) : null;
+        const link = known(value) ? el("a", { href: `#${run.id}`, text: show(value, column.score.percent) }) : null;
         return el("td", {}, link);
       });
-      const name = el("a", { href: `#run-${run.hash}`, text: `seed ${run.seed}` });
+      const name = el("a", { href: `#${run.id}`, text: `seed ${run.seed}` });
       body.append(el("tr", { class: "seed" }, el("th", { scope: "row" }, name), ...cells));
     }
   }
@@ -200,7 +190,16 @@ class ComparisonTable {
     }
     controls.append(this.status);
     const box = el("div", { class: this.bodies.length > CHIPS_AT_MOST ? "scroll tall" : "scroll", tabindex: 0, role: "region", "aria-label": "Comparison table, scrolls sideways" }, this.table);
-    return el("div", { class: "comparing" }, controls, box);
+    const hint = el("p", { class: "hint", "aria-hidden": true, text: "More columns: scroll sideways →" });
+    const more = () => {
+      const beyond = box.scrollWidth - box.clientWidth;
+      hint.hidden = beyond <= 1;
+      box.classList.toggle("more", box.scrollLeft < beyond - 1);
+      box.classList.toggle("moved", box.scrollLeft > 1);
+    };
+    box.addEventListener("scroll", more, { passive: true });
+    new ResizeObserver(more).observe(box);
+    return el("div", { class: "comparing" }, controls, hint, box, tableButtons(this.section));
   }
 
   level() {

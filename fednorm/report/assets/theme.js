@@ -45,3 +45,13 @@ function translucent(colour, alpha) {
   const [r, g, b] = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
   return `rgba(${r},${g},${b},${alpha})`;
 }
+
+/** Return a colour mixed with that of the page: by 0 itself, by 1 the page's. */
+function paler(colour, by) {
+  const paper = ink("--paper");
+  const parts = [1, 3, 5].map((i) => {
+    const [own, other] = [colour, paper].map((text) => parseInt(text.slice(i, i + 2), 16));
+    return Math.round(own + by * (other - own)).toString(16).padStart(2, "0");
+  });
+  return `#${parts.join("")}`;
+}

@@ -42,6 +42,15 @@ def test_a_short_run_has_none_and_a_long_one_as_many_as_clients_or_cores(make_si
     executor.close()
 
 
+def test_auto_leaves_out_workers_that_memory_does_not_hold(
+    make_site: MakeSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = make_site(**LONG)
+    for free, count in ((2**40, 3), (2 * 2**28 + 2**27, 2), (0, 1)):
+        monkeypatch.setattr("fednorm.federation.executors.choice.free_memory", lambda free=free: free)
+        assert workers_of(long.bench) == count
+
+
 def test_runs_at_the_same_time_share_the_cores(make_site: MakeSite) -> None:
     long, asking = make_site(**LONG), make_site(workers=4)
     for among, share in ((1, 4), (2, 2), (3, 1), (9, 1)):

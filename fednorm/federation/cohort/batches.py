@@ -1,0 +1,173 @@
+"""The batches of a cohort: which rows each client draws in each step, and their images as one tensor.
+
+Rows and augmentations are drawn from each client's own streams, as its turn alone draws them. Batches are padded to one
+number of rows, which is the run's and not the cohort's, so that nothing depends on who else is there: a padded
+row repeats the first image of its batch and is masked, a client that has no batch left repeats its first one and is
+not updated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fednorm.data.augment import Augmentation
+from fednorm.data.domain import Split
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The rows of a cohort's batches in one phase, on the CPU.
+
+    Attributes:
+        rows: Numbers of each client's training images, int64, shape (K, steps, B).
+        counts: How many of them are images, 0 where a client has no batch left; int64, shape (K, steps).
+    """
+
+    rows: Tensor
+    counts: Tensor
+
+    @property
+    def steps(self) -> int:
+        """The steps of the client that has most."""
+        return self.rows.shape[1]
+
+    @classmethod
+    def of(cls, batches: Sequence[Sequence[Tensor]], size: int) -> Plan:
+        """Return the plan of each client's batches.
+
+        Args:
+            batches: For each client the rows of its batches.
+            size: B, at least as many rows as any batch has.
+        """
+        steps = max((len(own) for own in batches), default=0)
+        counts = torch.tensor([[len(rows) for rows in own] + [0] * (steps - len(own)) for own in batches])
+        rows = torch.zeros(len(batches), steps, size, dtype=torch.int64)
+        full = [k for k, own in enumerate(batches) if len(own) == steps and all(len(batch) == size for batch in own)]
+        if full and steps:
+            rows[full] = torch.stack([batch for k in full for batch in batches[k]]).view(len(full), steps, size)
+        for k in sorted(set(range(len(batches))) - set(full)):
+            for step, batch in enumerate(batches[k]):
+                rows[k, step, : len(batch)] = batch
+                rows[k, step, len(batch) :] = batch[0]
+            if batches[k]:
+                rows[k, len(batches[k]) :] = batches[k][0][0]
+        return cls(rows, counts.view(len(batches), steps))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Splits of one array: their places among all, their rows of it one after the other, and where each one's begin."""
+
+    places: list[int]
+    index: Tensor
+    begins: Tensor
+
+
+class Images:
+    """The images of some clients' splits: rows of all of them are read by one look-up, where they share one array.
+
+    Args:
+        splits: One a client; none is empty.
+        device: Where they are, and where batches are to be.
+
+    Attributes:
+        group_of: For each split the number of its group, of those that share one array and one scaling; shape (K,).
+    """
+
+    def __init__(self, splits: Sequence[Split], device: torch.device) -> None:
+        self._splits, self._device = list(splits), device
+        places: dict[object, list[int]] = {}
+        for place, split in enumerate(self._splits):
+            one = (id(split.images), id(split.labels), split.scaling) if type(split) is Split else place
+            places.setdefault(one, []).append(place)
+        self._groups = [self._grouped(own) for own in places.values()]
+        order = torch.tensor([place for own in places.values() for place in own])
+        self._order = order.argsort().to(device)
+        numbers = torch.tensor([number for number, own in enumerate(places.values()) for _ in own])
+        self.group_of = numbers[order.argsort()]
+
+    def _grouped(self, places: list[int]) -> _Group:
+        own = [self._splits[place].index for place in places]
+        ends = torch.tensor([len(index) for index in own]).cumsum(0)
+        return _Group(places, torch.cat(own), torch.cat([ends.new_zeros(1), ends[:-1]])[:, None])
+
+    def read(
+        self,
+        rows: Tensor,
+        counts: Tensor | None = None,
+        augmentation: Augmentation | None = None,
+        generators: Sequence[torch.Generator] = (),
+    ) -> tuple[Tensor, Tensor]:
+        """Return a batch of every client.
+
+        Args:
+            rows: Of each client's split, int64 on the CPU, shape (K, B).
+            counts: How many of them are images, shape (K,); for augmenting, which draws for images alone.
+            augmentation: What is done to the images; None for nothing.
+            generators: Each client's, from which augmentations draw.
+
+        Returns:
+            Images as a network is given them, float32, shape (K, B, C, H, W), and labels, shape (K, B).
+        """
+        parts = []
+        for group in self._groups:
+            images, labels = self._pixels(group, rows)
+            if augmentation and counts is not None:
+                own = [(int(counts[place]), generators[place]) for place in group.places]
+                images = _augmented(images.view(len(own), -1, *images.shape[1:]), own, augmentation).flatten(0, 1)
+            images = self._splits[group.places[0]].scaling(images)
+            count = len(group.places)
+            parts.append((images.reshape(count, -1, *images.shape[1:]), labels.view(count, -1)))
+        if len(parts) == 1:
+            return parts[0]
+        images, labels = (torch.cat([part[i] for part in parts])[self._order] for i in (0, 1))
+        return images, labels
+
+    def rows_of(self, owners: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return single images, each of a split of its own.
+
+        Args:
+            owners: The places of their splits, in ascending order of groups, int64 on the CPU, shape (n,).
+            rows: Their rows of these, shape (n,).
+
+        Returns:
+            Images as a network is given them, shape (n, C, H, W), and labels, shape (n,).
+        """
+        parts = []
+        groups = self.group_of[owners]
+        for number, group in enumerate(self._groups):
+            of_group = groups == number
+            if not of_group.any():
+                continue
+            first = self._splits[group.places[0]]
+            if type(first) is not Split:
+                parts.append(first.inputs(rows[of_group]))
+                continue
+            begins = torch.zeros(len(self._splits), dtype=torch.int64)
+            begins[group.places] = group.begins[:, 0]
+            where = group.index[(rows[of_group] + begins[owners[of_group]]).to(self._device)]
+            parts.append((first.scaling(first.images[where]), first.labels[where]))
+        images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        return images, labels
+
+    def _pixels(self, group: _Group, rows: Tensor) -> tuple[Tensor, Tensor]:
+        first = self._splits[group.places[0]]
+        if type(first) is not Split:
+            return first.batch(rows[group.places[0]])
+        of_group = rows if len(group.places) == len(rows) else rows[group.places]
+        where = group.index[(of_group + group.begins).flatten().to(self._device)]
+        return first.images[where], first.labels[where]
+
+
+def _augmented(images: Tensor, own: Sequence[tuple[int, torch.Generator]], augmentation: Augmentation) -> Tensor:
+    """Augment each client's images by its own draws, and repeat the first of them in the padding."""
+    images = images.clone()
+    for batch, (count, generator) in zip(images, own, strict=True):
+        if count:
+            batch[:count] = augmentation(batch[:count], generator)
+            batch[count:] = batch[:1]
+    return images

@@ -1,0 +1,40 @@
+"""A small model's tensors as one vector: what is done to each of them in turn costs more than the arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLAT = 2**17
+"""Values up to which a model is small; a larger one's tensors are not copied for it."""
+
+
+def flattened(tensors: Mapping[str, Tensor]) -> Tensor | None:
+    """Return all floating-point values one after the other, in the order of the tensors and of their values.
+
+    None where there are none, more than :data:`FLAT`, or some that are not of float32.
+    """
+    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+    if not floats or any(tensor.dtype is not torch.float32 for tensor in floats):
+        return None
+    if sum(tensor.numel() for tensor in floats) > FLAT:
+        return None
+    return torch.cat([tensor.reshape(-1) for tensor in floats])
+
+
+def unflattened(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a vector that :func:`flattened` made.
+
+    Args:
+        vector: The vector.
+        like: Tensors with the same names, shapes and layouts in memory; those that are no floats are left out.
+    """
+    tensors, at = dict[str, Tensor](), 0
+    for key, tensor in like.items():
+        if tensor.is_floating_point():
+            part = vector[at : at + tensor.numel()].view(tensor.shape)
+            tensors[key] = torch.empty_like(tensor).copy_(part)
+            at += tensor.numel()
+    return tensors
