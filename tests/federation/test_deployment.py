@@ -27,9 +27,11 @@ from fednorm.federation.client import carry_out
 from fednorm.federation.deployment import grid as deployed_grid
 from fednorm.federation.deployment import roster as rosters
 from fednorm.federation.deployment import site as sites
+from fednorm.federation.deployment.about import read_site
 from fednorm.federation.deployment.grid import DeployedGrid
 from fednorm.federation.deployment.server import serve_sites
 from fednorm.federation.flower_private import ensure_task_identity
+from fednorm.federation.replies import UnfitReply
 from fednorm.federation.simulate import simulate
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import LOCAL_RECORD, process_workbench
@@ -167,17 +169,27 @@ def rejected(result: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     return [(line["round"], r["client"], r["reason"]) for line in result["rounds"] for r in line["rejected"]]
 
 
-def test_sites_of_their_own_end_with_the_bits_of_one_process(tmp_path: Path) -> None:
-    config = resolve(values(evaluate={"diagnostics": False}))
+@pytest.mark.parametrize(
+    ("strategy", "data", "kinds"),
+    [
+        ("fedbn", {"normalize": "domain"}, ["own", "reestimated"]),
+        ("scaffold", {}, ["own"]),
+        ("ditto", {}, ["own"]),
+        ("fedavg", {"held_out": "photo"}, ["own", "unseen"]),
+    ],
+)
+def test_sites_of_their_own_end_with_the_bits_of_one_process(
+    strategy: str, data: dict[str, Any], kinds: list[str], tmp_path: Path
+) -> None:
+    config = resolve(values(strategy={"name": strategy}, data=data, evaluate={"diagnostics": False, "kinds": kinds}))
     deployed = serve(FakeGrid(config.to_dict(), nodes()), tmp_path / "deployed")
     ours = simulate(config, runs=tmp_path / "ours")
     one, other = (load_file(Path(result["run"]) / "model.safetensors") for result in (ours, deployed))
     assert one.keys() == other.keys()
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert deployed["final"]["per_domain"] == ours["final"]["per_domain"]
-    assert [(c["client"], c["domain"], c["train"], c["test"]) for c in deployed["data"]["clients"]] == [
-        (k, name, 12, 8) for k, name in enumerate(DOMAINS)
-    ]
+    assert deployed["evaluation"] == ours["evaluation"]
+    assert deployed["data"]["clients"] == ours["data"]["clients"]
     assert (deployed["hash"], events(deployed), rejected(deployed)) == (ours["hash"], [], [])
 
 
@@ -414,6 +426,7 @@ def test_a_twin_that_comes_later_is_refused_while_the_first_is_alive() -> None:
         ({"classes": 9}, "it has 9 classes (0, 1, 2, 3, 4, 5, 6, 7, …), and photo has 10 classes (0, 1,"),
         ({"image-size": 32}, "its images are 32 pixels high, and those of photo 28"),
         ({"plan": "0123"}, "its norm plan is not the server's: 0123"),
+        ({"held-out": True}, "it never trains, and data.held_out says otherwise"),
     ],
 )
 def test_a_site_that_differs_is_refused_with_the_difference(changed: dict[str, Any], difference: str) -> None:
@@ -428,6 +441,32 @@ def test_a_site_that_differs_is_refused_with_the_difference(changed: dict[str, A
 
     grid.nodes[10].fault = fault
     assert f"Not taken on: street: {difference}" in refusals(grid)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"domain": "a\nb"},
+        {"domain": "x" * 300},
+        {"train": -1},
+        {"classes": True},
+        {"class-names": "not JSON"},
+        {"notes": "[1]"},
+        {"numbered": True, "partition-id": 10**9},
+        {"site": False},
+    ],
+    ids=str,
+)
+def test_what_a_site_says_of_itself_is_read_as_a_stranger_s(changed: dict[str, Any]) -> None:
+    grid = FakeGrid(values(), nodes())
+    node = grid.nodes[10]
+    context = Context(7, 10, node.config, node.state, grid.run_config)
+    content = carry_out(process_workbench(context), "query.describe", RecordDict(), context)
+    ask = Message(RecordDict(), 10, "query.describe")
+    assert read_site(Message(content, reply_to=ask)).name == "street"
+    content["client"] = ConfigRecord({**content.config_records["client"], **changed})
+    with pytest.raises(UnfitReply):
+        read_site(Message(content, reply_to=ask))
 
 
 @pytest.mark.parametrize(

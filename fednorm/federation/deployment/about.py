@@ -16,6 +16,12 @@ from fednorm.federation.replies import UnfitReply, one_line, read_about, reader
 MOST_SITES = 10_000
 """Sites of a run."""
 
+MOST_CHARACTERS = 200
+"""Of a site's name."""
+
+MOST_NOTES = 20
+"""Sentences of a site that go into the result."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -87,6 +93,8 @@ def read_site(reply: Message) -> Site:
         said.held_out,
         said.constants,
     )
+    if domain != one_line(domain, MOST_CHARACTERS):
+        raise UnfitReply(f"its domain is no name of at most {MOST_CHARACTERS} printable characters: {domain!r}")
     if about.get("site") is not True:
         raise UnfitReply("it is no site: it describes itself without what a deployed run must know (fednorm is older)")
     counts = tuple(about.get(key) for key in ("train", "validation", "test"))
@@ -112,7 +120,7 @@ def read_site(reply: Message) -> Site:
         plan,
         about.get("allow-statistics") is True,
         title,
-        tuple(one_line(note) for note in notes),
+        tuple(one_line(note) for note in notes[:MOST_NOTES]),
         constants,
     )
 

@@ -264,6 +264,8 @@ class Roster:
         if site.number is not None and stated[site.number] > 1:
             return f"{stated[site.number]} nodes say that they are client {site.number} (partition-id)"
         reason = _twins(site, names) or self._unknown(site) or self._version(site)
+        if not reason and site.held_out != (site.name == self._config.data.held_out):
+            reason = f"it {'never trains' if site.held_out else 'trains'}, and data.held_out says otherwise"
         if not reason and self.sites:
             reason = site.differs(self.sites[min(self.sites)])
         if not reason and site.plan != self._plan:
