@@ -383,6 +383,14 @@ def test_a_federation_without_any_site_left_keeps_its_rounds(tmp_path: Path) -> 
     assert len(next(tmp_path.glob("*/rounds.jsonl")).read_text().splitlines()) == 1
 
 
+def test_a_node_that_never_says_who_it_is_holds_nobody_up_for_long() -> None:
+    grid = FakeGrid(values(rounds={"num_rounds": 8, "timeout": 0.1}), {**nodes(), 50: Node(domain="late")})
+    grid.nodes[50].fault = lambda _: None
+    result = serve(grid)
+    assert len([1 for kind, node_id, *_ in grid.wire if node_id == 50]) == 3
+    assert [line["sampled"] for line in result["rounds"]] == [[0, 1, 2]] * 8
+
+
 def refusals(grid: FakeGrid) -> str:
     with pytest.raises(IncompleteError) as caught:
         serve(grid)

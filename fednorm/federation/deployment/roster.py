@@ -72,6 +72,8 @@ class Roster:
         self._nodes: dict[int, int] = {}  # the numbers of those that are there, by node id
         self._candidates: dict[int, Site] = {}
         self._refused: dict[int, str] = {}
+        self._looks = 0
+        self._silent: dict[int, tuple[int, int]] = {}  # how often asked in vain, and from which look on again
         self._last = dict(last or {})
         self._events: list[dict[str, str]] = []
         self._plan = ""
@@ -217,11 +219,21 @@ class Roster:
             del self._candidates[node_id]
 
     def _ask_newcomers(self, until: float) -> None:
-        """Ask the nodes that nobody knows who they are; those that do not answer are asked again at the next look."""
+        """Ask the nodes that nobody knows who they are.
+
+        One that does not answer is asked again, at looks that are further and further apart: it holds up the others.
+        """
+        self._looks += 1
         known = {**self._nodes, **self._candidates, **self._refused}
-        unnamed = [Node(node_id, k) for k, node_id in enumerate(sorted(set(self._grid.get_node_ids()) - known.keys()))]
+        ids = sorted(set(self._grid.get_node_ids()) - known.keys())
+        due = [node_id for node_id in ids if self._silent.get(node_id, (0, 0))[1] <= self._looks]
+        unnamed = [Node(node_id, k) for k, node_id in enumerate(due)]
         for node, site in self._described(unnamed, max(LEAST_SECONDS, until - time.monotonic())):
             self._candidates[node.node_id] = site
+        for node_id in due:
+            if node_id not in self._candidates and node_id not in self._refused:
+                times = self._silent.get(node_id, (0, 0))[0] + 1
+                self._silent[node_id] = times, self._looks + 2**times
 
     def _described(self, nodes: list[Node], seconds: float) -> Iterable[tuple[Node, Site]]:
         ask = [Message(RecordDict(), dst_node_id=node.node_id, message_type="query.describe") for node in nodes]
