@@ -194,7 +194,8 @@ def _tensors(folder: Path) -> str:
     from safetensors.torch import load_file
 
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    files = (file for file in folder.glob("*.safetensors") if file.name != "further.safetensors")  # to go on from
+    for file in sorted(files):
         for key, tensor in sorted(load_file(file).items()):
             digest.update(f"{file.stem}/{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.contiguous().flatten().view(dtype=__import__("torch").uint8).numpy().tobytes())

@@ -288,9 +288,10 @@ def test_the_page_of_conversions_is_what_the_survey_says() -> None:
     lines = NORMS_PAGE.read_text(encoding="utf-8").splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
     assert table[0] == ["norm", *(name.removeprefix("torchvision:") for name in MODELS.split())]
-    assert [row[0].removesuffix(" †") for row in table[1:]] == list(NORMS.names)
+    norms = [row[0].removesuffix(" †") for row in table[1:]]
+    assert set(norms) <= set(NORMS.names)
     some = [name for i, name in enumerate(MODELS.split()) if i % 6 == 0]
-    for row in norm_survey(some):
+    for row in norm_survey(some, norms):
         column = MODELS.split().index(row["model"]) + 1
         now = [line.strip("| ").split(" | ")[1] for line in norm_page([row]).splitlines() if line.startswith("| ")]
         assert now[1:] == [line[column] for line in table[1:]], row["model"]

@@ -23,7 +23,7 @@ from fednorm.norms.weight_compander import Companded
 from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.roles import NORMALIZATION, RoleRule
 
-WITHOUT_LAYERS = frozenset({"none", "selu", "sws", "weight_compander"})
+WITHOUT_LAYERS = frozenset({"anfr", "none", "selu", "sws", "weight_compander"})
 """Methods that leave no normalization layer."""
 
 

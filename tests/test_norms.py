@@ -26,6 +26,8 @@ from fednorm.spec import Norm
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "adab2n": ("adab2n", {}),
     "affine_scaled_attention": ("affine_scaled_attention", {}),
+    "anfr": ("anfr", {}),
+    "anfr-se": ("anfr", {"gate": "se", "gate_gain": 1.0}),
     "batch_channel_norm": ("batch_channel_norm", {}),
     "batch_channel_norm-plain": ("batch_channel_norm", {"weight_standardization": False, "num_groups": 3}),
     "batch_norm": ("batch_norm", {}),
@@ -78,6 +80,16 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 OTHER_OPTIONS: dict[str, dict[str, Any]] = {
     "adab2n": {"eps": 0.5, "momentum": 0.7, "kappa": 0.9, "lambd": 0.5, "num_tasks": 3, "ada_t0": 1, "corrected": True},
     "affine_scaled_attention": {"beside": "rms_norm", "phi": "sigmoid", "rho": 0.5, "alpha_ma_init": 1.0},
+    "anfr": {
+        "eps": 50.0,
+        "floor": "add",
+        "unbiased": True,
+        "gain": False,
+        "activation_gain": False,
+        "alpha": 0.0,
+        "gate": "se",
+        "gate_gain": 1.0,
+    },
     "batch_channel_norm": {
         "eps": 0.5,
         "momentum": 0.7,
@@ -154,8 +166,8 @@ NEEDS_TASKS = {
 that each does."""
 
 UNSHIFTED = frozenset({
-    "bhyt", "crms_norm", "gated_norm", "none", "pre_affine", "residual_scale", "rms_norm", "seednorm", "selu", "sws",
-    "weight_compander",
+    "anfr", "bhyt", "crms_norm", "gated_norm", "none", "pre_affine", "residual_scale", "rms_norm", "seednorm", "selu",
+    "sws", "weight_compander",
 })  # fmt: skip
 """Methods that put no shift after a convolution."""
 APPROXIMATE = ("power_norm", "power_norm-3", "unified_norm")
@@ -364,6 +376,23 @@ def reference_hybrid(x: Tensor, layer: nn.Module) -> Tensor:
     return affine((x - mean) / (var + 1e-5).sqrt(), layer)
 
 
+def reference_anfr(kind: str, gain: float) -> Reference:
+    def reference(x: Tensor, layer: nn.Module) -> Tensor:
+        if x.ndim == 2:
+            return x
+        s = x.mean((2, 3))
+        if kind == "eca":
+            k = layer.weight.shape[2]  # type: ignore[union-attr, index]
+            padded = torch.cat([torch.zeros(len(s), k // 2), s, torch.zeros(len(s), k // 2)], 1)
+            g = torch.stack([padded[:, c : c + k] @ layer.weight[0, 0] for c in range(x.shape[1])], 1)  # type: ignore[index]
+        else:
+            hidden = (s @ layer.down_weight.T + layer.down_bias).clamp(min=0)  # type: ignore[operator]
+            g = hidden @ layer.up_weight.T + layer.up_bias  # type: ignore[operator]
+        return x * (gain / (1 + (-g).exp())).view(*g.shape, 1, 1)
+
+    return reference
+
+
 def reference_power(groups: int) -> Callable[[Tensor, nn.Module], Tensor]:
     def reference(x: Tensor, layer: nn.Module) -> Tensor:
         parts = x.reshape(len(x), groups, -1, *x.shape[2:])
@@ -399,6 +428,8 @@ def reference_region(over: str) -> Callable[[Tensor, nn.Module], Tensor]:
 
 
 LAYER_REFERENCES: dict[str, Reference] = {
+    "anfr": reference_anfr("eca", 2.0),
+    "anfr-se": reference_anfr("se", 1.0),
     "bhyt": reference_bhyt,
     "crms_norm": reference_crms,
     "dyt": reference_dyt,
@@ -463,7 +494,7 @@ def standardized(variant: str, conv: nn.Conv2d) -> Tensor:
         centred = kernel - kernel.sum() / n
         square = (centred**2).sum()
         scale = {
-            "sws": 1 / (square / n * n).clamp_min(1e-4).sqrt(),
+            **dict.fromkeys(("sws", "anfr", "anfr-se"), 1 / (square / n * n).clamp_min(1e-4).sqrt()),
             "sws-add": 1 / ((square / n + 1e-6) * n).sqrt(),
             "sws-unbiased": 1 / (square / (n - 1) * n).clamp_min(1e-4).sqrt(),
             "ws_group_norm": 1 / (square / (n - 1) + 1e-5).sqrt(),
@@ -486,7 +517,7 @@ def test_matches_its_formula_on_images(variant: str, n: int, height: int, width:
     convolved = functional.conv2d(x, standardized(variant, conv), conv.bias, padding=1, groups=2)
     torch.testing.assert_close(conv(x), convolved, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(layer(convolved), LAYER_REFERENCES[variant](convolved, layer), rtol=1e-8, atol=1e-10)
-    gamma = 1.7015043497085571 if variant in ("sws", "sws-add") else 1.0
+    gamma = 1.7015043497085571 if variant in ("sws", "sws-add", "anfr", "anfr-se") else 1.0
     expected = functional.selu(x) if variant == "selu" else gamma * functional.gelu(x)
     torch.testing.assert_close(activation(x), expected, rtol=1e-14, atol=0)
 
@@ -722,6 +753,8 @@ def test_no_option_is_ignored(name: str) -> None:
         ("nap", {"decay": -0.5}, "nap.decay is the share of the old value that is kept, 0 to 1; got -0.5"),
         ("nap", {"every": 0}, "an integer of 1 or more; got 0"),
         ("nap", {"offset": 0}, "true or false; got 0"),
+        ("anfr", {"gate": "cbam"}, "one of eca, se; got 'cbam'"),
+        ("anfr", {"gate_gain": 0}, "greater than 0; got 0"),
         ("sws", {"floor": "min"}, "one of max, add; got 'min'"),
         ("sws", {"alpha": -0.2}, "0 \\(off\\) or more; got -0.2"),
         ("ws_group_norm", {"eps_on": "std"}, "one of variance, deviation; got 'std'"),

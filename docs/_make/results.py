@@ -23,7 +23,8 @@ PAGES = DOCS / "results"
 CURVE = "-curve"
 """How the block ends that also shows how accuracy went."""
 ANALYSIS = "analysis-"
-"""How the block begins that shows the table of an analysis, ``.records/analyses/NAME.json``."""
+"""How the block begins that shows the table of an analysis, a file of :data:`ANALYSES`."""
+ANALYSES = ROOT / ".records/analyses"
 SPEED = DOCS / "trust/speed.md"
 COSTS = ROOT / ".records/bench/norms.json"
 """What ``fednorm bench layers --json`` printed."""
@@ -56,7 +57,7 @@ def tables_of(name: str, *, curve: bool = False) -> str:
 
 def analysis(name: str) -> str:
     """Return the table of an analysis in Markdown, as ``fednorm analyse FILE --markdown`` prints it."""
-    document = json.loads((ROOT / f".records/analyses/{name}.json").read_text(encoding="utf-8"))
+    document = json.loads((ANALYSES / f"{name}.json").read_text(encoding="utf-8"))
     return analysis_of(name).table(document).markdown()
 
 
@@ -69,6 +70,7 @@ def costs() -> dict[str, Any]:
 
 def pages() -> Iterator[tuple[Path, str]]:
     """Yield the results' pages, and that on speed, and what they say with their tables made anew."""
+    made = [path.stem for path in sorted(ANALYSES.glob("*.json"))]
     for path in sorted(PAGES.glob("*.md")):
         text = path.read_text(encoding="utf-8")
         blocks = {
@@ -77,7 +79,7 @@ def pages() -> Iterator[tuple[Path, str]]:
             if (ROOT / f".records/{name.removesuffix(CURVE)}.json").exists()
         }
         blocks |= {name: readings.reading(name.removesuffix(READING)) for name in names(text) if name.endswith(READING)}
-        blocks |= {name: analysis(name.removeprefix(ANALYSIS)) for name in names(text) if name.startswith(ANALYSIS)}
+        blocks |= {ANALYSIS + name: analysis(name) for name in made if ANALYSIS + name in names(text)}
         yield path, filled(text, blocks)
     yield SPEED, filled(SPEED.read_text(encoding="utf-8"), {"bench_norms": norms_table(costs()).markdown()})
 

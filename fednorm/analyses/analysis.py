@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -112,7 +113,7 @@ class Analysis:
         rows = []
         for row in self.rows(setup, steps):
             measured = [row.measure(seed) for seed in setup.seeds]
-            values = {column.key: [one.get(column.key) for one in measured] for column in self.columns}
+            values = {column.key: [_finite(one.get(column.key)) for one in measured] for column in self.columns}
             rows.append({"name": row.name, "values": values})
             on_line(f"{row.name}: " + ", ".join(f"{c.title} {c.cell(values[c.key])}" for c in self.columns))
         return {
@@ -133,6 +134,11 @@ class Analysis:
         columns = (self.name.replace("_", " "), *(column.title for column in self.columns))
         notes = (*self.notes, _seeds(document), *document["notes"])
         return Table(f"{self.title}: {document['data']}", columns, rows, notes)
+
+
+def _finite(value: float | None) -> float | None:
+    """Return None for what has no place in JSON: the values of a network that has diverged."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _seeds(document: Mapping[str, Any]) -> str:

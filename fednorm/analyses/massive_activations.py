@@ -37,7 +37,7 @@ def _measure(setup: Setup, steps: int, norm: str, seed: int) -> Values:
     over = {"over": "channels"} if norm in ("layer_norm", "rms_norm") else {}
     values = {
         "model": {"name": "vit", "width": 64, "depth": 6, "pool": "token"},
-        "data": {"image_size": 28},
+        "data": {"image_size": 28, "train_per_client": 5000, "test_per_domain": 1000},
         "norm": {"name": norm, **over},
         "train": {"optimizer": "adamw", "learning_rate": 0.001, "weight_decay": 0.05},
     }
@@ -98,7 +98,7 @@ ANALYSIS = Analysis(
     ),
     notes=(
         "A ViT of width 64 with 6 blocks and a class token on images of 28 × 28, patches of 4; AdamW, rate 0.001, "
-        "weight decay 0.05, batches of 32 of all domains.",
+        "weight decay 0.05, batches of 32 of at most 5,000 images a domain.",
         "Of the magnitudes of the residual stream after each block, the block whose largest stands out most is told; "
         "above 1,000 counts as massive (arXiv 2402.17762).",
     ),

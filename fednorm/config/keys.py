@@ -92,7 +92,8 @@ def keys_of(section: str) -> list[Key]:
     about = f"The {family.noun}: `fednorm list {family.plural}`, or the import path of your own."
     keys = [Key(f"{section}.name", "a name or an import path", default, {}, kinds, about, False)]
     if section == "model":
-        for name, takes in (("width", "an integer, 0 or more"), ("activation", "a name"), ("weights", "a path")):
+        general = {"width": "an integer, 0 or more", "activation": "a name", "weights": "a path"}
+        for name, takes in {**general, "feature_norm": "true or false"}.items():
             value = getattr(ModelChoice, name)
             material = (section, name) not in IMMATERIAL
             keys.append(Key(f"model.{name}", takes, value, {}, kinds, _meanings(ModelChoice)[name], not material))

@@ -268,8 +268,9 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
     family = FAMILY[section]
     default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
     name = spelled(str(table.get("name", default.name)))
-    general = {key: given.pop(key) for key in ("width", "activation", "weights") if section == "model" and key in given}
     card = family[name]
+    of_every = ("width", "activation", "weights", "feature_norm") if section == "model" else ()
+    general = {key: given.pop(key) for key in of_every if key in given}
     options = checked_options(card, section, given)
     card.check(options)
     if section == "model":

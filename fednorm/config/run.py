@@ -86,11 +86,14 @@ class ModelChoice(Choice[C]):
         activation: The nonlinearity in place of the model's ReLUs, e.g. ``leaky_relu``; empty for the model's own.
         weights: The file of weights to start from, or ``pretrained``; empty for weights drawn from the seed. What the
             file holds is part of a run's identity, where it is is not.
+        feature_norm: Whether the features before the head are brought to the length sqrt(d), FN and FedFN: on any
+            network whose head can be found, and without a tensor of its own.
     """
 
     width: int = 0
     activation: str = ""
     weights: str = ""
+    feature_norm: bool = False
 
     def __post_init__(self) -> None:
         if type(self.width) is not int or self.width < 0:
@@ -99,11 +102,13 @@ class ModelChoice(Choice[C]):
             raise ConfigError(f"model.activation must be a string; got {self.activation!r}.")
         if not isinstance(self.weights, str):
             raise ConfigError(f"model.weights must be a file's path, or 'pretrained'; got {self.weights!r}.")
+        if not isinstance(self.feature_norm, bool):
+            raise ConfigError(f"model.feature_norm must be true or false; got {self.feature_norm!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the name, width and activation, and beside them the weights and own options that were set."""
-        weights = {"weights": self.weights} if self.weights else {}
-        return {"name": self.name, "width": self.width, "activation": self.activation, **weights, **self.options}
+        """Return the name, width and activation, and beside them what else was set, own options among it."""
+        given = {key: value for key in ("weights", "feature_norm") if (value := getattr(self, key))}
+        return {"name": self.name, "width": self.width, "activation": self.activation, **given, **self.options}
 
 
 SECTIONS: Mapping[Kind, tuple[str, ...]] = {
@@ -298,7 +303,9 @@ def filename(name: str) -> str:
 DEFAULT_NORM = "batch_norm"
 """What ``auto`` is where neither the strategy nor the scenario brings a norm along."""
 
-METHOD_OPTIONS = frozenset({"passes", "statistics", "recalibrate", "corrected", "project", "activation"})
+METHOD_OPTIONS = frozenset(
+    {"passes", "statistics", "recalibrate", "corrected", "project", "activation", "feature_norm"}
+)
 """Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
 
 METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})

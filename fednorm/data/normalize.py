@@ -52,6 +52,27 @@ def measured(splits: Iterable[Split]) -> Scaling:
     return Scaling((tuple(means),), (tuple(v**0.5 or 1.0 for v in variances),))
 
 
+def measured_by_image(splits: Iterable[Split]) -> Scaling:
+    """Return the mean over images of each one's mean, and of each one's std (with n - 1), by channel.
+
+    FedRDN's official statistics (IAMJackYan/FedRDN): the std is that within images, and less than that of all pixels.
+    A channel in which every image is of one colour is centred and not stretched.
+
+    Raises:
+        DataError: There are no images.
+    """
+    means, stds, count = torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64), 0
+    for split in splits:
+        for rows in torch.split(torch.arange(len(split)), CHUNK) if len(split) else ():
+            images = split.batch(rows)[0].flatten(2).cpu().double() / 255
+            std, mean = torch.std_mean(images, 2)
+            means, stds = (means + mean.sum(0), stds + std.sum(0)) if count else (mean.sum(0), std.sum(0))
+            count += len(images)
+    if not count:
+        raise DataError("data.normalize measures training images, and there are none. Use 'half' or 'none'.")
+    return Scaling((tuple((means / count).tolist()),), (tuple(s or 1.0 for s in (stds / count).tolist()),))
+
+
 def scaled(split: S, scaling: Scaling) -> S:
     """Return the split under another scaling; its arrays are the same objects."""
     return split if split.scaling == scaling else dataclasses.replace(split, scaling=scaling)
@@ -62,17 +83,22 @@ def normalized(federation: Federation, how: str) -> Federation:
 
     Args:
         federation: The clients. Where something is measured, it is over their training images, none held back.
-        how: ``half``, ``none``, ``global`` or ``domain``.
+        how: ``half``, ``none``, ``global``, ``domain``, or what a strategy asks for, ``client``: by each client's own
+            training images (:func:`measured_by_image`), or those of all where a client has none.
     """
     if how == "half":
         return federation
     training = federation.training_clients
-    of_all = FIXED[how] if how in FIXED else measured(client.train for client in training)
+    measure = measured_by_image if how == "client" else measured
+    of_all = FIXED[how] if how in FIXED else measure(client.train for client in training)
     by_domain: dict[str, Scaling] = {}
     if how == "domain":
         for domain in dict.fromkeys(client.domain for client in training):
             by_domain[domain] = measured(client.train for client in training if client.domain == domain)
-    clients = _rescaled(federation.clients, lambda domain: by_domain.get(domain, of_all))
+    if how == "client":
+        clients = _rescaled_apart(federation.clients, of_all)
+    else:
+        clients = _rescaled(federation.clients, lambda domain: by_domain.get(domain, of_all))
     unseen = [domain for domain in federation.domains if domain not in by_domain] if how == "domain" else []
     return dataclasses.replace(federation, clients=clients, notes=(*federation.notes, *notes(how, "clients", unseen)))
 
@@ -88,8 +114,20 @@ def _rescaled(clients: Sequence[Client], scaling_of: Callable[[str], Scaling]) -
     return tuple(made)
 
 
+def _rescaled_apart(clients: Sequence[Client], of_all: Scaling) -> Sequence[Client]:
+    """Return clients with the images of each scaled by its own training images."""
+    made = []
+    for client in clients:
+        own = measured_by_image([client.train]) if len(client.train) else of_all
+        train, validation, test = (scaled(part, own) for part in (client.train, client.validation, client.test))
+        made.append(dataclasses.replace(client, train=train, validation=validation, test=test))
+    return tuple(made)
+
+
 def notes(how: str, whose: str, unseen: Iterable[str] = ()) -> tuple[str, ...]:
     """Return what the reader of a table must know of a measured normalization."""
+    if how == "client":
+        return ("Images are normalized by the mean and std of their own client's training images.",)
     if how not in ("global", "domain"):
         return ()
     names = ", ".join(unseen)

@@ -124,7 +124,8 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Return what the strategy's client side measures of the network that the server sent; nothing is kept."""
     client, config = bench.client(context), config_of(content)
-    bench.receive(arrays_of(content, "arrays"), context.state)
+    if "arrays" in content:  # some measure the client's images alone
+        bench.receive(arrays_of(content, "arrays"), context.state)
     turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
     tensors = held(bench.strategy.local(bench.strategy).measure(turn), "Local.measure sends")
     return RecordDict({EXTRA: pack(tensors), "metrics": MetricRecord({"num-examples": len(client.train)})})

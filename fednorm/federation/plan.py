@@ -26,7 +26,7 @@ from fednorm.recognition.buffers import Observation, observe
 from fednorm.recognition.layers import declaration_of
 from fednorm.recognition.structure import normalizes, per_channel
 from fednorm.recognition.tensor_kinds import declared_tensors
-from fednorm.roles import Kind, Role, RoleRule
+from fednorm.roles import STATISTICS, Kind, Role, RoleRule
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,12 @@ class NormPlan:
     def bytes_sent(self) -> int:
         """Return the bytes of tensors one client receives in a round; it sends back as many."""
         return sum(self.by_key[key].nbytes for key in self.sent)
+
+    @property
+    def estimating(self) -> tuple[str, ...]:
+        """The paths of the layers that own running statistics, in the order of the state dict."""
+        keys = (entry.key for entry in self.entries if entry.kind in STATISTICS)
+        return tuple(dict.fromkeys(key.rpartition(".")[0] for key in keys))
 
     def moments(self) -> Iterator[tuple[str, str]]:
         """Yield the keys (mean, variance) of every layer that has both, in order."""

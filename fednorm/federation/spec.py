@@ -28,12 +28,14 @@ class StrategySpec(Card):
         defaults: Configuration it brings along, laid under the user's: its own norm first of all.
         personalised: Whether each client is tested with a model of its own: it keeps tensors, or is fine-tuned first.
         pooled: Whether the first client is given the training images of all, and the others none.
+        own_scaling: Whether each client's images are scaled by statistics of its own, in place of ``data.normalize``.
     """
 
     make: type[NormStrategy]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     personalised: bool = False
     pooled: bool = False
+    own_scaling: bool = False
 
     expects: ClassVar[str] = "A strategy is a subclass of NormStrategy, or a StrategySpec beside it."
 

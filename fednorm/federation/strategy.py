@@ -101,6 +101,7 @@ class NormStrategy(Strategy):
             against it.
         norms: The norms of the last round's updates, by partition id.
         renew: How the nodes of a round are found, in a run where they come and go.
+        num_rounds: The rounds of the whole run, on the server and on the clients; 0 where nobody has said.
         evaluates: Which clients are evaluated (``evaluate.clients``).
 
     Raises:
@@ -138,6 +139,7 @@ class NormStrategy(Strategy):
         self.expected: Mapping[int, Expected] = {}
         self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
+        self.num_rounds = 0
         self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
         self._known = KnownNodes(())
@@ -164,7 +166,7 @@ class NormStrategy(Strategy):
         """Return the map from kinds to roles, the strategy's options taken into account."""
         return self.rule
 
-    def client_config(self) -> Mapping[str, float]:
+    def client_config(self) -> Mapping[str, float | list[float]]:
         """Return what the clients must know to train; it travels with every training message."""
         return {}
 
@@ -415,8 +417,7 @@ class NormStrategy(Strategy):
         return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
-        if self.renew:
-            self.nodes = self.renew()
+        self.nodes = self.renew() if self.renew else self.nodes
         self.discover(grid)
         nodes = self.known.trainers
         if not nodes:

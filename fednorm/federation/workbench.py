@@ -103,6 +103,7 @@ class Workbench:
         away = self.trainee.device.type != "cpu"
         model = copy.deepcopy(self.model).cpu() if away else self.model
         self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
+        self.strategy.num_rounds = self.num_rounds
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
@@ -181,7 +182,12 @@ class Workbench:
                 f"strategy {config.strategy.name} trains on the images of all domains at once, and data.normalize is "
                 "'domain', which scales each domain's in its own way. Take 'global'."
             )
-        scaled = normalized(loaded, config.data.normalize)
+        if config.strategy.card.own_scaling and config.data.normalize != "half":
+            raise ConfigError(
+                f"strategy {config.strategy.name} scales each client's images by statistics of its own, and "
+                f"data.normalize is {config.data.normalize!r}. Leave data.normalize out."
+            )
+        scaled = normalized(loaded, "client" if config.strategy.card.own_scaling else config.data.normalize)
         return pooled(scaled) if config.strategy.card.pooled else scaled
 
     def _made_norm(self) -> Norm:
@@ -294,7 +300,7 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(arrays_of(sent, "arrays")) if content else {},
+            received=unpack(arrays_of(sent, "arrays")) if "arrays" in sent else {},
             extra=held(beside, "A strategy sends"),
             config=dict(config_of(sent) if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fednorm.cards import MODELS, Card
 from fednorm.errors import ConfigError, DataError, canonical
 from fednorm.limits import shown
+from fednorm.models._feature_norm import normalize_features
 from fednorm.models._weights import load_weights, weights_digest
 from fednorm.options import one_of
 from fednorm.rng import torch_seeded
@@ -48,6 +49,7 @@ class Order:
         weights: A file of weights to start from, or ``pretrained``; empty for initial weights drawn from the seed.
         options: The model's own options.
         in_channels: Channels of the images.
+        feature_norm: Whether what the head is given is brought to one length (:mod:`fednorm.models._feature_norm`).
     """
 
     norm: Norm
@@ -58,6 +60,7 @@ class Order:
     weights: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     in_channels: int = 3
+    feature_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,11 @@ def build_model(name: str, order: Order, *, seed: int = 0) -> Built:
     order = replace(order, image_size=order.image_size or spec.input_size)
     spec.require(order)
     with torch_seeded(seed, *spec.stream):
-        return spec.build(order)
+        built = spec.build(order)
+    if not order.feature_norm:
+        return built
+    shape = (2, order.in_channels, order.image_size, order.image_size)
+    return replace(built, notes=(*built.notes, normalize_features(built.model, order.num_classes, shape)))
 
 
 def make_model(
@@ -278,6 +285,7 @@ def chosen_model(choice: ModelChoice[ModelSpec], norm: Norm, num_classes: int, i
         image_size=image_size,
         width=choice.width,
         activation=choice.activation,
+        feature_norm=choice.feature_norm,
         weights=choice.weights,
         options=choice.options,
     )

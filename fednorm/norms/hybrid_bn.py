@@ -16,7 +16,8 @@ batch as batch normalization's do. Strategy ``hbn`` holds them still while a cli
 second pass over the clients: each adds up the moments of some of its images (:class:`Estimate`), and the server pools
 them (:func:`pooled_estimates`), with n - 1 as for an unbiased variance.
 
-Federated: the share is a client's own (``hbn``, FedBN). Continual: everything is kept.
+Federated: the share is a client's own (``hbn``, FedBN); strategy ``fbn`` is a share of 0.
+Continual: everything is kept.
 Differs: the sums of the second pass are no buffers of the layer; they live as long as the pass.
 """
 
@@ -81,6 +82,29 @@ class Estimate:
         self.count, self.mean = total, moved
 
 
+@dataclass
+class Held:
+    """Moments that stay as they are for a while, as constants, while running moments become those of the batches seen.
+
+    The running moments are then the mean over these batches, each counting alike, of their means and of their biased
+    variances.
+
+    Attributes:
+        mean: (C,).
+        var: (C,).
+        batches: Batches seen.
+    """
+
+    mean: Tensor
+    var: Tensor
+    batches: int = 0
+
+    def next_rate(self) -> float:
+        """Count a batch, and return its weight in the running moments."""
+        self.batches += 1
+        return 1.0 / self.batches
+
+
 class _Hybrid(torch.autograd.Function):
     """The normalization by mixed moments, with its gradient, whose sums PyTorch's fused kernel makes."""
 
@@ -130,12 +154,15 @@ class HybridBNLayer(BatchLayer):
 
     Attributes:
         estimate: Where the mixed moments of every training batch are added up; None for nowhere.
+        held: What every training batch is normalized by in place of mixed moments, without the share; None for mixed
+            moments. Strategy ``fbn`` sets it.
     """
 
     def __init__(self, num_features: int, *, eps: float, momentum: float) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.distribution_factor = nn.Parameter(torch.zeros(num_features))
         self.estimate: Estimate | None = None
+        self.held: Held | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the normalized input, of the shape of ``x``; training updates the running moments.
@@ -152,6 +179,12 @@ class HybridBNLayer(BatchLayer):
     @in_full_precision
     def _train(self, x: Tensor) -> Tensor:
         batch_mean, batch_var = batch_moments(x)
+        count = x.numel() / self.num_features
+        if self.held is not None:
+            self.count_batch()
+            self.update(batch_mean, batch_var, self.held.next_rate())
+            mean, var = widened(self.held.mean), widened(self.held.var)
+            return scaled_by(x, mean, var, widened(self.weight), widened(self.bias), self.eps)
         factor = widened(self.distribution_factor)
         share = torch.ones_like(factor) if self.momentum is None else factor.sigmoid()
         old_mean, old_var = widened(self.running_mean), widened(self.running_var)
@@ -163,7 +196,6 @@ class HybridBNLayer(BatchLayer):
         if self.estimate is not None:
             self.estimate.add(mean, var, len(x))
         elif rate := self.count_batch():
-            count = x.numel() / self.num_features
             self.update(batch_mean, batch_var * (count / (count - 1)), rate)
         return y
 

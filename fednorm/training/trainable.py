@@ -52,6 +52,7 @@ class Trainable:
     Attributes:
         head: Keys of the head's entries in the state dict; empty where nobody asks for the head.
         frozen: Keys of the entries of the state dict that the run never changes.
+        resting: Modules that stay in evaluation mode while the others train; a federated strategy's clients set them.
 
     Raises:
         ConfigError: There is no normalization layer to train, no head can be found, or nothing else would be trained
@@ -63,6 +64,7 @@ class Trainable:
         self._parts = frozenset(train.trainable.split(","))
         self._probes = bool(train.linear_probe_rounds or train.linear_probe_epochs)
         self._probing = False
+        self.resting: tuple[nn.Module, ...] = ()
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         asks = HEAD in self._parts or self._probes
         self.head = _head_keys(model, train, num_classes) if asks else frozenset()
@@ -122,6 +124,8 @@ class Trainable:
         self._mode.set(training=not alone)
         for module in self._of_head if alone else ():
             module.train()
+        for module in self.resting:
+            module.eval()
 
     def evaluation_mode(self) -> None:
         """Put the network in evaluation mode."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.analyses import ANALYSES, Setup, analyse, effective_rate, linear_probe, massive_activations, norm_only
-from fednorm.analyses.analysis import Column
+from fednorm.analyses.analysis import Analysis, Column, Row
 from fednorm.analyses.residual_stream import variances
 from fednorm.analyses.trial import Images, Trial
 from fednorm.errors import ConfigError, UnknownNameError
@@ -168,6 +168,17 @@ def test_cells() -> None:
     assert Column("a", "A").cell([None]) == "–"
 
 
+def test_what_is_not_finite_is_not_a_number_of_the_document() -> None:
+    row = Row("diverged", lambda seed: {"a": float("nan"), "b": float(seed)})
+    columns = (Column("a", "A"), Column("b", "B", ".0f"))
+    made = Analysis(
+        name="own", title="T", about="Q?", papers=(), columns=columns, notes=(), steps=1, rows=lambda *_: iter([row])
+    )
+    document = made.run(Setup(seeds=(3,)), lambda _: None)
+    assert document["rows"] == [{"name": "diverged", "values": {"a": [None], "b": [3.0]}}]
+    assert made.table(document).rows == (("diverged", "–", "3"),)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANALYSES)
 def test_every_analysis_runs_and_repeats_itself(name: str) -> None:
@@ -179,7 +190,7 @@ def test_every_analysis_runs_and_repeats_itself(name: str) -> None:
     )
     for row in document["rows"]:
         assert row["values"].keys() == {column.key for column in ANALYSES[name].columns}
-        assert all(value is not None for values in row["values"].values() for value in values)
+        assert all(len(values) == 1 for values in row["values"].values())
     assert analyse(name, setup) == document
 
 

@@ -15,7 +15,7 @@ from fednorm.federation.undo import BEFORE_RECORD, KEPT
 from fednorm.federation.wire import pack, unpack
 
 State = dict[str, dict[str, Tensor]]
-KEEPING = ("scaffold", "ditto", "fedper", "fedrep", "fedbn", "silobn", "hbn", "local")
+KEEPING = ("scaffold", "bn_scaffold", "ditto", "fedper", "fedrep", "fedbn", "fedstein", "silobn", "hbn", "local")
 MLP: dict[str, Any] = {"model": {"name": "mlp", "width": 8}, "norm": {"name": "batch_norm"}}
 BAD, GOOD = 0, 1
 

@@ -72,7 +72,7 @@ def test_event_files_are_what_tensorboard_reads(stream_result: Make, tmp_path: P
 
 def test_summaries_keep_studies_and_leave_out_what_is_large(stream_result: Make, tmp_path: Path) -> None:
     study = {"study": "s", "title": "", "about": "", "runs": ["x"], "selection_runs": [], "paper": []}
-    study |= {"baseline": None, "selection": None}
+    study |= {"baseline": None, "selection": None, "reduced": None, "departs": {}}
     result = stream_result()
     write_summary(tmp_path / "deep" / "s.json", [result], [study])
     loaded = load([tmp_path / "deep" / "s.json"])

@@ -88,6 +88,7 @@ def test_a_checkpoint_beside_a_result_goes_when_the_run_is_opened_next(
     assert simulate(CONFIG, runs=tmp_path)["final"]["round"] == 1
     assert sorted(path.name for path in folder.iterdir()) == [
         ".lock",
+        "further.safetensors",
         "model.safetensors",
         "result.json",
         "rounds.jsonl",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +27,6 @@ from fednorm.errors import AggregationError, DamageWarning, DivergedError, Recor
 from fednorm.federation import client, server
 from fednorm.federation.simulate import simulate
 from fednorm.federation.workbench import Workbench
-from fednorm.records import folder as folder_module
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.formats import FORMAT
 from fednorm.records.integrity import unsealed
@@ -303,8 +303,8 @@ def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
                 raise full
             return writing(self, *args, **kwargs)
 
-        saving, writing = folder_module.save_file, Path.open
-        patch.setattr(folder_module, "save_file", save_file)
+        saving, writing = safetensors.torch.save_file, Path.open
+        patch.setattr(safetensors.torch, "save_file", save_file)
         patch.setattr(Path, "open", replaced)
 
     with monkeypatch.context() as patch, pytest.raises(RecordError, match="No space left on device") as caught:
@@ -565,6 +565,9 @@ def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
 # What names a run -----------------------------------------------------------------------------------------------------
 
 LEAVES: dict[str, Any] = {
+    "train.scale_init": "uniform",
+    "model.feature_norm": True,
+    "engine": "cohort",
     "seed": 2,
     "threads": 2,
     "data.name": "digits",
@@ -659,10 +662,12 @@ def dotted(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
 
 def test_whatever_changes_numbers_changes_the_hash() -> None:
     every = {key for key, _ in dotted(resolve({}).to_dict())} - {"kind"}
-    assert every | {"norm.eps"} == set(LEAVES) | set(TOGETHER) | set(ELSEWHERE)
+    unsaid = {"norm.eps", "model.feature_norm", "engine"}  # left out at their default
+    assert every | unsaid == set(LEAVES) | set(TOGETHER) | set(ELSEWHERE)
     hashes = [resolve(nested(key, value)).hash for key, value in LEAVES.items()]
     hashes += [resolve({"train": values}).hash for values in TOGETHER.values()]
-    assert len({resolve({}).hash, *hashes}) == len(LEAVES) + len(TOGETHER) + 1
+    hashes.append(resolve({"engine": "cohort", "cohort_size": 3}).hash)
+    assert len({resolve({}).hash, *hashes}) == len(LEAVES) + len(TOGETHER) + 2
     for key, values in TOGETHER.items():
         name = key.removeprefix("train.")
         without = {other: value for other, value in values.items() if other != name}
