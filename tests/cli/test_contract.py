@@ -62,6 +62,7 @@ def test_a_dry_run_prints_the_same_document_without_training(
     assert dry.code == 0
     document = dry.document
     estimated = document.pop("estimated_seconds")
+    assert document.pop("workers") >= 1
     assert document == {key: whole[key] for key in document}
     assert {"plan", "config", "hash", "parameters", "data"} <= set(document)
     assert not (tmp_path / "dry").exists()

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fednorm.config import merge, resolve
 from fednorm.errors import DamageWarning, RecordError
-from fednorm.records.checkpoint import VERSION
+from fednorm.records.checkpoint import TABLE_VERSION, VERSION
 from fednorm.records.formats import FORMAT
 from fednorm.records.integrity import tensors_metadata, unsealed
 from fednorm.records.record import RunRecord
@@ -361,7 +361,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert written(folder) == whole(values)
 
 
-@pytest.mark.parametrize("found", [str(VERSION + 1), *slow(("0",), ("no version",))])
+@pytest.mark.parametrize("found", [str(TABLE_VERSION + 1), *slow(("0",), ("no version",))])
 def test_a_checkpoint_of_another_version_is_refused_and_its_remedy_works(
     found: str, cut: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:

@@ -262,6 +262,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "wd_ratio": {"optimizer": "sgdp", "delta": 1.0, "weight_decay": 0.1, "wd_ratio": 1.0},
     "delta": {"optimizer": "sgdp", "delta": 1.0},
     "trainable": {"trainable": "norm"},
+    "scale_init": {"scale_init": "uniform"},
     "head": {"trainable": "head", "head": "conv1"},
     "linear_probe_epochs": {"epochs": 2, "linear_probe_epochs": 1},
 }

@@ -272,7 +272,8 @@ def test_runs_that_a_study_only_chose_by_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps(sealed(manifest)), encoding="utf-8")
     assert hashes(runs) == [both["hash"], reported["hash"], other["hash"]]
     assert len(hashes(runs, select=True)) == 4
-    assert load([runs, runs]).studies == [{"about": "", "baseline": None, "paper": [], **manifest}]
+    filled = {"about": "", "baseline": None, "paper": [], "reduced": None, "departs": {}}
+    assert load([runs, runs]).studies == [{**filled, **manifest}]
     record = runs / f"run-{searched['hash']}"
     assert hashes(record) == [searched["hash"]]  # asked for by name
     for result in (both, reported, other):

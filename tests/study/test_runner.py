@@ -416,7 +416,7 @@ def test_runs_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(worker, "_outlive_no_parent", lambda: None)
     try:
         with pytest.raises(SystemExit):
-            worker.serve(Link(), tmp_path, 2)  # type: ignore[arg-type]
+            worker.serve(Link(), tmp_path, 2, dict(os.environ))  # type: ignore[arg-type]
     finally:
         cores.share_cores(1)
     assert told[1:] == [cores.Cores(4, 2)]
