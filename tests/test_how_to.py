@@ -140,7 +140,7 @@ def run_page(page: Path, folder: Path) -> None:
 
 def runs_here(line: str) -> bool:
     """Leave out what needs a study that the page only describes, another runtime, or many minutes."""
-    needs = ("runs/study", "runs/office_small", "study.toml", "--runtime flower", "--evaluate own")
+    needs = ("runs/study", "runs/office_small", "study.toml", "--runtime flower", "--runtime dep", "--evaluate own")
     return not any(part in line for part in needs)
 
 

@@ -20,6 +20,7 @@ try:
 
     from fednorm.cards import FAMILIES
     from fednorm.cli.console import fail, of_the_system, show_warnings
+    from fednorm.cli.deploying import Target, deploy_app, new
     from fednorm.cli.measuring import analyse, bench_app, verify_app
     from fednorm.cli.parameters import (
         KINDS,
@@ -32,6 +33,7 @@ try:
         DetailsOption,
         DeviceOption,
         EngineOption,
+        InsecureOption,
         JsonOption,
         LearnerOption,
         MemoryOption,
@@ -41,12 +43,15 @@ try:
         OptimizerOption,
         RateOption,
         ReduceOption,
+        RootsOption,
         RunsOption,
+        RuntimeOption,
         ScenarioOption,
         ScheduleOption,
         SetOption,
         StrategyOption,
         StudyArgument,
+        SuperlinkOption,
         WorkersOption,
         names,
         whole,
@@ -63,10 +68,10 @@ app = typer.Typer(
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
     "on Flower and continual streams with Avalanche, and compare.",
 )
-
-app.add_typer(bench_app, name="bench")
-app.add_typer(verify_app, name="verify")
-app.command()(analyse)
+for name, group in (("bench", bench_app), ("verify", verify_app), ("deploy", deploy_app)):
+    app.add_typer(group, name=name)
+for command in (analyse, new):
+    app.command()(command)
 
 
 @app.command()
@@ -127,7 +132,10 @@ def federated(  # noqa: PLR0913 - one parameter an option
     workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
-    runtime: Annotated[str, typer.Option(help="in-process, or flower (flwr run on Ray).")] = "in-process",
+    runtime: RuntimeOption = "in-process",
+    superlink: SuperlinkOption = "",
+    root_certificates: RootsOption = None,
+    insecure: InsecureOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
     details: DetailsOption = False,
@@ -179,8 +187,9 @@ def federated(  # noqa: PLR0913 - one parameter an option
         from fednorm.cli.answer import Depth
         from fednorm.cli.federated import run_federated
 
+    target, shown = Target(superlink, root_certificates, insecure), {"dry_run": dry_run, "as_json": as_json}
     depth = Depth(details, notes)
-    run_federated(resolved, runs=runs, runtime=runtime, dry_run=dry_run, layers=layers, depth=depth, as_json=as_json)
+    run_federated(resolved, runs=runs, runtime=runtime, target=target, layers=layers, depth=depth, **shown)
 
 
 @app.command()
@@ -457,18 +466,6 @@ def check(
     from fednorm.cli.check import run_check
 
     run_check(model, every=every, norms=norms, markdown=markdown, as_json=as_json)
-
-
-@app.command()
-def new(
-    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
-    name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
-    folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
-) -> None:
-    """Write a commented file of a method of your own, which keeps its family's contract as it is."""
-    from fednorm.cli.new import run_new
-
-    run_new(what, name, folder)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fednorm.cli.answer import Depth, say_one
 from fednorm.cli.console import err, out, print_json
+from fednorm.cli.deploying import Target
 from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
 from fednorm.federated_continual.estimate import estimate_seconds as estimate_grid
@@ -38,11 +39,17 @@ def run_federated(
     layers: bool,
     depth: Depth | None = None,
     as_json: bool,
+    target: Target | None = None,
 ) -> None:
     """Show the plan, run (unless it is a dry run), show the result."""
     runtime = runtime.replace("_", "-")
-    choose("--runtime", runtime, ("in-process", "flower"))
+    choose("--runtime", runtime, ("in-process", "flower", "deployment"))
     require_path(runs, "--runs")
+    if runtime == "deployment":
+        from fednorm.cli.deploy import run_deployed  # it shows its result with what is here
+
+        return run_deployed(config, target or Target(), runs=runs, dry_run=dry_run, depth=depth, as_json=as_json)
+    (target or Target()).require_none()
     if not dry_run and (finished := read_back(RunRecord(runs, config), config)):
         err().print(
             f"This run has finished before; its record is read back: {finished['run']}", markup=False, soft_wrap=True

@@ -125,3 +125,13 @@ ReduceOption = Annotated[
 def whole(number: float | None) -> float | int | None:
     """Return a number as an integer where it is whole, so that 1 and 1.0 are one configuration."""
     return int(number) if number is not None and number.is_integer() else number
+
+
+RuntimeOption = Annotated[
+    str, typer.Option(help="in-process, flower (flwr run on Ray), or deployment (sites on a running SuperLink).")
+]
+SuperlinkOption = Annotated[str, typer.Option(help="Address of the SuperLink of a deployment, host:port.")]
+RootsOption = Annotated[
+    Path | None, typer.Option("--root-certificates", help="Certificate (PEM) that the SuperLink's is checked against.")
+]
+InsecureOption = Annotated[bool, typer.Option("--insecure", help="Speak to the SuperLink without encryption.")]

@@ -317,6 +317,9 @@ IMMATERIAL = (
     ("model", "weights"),
     ("rounds", "checkpoint_every"),
     ("rounds", "min_answered"),
+    ("rounds", "min_nodes"),
+    ("rounds", "wait"),
+    ("rounds", "timeout"),
     ("train", "checkpoint_every"),
 )
 """Section and key of what no number depends on; of weights the contents count, which have a digest of their own."""

@@ -220,6 +220,23 @@ class RoundConfig(Section, name="rounds"):
         ge=0,
         le=1,
     )
+    min_nodes: int = key(
+        0,
+        "Of a run on real nodes (--runtime deployment): the fewest that it starts with once rounds.wait is over; 0 for "
+        "all that data.domains names. Those that come later take part from the next round on.",
+        ge=0,
+        kinds=ROUNDS,
+    )
+    wait: float = key(
+        120.0, "Of a run on real nodes: seconds to wait for them before the first round.", ge=0, kinds=ROUNDS
+    )
+    timeout: float = key(
+        3600.0,
+        "Seconds to wait for the answers of a round; the round goes on with those that came, and later ones are "
+        "dropped. In this process's own clients it never comes to that.",
+        gt=0,
+        kinds=ROUNDS,
+    )
 
 
 class GridConfig(Section, name="grid"):

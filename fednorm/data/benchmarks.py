@@ -39,12 +39,14 @@ class Loaded:
         num_classes: K; labels are 0 to K - 1.
         domains: The domains, in order.
         notes: Sentences that belong under a table.
+        class_names: The classes' names, where the data tells them.
     """
 
     title: str
     num_classes: int
     domains: tuple[Domain, ...]
     notes: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -358,7 +360,8 @@ def loaded(title: str, sources: Sequence[Source], domains: tuple[Domain, ...], n
     if repeated:
         raise DataError(f"Domain {', '.join(repeated)} is there more than once; every domain needs a name of its own.")
     own = tuple(dict.fromkeys(source.note for source in sources if source.note))
-    return Loaded(f"{title} ({', '.join(names)})", count_classes(sources), domains, (*own, *notes))
+    named = next((source.class_names for source in sources if source.class_names), ())
+    return Loaded(f"{title} ({', '.join(names)})", count_classes(sources), domains, (*own, *notes), named)
 
 
 def with_domains(reader: Reader, source: Source) -> Source:

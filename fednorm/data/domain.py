@@ -110,6 +110,7 @@ class Federation:
         image_size: Height and width of the images.
         clients: By partition id; held-out clients come last.
         notes: Sentences that belong under a table of results.
+        class_names: The classes' names, where the data tells them.
     """
 
     title: str
@@ -117,6 +118,7 @@ class Federation:
     image_size: int
     clients: Sequence[Client]
     notes: tuple[str, ...] = field(default=())
+    class_names: tuple[str, ...] = field(default=())
 
     @property
     def domains(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from fednorm.data.clients import Clients, Group
 from fednorm.data.clients import Share as Dealt
 from fednorm.data.domain import Client, Domain, Federation
 from fednorm.data.partition import Share, deal, draw_test, merged_split
+from fednorm.data.shards import holds_parquet
 from fednorm.errors import DataError
 
 SMALL = 512
@@ -57,7 +58,57 @@ def load_federation(
         image_size=size,
         clients=_clients(domains, config, seed),
         notes=(*loaded.notes, *_protocol_notes(loaded, config)),
+        class_names=loaded.class_names,
     )
+
+
+def load_site(
+    config: DataConfig, domain: str, directory: str, *, image_size: int, seed: int, cache_dir: Path | None = None
+) -> Federation:
+    """Load one site's own data, and nothing else: a federation of the one client that holds the whole domain.
+
+    The folder is read in the form that the run's benchmark has (``data.name``). Of ``folders`` and ``image_folders``
+    it may be the domain's own folder, whatever that is called, or one that holds the domain's; of any other benchmark
+    the one domain is read. Images are dealt by the streams ``(seed, "data", domain, ...)``, so that a site holds the
+    very images that it holds in a simulation of all domains in one process.
+
+    Args:
+        config: The run's data; its folder is another machine's and is not looked at, and nothing is downloaded.
+        domain: What the site calls its data.
+        directory: The site's folder; empty for a benchmark that needs none.
+        image_size: The model's input size in pixels, used where ``config.image_size`` is 0.
+        seed: As for :func:`load_federation`.
+        cache_dir: As for :func:`load_federation`.
+
+    Returns:
+        The federation; its client is number 0 here, whatever number the server gives the site.
+
+    Raises:
+        DataError: The data is missing, corrupt or unfit, or the folder holds several domains and none of that name.
+    """
+    own = config.replace(dir=directory, domains=(domain,), held_out="", download=False)
+    path = Path(directory).expanduser()
+    if directory and config.name in ("folders", "image_folders") and not (path / domain).is_dir():
+        if config.name == "folders" and holds_parquet(path.resolve()):
+            own = own.replace(dir=str(path.resolve().parent), domains=(path.resolve().name,))
+        elif config.name == "image_folders":
+            own = own.replace(domains=())
+    size = config.image_size or image_size
+    loaded = DATA[config.name].read(Reader(own, size, cache_dir))
+    if len(loaded.domains) > 1:
+        names = ", ".join(part.name for part in loaded.domains)
+        raise DataError(
+            f"The folder {directory} holds several domains ({names}), and none is called {domain!r}. Name one of them "
+            "in the node's configuration (domain), or its own folder (data-dir)."
+        )
+    (one,) = (replace(part, name=domain) for part in loaded.domains)
+    one = _merged(one) if config.merge else one
+    held_out = domain == config.held_out
+    (share,) = _shares(one, config, config.split_seed or seed, held_out=held_out)
+    parts = [(one.train, share.train), (one.train, share.validation), (one.test, share.test)]
+    train, validation, test = (replace(split, index=split.index[torch.from_numpy(rows)]) for split, rows in parts)
+    client = Client(0, domain, train, validation, test, held_out)
+    return Federation(loaded.title, loaded.num_classes, size, (client,), loaded.notes, loaded.class_names)
 
 
 def _merged(domain: Domain) -> Domain:

@@ -29,8 +29,8 @@ def in_table(grid: Grid) -> Contexts | None:
     return contexts if isinstance(contexts, Contexts) and contexts.large else None
 
 
-def taken(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: InProcessGrid, data: str) -> Checkpoint:
-    """Return the checkpoint of a federation whose clients live in this process.
+def taken(server_round: int, arrays: ArrayRecord, bench: Workbench, grid: Grid, data: str) -> Checkpoint:
+    """Return the checkpoint of a federation: of its server, and of its clients where they live in this process.
 
     Args:
         server_round: The round that has ended.

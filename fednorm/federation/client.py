@@ -7,14 +7,16 @@ Messages:
 * ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
   ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
   unlabelled test images).
-* ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any.
+* ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any. A
+  site says besides what the server must know to fit it in (:mod:`fednorm.federation.deployment`).
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
   never sends them; this does, once, after training, when the user asks for that evaluation.
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
 * ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
 * ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
-  record's diagnostics; ``evaluate.diagnostics = false`` leaves it out.
+  record's diagnostics; ``evaluate.diagnostics = false`` leaves it out. A site answers neither this nor
+  ``query.local`` unless its own node's configuration allows it.
 
 What the strategy adds to a client's training, and does before its evaluation, is its :class:`Local`
 (:mod:`fednorm.federation.local`); what that remembers is in ``Context.state`` too.
@@ -74,14 +76,14 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
     Raises:
         ValueError: Clients are not asked such a thing.
     """
-    if kind == "train":
-        return _trained(bench, content, context)
-    if kind == "evaluate":
-        return _evaluated(bench, content, context)
     category, _, action = kind.partition(".")
-    if category != "query" or action not in QUERIES:
+    if kind not in ("train", "evaluate") and (category != "query" or action not in QUERIES):
         raise ValueError(f"A client is asked train, evaluate or query.{', query.'.join(QUERIES)}; got {kind!r}.")
-    return QUERIES[action](bench, content, context)
+    bench.before(kind, content, context)
+    answer = {"train": _trained, "evaluate": _evaluated}.get(kind) or QUERIES[action]
+    reply = answer(bench, content, context)
+    bench.after(kind, content, reply, context)
+    return reply
 
 
 def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
@@ -141,6 +143,7 @@ def _described(bench: Workbench, content: RecordDict, context: Context) -> Recor
             "train": len(client.train),
             "validation": len(client.validation),
             "test": len(client.test),
+            **bench.about_node(),
         }
     )
     prints = constant_prints(bench.model, bench.plan)

@@ -118,6 +118,7 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
     trained = {client.partition_id for client in report.train} if local else set()
     nodes = {node.partition_id: node for node in bench.strategy.nodes if node.partition_id in trained}
     asked = [nodes[client.partition_id] for client in report.train] if local else []
+    asked = [node for node in asked if node.shows]
     kept = _ask(grid, asked, plan, report)
     return [
         ClientStatistics(

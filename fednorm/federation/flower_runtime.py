@@ -45,7 +45,7 @@ from fednorm.errors import AggregationError, ConfigError
 from fednorm.federation.flower_app import ConfigValue, toml_lines, write_app
 from fednorm.signals import held, raising
 
-__all__ = ["ConfigValue", "FlowerRun", "run_with_flower", "write_app"]
+__all__ = ["ConfigValue", "FlowerRun", "RunningSuperLink", "run_with_flower", "submit_to_flower", "write_app"]
 
 _COMPLETED = "finished:completed"
 _START_SECONDS = 30.0
@@ -55,6 +55,7 @@ _TAIL_LINES = 25
 _POLITE_SECONDS = 3.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _OBJECT_STORE_BYTES = 2**30
+_STARTED = re.compile(r"Successfully started run (\d+)")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,86 @@ class FlowerRun:
     exit_code: int
     log_path: Path
     seconds: float
+
+
+@dataclass(frozen=True)
+class RunningSuperLink:
+    """A SuperLink that somebody has started.
+
+    Attributes:
+        address: Its address, ``host:port``.
+        root_certificates: The file of the certificate authority that its own certificate is checked against; None for
+            a connection that is neither encrypted nor checked.
+    """
+
+    address: str
+    root_certificates: Path | None = None
+
+    @property
+    def local(self) -> bool:
+        """Return whether it is on this machine, by its address."""
+        return self.address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
+
+    def toml(self) -> str:
+        """Return the lines of a ``config.toml`` of Flower's that has it, and no other."""
+        trust = "insecure = true" if self.root_certificates is None else f"root-certificates = {self._certificates}"
+        return f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = {json.dumps(self.address)}\n{trust}\n'
+
+    @property
+    def _certificates(self) -> str:
+        return json.dumps(str(self.root_certificates and self.root_certificates.resolve()))
+
+
+def submit_to_flower(
+    app_dir: Path,
+    superlink: RunningSuperLink,
+    *,
+    run_config: Mapping[str, ConfigValue],
+    home: Path,
+    timeout: float,
+    on_line: Callable[[str], None] | None = None,
+) -> FlowerRun:
+    """Hand a Flower app to a SuperLink that runs already, follow its log to the end, and return what became of it.
+
+    Args:
+        app_dir: The app's folder (:func:`write_app`).
+        superlink: Where to.
+        run_config: Values for keys that the app's ``[tool.flwr.app.config]`` has.
+        home: Where ``FLWR_HOME`` and the log go; outside ``app_dir``.
+        timeout: Seconds until nobody waits for it any more; the run itself goes on.
+        on_line: Called with each line of the log as it comes, without colours.
+
+    Raises:
+        AggregationError: The run was not taken, failed, was stopped or timed out; with the reason and the log's end.
+    """
+    app_dir, home = app_dir.resolve(), home.resolve()
+    (home / "flwr").mkdir(parents=True, exist_ok=True)
+    (home / "flwr" / "config.toml").write_text(superlink.toml(), encoding="utf-8")
+    overrides = home / "run-config.toml"
+    overrides.write_text("\n".join(toml_lines(run_config)) + "\n", encoding="utf-8")
+    command = [_command("flwr"), "run", str(app_dir), "--stream", "--run-config", str(overrides)]
+    started, log_path, number = time.monotonic(), home / "flower.log", ""
+
+    def follow(line: str) -> None:
+        nonlocal number
+        if match := _STARTED.search(line):
+            number = match[1]
+        if on_line is not None:
+            on_line(line)
+
+    with _own_processes(home) as (tree, environment):
+        exit_code, reason = _stream(tree, command, None, environment, log_path, started + timeout, follow)
+        run = _ask_status(environment, number) if number else {}
+    status = str(run.get("status", "never taken"))
+    if status != _COMPLETED:
+        details = run.get("status-details", "") or "see its log"
+        reason = reason or f"the SuperLink at {superlink.address} reports it as {status!r} ({details})"
+        stop = f" Where it still runs, flwr stop {number} ends it." if number and "finished" not in status else ""
+        raise AggregationError(
+            f"The run on the SuperLink at {superlink.address} did not complete: {reason}.{stop}\n"
+            f"The end of its log, {log_path}:\n{_tail(log_path)}"
+        )
+    return FlowerRun(number, status, exit_code, log_path, time.monotonic() - started)
 
 
 def run_with_flower(
@@ -261,10 +342,8 @@ def _start_superlink(tree: _ProcessTree, home: Path, environment: Mapping[str, s
         with log_path.open("wb") as log:
             superlink = tree.start([*command, "--port", str(port)], environment, stdout=log)
         if _listens(tree, superlink, port):
-            (flower_home / "config.toml").write_text(
-                f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "127.0.0.1:{port}"\ninsecure = true\n',
-                encoding="utf-8",
-            )
+            own = RunningSuperLink(f"127.0.0.1:{port}")
+            (flower_home / "config.toml").write_text(own.toml(), encoding="utf-8")
             return superlink
     raise AggregationError(
         f"Flower's SuperLink did not start in {_START_ATTEMPTS} attempts. The end of its log, {log_path}:\n"
@@ -285,7 +364,7 @@ def _listens(tree: _ProcessTree, superlink: subprocess.Popen[bytes], port: int) 
 def _stream(
     tree: _ProcessTree,
     command: list[str],
-    superlink: subprocess.Popen[bytes],
+    superlink: subprocess.Popen[bytes] | None,
     environment: Mapping[str, str],
     log_path: Path,
     deadline: float,
@@ -300,7 +379,7 @@ def _stream(
         while True:
             if time.monotonic() > deadline:
                 return -1, "it was still running when its time was up (raise the timeout, or run fewer rounds)"
-            if superlink.poll() is not None:
+            if superlink is not None and superlink.poll() is not None:
                 return -1, f"its SuperLink ended with exit status {superlink.returncode} (see superlink.log beside)"
             try:
                 line = lines.get(timeout=0.5)
@@ -323,9 +402,9 @@ def _pump(stream: IO[bytes], lines: Queue[str | None]) -> None:
     lines.put(None)
 
 
-def _ask_status(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return what our SuperLink says of its only run; empty when it has none."""
-    command = [_command("flwr"), "list", "--format", "json"]
+def _ask_status(environment: Mapping[str, str], number: str = "") -> dict[str, Any]:
+    """Return what a SuperLink says of a run, or of its only one; empty when it has none."""
+    command = [_command("flwr"), "list", "--format", "json", *(["--run-id", number] if number else [])]
     try:
         answer = subprocess.run(command, env=environment, capture_output=True, timeout=_STATUS_SECONDS, check=False)
         runs = json.loads(answer.stdout)["runs"]

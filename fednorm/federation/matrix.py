@@ -148,8 +148,8 @@ class EvaluationMatrix:
         return self._scores(self._seen(), self._shared, mode="own")
 
     def _cross(self) -> Scores:
-        if not self._plan.local:
-            return _not_applicable(self._nothing_local())
+        if reason := self._not_exchanged():
+            return _not_applicable(reason)
         names = {node.partition_id: node for node in self._strategy.nodes}
         return {
             "under": {
@@ -159,8 +159,8 @@ class EvaluationMatrix:
         }
 
     def _given(self, how: str) -> Scores:
-        if not self._plan.local:
-            return _not_applicable(self._nothing_local())
+        if reason := self._not_exchanged():
+            return _not_applicable(reason)
         if how == "pooled" and not _has_statistics(self._plan):
             return _not_applicable(NO_STATISTICS)
         return self._scores(self._seen(), self._shared | self._combined(how), mode="given")
@@ -180,6 +180,13 @@ class EvaluationMatrix:
                 "with": fallback
             }
         return self._scores(nodes, self._shared | self._combined(fallback), mode="given") | {"with": fallback}
+
+    def _not_exchanged(self) -> str:
+        """Return why local tensors are not exchanged; empty where they are."""
+        if not self._plan.local:
+            return self._nothing_local()
+        silent = ", ".join(node.domain for node in self._seen() if not node.shows)
+        return silent and f"{silent} keeps its local tensors to itself (allow-statistics of its node)"
 
     def _nothing_local(self) -> str:
         """Return why there are no local tensors to exchange."""

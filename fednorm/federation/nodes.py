@@ -41,6 +41,7 @@ class Node:
         held_out: Whether it never trains.
         described: Whether it described itself, as fednorm's clients do.
         trains: Whether it has anything to train on, as far as is known.
+        shows: Whether it answers what asks for its local tensors and statistics.
     """
 
     node_id: int
@@ -49,6 +50,7 @@ class Node:
     held_out: bool = False
     described: bool = False
     trains: bool = True
+    shows: bool = True
 
 
 class KnownNodes:

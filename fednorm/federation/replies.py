@@ -257,8 +257,12 @@ def read_scores(
 
 
 @reader
-def read_about(reply: Message) -> About | None:
+def read_about(reply: Message, *, numbered: bool = True) -> About | None:
     """Return what a client says of itself; None for one whose app knows nothing of fednorm.
+
+    Args:
+        reply: The client's reply.
+        numbered: Whether it must know its number; a site may leave that to the server, and says -1.
 
     Raises:
         UnfitReply: It failed, or says something else than its partition, its domain and whether it is held out.
@@ -268,7 +272,7 @@ def read_about(reply: Message) -> About | None:
         return None
     about = content.config_records["client"]
     partition_id, domain, held_out = (about.get(key) for key in ("partition-id", "domain", "held-out"))
-    if not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < 0:
+    if not isinstance(partition_id, int) or isinstance(partition_id, bool) or partition_id < (0 if numbered else -1):
         raise UnfitReply(f"it describes itself without a partition-id, a number from 0 on; got {partition_id!r}")
     if not isinstance(domain, str) or not domain.strip():
         raise UnfitReply(f"it describes itself without a domain, a name; got {domain!r}")

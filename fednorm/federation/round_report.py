@@ -50,6 +50,7 @@ class RoundReport:
         seconds: Wall-clock time of the round.
         statistics: Running statistics that travelled with each reply that was used, by partition id; in rounds that
             are evaluated.
+        events: What became of the nodes of a deployed run: each with the site, and what happened to it.
     """
 
     server_round: int
@@ -64,6 +65,7 @@ class RoundReport:
     bytes_up: int = 0
     seconds: float = 0.0
     statistics: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    events: list[dict[str, str]] = field(default_factory=list)
 
     def reject(self, partition_id: int | None, unfit: UnfitReply, during: str = "") -> None:
         """Take down a reply that is not used, and what for it was sent where that is not training."""

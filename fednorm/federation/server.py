@@ -29,6 +29,7 @@ from fednorm.federation.replies import Expected, ExpectedClients
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
+    DEPLOYMENT,
     LOCAL_RECORD,
     BenchSource,
     Workbench,
@@ -55,13 +56,17 @@ class Observer(Protocol):
         """Called after every round with its line of the record."""
 
 
+RecordSource = Callable[[Context, RunConfig], RunRecord | None]
+"""How an app finds the record of the run that a context belongs to; None to write nothing."""
+
+
 def make_server_app(
     bench_of: BenchSource,
-    record_of: Callable[[Context, Workbench], RunRecord | None],
+    record_of: RecordSource,
     observer: Observer | None = None,
     on_result: Callable[[Document], None] | None = None,
 ) -> ServerApp:
-    """Return a ServerApp.
+    """Return a ServerApp; one of a deployed run makes its workbench of what the sites say of themselves.
 
     Args:
         bench_of: Finds the workbench of the run.
@@ -73,8 +78,13 @@ def make_server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        bench = bench_of(context)
-        result = serve(grid, bench, record_of(context, bench), observer)
+        if context.run_config.get("runtime") == DEPLOYMENT:
+            from fednorm.federation.deployment.server import serve_sites  # it calls what is here
+
+            result = serve_sites(grid, context, record_of, observer)
+        else:
+            bench = bench_of(context)
+            result = serve(grid, bench, record_of(context, bench.config), observer)
         if on_result:
             on_result(result)
 
@@ -191,11 +201,14 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
             first_round=first_round,
             evaluate_every=bench.evaluate_every,
             on_round=journal.round,
+            timeout=bench.config.rounds.timeout,
         )
         if first_round > bench.num_rounds and "missing" in journal.lines[-1]:
             journal.evaluate_again(arrays)
     finally:
         journal.close()
+    if bench.roster:  # sites that came later are known now
+        about = describe(bench)
     document: Document = finite(_document(grid, bench, record, about, journal.lines, result.arrays))
     rest = further.rest(journal.last) if journal.last and bench.config.kind == "federated" else None
     if record and (large := in_table(grid)):
@@ -211,7 +224,8 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
 class _Journal:
     """Takes down every round: its line, now and then a checkpoint, a word to the observer.
 
-    Clients' local tensors live outside this process on Flower's own runtimes: there, no checkpoint is written.
+    Clients' local tensors live outside this process on Flower's own simulation: there, no checkpoint is written. Sites
+    keep theirs on their own disks, and the server's checkpoint is of its own tensors.
 
     Attributes:
         lines: Every round's line so far.
@@ -222,7 +236,9 @@ class _Journal:
     ) -> None:
         self.lines: list[Document] = []
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
-        self._data = data
+        self._sites = bench.roster
+        self._data = data if self._sites is None else f"sites of {self._sites.run}"
+        self._keeps = isinstance(grid, InProcessGrid) or self._sites is not None
         self._pending: Checkpoint | None = None
         self.last: Checkpoint | None = None
         """That of the last round, once there is one: what a longer run would go on with."""
@@ -234,7 +250,7 @@ class _Journal:
         if large and self._record:
             large.attach(self._record.states)
             self._record.columns = True
-        if self._record and not isinstance(self._grid, InProcessGrid):
+        if self._record and not self._keeps:
             self._record.start_over()
         elif self._record and (checkpoint := self._checkpoint(self._record)):
             with self._record.restoring():
@@ -250,14 +266,17 @@ class _Journal:
 
     def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
         """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
-        further.begin(record, self._data, (*SCORES, "diagnostics"))
+        if self._sites is None:
+            further.begin(record, self._data, (*SCORES, "diagnostics"))
         checkpoint = record.load_checkpoint(self._data)
-        if checkpoint and checkpoint.ended == self._bench.num_rounds:
+        if checkpoint and self._sites is None and checkpoint.ended == self._bench.num_rounds:
             self.last = checkpoint
         return checkpoint
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
+        if self._sites:
+            self._sites.note(report)
         config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
@@ -271,15 +290,24 @@ class _Journal:
         # Of many clients, memory does not grow with the rounds.
         self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
-            self._record.append_line(line)
-            if isinstance(self._grid, InProcessGrid):
-                self._pending = taken(report.server_round, arrays, self._bench, self._grid, self._data)
-                if report.server_round == self._bench.num_rounds:
-                    self.last = self._pending
-                if report.server_round % self._bench.config.rounds.checkpoint_every == 0:
-                    self.close()
+            self._keep(self._record, line, arrays)
         if self._observer:
             self._observer.round(line)
+
+    def _keep(self, record: RunRecord, line: Document, arrays: ArrayRecord) -> None:
+        """Write a round's line, and a checkpoint where it is time for one."""
+        number = line["round"]
+        record.append_line(line)
+        if "events" in line:  # sites that have joined are part of what is known of the run
+            record.describe(describe(self._bench))
+        if not self._keeps:
+            return
+        self._pending = taken(number, arrays, self._bench, self._grid, self._data)
+        if number == self._bench.num_rounds and self._sites is None:
+            self.last = self._pending
+        # A site can go back by one training and no more: its server keeps every round.
+        if self._sites or number % self._bench.config.rounds.checkpoint_every == 0:
+            self.close()
 
     def evaluate_again(self, arrays: ArrayRecord) -> None:
         """Evaluate the last round once more, whose evaluation lacked clients when the run was cut short by it."""
@@ -380,6 +408,8 @@ def round_line(report: RoundReport, expected: Mapping[int, Expected] | None = No
         scored = ((r.domain, r.metrics["num-examples"], r.metrics["accuracy"]) for r in report.evaluate)
         line |= summarize(by_domain(scored))
         line |= held_back_scores(report.evaluate)
+    if report.events:
+        line["events"] = report.events
     if report.evaluated:
         line |= answers(_asked(expected or {}, report.scored), {r.partition_id for r in report.evaluate}).document()
     return typing.cast(Document, finite(line))
@@ -396,9 +426,9 @@ def _of_client(report: ClientReport) -> Document:
     return own | {key: value for key, value in report.metrics.items() if key not in own}
 
 
-def _record_from_context(context: Context, bench: Workbench) -> RunRecord | None:
+def _record_from_context(context: Context, config: RunConfig) -> RunRecord | None:
     runs = str(context.run_config.get("runs", ""))
-    return RunRecord(Path(runs), bench.config) if runs else None
+    return RunRecord(Path(runs), config) if runs else None
 
 
 class _Log:

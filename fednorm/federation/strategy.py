@@ -100,6 +100,7 @@ class NormStrategy(Strategy):
         expected: What a run knows of its clients, by partition id; empty where it knows nothing. Replies are held
             against it.
         norms: The norms of the last round's updates, by partition id.
+        renew: How the nodes of a round are found, in a run where they come and go.
         num_rounds: The rounds of the whole run, on the server and on the clients; 0 where nobody has said.
         evaluates: Which clients are evaluated (``evaluate.clients``).
 
@@ -146,6 +147,7 @@ class NormStrategy(Strategy):
         self._sent: dict[str, Tensor] = {}
         self._sent_flat: Tensor | None = None
         self._grid: Grid | None = None
+        self.renew: Callable[[], tuple[Node, ...]] | None = None
         self._awaited: list[int] = []
         self._refused: list[tuple[int | None, UnfitReply]] = []
         self._keeps_statistics = False
@@ -415,6 +417,7 @@ class NormStrategy(Strategy):
         return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
+        self.nodes = self.renew() if self.renew else self.nodes
         self.discover(grid)
         nodes = self.known.trainers
         if not nodes:

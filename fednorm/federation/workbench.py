@@ -42,6 +42,11 @@ from fednorm.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from fednorm.federation.cohort.engine import Engine
+    from fednorm.federation.deployment.roster import Roster
+
+
+DEPLOYMENT = "deployment"
+"""What a run's configuration says as ``runtime`` where its nodes are real: each a site with its own data."""
 
 
 class Workbench:
@@ -63,6 +68,8 @@ class Workbench:
     """
 
     lends = False
+    roster: Roster | None = None
+    """Who the nodes are, in a deployed run."""
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
         """Load the data (unless given) and build the model and the strategy.
@@ -113,6 +120,18 @@ class Workbench:
             for pid in counts.trains.nonzero()[0].tolist()
         )
         self._require_memory_of_clients()
+
+    # What a site has in another way ----------------------------------------------------------------------------------
+
+    def before(self, kind: str, content: RecordDict, context: Context) -> None:
+        """Prepare for what a client is asked, before anything of it is carried out."""
+
+    def after(self, kind: str, content: RecordDict, reply: RecordDict, context: Context) -> None:
+        """Do what is left when a client has carried out what it was asked."""
+
+    def about_node(self) -> dict[str, str | int | bool]:
+        """Return what a client says of itself besides, where nobody knows it from elsewhere."""
+        return {}
 
     # What another kind of federation has in another way --------------------------------------------------------------
 
@@ -234,7 +253,19 @@ class Workbench:
 
     def client(self, context: Context) -> Client:
         """Return the client that a node's context stands for."""
-        return self.federation.clients[int(context.node_config["partition-id"])]
+        clients, number = self.federation.clients, context.node_config.get("partition-id")
+        if number is None:
+            raise ConfigError(
+                "This node's configuration says neither which data it has nor which client it is. Start it with "
+                "--node-config 'domain=\"NAME\" data-dir=\"/its/own/folder\"' (a site), or 'partition-id=0' (a client "
+                "of the run's benchmark, numbered from 0)."
+            )
+        if not str(number).isdecimal() or int(number) >= len(clients):
+            raise ConfigError(
+                f"This node's configuration has partition-id={number}, and the run has the clients 0 to "
+                f"{len(clients) - 1}."
+            )
+        return clients[int(number)]
 
     def turn(
         self,
@@ -389,5 +420,15 @@ def _workbench(config: str) -> Workbench:
 
 
 def process_workbench(context: Context) -> Workbench:
-    """Return this process's workbench for a run of Flower's runtimes, made at the first call."""
+    """Return this process's workbench for a run of Flower's runtimes, made at the first call.
+
+    A node that is configured by its data, or belongs to a deployed run, has a site's, which holds its own data alone.
+
+    Raises:
+        FedNormError: The configuration of the run or of the node does not fit.
+    """
+    if "domain" in context.node_config or context.run_config.get("runtime") == DEPLOYMENT:
+        from fednorm.federation.deployment.site import site_workbench  # it descends from the one here
+
+        return site_workbench(context)
     return _workbench(str(context.run_config.get("config", "")))

@@ -68,7 +68,7 @@ _OF_A_PAPER: Mapping[str, Type] = {"match": dict, "score": str, "value": Number,
 _OF_A_SELECTION: Mapping[str, Type] = {"rule": str, "split": str, "configurations": int, "chosen": list}
 
 
-_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "missing"})
+_WORDS = frozenset({"title", "selection", "sampled", "rejected", "clients", "missing", "events"})
 """Keys of what was measured that hold no numbers."""
 
 _CONTAINERS: Mapping[str, Type] = {

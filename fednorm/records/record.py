@@ -236,16 +236,23 @@ class RunRecord:
         """
         return self._checkpoints.restoring()
 
-    def _require_about(self) -> None:
+    def about(self) -> dict[str, Any]:
+        """Return what ``run.json`` says; nothing where it is not there.
+
+        Raises:
+            RecordError: It is damaged, or another run's.
+        """
         path = self.folder / ABOUT
         try:
-            if files.is_there(path):
-                read_document(path, self.config.hash)
+            return dict(read_document(path, self.config.hash)) if files.is_there(path) else {}
         except (OSError, Unfit) as error:
             raise RecordError(
                 f"{path} is not that of this run: {reason(error)}. Where this one file is damaged, remove it, and it "
                 "is written again; where the folder is another run's or an older fednorm's, choose another with --runs."
             ) from error
+
+    def _require_about(self) -> None:
+        self.about()
 
     def _require_columns(self) -> None:
         """Refuse to go on from rounds of which what clients reported is lost."""
