@@ -38,4 +38,6 @@ def of_which(which: str) -> str:
     """Return whose images are scored, as the end of a clause; empty for everybody's."""
     if which == ALL_CLIENTS:
         return ""
-    return " of the sampled clients" if which == SAMPLED_CLIENTS else f" of {int(which):,} drawn clients"
+    if which == SAMPLED_CLIENTS:
+        return " of the sampled clients"
+    return f" of {int(which):,} drawn clients" if which.isdecimal() else f" of clients {which!r}"  # of a damaged record
