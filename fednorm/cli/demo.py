@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fednorm.report.numbers import percent, signed
 from fednorm.report.page import write_page
 from fednorm.report.progress import RoundProgress, StreamProgress
 from fednorm.report.table import Table
+from fednorm.report.verdict import verdict
 from fednorm.streams.simulate import simulate as simulate_stream
 
 STRATEGIES = ("fedavg", "fedbn", "fedwon")
@@ -28,6 +30,9 @@ STREAM_NORMS = ("batch_norm", "adab2n", "continual_norm", "group_norm")
 
 MEMORIZATION_NORMS = ("none", "layer_norm", "nap")
 """Norms of the random-label stream: plain, normalized, normalized and projected."""
+
+PLANNED = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
+"""Runs of the demo."""
 
 
 def demo_values(strategy: str, *, rounds: int, seed: int) -> dict[str, Any]:
@@ -78,15 +83,20 @@ def memorization_values(norm: str, *, images: int, seed: int) -> dict[str, Any]:
 
 def _run_all(results: list[dict[str, Any]], runs: Path, *, rounds: int, images: int, seed: int) -> None:
     """Run strategies and streams one after the other; each result is added as soon as there is one."""
-    with RoundProgress(err()) as progress:
-        for strategy in STRATEGIES:
-            config = resolve(demo_values(strategy, rounds=rounds, seed=seed))
+    for strategy in STRATEGIES:
+        config = resolve(demo_values(strategy, rounds=rounds, seed=seed))
+        with RoundProgress(err(), _place(results, strategy)) as progress:
             results.append(simulate(config, runs=runs, observer=progress))
-    streams = [stream_values(norm, images=images, seed=seed) for norm in STREAM_NORMS]
-    streams += [memorization_values(norm, images=images, seed=seed) for norm in MEMORIZATION_NORMS]
-    with StreamProgress(err()) as progress_of_streams:
-        for values in streams:
+    streams = [(norm, stream_values(norm, images=images, seed=seed)) for norm in STREAM_NORMS]
+    streams += [(norm, memorization_values(norm, images=images, seed=seed)) for norm in MEMORIZATION_NORMS]
+    for norm, values in streams:
+        with StreamProgress(err(), _place(results, norm)) as progress_of_streams:
             results.append(simulate_stream(resolve(values), runs=runs, observer=progress_of_streams))
+
+
+def _place(results: Sequence[object], name: str) -> str:
+    """Return what leads the lines of the next run, e.g. ``run 2 of 10: fedbn``."""
+    return f"run {len(results) + 1} of {PLANNED}: {name}"
 
 
 def short_table(comparison: Comparison) -> Table:
@@ -117,14 +127,14 @@ def run_demo(*, runs: Path, rounds: int, images: int, seed: int, as_json: bool) 
     """Run strategies and streams one after the other; print a short table of each world, and where the page is."""
     require_path(runs, "--runs")
     results: list[dict[str, Any]] = []
-    planned = len(STRATEGIES) + len(STREAM_NORMS) + len(MEMORIZATION_NORMS)
     again = "The same command goes on with the others, from their checkpoints."
-    with saying_what_stands(lambda: f"Finished and whole: {len(results)} of the demo's {planned} runs. {again}"):
+    with saying_what_stands(lambda: f"Finished and whole: {len(results)} of the demo's {PLANNED} runs. {again}"):
         _run_all(results, runs, rounds=rounds, images=images, seed=seed)
     if as_json:
         return print_json({"results": results})
     for comparison in comparisons(results):
         show(short_table(comparison))
+        out().print(f"What to see: {verdict(comparison)}.", markup=False, soft_wrap=True)
         out().print()
     folder = Path(results[0]["run"]).parent
     write_page(folder / "page.html", Loaded([result_of(result) for result in results], [], []))
