@@ -338,6 +338,8 @@ def check_autocast(case: Case) -> None:
     for key, tensor in unit.state_dict().items():
         assert tensor.dtype == twin.state_dict()[key].dtype, f"{case.name}: autocast makes {key} {tensor.dtype}"
     assert bool(found.isfinite().all()), f"{case.name}: a value is not finite under autocast"
+    if case.card.thresholds:
+        return  # a rounding of the inputs may change which side of a threshold they are on
     # Where a variance is small beside the mean, a rounding of the inputs is a large part of the output: on average.
     gap = (found.detach().float() - expected.detach()).abs().mean() / expected.detach().abs().mean()
     assert float(gap) < 0.1, f"{case.name}: under autocast the output is {100 * float(gap):.0f} % off"

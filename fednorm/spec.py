@@ -307,6 +307,8 @@ class NormSpec(Card):
         scale_invariant: True where the method's layers give the same output, up to eps, for an input multiplied by any
             positive number, so that the length of the weight before them does not matter.
         tried_on: A built-in model that has what the method acts on; not every network has attention, or branches.
+        thresholds: True where the input's side of a threshold decides something, so that a rounding of it may change
+            the output by more than a rounding.
         exact_backward: False where the backward pass is, by the method, not the derivative of the forward pass: an
             approximation (as power_norm's), or with factors that count as constants (as batch_renorm's r and d).
     """
@@ -322,6 +324,7 @@ class NormSpec(Card):
     scale_invariant: bool = True
     tried_on: str = "digits_cnn"
     exact_backward: bool = True
+    thresholds: bool = False
 
     expects: ClassVar[str] = "A norm is a subclass of fednorm.spec.Norm, or a NormSpec beside it."
 

@@ -93,7 +93,7 @@ def _grid(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Table
     """Return all tables, and those that were asked for: the scores; how accuracy went, experience by experience."""
     scores = grid_table.grid_table(group)
     rest = [grid_table.tensor_table(result) for result in group[:1]]
-    return [scores, *rest], [scores, *(rest if curve or len(group) == 1 else [])]
+    return [scores, *rest], [scores, *(rest if curve else [])]
 
 
 TABLES: Mapping[str, Callable[[Sequence[Result], bool], tuple[list[Table], list[Table]]]] = {

@@ -182,8 +182,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
         "cohort_size": cohort_size,
         "workers": workers,
     }
-    resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
     with starting():
+        resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
         from fednorm.cli.answer import Depth
         from fednorm.cli.federated import run_federated
 
@@ -249,8 +249,8 @@ def continual(  # noqa: PLR0913 - one parameter an option
         "compile": compiled,
         "workers": workers,
     }
-    resolved = collect_continual(config, flags, settings or [], online=online)
     with starting():
+        resolved = collect_continual(config, flags, settings or [], online=online)
         from fednorm.cli.answer import Depth
         from fednorm.cli.continual import run_continual
 
@@ -422,8 +422,8 @@ def data(
         "data.domains": domains,
         "data.image_size": image_size,
     }
-    config = collect(None, flags, settings or [])
     with starting():
+        config = collect(None, flags, settings or [])
         from fednorm.cli.data import run_data
 
     run_data(config, as_json=as_json)

@@ -198,6 +198,7 @@ SPEC = NormSpec(
     batch_coupled=True,
     coupled_in_evaluation=True,
     scale_invariant=False,
+    thresholds=True,
     deviations=(
         "Published for inpainting, and never evaluated on classification.",
         "Without running moments a sample's output depends on its batch in evaluation too, as published; over='sample' "

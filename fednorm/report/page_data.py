@@ -149,6 +149,7 @@ class _Builder:
             "kind": comparison.first.subject,
             "headline": comparison.headline,
             "baseline": comparison.baseline,
+            "baselines": list(comparison.baselines),
             "caption": list(comparison.caption),
             "notes": list(dict.fromkeys(note for result in results for note in result["data"]["notes"])),
             "split": comparison.split,

@@ -13,10 +13,9 @@ import pytest
 from fednorm.records.results import load
 from fednorm.report import numbers, page_data
 from fednorm.report.comparison import Comparison, comparison_table
+from fednorm.report.notebook import TABLES
 from fednorm.report.page import write_page
 from fednorm.report.sections import sections
-from fednorm.report.stream_table import stream_table
-from fednorm.report.table import accuracy_table
 
 RECORDS = sorted(path for path in Path(".records").glob("*.json") if path.name != "matrix.json")
 
@@ -98,7 +97,7 @@ def compare(comparison: Comparison, shown: dict[str, dict[str, str]], deviations
             if expected not in (None, "–"):
                 assert "".join(found).removeprefix("ours ") == expected
     results = [result for method in comparison.methods for result in method.results]
-    plain = accuracy_table(results) if comparison.kind == "federated" else stream_table(results)
+    plain = TABLES[comparison.kind](results)
     for row in plain.rows:
         told = dict(zip(plain.columns, row, strict=True))
         own, other = shown[told["method"]], deviations[told["method"]]

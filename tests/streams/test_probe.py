@@ -130,7 +130,7 @@ def test_the_network_is_left_as_it_was(norm: str) -> None:
     # One activation for each nonlinearity: where a norm scales it, what follows is measured, once.
     assert len(found["dead_units"]) == 5
     scaled = any(isinstance(module, ScaledActivation) for module in model.modules())
-    assert scaled == (norm == "sws")
+    assert scaled == (norm in ("sws", "anfr"))
 
 
 def test_hooks_are_gone_after_a_failure() -> None:

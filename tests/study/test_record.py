@@ -643,6 +643,9 @@ ELSEWHERE: dict[str, Any] = {
     "data.download": True,
     "rounds.checkpoint_every": 7,
     "rounds.min_answered": 0.5,
+    "rounds.min_nodes": 2,
+    "rounds.wait": 5.0,
+    "rounds.timeout": 7.0,
 }
 
 

@@ -4,7 +4,7 @@ class ComparisonTable {
   constructor(section) {
     this.section = section;
     this.spread = "interval";
-    this.baselines = new Set([section.baseline, ...section.methods.map((method) => method.baseline)]);
+    this.baselines = new Set([section.baseline, ...(section.baselines ?? []), ...section.methods.map((method) => method.baseline)]);
     this.columns = this.describe();
     this.bodies = section.methods.map((method, index) => this.body(method, index));
     this.sorted = { column: this.columns.findIndex((column) => column.headline), descending: true };
