@@ -42,8 +42,13 @@ def spatial_forgetting(own: Sequence[Row], aggregated: Sequence[Row]) -> float |
 
 def average(rows: Sequence[Row]) -> float | None:
     """Return the mean over clients of each one's mean over the experiences that it has met, of one time."""
+    return _mean(_by_client(rows))
+
+
+def _by_client(rows: Sequence[Row]) -> list[float]:
+    """Return the mean of each client that has met anything."""
     met = [[x for x in row if x is not None] for row in rows]
-    return _mean(mean(row) for row in met if row)
+    return [mean(row) for row in met if row]
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,7 @@ def final(aggregated: Tensor3, own: Tensor3, courses: Sequence[Course]) -> dict[
         own: Of those that clients had trained.
         courses: What each client met.
     """
-    rows = [[x for x in row if x is not None] for row in aggregated[-1]]
-    accuracies = [mean(row) for row in rows if row]
+    accuracies = _by_client(aggregated[-1])
     matrices = [matrix_of(aggregated, client, course) for client, course in enumerate(courses)]
     several = [matrix for matrix in matrices if len(matrix) > 1]
     spatial = [spatial_forgetting(mine, theirs) for mine, theirs in zip(own, aggregated, strict=True)]
