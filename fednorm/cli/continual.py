@@ -15,7 +15,6 @@ from fednorm.config import RunConfig
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report.progress import StreamProgress
-from fednorm.streams.estimate import estimate_seconds
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
 from fednorm.threads import torch_threads
@@ -34,8 +33,10 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth 
     bench = ContinualWorkbench(config)
     document = plan(config, bench)
     if dry_run:
+        from fednorm.study.estimate import seconds_of  # it knows every kind of run, which one run does without
+
         with torch_threads(config.threads):
-            document["estimated_seconds"] = round(estimate_seconds(bench), 1)
+            document["estimated_seconds"] = round(seconds_of(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())

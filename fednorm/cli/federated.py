@@ -14,9 +14,6 @@ from fednorm.cli.console import err, out, print_json
 from fednorm.cli.deploying import Target
 from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig, choose
-from fednorm.federated_continual.estimate import estimate_seconds as estimate_grid
-from fednorm.federated_continual.workbench import GridWorkbench
-from fednorm.federation.estimate import estimate_seconds
 from fednorm.federation.server import Observer, read_back
 from fednorm.federation.simulate import plan, simulate
 from fednorm.federation.simulate_flower import simulate_flower
@@ -63,9 +60,10 @@ def run_federated(
             for entry in bench.plan.entries
         ]
     if dry_run:
+        from fednorm.study.estimate import seconds_of  # it knows every kind of run, which one run does without
+
         with torch_threads(config.threads):
-            how_long = estimate_grid(bench) if isinstance(bench, GridWorkbench) else estimate_seconds(bench)
-        document["estimated_seconds"] = round(how_long, 1)
+            document["estimated_seconds"] = round(seconds_of(bench), 1)
     if dry_run and as_json:
         return print_json(document)
     show_plan(document, out() if dry_run else err())

@@ -81,6 +81,12 @@ def estimate_seconds(config: RunConfig) -> Estimate:
         return Estimate(work.times(each), basis)
 
 
+def seconds_of(bench: Any) -> float:
+    """Return about how long the run of a workbench of any kind will take; its model may be trained."""
+    seconds: float = _WAYS[bench.config.kind].estimate_seconds(bench)
+    return seconds
+
+
 def _sizing(config: RunConfig) -> dict[str, Any]:
     """Return what a step's time depends on: every option with its value, of rates only whether they are 0."""
     size = config.data.image_size or config.model.card.input_size
