@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fednorm.cards import OPTIMIZERS
-from fednorm.federation.nodes import Node
+from fednorm.federation.nodes import Node, asked
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
-from fednorm.federation.replies import UnfitReply, in_order, read_statistics
+from fednorm.federation.replies import read_statistics
 from fednorm.federation.round_report import RoundReport
 from fednorm.federation.wire import unpack
 from fednorm.roles import Role
@@ -137,16 +138,6 @@ def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[Clien
 def _ask(grid: Grid, nodes: Sequence[Node], plan: NormPlan, report: RoundReport) -> dict[int, dict[str, Tensor]]:
     """Return the statistics that each client keeps, by partition id; a client without good ones is left out."""
     ask = "query.statistics"
-    messages = [Message(RecordDict(), dst_node_id=node.node_id, message_type=ask) for node in nodes]
-    awaited = [node.partition_id for node in nodes]
-    kept = {}
-
-    def reject(partition_id: int | None, unfit: UnfitReply) -> None:
-        report.reject(partition_id, unfit, during=ask)
-
-    for node, reply in in_order(grid.send_and_receive(messages) if messages else (), nodes, awaited, reject):
-        try:
-            kept[node.partition_id] = read_statistics(reply, plan)
-        except UnfitReply as unfit:
-            reject(node.partition_id, unfit)
-    return kept
+    reject = partial(report.reject, during=ask)
+    found = asked(grid, RecordDict(), ask, nodes, lambda _, reply: read_statistics(reply, plan), reject)
+    return {node.partition_id: kept for node, kept in found}

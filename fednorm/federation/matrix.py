@@ -21,10 +21,10 @@ from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federation.answers import answers, enough
 from fednorm.federation.evaluated import require_evaluated
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import Node
+from fednorm.federation.nodes import Node, asked
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
-from fednorm.federation.replies import Expected, UnfitReply, in_order, read_local, read_scores
+from fednorm.federation.replies import Expected, UnfitReply, read_local, read_scores
 from fednorm.federation.round_report import shown
 from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import pack, unpack
@@ -286,18 +286,12 @@ class EvaluationMatrix:
     def _ask(
         self, nodes: Sequence[Node], content: RecordDict, message_type: str, read: Callable[[Node, Message], T]
     ) -> Iterator[tuple[Node, T]]:
-        """Yield what each client answers, in the order of partition ids, without those whose answers do not fit."""
-        messages = [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
-        awaited = sorted(node.partition_id for node in nodes)
+        """Yield what each client answers; see :func:`~fednorm.federation.nodes.asked`."""
 
         def reject(partition_id: int | None, unfit: UnfitReply) -> None:
             self.rejected.append((f"{self._kind}, {message_type}", partition_id, unfit.reason))
 
-        for node, reply in in_order(self._grid.send_and_receive(messages), nodes, awaited, reject):
-            try:
-                yield node, read(node, reply)
-            except UnfitReply as unfit:
-                reject(node.partition_id, unfit)
+        return asked(self._grid, content, message_type, nodes, read, reject)
 
 
 def by_domain(scored: Iterable[tuple[str, float, float]]) -> dict[str, float]:

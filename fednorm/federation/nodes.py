@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -26,6 +27,8 @@ from fednorm.federation.replies import About, Cause, Expected, UnfitReply, in_or
 log = logging.getLogger("flwr")
 
 DESCRIBE_SECONDS = 600.0
+
+T = TypeVar("T")
 
 Refusals = list[tuple[int | None, UnfitReply]]
 
@@ -121,6 +124,33 @@ def discover(
 def _own(partition_id: int, known: Expected) -> Node:
     """Return a client of this very process, of which there is nothing to ask."""
     return Node(partition_id + FIRST, partition_id, known.domain, known.held_out, True, known.train > 0)
+
+
+def asked(
+    grid: Grid,
+    content: RecordDict,
+    message_type: str,
+    nodes: Sequence[Node],
+    read: Callable[[Node, Message], T],
+    reject: Callable[[int | None, UnfitReply], None],
+) -> Iterator[tuple[Node, T]]:
+    """Yield what each node answers, in the order of partition ids, without those whose answers do not fit.
+
+    Args:
+        grid: The way to the nodes.
+        content: What all are sent.
+        message_type: What they are asked.
+        nodes: Who is asked.
+        read: Returns what a reply holds, or raises :class:`~fednorm.federation.replies.UnfitReply`.
+        reject: Is told of replies that do not fit, with the client's partition id, or None where no client sent it.
+    """
+    messages = [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
+    awaited = sorted(node.partition_id for node in nodes)
+    for node, reply in in_order(grid.send_and_receive(messages) if messages else (), nodes, awaited, reject):
+        try:
+            yield node, read(node, reply)
+        except UnfitReply as unfit:
+            reject(node.partition_id, unfit)
 
 
 def numbered(grid: Grid) -> list[int]:
