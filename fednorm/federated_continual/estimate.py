@@ -10,9 +10,9 @@ from fednorm.federated_continual.cells import make_grid
 from fednorm.federated_continual.workbench import GridWorkbench
 from fednorm.federation.client import score
 from fednorm.federation.estimate import COPIES, SCORED, first
-from fednorm.streams.estimate import load
 from fednorm.streams.evaluation import split_of
 from fednorm.streams.stream import Stream
+from fednorm.streams.workbench import stream_of as load
 from fednorm.training.work import Work, timed
 
 __all__ = ["cost", "estimate_seconds", "load", "measure", "work"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from flwr.serverapp import Grid as FlowerGrid
 from fednorm.config import RunConfig
 from fednorm.data.domain import Client, Federation
 from fednorm.data.moving import moved
-from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.cells import Grid, make_grid
@@ -28,7 +28,8 @@ from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.turn import GridTurn, recall, remembered, split_state
 from fednorm.federation import undo
 from fednorm.federation.local import Local, Turn
-from fednorm.federation.replies import UnfitReply, in_order, read_scores
+from fednorm.federation.nodes import asked
+from fednorm.federation.replies import read_scores
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import STATE_RECORD, Workbench
 from fednorm.rng import stream_seed
@@ -37,6 +38,7 @@ from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Stream
+from fednorm.streams.workbench import learner_of, stream_of
 
 
 class GridWorkbench(Workbench):
@@ -122,10 +124,7 @@ class GridWorkbench(Workbench):
     def _loaded(self, given: Federation | None) -> Federation:
         del given
         config = self.config
-        stream = self._given or config.scenario.card.stream(
-            config.data, image_size=config.model.card.input_size, seed=config.seed, options=config.scenario.options
-        )
-        stream = normalized_stream(stream, config.data.normalize)
+        stream = normalized_stream(self._given or stream_of(config), config.data.normalize)
         for experience in stream:
             split_of(experience, config.evaluate.split)
         self.grid = make_grid(stream, config.grid, config.data.split_seed or config.seed)
@@ -164,24 +163,15 @@ class GridWorkbench(Workbench):
         it for the others, so that a federation of one client is the stream.
         """
         config, trainee = self.config, self.trainee
-        learner: Learner = config.learner.card.make(
-            model=self.model,
-            optimizer=trainee.optimizer,
-            num_classes=self.federation.num_classes,
-            options=self._options,
-            train_mb_size=config.train.batch_size,
-            train_epochs=self.passes * config.rounds.per_experience,
-            eval_mb_size=config.evaluate.batch_size,
+        return learner_of(
+            trainee,
+            self.grid.stream,
+            self._options,
+            epochs=self.passes * config.rounds.per_experience,
             seed=stream_seed(config.seed, "client", client) if client else config.seed,
-            augment=trainee.augmentation,
-            scaling=Scaling.stack(experience.train.scaling for experience in self.grid.stream),
             begin=[trainee.begin_anew, self.norms.begin],
             adjust=[*([adjust] if adjust else []), *trainee.adjust],
-            after=trainee.after,
-            device=trainee.device,
-            criterion=trainee.loss if config.train.label_smoothing else None,
         )
-        return learner
 
     def scores(self, learner: Learner, client: int, time: int, name: str) -> dict[str, float]:
         """Return the accuracy of the model on each experience that a client has met by a time, as ``NAME-I``."""
@@ -220,18 +210,10 @@ class GridWorkbench(Workbench):
         time, strategy = self.time_of(server_round), self.strategy
         strategy.discover(grid)
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({"time": time})})
-        aggregated, nodes = self._no_scores(), strategy.nodes
-        messages = [Message(content, dst_node_id=n.node_id, message_type="query.boundary") for n in nodes]
-        awaited = [node.partition_id for node in nodes]
-
-        def reject(partition_id: int | None, unfit: UnfitReply) -> None:
-            strategy.report.reject(partition_id, unfit, during="query.boundary")
-
-        for node, reply in in_order(grid.send_and_receive(messages), nodes, awaited, reject):
-            try:
-                _fill(aggregated[node.partition_id], read_scores(reply, shares=False), "accuracy")
-            except UnfitReply as unfit:
-                reject(node.partition_id, unfit)
+        aggregated, kind = self._no_scores(), "query.boundary"
+        reject = partial(strategy.report.reject, during=kind)
+        for node, scores in asked(grid, content, kind, strategy.nodes, lambda _, reply: _scores(reply), reject):
+            _fill(aggregated[node.partition_id], scores, "accuracy")
         own = self._no_scores()
         for told in strategy.report.train:
             _fill(own[told.partition_id], told.metrics, "own-accuracy")
@@ -296,7 +278,7 @@ def _require_fit(config: RunConfig) -> None:
             f"Learner {config.learner.name} is given all experiences at once; then there is no stream. It is a plain "
             "federation: kind = 'federated', without --scenario."
         )
-    if hasattr(learner.made_options(config.learner.options), "memory_epochs"):
+    if learner.make.trains_at_end:
         raise ConfigError(
             f"Learner {config.learner.name} trains a network of its own when an experience has ended, which no round "
             "would average. Take another learner (naive, er, er_ace, derpp, ewc, lwf)."
@@ -306,6 +288,10 @@ def _require_fit(config: RunConfig) -> None:
             f"A client on a stream makes whole passes over an experience; got train.local_epochs = "
             f"{config.train.local_epochs}. Set it to a whole number, and rounds.per_experience for how many rounds."
         )
+
+
+def _scores(reply: Message) -> dict[str, float]:
+    return read_scores(reply, shares=False)
 
 
 def _fill(row: list[float | None], metrics: Mapping[str, float], name: str) -> None:

@@ -8,13 +8,15 @@ from statistics import median
 import torch
 
 from fednorm.config import RunConfig
-from fednorm.data.benchmarks import Reader
 from fednorm.device import seconds
 from fednorm.streams.evaluation import accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.stream import Stream
 from fednorm.streams.workbench import ContinualWorkbench
+from fednorm.streams.workbench import stream_of as load
 from fednorm.training.work import BUDGET, Work, timed
+
+__all__ = ["cost", "estimate_seconds", "load", "measure", "work"]
 
 WARM_UP, TIMED = 2, 4
 """Steps of an experience that are thrown away, and the most that are timed after them."""
@@ -24,15 +26,6 @@ SCORED = 64
 
 PROBE_PASSES = 2
 """Passes over the probe images: their activations, and the statistics that the running ones are held against."""
-
-
-def load(config: RunConfig, reader: type[Reader] = Reader) -> Stream:
-    """Return the experiences of a run, as a reader finds their images."""
-    size, scenario = config.model.card.input_size, config.scenario
-    stream: Stream = scenario.card.stream(
-        config.data, image_size=size, seed=config.seed, options=scenario.options, reader=reader
-    )
-    return stream
 
 
 def work(config: RunConfig, stream: Stream) -> Work:

@@ -155,6 +155,8 @@ class Learner(Passes):
     """
 
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
+    trains_at_end: ClassVar[bool] = False
+    """Whether it trains the network when an experience has ended, in epochs of its own, and not before."""
     _stop_training = False
 
     def __init__(  # noqa: PLR0913 - by name only

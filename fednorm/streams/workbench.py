@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from statistics import mean
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fednorm import device as devices
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
+from fednorm.data.benchmarks import Reader
 from fednorm.data.moving import moved
 from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
@@ -19,8 +21,64 @@ from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
 from fednorm.training.footprint import require_footprint
+from fednorm.training.schedule import Schedule
 from fednorm.training.trainable import Trainable
 from fednorm.training.trainee import Trainee
+
+
+def stream_of(config: RunConfig, reader: type[Reader] = Reader) -> Stream:
+    """Return the experiences of a run, as a reader finds their images."""
+    size, scenario = config.model.card.input_size, config.scenario
+    stream: Stream = scenario.card.stream(
+        config.data, image_size=size, seed=config.seed, options=scenario.options, reader=reader
+    )
+    return stream
+
+
+def learner_of(
+    trainee: Trainee,
+    stream: Stream,
+    options: LearnerOptions,
+    *,
+    epochs: int,
+    seed: int,
+    schedule: Schedule | None = None,
+    begin: Sequence[Callable[[int], None]],
+    adjust: Sequence[Callable[[], None]],
+) -> Learner:
+    """Return a run's learner, on its trainee's network and optimizer.
+
+    Args:
+        trainee: What trains.
+        stream: Whose images come.
+        options: The learner's.
+        epochs: Passes over each experience.
+        seed: Of its random streams.
+        schedule: Of the learning rate, where the learner sets it.
+        begin: What is done when an experience begins that is not the first.
+        adjust: Effects between backward pass and update.
+    """
+    config = trainee.config
+    learner: Learner = config.learner.card.make(
+        model=trainee.model,
+        optimizer=trainee.optimizer,
+        num_classes=stream.num_classes,
+        options=options,
+        train_mb_size=config.train.batch_size,
+        train_epochs=epochs,
+        eval_mb_size=config.evaluate.batch_size,
+        seed=seed,
+        augment=trainee.augmentation,
+        scaling=Scaling.stack(experience.train.scaling for experience in stream),
+        schedule=schedule,
+        begin=begin,
+        adjust=adjust,
+        after=trainee.after,
+        online=config.evaluate.online,
+        device=trainee.device,
+        criterion=trainee.loss if config.train.label_smoothing else None,
+    )
+    return learner
 
 
 class ContinualWorkbench:
@@ -48,7 +106,7 @@ class ContinualWorkbench:
         """
         self.config = config
         devices.device_of(config)  # before data are read
-        self.stream = normalized_stream(stream or self._made_stream(), config.data.normalize)
+        self.stream = normalized_stream(stream or stream_of(config), config.data.normalize)
         spec = config.learner.card
         options = spec.made_options(config.learner.options)
         ratio = options.batch_ratio(config.train.batch_size)
@@ -67,38 +125,22 @@ class ContinualWorkbench:
         train = config.train
         self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in self.training]
         self.schedule = self.trainee.schedule(sum(self.steps))
-        self.learner: Learner = spec.make(
-            model=self.model,
-            optimizer=self.trainee.optimizer,
-            num_classes=self.stream.num_classes,
-            options=options,
-            train_mb_size=train.batch_size,
-            train_epochs=train.epochs,
-            eval_mb_size=config.evaluate.batch_size,
+        self.learner = learner_of(
+            self.trainee,
+            self.stream,
+            options,
+            epochs=train.epochs,
             seed=config.seed,
-            augment=self.trainee.augmentation,
-            scaling=Scaling.stack(experience.train.scaling for experience in self.stream),
             schedule=self.schedule,
             begin=[self.trainee.begin_anew],
             adjust=self.trainee.adjust,
-            after=self.trainee.after,
-            online=config.evaluate.online,
-            device=self.trainee.device,
-            criterion=self.trainee.loss if train.label_smoothing else None,
         )
         if train.trainable != "all" or train.linear_probe_epochs:
             self.learner.epoch_watchers.append(Stages(self.trainee.trainable, train.linear_probe_epochs))
-            self._require_stages(options)
+            self._require_stages()
         self._require_parts(norm, options)
 
-    def _made_stream(self) -> Stream:
-        config, scenario = self.config, self.config.scenario
-        stream: Stream = scenario.card.stream(
-            config.data, image_size=config.model.card.input_size, seed=config.seed, options=scenario.options
-        )
-        return stream
-
-    def _require_stages(self, options: LearnerOptions) -> None:
+    def _require_stages(self) -> None:
         """Refuse a linear probe without epochs after it, and a learner whose epochs are not the run's.
 
         Raises:
@@ -111,7 +153,7 @@ class ContinualWorkbench:
                 f"must be less than train.epochs; got {train.linear_probe_epochs} of {train.epochs}. A probe without "
                 "fine-tuning is train.trainable = 'head'."
             )
-        if hasattr(options, "memory_epochs") and (train.linear_probe_epochs or train.trainable == "head"):
+        if self.learner.trains_at_end and (train.linear_probe_epochs or train.trainable == "head"):
             raise ConfigError(
                 f"Learner {name} trains on its memory when an experience has ended, in epochs of its own, in which "
                 "all layers are in training mode: there is no linear probe. Take another learner, or train.trainable = "

@@ -90,6 +90,7 @@ class GDumbLearner(Learner):
     """
 
     Options: ClassVar[type[LearnerOptions]] = GDumbOptions
+    trains_at_end = True
     options: GDumbOptions
 
     def __init__(self, **template: Any) -> None:
