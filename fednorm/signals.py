@@ -107,7 +107,10 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Let a signal end the process at once and without a word within a block that only imports: nothing is open."""
+    """Let a signal end the process at once and without a word within a block that opens nothing: it imports, or looks.
+
+    An import that an exception cuts short fails in words of its own, and another one after it.
+    """
     before, _state.starting = _state.starting, True
     try:
         yield

@@ -398,7 +398,7 @@ def list_names(
     with starting():
         from fednorm.cli.listing import run_list
 
-    run_list(what, every=every, as_json=as_json)
+        run_list(what, every=every, as_json=as_json)
 
 
 @app.command()
@@ -444,12 +444,11 @@ def explain(
     with starting():
         from fednorm.cli.explain import explained
 
-    if explained(name, as_json=as_json):
-        return
-    with starting():
+        if explained(name, as_json=as_json):
+            return
         from fednorm.cli.catalogue import run_explain
 
-    run_explain(name, as_json=as_json)
+        run_explain(name, as_json=as_json)
 
 
 @app.command()
@@ -463,9 +462,10 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Say what every strategy and every conversion would make of a model, and try a training step of each."""
-    from fednorm.cli.check import run_check
+    with starting():
+        from fednorm.cli.check import run_check
 
-    run_check(model, every=every, norms=norms, markdown=markdown, as_json=as_json)
+        run_check(model, every=every, norms=norms, markdown=markdown, as_json=as_json)
 
 
 def main() -> None:
@@ -478,6 +478,8 @@ def main() -> None:
         except FedNormError as error:
             message = str(error.args[0]) if error.args else type(error).__name__
             fail(message if not isinstance(error, ConfigError) else str(error))
+        except KeyboardInterrupt:  # before a command begins
+            raise SystemExit(128 + signal.SIGINT) from None
         except BrokenPipeError:
             sys.stderr.close()
             raise SystemExit(141) from None

@@ -24,6 +24,7 @@ from fednorm.federation.executors.process import SLOTS, Broadcast, Done, Process
 from fednorm.federation.executors.sequential import Sequential, answer
 from fednorm.federation.wire import nbytes
 from fednorm.federation.workbench import Workbench
+from fednorm.signals import held
 
 HERE = frozenset({"query.describe", "query.local", "query.statistics", "query.undo"})
 """What is not worth a worker: nothing is computed."""
@@ -107,6 +108,10 @@ class Workers:
         Raises:
             FedNormError: There are none.
         """
+        with held():  # what Python runs at a fork (for logging's locks) swallows exceptions, and a signal's with them
+            self._fork()
+
+    def _fork(self) -> None:
         others = [process.connection for process in self._processes]
         try:
             self._processes.append(Process(self._carry, self._broadcast, self._bench.config.threads, others))

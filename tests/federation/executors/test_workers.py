@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.simulate import simulate
 from fednorm.federation.wire import pack, unpack
 from fednorm.federation.workbench import Workbench
+from fednorm.signals import raising
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 
@@ -179,6 +181,28 @@ def test_who_stops_asking_leaves_the_other_clients_as_they_were(make_site: Calla
     assert [bool(c.state) for c in grid.contexts.values()] == [True, False, False]
     assert len(list(grid.send_and_receive(messages[1:]))) == 2
     assert all(c.state for c in grid.contexts.values())
+    workers.close()
+    assert children() == before
+
+
+def test_a_signal_at_the_fork_of_a_worker_is_not_lost(
+    make_bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's own callbacks at a fork (logging's locks) swallow what is raised in them."""
+    fork = os.fork
+
+    def forked() -> int:
+        pid = fork()
+        if pid:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return pid
+
+    monkeypatch.setattr(os, "fork", forked)
+    bench = make_bench()
+    workers, before = Workers(bench, 2), children()
+    with raising(), pytest.raises(KeyboardInterrupt):
+        Run(bench, workers)
     workers.close()
     assert children() == before
 
