@@ -129,6 +129,9 @@ class Workbench:
     def after(self, kind: str, content: RecordDict, reply: RecordDict, context: Context) -> None:
         """Do what is left when a client has carried out what it was asked."""
 
+    def failed(self, kind: str, content: RecordDict, error: Exception) -> None:
+        """Do what is left when a client could not carry out what it was asked, and an error goes back."""
+
     def about_node(self) -> dict[str, str | int | bool]:
         """Return what a client says of itself besides, where nobody knows it from elsewhere."""
         return {}

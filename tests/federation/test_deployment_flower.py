@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from fednorm.cli import app as cli
 from fednorm.config import resolve
 from fednorm.errors import AggregationError, ConfigError
-from fednorm.federation import flower_runtime
+from fednorm.federation import processes
 from fednorm.federation.deployment.folder import Deployment, write_deployment
 from fednorm.federation.deployment.submit import deploy, superlink_of
 from fednorm.federation.flower_runtime import RunningSuperLink
@@ -75,19 +75,19 @@ def test_three_sites_with_their_own_images_end_with_the_bits_of_one_process(tmp_
     images(clinic / "data")
     config, runs = resolve(run_of()), tmp_path / "runs"
     target = superlink_of(f"127.0.0.1:{port}", clinic / "certificates/ca.crt", insecure=False)
-    with flower_runtime._own_processes(tmp_path) as (tree, environment):
+    with processes.own_processes(tmp_path) as (tree, environment):
         for name in ("superlink", "register", *SITES):
             with (clinic / f"{name}.log").open("wb") as log:
                 process = tree.start(["bash", str(clinic / f"{name}.sh")], environment, stdout=log)
             if name == "superlink":
-                assert flower_runtime._listens(tree, process, port), (clinic / "superlink.log").read_text()
+                assert processes.listens(tree, process, port), (clinic / "superlink.log").read_text()
             if name == "register":
                 assert process.wait(60) == 0, (clinic / "register.log").read_text()
         deployed = deploy(config, target, runs=runs, timeout=600)
         listening = {
             connection.laddr.ip
-            for process in tree.refresh()
-            for connection in process.net_connections(kind="tcp")
+            for one in tree.refresh()
+            for connection in one.net_connections(kind="tcp")
             if connection.status == "LISTEN"
         }
         unfit = {"name": "image_folders", "domains": ["siteA", "siteB", "siteX"]}

@@ -180,6 +180,7 @@ def _node(deployment: Deployment, k: int) -> str:
     return (
         _head(f"Starts the node of {name}, on its own machine, with its own data.", name)
         + f"""node_config="domain=\\"{name}\\" data-dir=\\"$PWD/data/{name}\\" state-dir=\\"$PWD/state/{name}\\""
+node_config+=" sent-file=\\"$PWD/sent/{name}.jsonl\\"" # a line for every message that it answers: what it has sent
 # allow-statistics=true in it would let the server ask for this site's local tensors and statistics.
 # A node that dies is started again. For a minute or so the SuperLink takes the dead one for alive, and refuses it.
 trap 'kill "$started" 2>/dev/null; wait; exit 143' INT TERM HUP
