@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 from fednorm.cli.answer import Depth
 from fednorm.cli.console import err, out, print_json
@@ -89,13 +90,16 @@ def _show_checked(checked: Checked) -> None:
         console.print(f"{site} sent", markup=False)
         for message, sent in messages.items():
             console.print(f"  {message}: {_shown(sent)}", markup=False, soft_wrap=True)
+    seconds = fmean(line["seconds"] for line in checked.result["rounds"])
+    console.print(f"A round took {seconds:.1f} s.")
     kept = f"; none of the {len(checked.local)} tensors that the norm plan keeps on the sites" if checked.local else ""
     if not checked.leaks():
         console.print(f"No image and no label{kept}. All processes listened on this machine alone, and have ended.")
 
 
 def _shown(sent: Sent) -> str:
-    parts = [f"{sent.count} answer{'s'[: sent.count > 1]}, {sent.size:,} bytes"]
+    times = f"{sent.seconds / sent.count:.1f} s a process, {sent.cpu_seconds / sent.count:.1f} s of it computing"
+    parts = [f"{sent.count} answer{'s'[: sent.count > 1]}, {sent.size:,} bytes, {times}"]
     if sent.tensors:
         names = [key.partition("/")[2] for key in sent.tensors]
         parts.append(f"{len(names)} tensors: {', '.join(names)}")

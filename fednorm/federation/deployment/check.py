@@ -90,6 +90,7 @@ class Checked:
             "drawn": list(self.drawn),
             "listening": list(self.listening),
             "leaks": self.leaks(),
+            "round_seconds": [line["seconds"] for line in self.result["rounds"]],
             "answered": self.result["final"].get("answered", 1.0),
         }
 

@@ -1,18 +1,21 @@
 """What a site has sent, written down by the site itself before it leaves: nobody need take the server's word for it.
 
 A node whose configuration names a ``sent-file`` appends a line of JSON to it for every message that it answers: which
-message, of which round, how many bytes, each tensor's type and shape, every number and text that goes along. A line
-that cannot be written is an error, and then nothing is sent.
+message, of which round, how many bytes, each tensor's type and shape, every number and text that goes along, and how
+many seconds its process has had (Flower starts one a message). A line that cannot be written is an error, and then
+nothing is sent.
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 from flwr.app import RecordDict
 
 from fednorm.errors import RecordError
@@ -62,6 +65,8 @@ class SentFile:
     def _append(self, message: str, content: RecordDict, entry: dict[str, Any]) -> None:
         config = content.config_records.get("config")
         line = {"message": message, "round": int(str((config or {}).get("server-round", 0))), **entry}
+        line["process_seconds"] = round(time.time() - psutil.Process().create_time(), 2)
+        line["process_cpu_seconds"] = round(time.process_time(), 2)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("a", encoding="utf-8") as file:
@@ -83,6 +88,8 @@ class Sent:
         tensors: Each tensor's type and shape, by ``RECORD/KEY``.
         values: The names of numbers and texts, by record.
         errors: The errors among the answers.
+        seconds: From the start of each answer's process until it was ready, in all.
+        cpu_seconds: Of which that process was computing.
     """
 
     count: int = 0
@@ -90,6 +97,8 @@ class Sent:
     tensors: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     values: dict[str, tuple[str, ...]] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     def document(self) -> dict[str, Any]:
         """Return it as JSON has it."""
@@ -99,6 +108,8 @@ class Sent:
             "tensors": {key: {"dtype": dtype, "shape": list(shape)} for key, (dtype, shape) in self.tensors.items()},
             "values": {name: list(keys) for name, keys in self.values.items()},
             "errors": self.errors,
+            "process_seconds": round(self.seconds, 2),
+            "process_cpu_seconds": round(self.cpu_seconds, 2),
         }
 
 
@@ -121,6 +132,8 @@ def _summed(lines: Iterable[dict[str, Any]]) -> dict[str, Sent]:
         of_kind = sent.setdefault(str(line["message"]), Sent())
         of_kind.count += 1
         of_kind.size += int(line["bytes"])
+        of_kind.seconds += float(line["process_seconds"])
+        of_kind.cpu_seconds += float(line["process_cpu_seconds"])
         for name, arrays in line["tensors"].items():
             of_kind.tensors |= {f"{name}/{key}": (str(d), tuple(shape)) for key, (d, shape) in arrays.items()}
         of_kind.values |= {name: tuple(values) for name, values in line["values"].items()}
