@@ -168,17 +168,17 @@ class Clinic(Loopback):
         assert result is not None
         return result
 
-    def on(self, name: str, what: str, act: Callable[[], None]) -> Callable[[], None]:
-        """Return an act that waits for a node to say something once more from when the act's turn has come."""
+    def on(self, name: str, what: str, act: Callable[[], None], times: int = 1) -> Callable[[], None]:
+        """Return an act that waits for a node to say something so many times from now on."""
+        until = self.count(name, what) + times
 
         def wait_and_act() -> None:
-            before = self.count(name, what)
-            self.wait(lambda: self.count(name, what) > before, f"{name} says {what!r}")
+            self.wait(lambda: self.count(name, what) >= until, f"{name} says {what!r}")
             act()
 
         return wait_and_act
 
-    def ended(self, rounds: int, act: Callable[[], None], **sections: Any) -> Callable[[], None]:
+    def ended(self, count: int, act: Callable[[], None], **sections: Any) -> Callable[[], None]:
         """Return an act that waits for a run to have so many rounds in its record."""
         config = run_of(**sections)
 
@@ -187,7 +187,7 @@ class Clinic(Loopback):
                 found = list((self.folder / "runs").glob(f"*{config.hash}*/rounds.jsonl"))
                 return found[0].read_text().count("\n") if found else 0
 
-            self.wait(lambda: lines() >= rounds, f"{rounds} rounds")
+            self.wait(lambda: lines() >= count, f"{count} rounds")
             act()
 
         return wait_and_act
@@ -327,7 +327,7 @@ def test_what_was_on_the_wire_is_what_the_sites_wrote_down(clinic: Clinic) -> No
         assert not sent["evaluate"].tensors
 
 
-FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 7}, "evaluate": {"diagnostics": False, "every": 7}}
+FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 7, "evaluate_every": 7}}
 
 
 @pytest.fixture(scope="module")
@@ -335,13 +335,13 @@ def faulty(clinic: Clinic) -> dict[str, Any]:
     """A run of which nodes are killed in training, between rounds and in evaluation; two are started again."""
     train, evaluate = "Receiving: train message", "Receiving: evaluate message"
 
-    def kill_two() -> None:
-        clinic.on("siteB", train, lambda: clinic.kill("siteB"))()
+    def kill_and_start() -> None:
+        clinic.kill("siteB")
         clinic.scripts["siteA"], clinic.scripts["siteB"] = clinic.start("siteA"), clinic.start("siteB")
 
     return clinic.run(
         clinic.ended(1, lambda: clinic.kill("siteA"), **FAULTY),
-        kill_two,
+        clinic.on("siteB", train, kill_and_start, times=2),
         clinic.on("siteC", evaluate, lambda: clinic.kill("siteC")),
         **FAULTY,
     )
@@ -379,7 +379,7 @@ def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) 
 
 
 def test_a_killed_superlink_s_run_goes_on_from_the_last_round(clinic: Clinic, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 2}, "evaluate": {"diagnostics": False, "every": 2}}
+    sections: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 2, "evaluate_every": 2}}
     clinic.up("siteC")
     with pytest.raises(AggregationError, match="did not complete"):
         clinic.run(clinic.ended(1, lambda: clinic.kill("superlink"), **sections), **sections)
@@ -395,8 +395,7 @@ def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
     sections: dict[str, Any] = {
         "seed": 4,
         "data": {"name": "image_folders"},
-        "rounds": {"num_rounds": 2, "timeout": float(timeout), "min_nodes": 3},
-        "evaluate": {"diagnostics": False, "every": 2},
+        "rounds": {"num_rounds": 2, "timeout": float(timeout), "min_nodes": 3, "evaluate_every": 2},
     }
     strangers(clinic)
     stopped: list[psutil.Process] = []
@@ -441,4 +440,7 @@ def strangers(clinic: Clinic) -> None:
 def test_the_table_of_the_documentation_is_what_happened() -> None:
     if os.environ.get("FEDNORM_RECORD"):
         RECORD.write_text(json.dumps(ROWS, indent=1) + "\n", encoding="utf-8")
-    assert json.loads(RECORD.read_text(encoding="utf-8")) == ROWS
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    if len(ROWS) < len(recorded):
+        pytest.skip("the other tests of this file have not all run")
+    assert recorded == ROWS

@@ -24,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 
 import fednorm
 from fednorm.config import RunConfig, resolve
@@ -32,17 +32,10 @@ from fednorm.data.domain import Client, Federation
 from fednorm.data.federation import load_federation, load_site
 from fednorm.data.normalize import normalized
 from fednorm.errors import ConfigError, DataError, canonical
-from fednorm.federation import undo
-from fednorm.federation.deployment.kept import KeptOnDisk
+from fednorm.federation.deployment.kept import SITE, Keeping, KeptOnDisk
 from fednorm.federation.deployment.sent import SentFile
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.workbench import Workbench
-
-SITE = "fednorm.site"
-"""The record that goes to a site beside every message, and the one of its ``Context.state`` that remembers it."""
-
-LOST = "lost-state-of-round"
-"""The metric with which a site's training says that it does not keep what it kept in the last round that was used."""
 
 NEEDED = (
     'Start it with --node-config \'domain="NAME" data-dir="/its/own/folder"\': what its data is called in the run, and '
@@ -123,10 +116,10 @@ class SiteWorkbench(Workbench):
             FedNormError: The configuration, the data and the node do not fit each other.
         """
         self.node = node
-        self._lost = 0
         super().__init__(config)
         (self._client,) = self.federation.clients
-        self._disk = KeptOnDisk(Path(node.state_dir).expanduser(), self._client.domain) if node.state_dir else None
+        disk = KeptOnDisk(Path(node.state_dir).expanduser(), self._client.domain) if node.state_dir else None
+        self._keeping = Keeping(lambda _: disk)
         self._sent = SentFile(Path(node.sent_file).expanduser()) if node.sent_file else None
 
     def _loaded(self, given: Federation | None) -> Federation:
@@ -185,29 +178,7 @@ class SiteWorkbench(Workbench):
                 f"Refused: {self._client.domain} keeps its local tensors and statistics to itself. Its own node's "
                 "configuration would have to say allow-statistics=true."
             )
-        said, state = content.config_records.get(SITE), context.state
-        if said is None:
-            return
-        numbers = self._numbers(state, str(said["run"]))
-        if kind == "train":
-            last = int(str(said["last-round"]))
-            if numbers["round"] > last and undo.BEFORE_RECORD in state:  # trained, and never heard that it was in vain
-                undo.go_back(state, numbers["round"])
-                numbers["round"] = numbers["before"]
-            self._lost = last if numbers["round"] != last else 0
-        state[SITE] = ConfigRecord({"run": str(said["run"]), "partition-id": int(str(said["partition-id"])), **numbers})
-
-    def _numbers(self, state: RecordDict, run: str) -> dict[str, int]:
-        """Return the round of what the client keeps, and of what it kept before; from its disk where it has nothing."""
-        known = state.config_records.get(SITE)
-        if known is not None and known["run"] == run:
-            return {key: int(str(known[key])) for key in ("round", "before")}
-        undo.forget(state)
-        for name in undo.KEPT:
-            if name in state:
-                del state[name]
-        found = (self._disk.load(state, run) if self._disk else None) or {}
-        return {key: found.get(key, 0) for key in ("round", "before")}
+        self._keeping.before(kind, content, context.state)
 
     def after(self, kind: str, content: RecordDict, reply: RecordDict, context: Context) -> None:
         """Keep the state on the site's disk where it has changed, say where it was lost, and write down what goes.
@@ -215,8 +186,7 @@ class SiteWorkbench(Workbench):
         Raises:
             RecordError: It cannot be written there.
         """
-        if SITE in content and kind in ("train", "query.undo"):
-            self._keep(kind, content, reply, context.state)
+        self._keeping.after(kind, content, reply, context.state)
         if self._sent:
             self._sent.answered(kind, content, reply)
 
@@ -228,18 +198,6 @@ class SiteWorkbench(Workbench):
         """
         if self._sent:
             self._sent.failed(kind, content, error)
-
-    def _keep(self, kind: str, content: RecordDict, reply: RecordDict, state: RecordDict) -> None:
-        known = state.config_records[SITE]
-        current = int(str(content.config_records["config"]["server-round"]))
-        if kind == "train":
-            known["before"], known["round"] = known["round"], current
-            if self._lost and undo.kept_now(state):
-                reply.metric_records["metrics"][LOST] = self._lost
-        elif known["round"] == current:
-            known["round"] = known["before"]
-        if self._disk:
-            self._disk.save(state, str(known["run"]), known)
 
 
 def plan_digest(plan: NormPlan) -> str:
