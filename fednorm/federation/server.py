@@ -297,7 +297,7 @@ class _Journal:
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        for listener in filter(None, (self._sites, self._simulated)):
+        if listener := self._sites or self._simulated:
             listener.note(report)
         config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:

@@ -14,8 +14,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -419,6 +421,22 @@ def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
         clinic.wait(lambda name=name: "SUPERNODE" in clinic.log(name, 999) or "rror" in clinic.log(name, 999), name)
         assert "SuperNode ID" not in clinic.log(name, 999)
     assert [len(line["clients"]["train"]) for line in result["rounds"]] == [2, 3]
+
+
+def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(run_of(seed=5).to_dict()))
+    arguments = ["--config", str(tmp_path / "run.json"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
+    link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
+    before = clinic.count("siteA", "Receiving: train message")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-m", "fednorm", "federated", *arguments, *link]
+    with subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        clinic.wait(lambda: clinic.count("siteA", "Receiving: train message") > before, "siteA trains")
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert re.search(r"stopped\. Run \d+ on the SuperLink at 127\.0\.0\.1:\d+ was stopped\.", " ".join(text.split()))
+    row("the launcher is interrupted (Ctrl-C)", "the run is stopped on the SuperLink; the same command goes on")
 
 
 def strangers(clinic: Clinic) -> None:

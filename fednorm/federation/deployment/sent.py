@@ -44,8 +44,9 @@ class SentFile:
         Raises:
             RecordError: It cannot be written.
         """
-        values = {**reply.metric_records, **reply.config_records}
-        said = finite({name: dict(record) for name, record in values.items()})
+        said: dict[str, dict[str, Any]] = {name: dict(record) for name, record in reply.metric_records.items()}
+        said |= {name: dict(record) for name, record in reply.config_records.items()}
+        said = finite(said)
         tensors = {
             name: {key: [array.dtype, list(array.shape)] for key, array in record.items()}
             for name, record in reply.array_records.items()
@@ -64,7 +65,8 @@ class SentFile:
 
     def _append(self, message: str, content: RecordDict, entry: dict[str, Any]) -> None:
         config = content.config_records.get("config")
-        line = {"message": message, "round": int(str((config or {}).get("server-round", 0))), **entry}
+        number = 0 if config is None else int(str(config.get("server-round", 0)))
+        line = {"message": message, "round": number, **entry}
         line["process_seconds"] = round(time.time() - psutil.Process().create_time(), 2)
         line["process_cpu_seconds"] = round(time.process_time(), 2)
         try:
