@@ -329,7 +329,7 @@ def test_what_was_on_the_wire_is_what_the_sites_wrote_down(clinic: Clinic) -> No
         assert not sent["evaluate"].tensors
 
 
-FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 7, "evaluate_every": 7}}
+FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 6, "evaluate_every": 6}}
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +352,7 @@ def faulty(clinic: Clinic) -> dict[str, Any]:
 def test_a_node_killed_in_training_costs_its_own_update(faulty: dict[str, Any]) -> None:
     (reason,) = rejected(faulty, 2, 1)
     row("a node is killed in training", f"siteB: {reason}")
-    assert len(faulty["rounds"]) == 7
+    assert len(faulty["rounds"]) == 6
     assert [c["client"] for c in faulty["rounds"][1]["clients"]["train"]] == [2]
 
 
@@ -376,7 +376,7 @@ def test_killed_nodes_that_are_started_again_go_on_with_their_state(faulty: dict
 def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) -> None:
     assert faulty["final"]["missing"] == {"clients": [2], "domains": ["siteC"]}
     assert sorted(faulty["final"]["per_domain"]) == ["siteA", "siteB"]
-    (reason,) = rejected(faulty, 7, 2)
+    (reason,) = rejected(faulty, 6, 2)
     row("a node is killed in evaluation", f"siteC: {reason}", "the result says that siteC is missing from it")
 
 
@@ -423,9 +423,19 @@ def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
     assert [len(line["clients"]["train"]) for line in result["rounds"]] == [2, 3]
 
 
+RUN = """
+seed = 5
+data = { name = "image_folders", domains = ["siteA", "siteB", "siteC"] }
+strategy = { name = "fedbn" }
+model = { width = 4 }
+train = { batch_size = 6 }
+rounds = { num_rounds = 2, wait = 180.0 }
+"""
+
+
 def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(run_of(seed=5).to_dict()))
-    arguments = ["--config", str(tmp_path / "run.json"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
+    (tmp_path / "run.toml").write_text(RUN)
+    arguments = ["--config", str(tmp_path / "run.toml"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
     link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
     before = clinic.count("siteA", "Receiving: train message")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
