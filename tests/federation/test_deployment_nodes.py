@@ -1,10 +1,10 @@
 """Sites on real nodes of Flower's, on loopback, with TLS and registered keys: what travels, and what becomes of faults.
 
-One SuperLink and its nodes serve all tests of this file, which run in their order. Every process is ended by its id.
-What the nodes say passes through a relay that ends TLS with the SuperLink's own certificate and writes it down.
-Flower's nodes look for messages every 3 s and are taken for dead after 60 s; here, by the ``sitecustomize`` below,
-after 0.3 s and 20 s. The fault table of docs/how-to/deploy.md is made of what these tests have seen; with
-``FEDNORM_RECORD=1`` they write it down.
+One SuperLink and its nodes serve all tests of this file, on one worker (``--dist loadgroup``), in their order. Every
+process is ended by its id. What the nodes say passes through a relay that ends TLS with the SuperLink's own certificate
+and writes it down. Flower's nodes look for messages every 3 s and are taken for dead after 60 s; here, by the
+``sitecustomize`` below, after 0.3 s and 20 s. The fault table of docs/how-to/deploy.md is made of what these tests have
+seen; with ``FEDNORM_RECORD=1`` they write it down.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from fednorm.federation.deployment.submit import deploy
 from fednorm.federation.processes import free_port, own_processes
 from fednorm.federation.simulate import simulate
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
 
 SITES = ("siteA", "siteB", "siteC")
 OTHER = "siteD"
@@ -126,6 +126,10 @@ class Clinic(Loopback):
             before = self.count(name, "SuperNode ID")
             self.scripts[name] = self.start(name)
             self.wait(lambda name=name, before=before: self.count(name, "SuperNode ID") > before, f"{name} is up")
+
+    def ready(self) -> None:
+        """Start the nodes of sites that are not running."""
+        self.up(*(name for name in SITES if name not in self.scripts or self.scripts[name].poll() is not None))
 
     def kill(self, name: str) -> None:
         """Kill a script and all that it has started, without a word."""
@@ -289,23 +293,29 @@ def kept(clinic: Clinic, site: str, config: Any) -> dict[str, torch.Tensor]:
 # The tests, in their order --------------------------------------------------------------------------------------------
 
 
-def test_three_sites_end_with_the_bits_of_one_process(clinic: Clinic, tmp_path: Path) -> None:
-    clinic.up(*SITES)
-    deployed, ours = clinic.run(), in_process(clinic, tmp_path)
-    clinic.seconds = [line["seconds"] for line in deployed["rounds"]]
-    assert model(deployed).keys() == model(ours).keys()
-    assert all(tensor.equal(model(deployed)[key]) for key, tensor in model(ours).items())
-    assert deployed["final"]["per_domain"] == ours["final"]["per_domain"]
-    assert (deployed["rejected_updates"], [events(deployed, site) for site in SITES]) == (0, [[], [], []])
+@pytest.fixture(scope="module")
+def first(clinic: Clinic) -> dict[str, Any]:
+    """A run in which nothing happens."""
+    clinic.ready()
+    result = clinic.run()
+    clinic.seconds = [line["seconds"] for line in result["rounds"]]
+    return result
+
+
+def test_three_sites_end_with_the_bits_of_one_process(first: dict[str, Any], clinic: Clinic, tmp_path: Path) -> None:
+    ours = in_process(clinic, tmp_path)
+    assert model(first).keys() == model(ours).keys()
+    assert all(tensor.equal(model(first)[key]) for key, tensor in model(ours).items())
+    assert first["final"]["per_domain"] == ours["final"]["per_domain"]
+    assert (first["rejected_updates"], [events(first, site) for site in SITES]) == (0, [[], [], []])
     assert clinic.listening() == {"127.0.0.1"}
 
 
-def test_no_image_no_label_and_no_local_tensor_is_on_the_wire(clinic: Clinic) -> None:
+def test_no_image_no_label_and_no_local_tensor_is_on_the_wire(first: dict[str, Any], clinic: Clinic) -> None:
     """Bytes are searched for in what the nodes and the SuperLink have said, TLS taken off."""
     config, said = run_of(), bytes(clinic.relay.said["up"] + clinic.relay.said["down"])
-    (folder,) = (clinic.folder / "runs").glob(f"*{config.hash}*")
-    average = load_file(folder / "model.safetensors")
-    assert all(tensor.numpy().tobytes() in said for tensor in average.values()), "what is shared is found there"
+    shared = model(first).values()
+    assert all(tensor.numpy().tobytes() in said for tensor in shared), "what is shared is found there"
     for site in SITES:
         local = [t for t in kept(clinic, site, config).values() if t.is_floating_point() and len(t.unique()) > 2]
         assert len(local) > 8
@@ -320,6 +330,7 @@ def test_no_image_no_label_and_no_local_tensor_is_on_the_wire(clinic: Clinic) ->
             assert path.read_bytes()[-60:-12] not in said
 
 
+@pytest.mark.usefixtures("first")
 def test_what_was_on_the_wire_is_what_the_sites_wrote_down(clinic: Clinic) -> None:
     said = bytes(clinic.relay.said["up"])
     for site in SITES:
@@ -341,6 +352,7 @@ FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 6, "evaluate_every
 @pytest.fixture(scope="module")
 def faulty(clinic: Clinic) -> dict[str, Any]:
     """A run of which nodes are killed in training, between rounds and in evaluation; two are started again."""
+    clinic.ready()
     train, evaluate = "Receiving: train message", "Receiving: evaluate message"
 
     def kill_and_start() -> None:
@@ -389,7 +401,7 @@ def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) 
 
 def test_a_killed_superlink_s_run_goes_on_from_the_last_round(clinic: Clinic, tmp_path: Path) -> None:
     sections: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 2, "evaluate_every": 2}}
-    clinic.up("siteC")
+    clinic.ready()
     with pytest.raises(AggregationError, match="did not complete"):
         clinic.run(clinic.ended(1, lambda: clinic.kill("superlink"), **sections), **sections)
     clinic.scripts["superlink"] = clinic.start_server()
@@ -399,7 +411,9 @@ def test_a_killed_superlink_s_run_goes_on_from_the_last_round(clinic: Clinic, tm
     row("the SuperLink is killed, and started again", "the same command goes on from the last round, to the same bits")
 
 
+@pytest.mark.usefixtures("first")
 def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
+    clinic.ready()
     timeout = round(max(15.0, *clinic.seconds))  # this machine may have much else to do
     sections: dict[str, Any] = {
         "seed": 4,
@@ -424,9 +438,6 @@ def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
     (difference,) = events(result, OTHER)
     assert difference.startswith("refused: it has 3 classes (cat, dog, owl), and site")
     row("a site has other classes", f"siteD: {difference}")
-    for name in ("stranger", "nameless"):
-        clinic.wait(lambda name=name: "SUPERNODE" in clinic.log(name, 999) or "rror" in clinic.log(name, 999), name)
-        assert "SuperNode ID" not in clinic.log(name, 999)
     assert trained(result) == [{0, 2}, {0, 1, 2}]
 
 
@@ -441,6 +452,7 @@ rounds = { num_rounds = 2, wait = 180.0 }
 
 
 def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -> None:
+    clinic.ready()
     (tmp_path / "run.toml").write_text(RUN)
     arguments = ["--config", str(tmp_path / "run.toml"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
     link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
@@ -457,7 +469,7 @@ def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -
 
 
 def strangers(clinic: Clinic) -> None:
-    """Start a node of other classes, one with a key that nobody has registered, and one without any."""
+    """Start a node of other classes; one with a key that nobody has registered and one without any are refused."""
     clinic.up(OTHER)
     key, text = clinic.folder / "keys/stranger", (clinic.folder / "siteA.sh").read_text()
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
@@ -470,6 +482,16 @@ def strangers(clinic: Clinic) -> None:
         script = change(text.replace("flower/siteA", f"flower/{name}").replace(port[0], f"--port {free_port()}"))
         (clinic.folder / f"{name}.sh").write_text(script)
         clinic.scripts[name] = clinic.start(name)
+    refusals = {
+        "stranger": "[code: 2004] Failed to activate SuperNode.",
+        "nameless": "[code: 2001] SuperNode authentication is enabled. All SuperNodes must be registered via the CLI.",
+    }
+    for name, refusal in refusals.items():
+        clinic.wait(lambda name=name, refusal=refusal: clinic.count(name, refusal) > 0, f"{name} is refused")
+        assert not clinic.count(name, "SuperNode ID")
+        clinic.kill(name)
+    row("a node has a key that nobody has registered", f"the SuperLink refuses it: {refusals['stranger']}")
+    row("a node has no key", f"the SuperLink refuses it: {refusals['nameless']}")
 
 
 def test_the_table_of_the_documentation_is_what_happened() -> None:
