@@ -102,6 +102,6 @@ def _shown(sent: Sent) -> str:
     parts = [f"{sent.count} answer{'s'[: sent.count > 1]}, {sent.size:,} bytes, {times}"]
     if sent.tensors:
         names = [key.partition("/")[2] for key in sent.tensors]
-        parts.append(f"{len(names)} tensors: {', '.join(names)}")
+        parts.append(f"{len(names)} tensor{'s'[: len(names) > 1]}: {', '.join(names)}")
     parts += [f"{name}: {', '.join(keys)}" for name, keys in sent.values.items()]
     return "; ".join([*parts, *sent.errors])

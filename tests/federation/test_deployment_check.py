@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from PIL import Image
 
+from fednorm.cli import deploy
 from fednorm.config import resolve
-from fednorm.errors import ConfigError, RecordError
+from fednorm.errors import AggregationError, ConfigError, RecordError
 from fednorm.federation.client import make_client_app
 from fednorm.federation.deployment import loopback
 from fednorm.federation.deployment.check import Checked, _draw
@@ -135,6 +137,28 @@ def test_what_a_site_should_not_have_sent_is_told(key: str, dtype: str, shape: t
 
 def test_an_address_that_others_reach_is_told() -> None:
     assert checked({}, "127.0.0.1", "0.0.0.0").leaks() == ["a process listened on 0.0.0.0"]
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_the_command_shows_what_each_site_sent_and_fails_where_it_should_not_have(
+    leak: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "arrays/bn1.weight" if leak else "arrays/conv1.weight"
+    seen = checked({key: ("float32", (4,))}, "127.0.0.1")
+    seen = replace(seen, result={**seen.result, "rounds": [{"seconds": 2.0}]})
+    seen.sent["siteA"]["train"].values["metrics"] = ("loss",)
+    monkeypatch.setattr(deploy, "check_folder", lambda *_, **__: seen)
+    if leak:
+        with pytest.raises(AggregationError, match=r"should not have left a site did: siteA sent arrays/bn1\.weight"):
+            deploy.run_deploy_check(Path("clinic"), rounds=1, as_json=False)
+    else:
+        deploy.run_deploy_check(Path("clinic"), rounds=1, as_json=False)
+    told = capsys.readouterr().out
+    assert (
+        f"siteA sent\n  train: 1 answer, 10 bytes, 0.0 s a process, 0.0 s of it computing; 1 tensor: {key[7:]}" in told
+    )
+    assert "; metrics: loss\nA round took 2.0 s." in told
+    assert ("No image and no label; none of the 1 tensors" in told) is not leak
 
 
 # The folder -----------------------------------------------------------------------------------------------------------
