@@ -101,6 +101,11 @@ class GridTurn(Turn):
     """
 
     bench: GridWorkbench = field(kw_only=True)
+    _learner: Learner | None = None
+
+    def task_numbers(self) -> list[int]:
+        """Return the numbers of the experiences that the client's learner has seen, in order."""
+        return self._learner.tasks_seen if self._learner else []
 
     def fit(self, local: Local) -> dict[str, float]:
         """Train for a round's passes over the experience that the client is at.
@@ -118,6 +123,7 @@ class GridTurn(Turn):
         local.begin(self)
         learner = bench.learner(client, adjust=lambda: local.adjust(self))
         learner.epoch_watchers.append(lambda _: bench.norms.rest(time))
+        self._learner = learner
         recall(learner, kept)
         norms = bench.end_late(learner, client, kept, cell)
         step, tally = learner.progress.step, learner.tally

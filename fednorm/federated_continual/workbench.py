@@ -73,7 +73,6 @@ class GridWorkbench(Workbench):
         self._options = config.learner.card.made_options(config.learner.options)
         require_fit(config)
         super().__init__(config)
-        self.strategy.num_experiences = self.grid.num_times
         self.norms = NormBoundary(self.model, config.grid.norms)
         fresh = self.model.state_dict() if config.learner.card.make.trains_at_end else {}
         self._first = {key: tensor.clone() for key, tensor in fresh.items()}
@@ -92,6 +91,11 @@ class GridWorkbench(Workbench):
     def num_rounds(self) -> int:
         """Return the rounds of all experiences."""
         return self.config.rounds.per_experience * self.grid.num_times
+
+    @property
+    def num_experiences(self) -> int:
+        """Return how many experiences come one after another."""
+        return self.grid.num_times
 
     @property
     def evaluate_every(self) -> int:
