@@ -171,7 +171,8 @@ class _TaskWeightedNorm(torch.autograd.Function):
         wide_mean, wide_var, wide_scale = wide
         batch, fold, channels = step.batch, step.fold, len(mean)
         maps = _folded(x, fold)
-        grad = _folded(torch.zeros_like(x) if grad_y is None else _in_layout_of(x, grad_y), fold)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad = _folded(torch.zeros_like(x) if grad_y is None else grad_y.contiguous(memory_format=layout), fold)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, maps, None, wide_mean, wide_var, None, None, False, step.eps, [False, True, True]
         )
@@ -250,12 +251,6 @@ def _twice_affine(maps: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     zeros, ones = torch.zeros_like(factor), torch.ones_like(factor)
     y: Tensor = torch.native_batch_norm(rows, factor, offset.view(-1), zeros, ones, False, 0.0, 0.0)[0]
     return y.view(maps.shape)
-
-
-def _in_layout_of(x: Tensor, other: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return other.contiguous()
-    return other.contiguous(memory_format=torch.channels_last)
 
 
 class _Batches:

@@ -293,12 +293,7 @@ class Learner(Passes):
             self._epochs(self.progress.epoch + passes)
 
     def end(self, experience: Experience, *, trained: bool = False) -> None:
-        """End an experience that :meth:`train_passes` has begun.
-
-        Args:
-            experience: The experience.
-            trained: Whether :meth:`train_part` has done, part by part, what its end would bring.
-        """
+        """End an experience that :meth:`train_passes` has begun; ``trained``: :meth:`train_part` did all its parts."""
         self.model.train()
         self._take(experience)
         with torch_seeded(self.seed, "learner"):
