@@ -19,6 +19,8 @@ from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import STATE_RECORD
 from fednorm.records.integrity import read_tensors
 from fednorm.records.record import RunRecord
+from fednorm.records.results import load
+from fednorm.report.comparison import comparisons
 from fednorm.report.grid_table import grid_table, tensor_table
 
 GRID: dict[str, Any] = {
@@ -169,6 +171,9 @@ def test_nobody_answers_after_the_last_experience(tmp_path: Any, monkeypatch: py
     assert table.rows[0][1] == "–"
     assert any("Clients 0, 1 gave no accuracies after experience 2" in note for note in table.notes)
     assert tensor_table(result).rows[1][1] == "–"
+    (read,) = load([tmp_path]).results  # the record can be read, and stand beside others
+    (comparison,) = comparisons([read])
+    assert comparison.methods[0].label
 
 
 # Drift, and forgetting over time.
