@@ -101,7 +101,7 @@ class GridTurn(Turn):
     """
 
     bench: GridWorkbench = field(kw_only=True)
-    _learner: Learner | None = None
+    _learner: Learner | None = field(default=None, init=False)
 
     def task_numbers(self) -> list[int]:
         """Return the numbers of the experiences that the client's learner has seen, in order."""

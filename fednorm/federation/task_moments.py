@@ -111,11 +111,11 @@ class _Kept:
         mean, var, count = (turn.extra[f"{path}.{name}"] for name in (MEAN, VAR, COUNT))
         running = [widened(turn.tensors[key].detach()) for key in pair]
         device, seen = running[0].device, (count > 0).to(running[0].device)
-        starts = [
+        mean, var = (
             torch.where(seen[:, None], known.to(device, own.dtype), own)
             for known, own in zip((mean, var), running, strict=True)
-        ]
-        return cls(*starts, torch.zeros(len(count), dtype=torch.float64), seen)
+        )
+        return cls(mean, var, torch.zeros(len(count), dtype=torch.float64), seen)
 
     def take(self, layer: TaskedLayer, x: Tensor, numbers: list[int]) -> None:
         """Take a batch that a layer has just normalized, and counted."""
@@ -124,7 +124,7 @@ class _Kept:
         places = x.new_zeros(len(x), dtype=torch.int64) if layer.tasks is None else layer.tasks
         of_sample = maps.mean(2)
         self.batches += 1
-        for place in places.unique().tolist():
+        for place in sorted(set(places.tolist())):
             rows = (places == place).nonzero()[:, 0]
             number, values = numbers[place] if numbers else 0, len(rows) * positions
             mean = of_sample[rows].mean(0)
@@ -209,15 +209,15 @@ class TaskPool:
         held = {name: self._held[f"{layer}.{name}"] for name in (MEAN, VAR, COUNT)}
         of_tasks = [(held[MEAN][task].double(), held[VAR][task].double()) for task in range(counts.shape[1])]
         for task in counts.sum(0).nonzero()[:, 0].tolist():
-            parts = [[each[task] for each in moments] for moments in (means, variances)]
-            of_tasks[task] = pool_moments(*parts, counts[:, task].tolist())
+            of_task, around = ([each[task] for each in moments] for moments in (means, variances))
+            of_tasks[task] = pool_moments(of_task, around, counts[:, task].tolist())
             held[MEAN][task], held[VAR][task] = of_tasks[task]
         held[COUNT] += torch.stack(seen).sum(0)
         share = torch.stack([own * weight for own, weight in zip(shares, weights, strict=True)]).sum(0)
         share = torch.where(held[COUNT] > 0, share, 0.0)
         if not float(share.sum()) > 0:
             return None
-        return pool_moments(*map(list, zip(*of_tasks, strict=True)), share.tolist())
+        return pool_moments([mean for mean, _ in of_tasks], [var for _, var in of_tasks], share.tolist())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the moments and counts."""

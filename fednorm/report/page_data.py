@@ -204,12 +204,13 @@ class _Builder:
 
     def _curves(self, own: Result) -> dict[str, list[Any]]:
         """Return a run's curves: [number of the grid, values] by quantity."""
-        made = {"federated": self._federated, "continual": self._continual, "federated_continual": self._grid}
-        return made[result_of(own).kind](own)
-
-    def _grid(self, own: Result) -> dict[str, list[Any]]:
-        """Return the curves of clients on streams by experience, counted from 1."""
         result = result_of(own)
+        if isinstance(result, GridResult):
+            return self._grid(result)
+        return {"federated": self._federated, "continual": self._continual}[result.kind](result)
+
+    def _grid(self, result: GridResult) -> dict[str, list[Any]]:
+        """Return the curves of clients on streams by experience, counted from 1."""
         found = {
             key: [(number, line.get(name)) for number, line in result.steps]
             for key, name in (("average", "average_accuracy"), ("spatial", "spatial_forgetting"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fednorm.config import resolve
+from fednorm.errors import DataError
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.measures import Course
 from fednorm.federated_continual.workbench import GridWorkbench
@@ -21,7 +23,7 @@ from fednorm.records.integrity import read_tensors
 from fednorm.records.record import RunRecord
 from fednorm.records.results import load
 from fednorm.report.comparison import comparisons
-from fednorm.report.grid_table import grid_table, tensor_table
+from fednorm.report.grid_table import cells_table, grid_table, tensor_table
 
 GRID: dict[str, Any] = {
     "kind": "federated_continual",
@@ -234,3 +236,34 @@ def test_forgetting_over_time_by_hand() -> None:
     assert last == pytest.approx(measures.final(tensor, tensor, courses)["forgetting_max_minus_last"])
     silent = [tensor[0], [[None] * 3, tensor[1][1]], tensor[2]]
     assert measures.temporal_forgetting(silent, courses, 1) == pytest.approx(0.2)
+
+
+# What the plan says, and what is refused.
+
+
+def test_a_client_without_images_skips_the_experience_and_the_plan_says_so() -> None:
+    values = {**GRID, "grid": {"clients": 3, "partition": "dirichlet", "alpha": 0.3, "min_images": 8}}
+    bench = GridWorkbench(resolve(values))
+    table = cells_table(bench.about()["grid"])
+    told = [cell for row in table.rows for cell in row[1:]]
+    assert "nothing, skipped" in told
+    client, time = next((k, t) for k in range(3) for t in range(2) if table.rows[k][t + 1] == "nothing, skipped")
+    assert not bench.takes_part(client, 2 * time + 1)
+
+
+def test_a_client_s_stream_that_is_longer_than_another_s_is_refused() -> None:
+    grid = GridWorkbench(resolve(GRID)).grid
+    with pytest.raises(DataError, match=r"client 1 has a stream of 1\. Put None"):
+        dataclasses.replace(grid, cells=(grid.cells[0], grid.cells[1][:1]), present=(grid.present[0], (True,)))
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_bits(tmp_path: Any) -> None:
+    adab2n = {"norm": {"name": "adab2n"}, "strategy": {"name": "fedavg", "moments": "pool_tasks"}}
+    gdumb = {"strategy": {"name": "fedbn"}, "learner": {"name": "gdumb", "memory_size": 10, "memory_epochs": 2}}
+    for number, values in enumerate((per_experience(**adab2n), per_experience(**gdumb, grid={"order": "rotated"}))):
+        one, first = run(tmp_path / f"{number}-1", {**values, "workers": 1})
+        two, second = run(tmp_path / f"{number}-2", {**values, "workers": 2})
+        assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+        for name in ("accuracy_tensor", "own_accuracy_tensor", "drift_tensor"):
+            assert first[name] == second[name]
