@@ -141,7 +141,7 @@ def deaf(monkeypatch: pytest.MonkeyPatch, client: int | None, time: int) -> dict
     return kept
 
 
-@pytest.mark.parametrize("learner", ["naive", "gdumb"])
+@pytest.mark.parametrize("learner", ["gdumb", pytest.param("naive", marks=pytest.mark.slow)])
 def test_a_client_that_missed_a_boundary_ends_the_experience_later(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, learner: str
 ) -> None:

@@ -98,7 +98,9 @@ def written_out(config: Any) -> dict[str, Tensor]:
 
 @pytest.mark.cover(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n"])
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize(
+    "learner", [name if name in ("derpp", "gdumb") else pytest.param(name, marks=pytest.mark.slow) for name in LEARNERS]
+)
 def test_a_federation_of_learners_is_their_average(tmp_path: Any, learner: str, norm: str) -> None:
     config = resolve({**GRID, "norm": {"name": norm}, "learner": {"name": learner, **LEARNERS[learner]}})
     require_equal(final(tmp_path, config), written_out(config))

@@ -138,13 +138,16 @@ GRID: dict[str, Any] = {
 BY_TASK = {"name": "fedavg", "moments": "pool_tasks"}
 
 
+one_is_enough = pytest.mark.parametrize("norm", ["adab2n", pytest.param("task_balanced_norm", marks=pytest.mark.slow)])
+
+
 def final(folder: Any, values: dict[str, Any]) -> dict[str, Tensor]:
     config = resolve(values)
     (learn if config.kind == "continual" else simulate)(config, runs=folder)
     return read_tensors(RunRecord(folder, config).folder / "model.safetensors", config.hash)[0]
 
 
-@pytest.mark.parametrize("norm", NAMES)
+@one_is_enough
 def test_with_one_client_it_is_the_stream_bit_for_bit(tmp_path: Any, norm: str) -> None:
     train = {**GRID["train"], "epochs": 2}
     stream = final(tmp_path, {**GRID, "kind": "continual", "norm": {"name": norm}, "train": train})
@@ -153,7 +156,7 @@ def test_with_one_client_it_is_the_stream_bit_for_bit(tmp_path: Any, norm: str) 
     assert all(torch.equal(tensor, grid[key]) for key, tensor in stream.items())
 
 
-@pytest.mark.parametrize("norm", NAMES)
+@one_is_enough
 def test_with_one_task_it_is_fedavg_with_pooled_moments(tmp_path: Any, norm: str) -> None:
     values = {
         **GRID,
@@ -172,6 +175,7 @@ def test_with_one_task_it_is_fedavg_with_pooled_moments(tmp_path: Any, norm: str
     assert any(not torch.allclose(averaged[k], t, rtol=1e-3) for k, t in pooled.items() if k.endswith("running_var"))
 
 
+@pytest.mark.slow
 def test_two_clients_on_two_tasks_go_on_to_the_same_bits(tmp_path: Any) -> None:
     values = {
         **GRID,
