@@ -109,7 +109,7 @@ class Workbench:
         away = self.trainee.device.type != "cpu"
         model = copy.deepcopy(self.model).cpu() if away else self.model
         self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
-        self.strategy.num_rounds = self.num_rounds
+        self.strategy.num_rounds, self.strategy.num_experiences = self.num_rounds, self.num_experiences
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
@@ -155,6 +155,11 @@ class Workbench:
     def num_rounds(self) -> int:
         """Return how many rounds the run has."""
         return self.config.rounds.num_rounds
+
+    @property
+    def num_experiences(self) -> int:
+        """Return how many experiences the rounds are dealt to, as many to each."""
+        return 1
 
     @property
     def evaluate_every(self) -> int:
