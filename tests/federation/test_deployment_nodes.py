@@ -391,9 +391,9 @@ def test_killed_nodes_that_are_started_again_go_on_with_their_state(faulty: dict
         (steps,) = {int(tensor) for key, tensor in tensors.items() if "num_batches" in key}
         assert steps == 3 * sum(client in clients for clients in trained(faulty)), (
             "every batch of the rounds that were used"
+        )
     comes = [f"{site}: {'; '.join(back[site])}" for site in SITES[:2]]
     row("both are started again", *comes, "each goes on with the local tensors that it had on its disk")
-        )
 
 
 def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) -> None:
