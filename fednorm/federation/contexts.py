@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 
 from flwr.app import ArrayRecord, Context, RecordDict, UserConfig
 from torch import Tensor
@@ -35,6 +35,9 @@ SMALL = 512
 
 FIRST = 2
 """The node id of client 0."""
+
+LASTING = 2**13
+"""Clients up to which a context, once made, lasts: to make one takes as long as a small client's batches."""
 
 AT_ONCE = 64
 """Clients of a large federation whose states are in memory at a time."""
@@ -76,7 +79,7 @@ class Contexts(Mapping[int, Context]):
         self.large = num_nodes > SMALL
         self._round = 0
         self.table = States(None)
-        self._made: weakref.WeakValueDictionary[int, ClientContext] = weakref.WeakValueDictionary()
+        self._made: MutableMapping[int, ClientContext] = {} if num_nodes <= LASTING else weakref.WeakValueDictionary()
         self._held: OrderedDict[int, tuple[ClientContext, RecordDict]] = OrderedDict()
         self._loaded: dict[int, dict[str, ArrayRecord]] = {}
 

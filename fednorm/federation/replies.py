@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
 from fednorm.federation.flat import flattened
+from fednorm.federation.messages import sender_of
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.stack import RowRecord
 from fednorm.federation.wire import Undecodable, decode, nbytes
@@ -165,15 +166,22 @@ class ExpectedClients(Mapping[int, Expected]):
 
     def __init__(self, counts: Counts, split: str, *, constant: bool = True) -> None:
         self._counts, self._constant = counts, constant
-        self._scored = counts.validation if split == "validation" else counts.test
+        # As lists: an entry of an array takes longer to be taken out than all the rest of a client.
+        self._domain, self._held_out, self._train = (
+            values.tolist() for values in (counts.domain, counts.held_out, counts.train)
+        )
+        self._scored = (counts.validation if split == "validation" else counts.test).tolist()
 
     def __getitem__(self, partition_id: int) -> Expected:
-        counts = self._counts
-        if not (isinstance(partition_id, int) and 0 <= partition_id < len(counts)):
+        if not 0 <= partition_id < len(self._train):
             raise KeyError(partition_id)
-        domain, held_out = counts.domains[counts.domain[partition_id]], bool(counts.held_out[partition_id])
-        train, scored = int(counts.train[partition_id]), int(self._scored[partition_id])
-        return Expected(domain, held_out, train, scored, self._constant)
+        return Expected(
+            self._counts.domains[self._domain[partition_id]],
+            bool(self._held_out[partition_id]),
+            self._train[partition_id],
+            self._scored[partition_id],
+            self._constant,
+        )
 
     def __iter__(self) -> Iterator[int]:
         return iter(range(len(self._counts)))
@@ -225,6 +233,10 @@ def read_update(
     """
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
+    arrays = content.get("arrays")
+    if isinstance(arrays, RowRecord) and not extra and arrays.row.stack.fits(plan.sent, plan)[arrays.row.number]:
+        # Checked together with the others of its stack.
+        return Update(arrays.row, _sound(metrics, required, shares), arrays.row.stack.nbytes)
     records = {key: value for key, value in content.items() if isinstance(value, ArrayRecord)}
     if EXTRA in records and not extra and len(records) > 1:
         raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
@@ -233,8 +245,7 @@ def read_update(
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
     tensors, flat = _tensors(arrays, plan.sent, plan)
-    size = arrays.row.stack.nbytes if isinstance(arrays, RowRecord) else nbytes(arrays.values())
-    size += sum(tensor.nbytes for tensor in beside.values())
+    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
     return Update(tensors, _sound(metrics, required, shares), size, beside, flat)
 
 
@@ -299,7 +310,7 @@ def read_local(reply: Message, plan: NormPlan, *, examples: int = 0) -> tuple[fl
 
 
 @reader
-def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
+def read_statistics(reply: Message, plan: NormPlan) -> Mapping[str, Tensor]:
     """Return the running means and variances that a client keeps; none of one that never trained.
 
     Raises:
@@ -309,7 +320,7 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     if "arrays" not in records:
         return {}
     kept = [key for pair in plan.moments() for key in pair if plan.by_key[key].role is Role.LOCAL]
-    return dict(_tensors(records["arrays"], kept, plan)[0])
+    return _tensors(records["arrays"], kept, plan)[0]
 
 
 @reader
@@ -355,6 +366,10 @@ def in_order(
             reject(_partition(reply, known), unfit)
             continue
         came.add(node.node_id)
+        if node.partition_id == next_one and not waiting:
+            yield node, reply
+            next_one = next(following, None)
+            continue
         waiting[node.partition_id] = (node, reply)
         while next_one in waiting:
             yield waiting.pop(next_one)
@@ -367,7 +382,7 @@ def in_order(
 def _sender(reply: Message, known: Mapping[int, Node], came: Collection[int]) -> Node:
     if not isinstance(reply, Message):
         raise UnfitReply(f"a {type(reply).__name__} came in place of a reply")
-    node_id = reply.metadata.src_node_id
+    node_id = sender_of(reply)
     if node_id not in known:
         raise UnfitReply(f"a reply came from node {node_id}, which is not one of this run")
     if node_id in came:
@@ -376,7 +391,7 @@ def _sender(reply: Message, known: Mapping[int, Node], came: Collection[int]) ->
 
 
 def _partition(reply: Message, known: Mapping[int, Node]) -> int | None:
-    node = known.get(reply.metadata.src_node_id) if isinstance(reply, Message) else None
+    node = known.get(sender_of(reply)) if isinstance(reply, Message) else None
     return node.partition_id if node else None
 
 
@@ -401,12 +416,12 @@ def _last_line(reason: str) -> str:
     return lines[-1].removesuffix("'>").rpartition("occurred. Message:")[2]
 
 
-def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> MetricRecord:
+def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> dict[str, Any]:
     """Return a reply's metrics, its number of examples checked."""
     records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
-    record = next(iter(records.values()))
+    record = dict(next(iter(records.values())).items())
     count = record.get("num-examples")
     if not _is_number(count) or not at_least <= count < math.inf:
         raise UnfitReply(f"expected the metric num-examples of {at_least} or more; got {count!r}", Cause.METRICS)
@@ -417,15 +432,19 @@ def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: 
     return record
 
 
-def _sound(record: MetricRecord, required: Collection[str], shares: bool) -> dict[str, float]:
+def _sound(record: Mapping[str, Any], required: Collection[str], shares: bool) -> dict[str, float]:
     """Return the numbers among a reply's metrics; those that are averaged or shown must be sound."""
     for name in ("loss", "accuracy"):
         if name in required or name in record:
             _require_sound(name, record, shares)
-    return {key: value for key, value in record.items() if _is_number(value) and _fits_a_float(value)}
+    return {
+        key: value
+        for key, value in record.items()
+        if type(value) is float or (_is_number(value) and _fits_a_float(value))
+    }
 
 
-def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
+def _require_sound(name: str, record: Mapping[str, Any], shares: bool) -> None:
     value = record.get(name)
     if not _is_number(value):
         raise UnfitReply(f"expected the metric {name}, a number; got {value!r}", Cause.METRICS)
@@ -436,7 +455,7 @@ def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _fits_a_float(value: float) -> bool:
@@ -451,7 +470,7 @@ def _tensors(
     With them comes what :func:`~fednorm.federation.flat.flattened` makes of them.
     """
     if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
-        return arrays.row, None  # checked together with the others of its stack
+        return arrays.row, None
     if odd := sorted(set(arrays) ^ set(keys)):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"

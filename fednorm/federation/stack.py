@@ -7,6 +7,7 @@ it; our own strategies see the stack behind it, and need no loop over clients an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 
 import torch
 from flwr.app import Array
@@ -17,6 +18,10 @@ from fednorm.federation.wire import LazyRecord, MemoryArray
 from fednorm.roles import Kind
 
 NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
+
+
+CACHED = 2**16
+"""Values of some rows that are worked on at a time."""
 
 
 class Stack:
@@ -33,7 +38,7 @@ class Stack:
     def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
         self.tensors, self.count = tensors, count
         self.nbytes = sum(tensor[0].nbytes for tensor in tensors.values())
-        self._fits: tuple[object, list[bool]] | None = None
+        self._fits: tuple[NormPlan, Sequence[str], list[bool]] | None = None
         self._parts: dict[tuple[str, ...], Stack] = {}
         self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
 
@@ -46,10 +51,10 @@ class Stack:
 
     def fits(self, keys: Sequence[str], plan: NormPlan) -> list[bool]:
         """Return whose tensors are those of the keys, of the plan's forms, finite, and not negative where none is."""
-        asked = (tuple(keys), id(plan))
-        if self._fits is None or self._fits[0] != asked:
-            self._fits = (asked, self._checked(plan).tolist() if self._is_of(keys, plan) else [False] * self.count)
-        return self._fits[1]
+        if self._fits is None or self._fits[0] is not plan or self._fits[1] != keys:
+            fit = self._checked(plan).tolist() if self._is_of(keys, plan) else [False] * self.count
+            self._fits = (plan, keys, fit)
+        return self._fits[2]
 
     def _is_of(self, keys: Sequence[str], plan: NormPlan) -> bool:
         forms = [(plan.by_key[key].shape, plan.by_key[key].dtype) for key in keys]
@@ -81,7 +86,8 @@ class Stack:
             total = torch.zeros(self.count, dtype=torch.float64)
             for key, tensor in self.tensors.items():
                 if key in old and tensor.is_floating_point() and tensor.numel():
-                    total += (tensor - old[key]).reshape(self.count, -1).square().sum(1)
+                    parts = [(part - old[key]).reshape(len(part), -1) for part in in_cache(tensor)]
+                    total += torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).double().square()
             self._norms = (old, total.sqrt().tolist())
         return self._norms[1]
 
@@ -89,8 +95,14 @@ class Stack:
 class StackRow(Mapping[str, Tensor]):
     """One client's tensors of a stack."""
 
+    __slots__ = ("number", "stack")
+
     def __init__(self, stack: Stack, number: int) -> None:
         self.stack, self.number = stack, number
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is such a tensor, which is not taken out of the stack for that."""
+        return key in self.stack.tensors
 
     def __getitem__(self, key: str) -> Tensor:
         """Return a tensor, which must not be written to."""
@@ -103,6 +115,30 @@ class StackRow(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self.stack.tensors)
+
+
+def in_cache(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return rows of a stack's tensor, so many at a time that the processor's cache holds what is made of them."""
+    return tensor.split(max(1, CACHED * len(tensor) // max(tensor.numel(), 1)))
+
+
+def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return some of a client's tensors; of a row, a row of a smaller stack, so that the whole one can go."""
+    if isinstance(tensors, StackRow):
+        return StackRow(tensors.stack.part(keys), tensors.number)
+    return {key: tensors[key] for key in keys}
+
+
+def of_each(clients: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
+    """Return one tensor of several clients, shape (k, ...); rows of one stack are looked up together."""
+    parts = []
+    for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None):
+        own = list(group)
+        if stack is None:
+            parts.append(torch.stack([tensors[key] for tensors in own]))
+        else:
+            parts.append(stack.rows(key, [row.number for row in own if isinstance(row, StackRow)]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Arrays(Mapping[str, Array]):

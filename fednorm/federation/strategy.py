@@ -30,7 +30,7 @@ from fednorm.federation.constants import constant_prints
 from fednorm.federation.evaluated import evaluated
 from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import KnownNodes, Node, discover
+from fednorm.federation.nodes import KnownNodes, Node, addressed, discover
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import (
     EXTRA,
@@ -44,6 +44,7 @@ from fednorm.federation.replies import (
     read_update,
 )
 from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
+from fednorm.federation.stack import some_of
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.recognition.places import patterns_of
@@ -255,7 +256,7 @@ class NormStrategy(Strategy):
         self._sent_flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
-        return self._address(content, "train", chosen)
+        return self._address(content, "train", chosen, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -272,7 +273,7 @@ class NormStrategy(Strategy):
             self.report.train.append(report)
             norms[node.partition_id] = report.update_norm or 0.0
             if self._keeps_statistics:
-                self.report.statistics[node.partition_id] = {key: update.tensors[key] for key in self._travelling}
+                self.report.statistics[node.partition_id] = some_of(update.tensors, self._travelling)
             weight = report.metrics["num-examples"] if self.weighting == "examples" else 1.0
             average.add(update.tensors, weight, update.flat)
             if update.extra:
@@ -290,7 +291,8 @@ class NormStrategy(Strategy):
         nodes = [node for node in self.nodes if node.partition_id in lost and node.described] if lost else []
         if nodes and self._grid is not None:
             content = RecordDict({"config": ConfigRecord({"server-round": self.report.server_round})})
-            for _ in self._grid.send_and_receive(self._address(content, "query.undo", nodes), timeout=UNDO_SECONDS):
+            messages = self._address(content, "query.undo", nodes)
+            for _ in self._grid.send_and_receive(messages, timeout=UNDO_SECONDS):
                 pass  # one that does not hear of it, or knows nothing of it, cannot be helped
 
     def configure_evaluate(
@@ -305,7 +307,7 @@ class NormStrategy(Strategy):
         )
         if self.evaluates != ALL_CLIENTS:
             self.report.scored = tuple(node.partition_id for node in nodes)
-        return self._address(content, "evaluate", nodes)
+        return self._address(content, "evaluate", nodes, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every client's metrics, and return their average weighted by test images."""
@@ -324,7 +326,7 @@ class NormStrategy(Strategy):
         return weighted_metrics(self.report.evaluate) if self.report.evaluate else None
 
     def summary(self) -> None:
-        """Log nothing: the norm plan is shown before training instead."""
+        """Log nothing: the plan is shown before training."""
 
     def start(
         self,
@@ -412,9 +414,11 @@ class NormStrategy(Strategy):
                 )
             time.sleep(0.2)
 
-    def _address(self, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
+    def _address(
+        self, content: RecordDict, kind: str, nodes: Sequence[Node], grid: Grid | None = None
+    ) -> list[Message]:
         self._awaited = [node.partition_id for node in nodes]
-        return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
+        return addressed(grid or self._grid, content, kind, nodes)
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.nodes = self.renew() if self.renew else self.nodes
