@@ -23,11 +23,10 @@ from fednorm.federation.flat import flattened
 from fednorm.federation.messages import sender_of
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.stack import RowRecord
-from fednorm.federation.wire import Undecodable, decode, nbytes
+from fednorm.federation.wire import MemoryArray, Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
-    from fednorm.data.clients import Counts
     from fednorm.federation.nodes import Node
 
 P = ParamSpec("P")
@@ -153,41 +152,6 @@ class Expected:
     train: int
     scored: int
     constant: bool = True
-
-
-class ExpectedClients(Mapping[int, Expected]):
-    """What a run knows of its clients, by partition id; each put together when it is asked for.
-
-    Args:
-        counts: How many images each client has.
-        split: The split that is scored.
-        constant: Whether they train on all of their training images in every round.
-    """
-
-    def __init__(self, counts: Counts, split: str, *, constant: bool = True) -> None:
-        self._counts, self._constant = counts, constant
-        # As lists: an entry of an array takes longer to be taken out than all the rest of a client.
-        self._domain, self._held_out, self._train = (
-            values.tolist() for values in (counts.domain, counts.held_out, counts.train)
-        )
-        self._scored = (counts.validation if split == "validation" else counts.test).tolist()
-
-    def __getitem__(self, partition_id: int) -> Expected:
-        if not 0 <= partition_id < len(self._train):
-            raise KeyError(partition_id)
-        return Expected(
-            self._counts.domains[self._domain[partition_id]],
-            bool(self._held_out[partition_id]),
-            self._train[partition_id],
-            self._scored[partition_id],
-            self._constant,
-        )
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._counts)))
-
-    def __len__(self) -> int:
-        return len(self._counts)
 
 
 def reader(read: Callable[P, T]) -> Callable[P, T]:
@@ -471,12 +435,12 @@ def _tensors(
     """
     if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
         return arrays.row, None
-    if odd := sorted(set(arrays) ^ set(keys)):
+    if list(arrays) != list(keys) and (odd := sorted(set(arrays) ^ set(keys))):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
-    tensors = {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
+    tensors = _held(arrays, keys, plan) or {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
     flat = flattened(tensors)
     if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
         for key, tensor in tensors.items():
@@ -489,6 +453,19 @@ def _tensors(
         if tensors[key].min() < 0:
             raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[kind]}", Cause.OTHER)
     return tensors, flat
+
+
+def _held(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor] | None:
+    """Return the tensors that arrays of this process hold; None where one must be looked at closer, or decoded."""
+    tensors, forms = dict[str, Tensor](), plan.forms
+    for (key, array), expected in zip(arrays.items(), keys, strict=True):
+        held = array.__dict__.get("tensor") if type(array) is MemoryArray else None
+        if key != expected or type(held) is not Tensor or (held.shape, held.dtype) != forms[key]:
+            return None
+        if held.layout is not torch.strided or not held.is_cpu or held.requires_grad:
+            return None
+        tensors[key] = held
+    return tensors
 
 
 def _extra(arrays: Mapping[str, Array], forms: Mapping[str, Form]) -> dict[str, Tensor]:

@@ -73,8 +73,7 @@ class Common(TypedDict, total=False):
     frozen: frozenset[str]
 
 
-def _always(partition_id: int, server_round: int) -> bool:
-    del partition_id, server_round
+def _always(*_: int) -> bool:
     return True
 
 
@@ -291,8 +290,7 @@ class NormStrategy(Strategy):
         nodes = [node for node in self.nodes if node.partition_id in lost and node.described] if lost else []
         if nodes and self._grid is not None:
             content = RecordDict({"config": ConfigRecord({"server-round": self.report.server_round})})
-            messages = self._address(content, "query.undo", nodes)
-            for _ in self._grid.send_and_receive(messages, timeout=UNDO_SECONDS):
+            for _ in self._grid.send_and_receive(self._address(content, "query.undo", nodes), timeout=UNDO_SECONDS):
                 pass  # one that does not hear of it, or knows nothing of it, cannot be helped
 
     def configure_evaluate(
@@ -414,11 +412,9 @@ class NormStrategy(Strategy):
                 )
             time.sleep(0.2)
 
-    def _address(
-        self, content: RecordDict, kind: str, nodes: Sequence[Node], grid: Grid | None = None
-    ) -> list[Message]:
-        self._awaited = [node.partition_id for node in nodes]
-        return addressed(grid or self._grid, content, kind, nodes)
+    def _address(self, content: RecordDict, kind: str, to: Sequence[Node], grid: Grid | None = None) -> list[Message]:
+        self._awaited = [node.partition_id for node in to]
+        return addressed(grid or self._grid, content, kind, to)
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.nodes = self.renew() if self.renew else self.nodes

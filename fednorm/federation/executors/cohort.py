@@ -188,14 +188,12 @@ class Cohort:
         """Return what each client's model holds before its turn, as of :meth:`Workbench.receive`."""
         bench, device = self._bench, self._bench.trainee.device
         sent = unpack(arrays_of(jobs[0].content, "arrays"))
-        own = [_own(job) for job in jobs] if bench.plan.local else []
+        own = _Own(jobs) if bench.plan.local else None
         stacked: Tensors = {}
         for key in self._training.network.keys:
             first = sent[key] if key in sent else bench.initial[key]
-            if (key not in sent or key in bench.plan.counters) and any(key in one for one in own):
-                stacked[key] = (
-                    torch.stack([one.get(key, first).to(first.device) for one in own]).to(device).contiguous()
-                )
+            if own and (key not in sent or key in bench.plan.counters) and own.anybody(key):
+                stacked[key] = own.stacked(key, first.cpu()).to(device)
             else:
                 stacked[key] = several(first.to(device), len(jobs))
         return stacked
@@ -301,7 +299,9 @@ class _Own:
 
     def anybody(self, key: str) -> bool:
         """Return whether any of them keeps a tensor."""
-        return any(key in own for own in self._each)
+        return any(key in stack.tensors for stack, _, _ in self._stacks.values()) or any(
+            key in own for own in self._each if not isinstance(own, StackRow)
+        )
 
     def stacked(self, key: str, otherwise: Tensor) -> Tensor:
         """Return a tensor of each, shape (K, ...), in memory of its own; ``otherwise`` for whom does not keep it."""
