@@ -137,8 +137,9 @@ class Average:
             values = stack.tensors[key] if whole else stack.tensors[key][numbers]
             total, scale = self._wide[key] if key in self._wide else self._made_wide(key, values[0], dtype)
             if total.numel():
-                whole_sum, shares = total.view(-1), (weights * scale).split([len(part) for part in in_cache(values)])
-                for part, share in zip(in_cache(values), shares, strict=True):
+                whole_sum, parts = total.view(-1), in_cache(values)
+                shares = torch.split(weights * scale, [len(part) for part in parts])
+                for part, share in zip(parts, shares, strict=True):
                     whole_sum += share @ part.reshape(len(part), -1).double()
 
     def _made_wide(self, key: str, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -6,8 +6,10 @@ it; our own strategies see the stack behind it, and need no loop over clients an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from types import MappingProxyType
 
 import torch
 from flwr.app import Array
@@ -30,13 +32,16 @@ class Stack:
     Args:
         tensors: By key of the plan, in its order, shape (K, ...).
         count: K.
+        origin: What all of them were sent, by key; empty where that is not known.
 
     Attributes:
         nbytes: Bytes of one client's.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
-        self.tensors, self.count = tensors, count
+    def __init__(
+        self, tensors: Mapping[str, Tensor], count: int, origin: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self.tensors, self.count, self._origin = tensors, count, origin
         self.nbytes = sum(tensor[0].nbytes for tensor in tensors.values())
         self._fits: tuple[NormPlan, Sequence[str], list[bool]] | None = None
         self._parts: dict[tuple[str, ...], Stack] = {}
@@ -62,16 +67,23 @@ class Stack:
         return tuple(self.tensors) == tuple(keys) and own == forms
 
     def _checked(self, plan: NormPlan) -> Tensor:
-        sound = torch.ones(self.count, dtype=torch.bool)
+        sound = self._finite()
         for key, tensor in self.tensors.items():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            flat = tensor.reshape(self.count, -1)
-            finite = flat.sum(1).isfinite()  # a finite sum proves it in one cheap pass
-            sound &= finite if finite.all() else flat.isfinite().all(1)
-            if plan.by_key[key].kind in NEVER_NEGATIVE:
-                sound &= ~(flat < 0).any(1)
+            if plan.by_key[key].kind in NEVER_NEGATIVE and tensor.numel():
+                sound &= ~(tensor.reshape(self.count, -1) < 0).any(1)
         return sound
+
+    def _finite(self) -> Tensor:
+        """Return of which clients every value of every float tensor is finite, bool, shape (K,)."""
+        finite = torch.ones(self.count, dtype=torch.bool)
+        # Who has gone a finite way from finite values is at finite ones.
+        proven = bool(self._origin) and all(map(math.isfinite, self.norms(self._origin)))
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not (proven and key in self._origin):
+                flat = tensor.reshape(self.count, -1)
+                sums = flat.sum(1).isfinite()  # a finite sum proves it in one cheap pass
+                finite &= sums if sums.all() else flat.isfinite().all(1)
+        return finite
 
     def rows(self, key: str, numbers: Sequence[int]) -> Tensor:
         """Return one tensor of some of the clients, shape (k, ...), in memory of its own."""
@@ -82,6 +94,8 @@ class Stack:
 
         It is not finite where single precision does not suffice.
         """
+        if self._norms and old is not self._norms[0] and _same(old, self._norms[0]):
+            self._norms = (old, self._norms[1])
         if self._norms is None or self._norms[0] is not old:
             total = torch.zeros(self.count, dtype=torch.float64)
             for key, tensor in self.tensors.items():
@@ -117,9 +131,13 @@ class StackRow(Mapping[str, Tensor]):
         return len(self.stack.tensors)
 
 
-def in_cache(tensor: Tensor) -> tuple[Tensor, ...]:
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+
+
+def in_cache(tensor: Tensor) -> list[Tensor]:
     """Return rows of a stack's tensor, so many at a time that the processor's cache holds what is made of them."""
-    return tensor.split(max(1, CACHED * len(tensor) // max(tensor.numel(), 1)))
+    return list(torch.split(tensor, max(1, CACHED * len(tensor) // max(tensor.numel(), 1))))
 
 
 def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, Tensor]:

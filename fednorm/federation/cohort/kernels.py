@@ -35,7 +35,8 @@ def channels_last(images: Tensor) -> Tensor:
     """
     if not images.is_cpu:
         return images
-    return images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+    last: Tensor = images.permute(1, 3, 4, 0, 2).contiguous()
+    return last.permute(3, 0, 4, 1, 2)
 
 
 class Pooled(torch.autograd.Function):

@@ -181,7 +181,7 @@ class Cohort:
         same = self._training.network.same
         kept = Stack({key: host[same[key]] for key in bench.plan.local}, size)
         sound = _finite(kept.tensors, size)
-        sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size)
+        sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size, unpack(arrays_of(content, "arrays")))
         return _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
 
     def _stacked(self, jobs: Sequence[Job]) -> Tensors:
