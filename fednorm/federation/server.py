@@ -16,6 +16,8 @@ from fednorm.config import RunConfig, of_which
 from fednorm.data.clients import Counts
 from fednorm.device import described
 from fednorm.errors import IncompleteError
+from fednorm.adaptation._scoring import require_adaptable
+from fednorm.federation.adaptation import adapted
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
 from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
@@ -126,6 +128,7 @@ def check(bench: Workbench) -> None:
     """Refuse what could only fail after training."""
     config = bench.config
     check_evaluations(config.evaluate, bench.plan, bench.federation, config.strategy.name)
+    require_adaptable(config.evaluate, bench.model)
 
 
 def describe(bench: Workbench) -> Document:
@@ -358,6 +361,7 @@ def _document(
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
     matrix = EvaluationMatrix(strategy, grid, arrays, bench.config.evaluate, known, min_answered=least, seen=seen)
     evaluation = matrix.run()
+    adaptation = adapted(matrix, config=bench.config.evaluate, model=bench.model)
     beside = bench.measures(lines)
     return {
         "kind": bench.config.kind,
@@ -373,6 +377,7 @@ def _document(
         },
         **beside,
         "evaluation": evaluation,
+        **({"adaptation": adaptation} if adaptation else {}),
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,
         "seconds": sum(line["seconds"] for line in lines),
