@@ -1,4 +1,4 @@
-"""Test-time adaptation: a trained network goes on adapting to the unlabelled images that it is tested on, one file each.
+"""Test-time adaptation: a trained network adapts to the unlabelled images that it is tested on; one file a method.
 
     [evaluate]
     adaptation = [

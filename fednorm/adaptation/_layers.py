@@ -47,7 +47,7 @@ def statistics_layers(model: nn.Module, method: str) -> dict[str, _BatchNorm]:
         if not isinstance(module, _BatchNorm) or not _is_plain(module):
             raise ConfigError(
                 f"Adaptation {method!r} replaces the running mean and variance by which batch normalization evaluates, "
-                f"and {path or 'the network'} ({type(module).__name__}, norm {spec.name}) evaluates by another formula. "
+                f"and {path or 'the network'} ({type(module).__name__}, {spec.name}) evaluates by another formula. "
                 "Take norm 'batch_norm', or leave this adaptation out of evaluate.adaptation."
             )
         layers[path] = module
@@ -70,13 +70,12 @@ def require_statistics(model: nn.Module, method: str) -> None:
 
 def _is_plain(layer: _BatchNorm) -> bool:
     """Return whether a layer in evaluation is (x - M) / sqrt(V + eps) * scale + shift of its input, and no more."""
-    assert layer.running_mean is not None
+    mean, var = running(layer)
     sides = next(sides for kind, sides in _SHAPES if isinstance(layer, kind))
     draw = torch.Generator().manual_seed(1)
-    x = torch.randn(3, layer.num_features, *sides, generator=draw).to(layer.running_mean)
+    x = torch.randn(3, layer.num_features, *sides, generator=draw).to(mean)
     with torch.no_grad():
         y = copy.deepcopy(layer).eval()(x)
-        mean, var = layer.running_mean, layer.running_var
         return torch.allclose(y, functional.batch_norm(x, mean, var, layer.weight, layer.bias, eps=layer.eps), 1e-3)
 
 
@@ -89,6 +88,13 @@ def affine_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             if spec and name in spec.tensors and spec.tensors[name].kind in AFFINE:
                 found[f"{path}.{name}" if path else name] = parameter
     return found
+
+
+def running(layer: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return the running mean and variance of a layer that has them."""
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 def replace_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The accuracy of a network that adapts itself to the very images that it is scored on, in the order in which they come."""
+"""The accuracy of a network that adapts itself to the very images that it is scored on, as they come."""
 
 from __future__ import annotations
 

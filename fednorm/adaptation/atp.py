@@ -5,17 +5,17 @@
     w_l' = w_l + r_l h_l
 
 with one rate r_l a tensor; m, v are the batch's moments at that layer (v unbiased), all computed in one pass of the
-network as it was trained, and a variance below 0 is set to 0. Before anything is adapted the rates are learned, from 0,
-on the clients that trained the network: a client adapts to a batch without its labels, takes the gradient g of the
+network as it was trained, and a variance below 0 is set to 0. Before anything is adapted the rates are learned, from
+0, on the clients that trained the network: a client adapts to a batch without its labels, takes the gradient g of the
 labelled loss of the *same* batch at the adapted network, and updates
 
     r_l <- r_l - rate_of_rates * <g_l, h_l> / sqrt(d_l)        (d_l: how many numbers the tensor has)
 
-from the trained network for each batch; after a pass over its images the server
-averages the clients' rates, all clients alike, for so many ``rounds``. At an unseen client the rates stay as they are: a
-batch is predicted *after* the network has been adapted to it. ``reset = "batch"`` is the paper's ATP-batch, each batch
-from the trained network; ``reset = "each"`` its ATP-online, in which the network that predicts is the mean of those
-adapted to the batches so far, each from the trained network.
+from the trained network for each batch; after a pass over its images the server averages the clients' rates, all
+clients alike, for so many ``rounds``. At an unseen client the rates stay as they are: a batch is predicted *after*
+the network has been adapted to it. ``reset = "batch"`` is the paper's ATP-batch, each batch from the trained network;
+``reset = "each"`` its ATP-online, in which the network that predicts is the mean of those adapted to the batches so
+far, each from the trained network.
 
 Bao, Wei, Wang, He. Adaptive Test-Time Personalization for Federated Learning. NeurIPS 2023.
 https://arxiv.org/abs/2310.18816; official code: https://github.com/baowenxuan/ATP.
@@ -34,7 +34,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm.adaptation import Adaptation, AdaptationSpec, Adapter, Knowledge
-from fednorm.adaptation._layers import entropy, moments, normalized, replace_forward, statistics_layers
+from fednorm.adaptation._layers import entropy, moments, normalized, replace_forward, running, statistics_layers
 from fednorm.cards import Citation
 from fednorm.norms._batch import per_channel
 from fednorm.options import number, whole
@@ -71,8 +71,7 @@ class Adapting:
 
     def _forward(self, layer: _BatchNorm) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
-            mean, var = layer.running_mean, layer.running_var
-            assert mean is not None and var is not None
+            mean, var = running(layer)
             if not torch.is_grad_enabled():
                 return normalized(layer, x, mean.detach(), var.detach())
             with torch.no_grad():
@@ -90,10 +89,9 @@ class Adapting:
             grads = torch.autograd.grad(loss, self._params, allow_unused=True)
         moves = [torch.zeros_like(p) if grad is None else -grad for p, grad in zip(self._params, grads, strict=True)]
         for layer in self._layers:
-            mean, var = self._seen.get(layer, (layer.running_mean, layer.running_var))  # a layer that had no part
-            assert mean is not None and var is not None
-            assert layer.running_mean is not None and layer.running_var is not None
-            moves += [mean - layer.running_mean.detach(), var - layer.running_var.detach()]
+            now = running(layer)
+            seen = self._seen.get(layer, now)  # of a layer that has no part in this network's passes, nothing
+            moves += [(batch - own).detach() for batch, own in zip(seen, now, strict=True)]
         return moves
 
     @torch.no_grad()

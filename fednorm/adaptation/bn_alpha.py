@@ -2,11 +2,11 @@
 
     mean = (1 - a) M + a m        var = (1 - a) V + a v        a = alpha,  or  n / (N + n)
 
-M, V are the running mean and variance; m, v are the mean and variance of the test batch at that layer, of all its values
-of a channel, those of earlier layers being mixed already. With ``prior`` N > 0 the weight follows the batch: the running
-statistics count as those of N images, the batch has n. a = 0 is plain evaluation, to the bit; a = 1 is "BN-1", the
-statistics of the test batch alone. Nothing is carried from one batch to the next, and no label or gradient is used: a
-batch is predicted under its own mixture.
+M, V are the running mean and variance; m, v are the mean and variance of the test batch at that layer, of all its
+values of a channel, those of earlier layers being mixed already. With ``prior`` N > 0 the weight follows the batch:
+the running statistics count as those of N images, the batch has n. a = 0 is plain evaluation, to the bit; a = 1 is
+"BN-1", the statistics of the test batch alone. Nothing is carried from one batch to the next, and no label or
+gradient is used: a batch is predicted under its own mixture.
 
 Schneider, Rusak, Eck, Bringmann, Brendel, Bethge. Improving Robustness against Common Corruptions by Covariate Shift
 Adaptation. NeurIPS 2020. https://arxiv.org/abs/2006.16971; Nado et al., arXiv 2006.10963, for a = 1.
@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm.adaptation import Adaptation, AdaptationSpec, Adapter, Knowledge
-from fednorm.adaptation._layers import moments, normalized, replace_forward, require_statistics, statistics_layers
+from fednorm.adaptation._layers import (
+    moments,
+    normalized,
+    replace_forward,
+    require_statistics,
+    running,
+    statistics_layers,
+)
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.options import share, whole
@@ -72,10 +79,10 @@ class BNAlpha(Adaptation):
 
             def forward(x: Tensor) -> Tensor:
                 share = self.weight(count)
-                if not share or layer.running_mean is None or layer.running_var is None:
+                if not share:
                     return plain(x)
-                mean, var = moments(x)
-                return normalized(layer, x, layer.running_mean.lerp(mean, share), layer.running_var.lerp(var, share))
+                mean, var = (own.lerp(new, share) for own, new in zip(running(layer), moments(x), strict=True))
+                return normalized(layer, x, mean, var)
 
             return forward
 

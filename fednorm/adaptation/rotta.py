@@ -8,10 +8,10 @@ one pass in which each layer normalizes by what it has just become. The memory k
 
     timeliness 1 / (1 + exp(-age / capacity))  +  uncertainty: entropy / log K       (weighted by lambda_t, lambda_u)
 
-and an image that comes replaces the one of the highest score of its own class where that has its share, of the largest
-classes where the memory is full, and none where its own score is no less. So neither images of one class in a row nor
-single images carry the statistics away. A batch is predicted *before* it enters the memory, and the statistics move each
-``update_every`` images. No gradient is used.
+and an image that comes replaces the one of the highest score of its own class where that has its share, of the
+largest classes where the memory is full, and none where its own score is no less. So neither images of one class in a
+row nor single images carry the statistics away. A batch is predicted *before* it enters the memory, and the
+statistics move each ``update_every`` images. No gradient is used.
 
 Yuan, Xie, Li. Robust Test-Time Adaptation in Dynamic Scenarios. CVPR 2023. https://arxiv.org/abs/2303.13899; official
 code: https://github.com/BIT-DA/RoTTA. Its teacher and student, which train the affine tensors on the memory, are not
@@ -36,6 +36,7 @@ from fednorm.adaptation._layers import (
     normalized,
     replace_forward,
     require_statistics,
+    running,
     statistics_layers,
 )
 from fednorm.cards import Citation
@@ -92,7 +93,7 @@ class Memory:
             room = True
         else:
             most = max(map(len, self.items))
-            largest = [number for number, items in enumerate(self.items) if len(items) == most]
+            largest = [kind for kind, items in enumerate(self.items) if len(items) == most]
             room = self._give_up(largest, self.score(uncertainty, 0))
         if room:
             own.append(Item(image, uncertainty))
@@ -102,10 +103,10 @@ class Memory:
     def _give_up(self, classes: list[int], score: float) -> bool:
         """Remove the image of the highest score of some classes, the last of equal ones, unless it is no higher."""
         worst, where = -math.inf, (0, 0)
-        for number in classes:
-            for place, item in enumerate(self.items[number]):
+        for kind in classes:
+            for place, item in enumerate(self.items[kind]):
                 if (own := self.score(item.uncertainty, item.age)) >= worst:
-                    worst, where = own, (number, place)
+                    worst, where = own, (kind, place)
         if worst == -math.inf:  # of a class there is none yet
             return True
         if worst > score:
@@ -161,11 +162,9 @@ class RoTTA(Adaptation):
             def forward(x: Tensor) -> Tensor:
                 if not moving:
                     return plain(x)
-                assert layer.running_mean is not None and layer.running_var is not None
-                mean, var = moments(x)
-                layer.running_mean.lerp_(mean, self.momentum)
-                layer.running_var.lerp_(var, self.momentum)
-                return normalized(layer, x, layer.running_mean, layer.running_var)
+                for own, new in zip(running(layer), moments(x), strict=True):
+                    own.lerp_(new, self.momentum)
+                return normalized(layer, x, *running(layer))
 
             return forward
 

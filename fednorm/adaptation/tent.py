@@ -3,8 +3,8 @@
     L = mean over the batch of  - sum_k p_k log p_k,      p = softmax(logits)
 
 Batch normalization takes the statistics of the test batch, in every forward pass; one step of the optimizer on the
-affine tensors of normalization layers follows each batch, and everything else stands still. The prediction of a batch is
-that of the forward pass whose entropy is minimized: *before* the step that the batch causes, *after* those of all
+affine tensors of normalization layers follows each batch, and everything else stands still. The prediction of a batch
+is that of the forward pass whose entropy is minimized: *before* the step that the batch causes, *after* those of all
 batches before it. Of a network without batch normalization (group, layer, instance normalization; the gains of scaled
 weight standardization) the affine tensors are adapted and there are no statistics to take.
 
@@ -27,6 +27,7 @@ from fednorm.adaptation import Adaptation, AdaptationSpec, Adapter, Knowledge
 from fednorm.adaptation._layers import affine_parameters, by_batch, entropy, replace_forward, statistics_layers
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
+from fednorm.optimizers._eager import SGD, Adam
 from fednorm.options import number, one_of, whole
 
 SGD_MOMENTUM = 0.9
@@ -75,15 +76,15 @@ class Tent(Adaptation):
             replace_forward(layer, by_batch(layer))
         optimizer: torch.optim.Optimizer
         if self.optimizer == "adam":
-            optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+            optimizer = Adam(parameters, lr=self.learning_rate)
         else:
-            optimizer = torch.optim.SGD(parameters, lr=self.learning_rate, momentum=SGD_MOMENTUM)
+            optimizer = SGD(parameters, lr=self.learning_rate, momentum=SGD_MOMENTUM)
 
         @torch.enable_grad()
         def step(images: Tensor) -> Tensor:
             logits: Tensor = model(images)
             optimizer.zero_grad(set_to_none=True)
-            entropy(logits).mean().backward()
+            torch.autograd.backward(entropy(logits).mean())
             optimizer.step()
             return logits.detach()
 
@@ -108,8 +109,8 @@ SPEC = AdaptationSpec(
     make=Tent,
     predicts="before",
     deviations=(
-        "Layers other than normalization are in evaluation mode; the official code puts the whole network into training "
-        "mode, which turns dropout on.",
+        "Layers other than normalization are in evaluation mode; the official code puts the whole network into "
+        "training mode, which turns dropout on.",
         "Layer and group normalization, and the gains of standardized weights, are adapted too; the official code has "
         "BatchNorm2d alone.",
         "A batch that has one value of a channel leaves the shift of it; PyTorch's training mode refuses such a batch.",

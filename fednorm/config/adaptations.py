@@ -1,7 +1,7 @@
 """Under which test-time adaptations a network is evaluated, as ``evaluate.adaptation`` has it.
 
-A method's name, or a table of its name and its options; a list of these. An option whose value is a list stands for each
-of its values in turn, and several such options for every combination:
+A method's name, or a table of its name and its options; a list of these. An option whose value is a list stands for
+each of its values in turn, and several such options for every combination:
 
     adaptation = ["bn_alpha", { name = "tent", batch_size = [1, 32], order = ["shuffled", "class_sorted"] }]
 """
@@ -69,8 +69,8 @@ def _each(item: Any) -> Iterator[dict[str, Any]]:
 
 def _wrong(value: Any) -> ConfigError:
     return ConfigError(
-        "evaluate.adaptation takes methods of test-time adaptation: names with commas between, or a list of names and of "
-        f'tables {{ name = "tent", batch_size = 32 }}; got {shown(value)}.'
+        "evaluate.adaptation takes methods of test-time adaptation: names with commas between, or a list of names and "
+        f'of tables {{ name = "tent", batch_size = 32 }}; got {shown(value)}.'
     )
 
 

@@ -231,8 +231,8 @@ def _with_adaptations(kind: Kind, evaluate: EvaluateConfig) -> EvaluateConfig:
         card.check(checked)
         if kind == "federated" and checked.get("reset") == "never":
             raise ConfigError(
-                f"evaluate.adaptation, {card.name}: reset 'never' carries adaptation from one experience of a stream to "
-                "the next; clients adapt apart, each on its own images. Take 'each' or 'batch'."
+                f"evaluate.adaptation, {card.name}: reset 'never' carries adaptation from one experience of a stream "
+                "to the next; clients adapt apart, each on its own images. Take 'each' or 'batch'."
             )
         table = {"name": given["name"], **checked}
         if table in tables:

@@ -358,8 +358,8 @@ class EvaluateConfig(Section, name="evaluate"):
     )
     adaptation: Adaptations = key(
         (),
-        "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, or "
-        "tables of a name and options, among them batch_size, order and reset; an option's list of values is every "
+        "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, "
+        "or tables of a name and options, among them batch_size, order and reset; an option's list of values is every "
         "value in turn. Scored are the clients of the domain held out, else all; of a stream, its experiences.",
         kinds=(*ROUNDS, *CONTINUAL),
     )

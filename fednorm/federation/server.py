@@ -12,11 +12,11 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from fednorm.adaptation._scoring import require_adaptable
 from fednorm.config import RunConfig, of_which
 from fednorm.data.clients import Counts
 from fednorm.device import described
 from fednorm.errors import IncompleteError
-from fednorm.adaptation._scoring import require_adaptable
 from fednorm.federation.adaptation import adapted
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores

@@ -28,8 +28,8 @@ def adapted(model: nn.Module, config: RunConfig, experiences: Sequence[Experienc
         experiences: Those that are scored, in the order in which their images come.
 
     Returns:
-        ``of`` what, scores ``without``, and ``methods``: what each is, its scores, and the ``change`` of the mean. Scores
-        are the accuracies ``per_experience`` and their ``mean``.
+        ``of`` what, scores ``without``, and ``methods``: what each is, its scores, and the ``change`` of the mean.
+        Scores are the accuracies ``per_experience`` and their ``mean``.
     """
     evaluate, seed = config.evaluate, config.seed
     splits = [split_of(experience, evaluate.split) for experience in experiences]
