@@ -169,7 +169,7 @@ def test_masked_classes_have_no_part_in_the_entropy() -> None:
 
 
 class ByHand:
-    """A network of one batch normalization and a linear layer in float64, its gradients by autograd of plain tensors."""
+    """A network of one batch normalization and a linear layer in float64, with gradients of plain tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         norm, linear = model[0], model[3]

@@ -1,4 +1,4 @@
-"""Test-time adaptation as an evaluation of runs: of held-out clients, of clients, of streams; records, tables, mistakes."""
+"""Test-time adaptation as an evaluation: of held-out clients, of clients, of streams; records, tables, mistakes."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_whoever_carries_clients_out_scores_them_alike(other: dict[str, Any]) ->
 
 def test_a_strategy_that_keeps_tensors_needs_some_for_an_unseen_domain() -> None:
     config = values(strategy={"name": "fedbn"}, evaluate={"adaptation": ["bn_alpha"]})
-    with pytest.raises(ConfigError, match="evaluate.fallback = 'pooled'.*leave evaluate.adaptation out"):
+    with pytest.raises(ConfigError, match=r"evaluate\.fallback = 'pooled'.*leave evaluate.adaptation out"):
         simulate(resolve(config), runs=None)
     made = simulate(resolve(merge(config, {"evaluate": {"fallback": "pooled", "kinds": ["unseen"]}})), runs=None)
     assert made["adaptation"]["with"] == "pooled"
@@ -214,7 +214,7 @@ def test_a_damaged_result_is_refused_in_a_sentence(damage: dict[str, Any], tmp_p
     result["adaptation"] |= damage
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"format": 1, "results": [result]}), encoding="utf-8")
-    with pytest.raises(RecordError, match="was left out: .*adaptation"):
+    with pytest.raises(RecordError, match=r"was left out: .*adaptation"):
         load([path])
 
 
@@ -269,7 +269,7 @@ def test_a_network_that_cannot_be_adapted_is_refused_before_training(kind: str) 
     base = values() if kind == "federated" else stream()
     config = resolve(merge(base, {"norm": {"name": "group_norm"}, "evaluate": {"adaptation": "bn_alpha"}}))
     run = simulate if kind == "federated" else simulate_stream
-    with pytest.raises(FedNormError, match="'bn_alpha'.*has none. Take norm 'batch_norm'"):
+    with pytest.raises(FedNormError, match=r"'bn_alpha'.*has none\. Take norm 'batch_norm'"):
         run(config, runs=None)
 
 
