@@ -81,5 +81,13 @@ def _too_many() -> ConfigError:
     )
 
 
+def in_words(value: Any) -> str:
+    """Return a value of the configuration as text: of tables, the names that they have, each once."""
+    if not isinstance(value, list | tuple):
+        return f"{value:g}" if type(value) is float else str(value)
+    names = (str(item.get("name")) if isinstance(item, Mapping) else str(item) for item in value)
+    return ",".join(dict.fromkeys(names))
+
+
 Adaptations = Annotated[tuple[dict[str, Any], ...], BeforeValidator(_tables)]
 """A table for each adaptation: its name, and options beside it."""
