@@ -85,6 +85,11 @@ class Adaptation:
         raise NotImplementedError
 
     @property
+    def passes(self) -> tuple[float, float]:
+        """Passes over each image, with gradients and without, for an estimate of a run's time."""
+        return 0.0, 1.0
+
+    @property
     def rounds_of_learning(self) -> int:
         """Rounds in which training clients refine what the method must know before it adapts; by default none."""
         return 0

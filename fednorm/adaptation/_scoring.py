@@ -14,6 +14,10 @@ from fednorm.cards import ADAPTATIONS
 from fednorm.config import EvaluateConfig
 from fednorm.data.domain import Split
 from fednorm.rng import Name, torch_stream
+from fednorm.training.work import Work
+
+ALONE = 4
+"""About how many images of a batch take as long as one that comes alone."""
 
 
 def made_adaptations(config: EvaluateConfig) -> tuple[Adaptation, ...]:
@@ -33,6 +37,23 @@ def require_adaptable(config: EvaluateConfig, model: nn.Module) -> None:
     """
     for how in made_adaptations(config):
         how.check(model)
+
+
+def work(config: EvaluateConfig, scored: int, learned_on: int) -> Work:
+    """Return what a run's adaptations do, for an estimate of its time.
+
+    Args:
+        config: Which adaptations.
+        scored: Images that each of them is scored on.
+        learned_on: Images of all who learn before, where a method does: with gradients, twice a round.
+    """
+    trained = untrained = 0.0
+    for how in made_adaptations(config):
+        small = max(1.0, ALONE / how.batch_size)
+        with_gradients, without = how.passes
+        trained += small * (with_gradients * scored + 2 * how.rounds_of_learning * learned_on)
+        untrained += small * without * scored
+    return Work(trained, untrained)
 
 
 def described(how: Adaptation, name: str) -> dict[str, Any]:

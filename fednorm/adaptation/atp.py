@@ -135,6 +135,11 @@ class ATP(Adaptation):
         whole(self.method, "rounds", self.rounds, at_least=0)
         number(self.method, "rate_of_rates", self.rate_of_rates, above=0)
 
+    @property
+    def passes(self) -> tuple[float, float]:
+        """A pass with gradients, and one that predicts."""
+        return 1.0, 1.0
+
     def check(self, model: nn.Module) -> None:
         """Refuse layers that evaluate by running statistics in another way; every network has parameters."""
         statistics_layers(model, self.method)

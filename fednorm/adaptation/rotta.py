@@ -147,6 +147,11 @@ class RoTTA(Adaptation):
         number(self.method, "lambda_t", self.lambda_t)
         number(self.method, "lambda_u", self.lambda_u)
 
+    @property
+    def passes(self) -> tuple[float, float]:
+        """A pass that predicts, and the memory's."""
+        return 0.0, 1.0 + self.memory / self.update_every
+
     def check(self, model: nn.Module) -> None:
         """Refuse a network without running statistics."""
         require_statistics(model, self.method)

@@ -56,6 +56,11 @@ class Tent(Adaptation):
         one_of(self.method, "optimizer", self.optimizer, ("adam", "sgd"))
         whole(self.method, "steps", self.steps, at_least=1)
 
+    @property
+    def passes(self) -> tuple[float, float]:
+        """A pass with gradients a step."""
+        return float(self.steps), 0.0
+
     def check(self, model: nn.Module) -> None:
         """Refuse a network without scales and shifts, and layers that evaluate by statistics in another way."""
         statistics_layers(model, self.method)
