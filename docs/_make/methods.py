@@ -32,7 +32,7 @@ LEADS: Mapping[str, str] = {
     "optimizers": "Of a client's or learner's steps.",
     "adaptations": "How a finished network goes on adapting to the unlabelled images that it is tested on.",
 }
-FACTS = ("made", "input_size", "min_size", "width", "personalised", "pooled", "data", "note")
+FACTS = ("predicts", "made", "input_size", "min_size", "width", "personalised", "pooled", "data", "note")
 
 
 def pages() -> Iterator[tuple[str, str]]:

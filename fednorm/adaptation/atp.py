@@ -197,7 +197,6 @@ SPEC = AdaptationSpec(
         authors="Bao, Wei, Wang, He",
         year=2023,
         arxiv="2310.18816",
-        where="NeurIPS 2023",
     ),
     make=ATP,
     deviations=(

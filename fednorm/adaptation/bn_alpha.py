@@ -107,7 +107,6 @@ SPEC = AdaptationSpec(
         authors="Schneider, Rusak, Eck, Bringmann, Brendel, Bethge",
         year=2020,
         arxiv="2006.16971",
-        where="NeurIPS 2020",
     ),
     make=BNAlpha,
     statistics=True,

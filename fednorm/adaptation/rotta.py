@@ -204,7 +204,6 @@ SPEC = AdaptationSpec(
         authors="Yuan, Xie, Li",
         year=2023,
         arxiv="2303.13899",
-        where="CVPR 2023",
     ),
     make=RoTTA,
     statistics=True,

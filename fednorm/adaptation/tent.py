@@ -109,7 +109,6 @@ SPEC = AdaptationSpec(
         authors="Wang, Shelhamer, Liu, Olshausen, Darrell",
         year=2021,
         arxiv="2006.10726",
-        where="ICLR 2021",
     ),
     make=Tent,
     predicts="before",

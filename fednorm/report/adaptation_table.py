@@ -38,43 +38,82 @@ def adaptations(result: Result) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def adaptation_table(results: Sequence[Result]) -> Table:
     """Return the accuracy under each adaptation beside that without any, a row each, over seeds where several.
 
+    Where there are several batch sizes, each is a column, with what the adaptation changes the mean by.
+
     Args:
         results: Results of finished runs on the same data; those without adaptation are left out.
     """
     own = [result for result in results if has_adaptation(result)]
     groups = by_method(own, name_of)
-    parts = list(dict.fromkeys(part for r in own for part in _shares(r["adaptation"]["without"])))
+    sizes = sorted({row["batch_size"] for result in own for row in result["adaptation"]["methods"]})
+    return _by_batch_size(own, groups, sizes) if len(sizes) > 1 else _whole(own, groups)
+
+
+def _whole(own: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> Table:
+    """Return the table of adaptations of one batch size: the accuracies, by domain or experience where several."""
+    parts = _parts(own)
     shown = parts if len(parts) > 1 else []
     rows = []
     for name, group in groups.items():
         without = [result["adaptation"]["without"] for result in group]
         rows.append((name, NONE, UNKNOWN, UNKNOWN, *_cells(without, shown), UNKNOWN))
-        tables = group[0]["config"]["evaluate"]["adaptation"]
-        for place, table in enumerate(tables):
-            scores = [result["adaptation"]["methods"][place] for result in group]
-            batch = (adaptation_label(table), _order(scores[0]), str(scores[0]["batch_size"]))
-            rows.append((name, *batch, *_cells(scores, shown), interval([s.get("change") for s in scores], signed)))
-    of = own[0]["adaptation"]["of"]
-    named = [f"experience {part}" if of == "experiences" else part for part in shown]
+        for label, scores in _scored(group):
+            batch = (label, _order(scores[0]), str(scores[0]["batch_size"]))
+            rows.append((name, *batch, *_cells(scores, shown), _change(scores)))
+    named = [f"experience {part}" if own[0]["adaptation"]["of"] == "experiences" else part for part in shown]
     return Table(
         f"Test-time adaptation (%): {own[0]['data']['title']}",
         ("method", "adaptation", "order", "batch", *named, "mean", "change"),
         tuple(rows),
-        _notes(own, groups, of, parts),
+        _notes(own, groups, "change"),
         first=("mean", "change", "order", "batch"),
         texts=("adaptation", "order"),
     )
 
 
-def _notes(
-    results: Sequence[Result], groups: Mapping[str, Sequence[Result]], of: str, parts: Sequence[str]
-) -> tuple[str, ...]:
+def _by_batch_size(own: Sequence[Result], groups: Mapping[str, Sequence[Result]], sizes: Sequence[int]) -> Table:
+    """Return the table of adaptations of several batch sizes: the mean without, and each size's change of it."""
+    rows = []
+    for name, group in groups.items():
+        without = percent([result["adaptation"]["without"]["mean"] for result in group])
+        changes: dict[tuple[str, str], dict[int, str]] = {}
+        for label, scores in _scored(group):
+            changes.setdefault((label, _order(scores[0])), {})[scores[0]["batch_size"]] = _change(scores)
+        rows += [
+            (name, *row, without, *(by_size.get(size, UNKNOWN) for size in sizes)) for row, by_size in changes.items()
+        ]
+    return Table(
+        f"Test-time adaptation, changes by batch size (points): {own[0]['data']['title']}",
+        ("method", "adaptation", "order", "without (%)", *(f"batch {size}" for size in sizes)),
+        tuple(rows),
+        _notes(own, groups, "a batch size's column"),
+        first=("order", *(f"batch {size}" for size in sizes)),
+        texts=("adaptation", "order"),
+    )
+
+
+def _scored(group: Sequence[Result]) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """Yield each adaptation's name, and its scores in all runs of a group."""
+    for place, table in enumerate(group[0]["config"]["evaluate"]["adaptation"]):
+        yield adaptation_label(table), [result["adaptation"]["methods"][place] for result in group]
+
+
+def _parts(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(part for r in results for part in _shares(r["adaptation"]["without"])))
+
+
+def _change(scores: Sequence[Mapping[str, Any]]) -> str:
+    return interval([s.get("change") for s in scores], signed)
+
+
+def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]], column: str) -> tuple[str, ...]:
+    of, parts = results[0]["adaptation"]["of"], _parts(results)
     stand_ins = sorted({result["adaptation"]["with"] for result in results if "with" in result["adaptation"]})
     local = [f"Tensors that the strategy keeps on clients: {', '.join(stand_ins)}."] if stand_ins else []
     whose = f"{of} of {', '.join(parts)}" if of == "held-out clients" else of
     return (
         f"{seeds(results, groups)}; {results[0]['final']['selection']}, {whose}. The finished network adapts itself to "
-        "the unlabelled images that it is scored on, in the order and the batches of the row; change: percentage "
+        f"the unlabelled images that it is scored on, in the order and the batches that are said; {column}: percentage "
         "points of the mean against no adaptation, paired by seed.",
         *local,
     )

@@ -24,6 +24,7 @@ from fednorm.federation.workbench import Workbench
 from fednorm.records.results import load
 from fednorm.report.adaptation_table import adaptation_table
 from fednorm.report.frame import records
+from fednorm.report.numbers import percent, signed
 from fednorm.streams.simulate import simulate as simulate_stream
 from fednorm.streams.workbench import ContinualWorkbench
 
@@ -198,6 +199,17 @@ def test_results_are_read_back_and_told(tmp_path: Path) -> None:
         "no adaptation",
         "bn_alpha (alpha 1), batches of 32, class sorted",
     }
+
+
+def test_several_batch_sizes_are_columns_of_changes() -> None:
+    told = held_out()
+    table = adaptation_table([told])
+    assert table.columns == ("method", "adaptation", "order", "without (%)", "batch 1", "batch 16", "batch 32")
+    rows = {row[1:3]: row[3:] for row in table.rows}
+    without = percent(told["adaptation"]["without"]["mean"])
+    by_hand = [signed(row["change"]) for row in told["adaptation"]["methods"]]
+    assert rows[("tent (learning_rate 0.01)", "shuffled")] == (without, by_hand[3], by_hand[4], "–")
+    assert rows[("bn_alpha (alpha 1)", "class sorted")] == (without, "–", "–", by_hand[2])
 
 
 @pytest.mark.parametrize(
