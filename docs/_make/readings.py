@@ -13,6 +13,7 @@ A reading in ``docs/results/readings.toml`` has places like ``{difference fedbn}
 ``{without METHOD}``               the mean score without test-time adaptation of what was adapted
 ``{change METHOD | ADAPTATION}``   what an adaptation, by its name in the table, its order and its batch size with
                                    semicolons between, changes that by: the mean over seeds, signed
+``{KIND STUDY: METHOD}``           any of these, of another study: a page on several has each number from its own
 =================================  ====================================================================================
 """
 
@@ -30,7 +31,7 @@ from fednorm.report.comparison import Comparison, Method, score_of
 from fednorm.report.numbers import fixed, percent, signed
 
 FILE = DOCS / "results/readings.toml"
-PLACE = re.compile(r"\{(\w+) ([^{}|]+?)(?: \| ([^{}]+))?\}")
+PLACE = re.compile(r"\{(\w+) (?:(\w+): )?([^{}|]+?)(?: \| ([^{}]+))?\}")
 
 
 def reading(study: str) -> str:
@@ -42,10 +43,10 @@ def reading(study: str) -> str:
     text = readings().get(study, "")
     if not text:
         return ""
-    (comparison,) = results.compared(study)
 
     def filled(place: re.Match[str]) -> str:
-        kind, method, key = place[1], place[2], place[3] or comparison.headline
+        (comparison,) = results.compared(place[2] or study)
+        kind, method, key = place[1], place[3], place[4] or comparison.headline
         return PLACES[kind](comparison, method, key)
 
     return PLACE.sub(filled, text).strip()

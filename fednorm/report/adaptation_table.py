@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any
 
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, interval, name_of, percent, seeds
+from fednorm.report import numbers
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, known, name_of, percent, seeds
 from fednorm.report.numbers import signed
 
 COMMON = ("batch_size", "order", "reset")
@@ -103,7 +105,10 @@ def _parts(results: Sequence[Result]) -> list[str]:
 
 
 def _change(scores: Sequence[Mapping[str, Any]]) -> str:
-    return interval([s.get("change") for s in scores], signed)
+    """Return the mean change in points, signed, and the standard deviation over seeds."""
+    changes = known([s.get("change") for s in scores])
+    told = signed(fmean(changes)) if changes else UNKNOWN
+    return f"{told} ± {numbers.percent(stdev(changes))}" if len(changes) > 1 else told
 
 
 def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]], column: str) -> tuple[str, ...]:
