@@ -387,7 +387,7 @@ def list_names(
     what: Annotated[
         str,
         typer.Argument(
-            help="norms, strategies, models, data, scenarios, learners, optimizers or studies.",
+            help="norms, strategies, models, data, scenarios, learners, optimizers, adaptations or studies.",
             autocompletion=lambda incomplete: [kind for kind in KINDS if kind.startswith(incomplete)],
         ),
     ] = "",

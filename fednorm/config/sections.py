@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fednorm.config.adaptations import Adaptations
 from fednorm.config.augmentations import Augment
 from fednorm.config.evaluated import Evaluated
 from fednorm.config.schema import Kind, Names, Section, choose, key
@@ -364,6 +365,13 @@ class EvaluateConfig(Section, name="evaluate"):
         "Whether evaluated rounds also score the images held back (data.validation), and the result tells the round "
         "that is best on them beside the last.",
         kinds=ROUNDS,
+    )
+    adaptation: Adaptations = key(
+        (),
+        "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, "
+        "or tables of a name and options, among them batch_size, order and reset; an option's list of values is every "
+        "value in turn. Scored are the clients of the domain held out, else all; of a stream, its experiences.",
+        kinds=(*ROUNDS, *CONTINUAL),
     )
     diagnostics: bool = key(
         True,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.report import table
 from fednorm.report._common import Result, by_method, flat, name_of
+from fednorm.report.adaptation_table import adaptations, has_adaptation
 from fednorm.report.grouping import kind_of, scored_on
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ def _of_federation(result: Result) -> Iterator[Row]:
     for statistics, scores in table.evaluations(result["evaluation"]).items():
         for domain, share in scores.get("per_domain", {}).items():
             yield "run", None, "accuracy", domain, None, None, statistics, float(share)
+    yield from _of_adaptation(result)
 
 
 def _of_stream(result: Result) -> Iterator[Row]:
@@ -166,6 +168,18 @@ def _of_stream(result: Result) -> Iterator[Row]:
                 if _is_number(share):
                     yield *at, what, None, number, None, None, float(share)
         yield from _of_diagnostics(at, line.get("diagnostics") or {})
+    yield from _of_adaptation(result)
+
+
+def _of_adaptation(result: Result) -> Iterator[Row]:
+    """Yield the accuracies under test-time adaptation, each by how its network adapts, as by other statistics."""
+    if not has_adaptation(result):
+        return
+    for how, scores in (("no adaptation", result["adaptation"]["without"]), *adaptations(result)):
+        for domain, share in scores.get("per_domain", {}).items():
+            yield "run", None, "accuracy", domain, None, None, how, float(share)
+        for number, share in scores.get("per_experience", {}).items():
+            yield "run", None, "accuracy", None, int(number), None, how, float(share)
 
 
 def _of_diagnostics(at: tuple[str, int | None], diagnostics: Mapping[str, Any]) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from fednorm import device as devices
+from fednorm.adaptation._scoring import require_adaptable
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.data.benchmarks import Reader
@@ -229,6 +230,7 @@ class ContinualWorkbench:
         config = self.config
         for experience in self.stream:
             split_of(experience, config.evaluate.split)
+        require_adaptable(config.evaluate, self.model)
         self.trainee.require_batches((f"Experience {source.number}", len(source.train)) for source in sources)
 
     @cached_property

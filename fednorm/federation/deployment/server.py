@@ -136,7 +136,8 @@ def gathered(config: RunConfig, roster: Roster) -> Workbench:
     learn()
     bench.strategy.nodes = roster.nodes()
     asking = [kind for kind in config.evaluate.kinds if kind in ASKING]
-    if "unseen" in config.evaluate.kinds and config.evaluate.fallback != "refuse":
+    adapts_unseen = bool(config.evaluate.adaptation) and bool(bench.federation.counts.held_out.any())
+    if ("unseen" in config.evaluate.kinds or adapts_unseen) and config.evaluate.fallback != "refuse":
         asking.append("unseen")
     if bench.plan.local and asking:
         roster.require_shown(f"evaluate.kinds = {', '.join(asking)}")
