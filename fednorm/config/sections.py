@@ -161,6 +161,18 @@ class TrainConfig(Section, name="train"):
         ge=0,
         kinds=CONTINUAL,
     )
+    l2_scales: float = key(0.0, "Factor of the squared scales of normalization layers in the loss; 0 for none.", ge=0)
+    weight_clip: float = key(
+        0.0,
+        "Largest weight of linear layers and convolutions after an update, as a multiple of the bound 1 / sqrt(fan-in) "
+        "that PyTorch draws them within (weight clipping); 0 for none.",
+        ge=0,
+    )
+    hyperspherical: bool = key(
+        False,
+        "Whether each unit's incoming weights are brought to length 1 after each update, the output layer's not "
+        "(SimbaV2's projection).",
+    )
     redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0)
     redo_tau: float = key(
         0.025, "A unit is dormant where its mean activation is at most this share of its layer's.", ge=0
