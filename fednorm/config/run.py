@@ -308,7 +308,9 @@ METHOD_OPTIONS = frozenset(
 )
 """Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
 
-METHOD_SWITCHES = frozenset({"l2_init", "l2_scales", "weight_clip", "shrink", "perturb", "redo_every", "weight_decay"})
+METHOD_SWITCHES = frozenset(
+    {"l2_init", "l2_scales", "weight_clip", "shrink", "perturb", "redo_every", "cbp_rate", "snr_eta", "weight_decay"}
+)
 """Keys that make another method where they are not at their default; how far they are from it is tuned."""
 
 IMMATERIAL = (

@@ -177,6 +177,23 @@ class TrainConfig(Section, name="train"):
     redo_tau: float = key(
         0.025, "A unit is dormant where its mean activation is at most this share of its layer's.", ge=0
     )
+    cbp_rate: float = key(
+        0.0,
+        "Share of the mature units of each hidden layer that is replaced at each update, the least useful first "
+        "(continual backprop); 0 for none.",
+        ge=0,
+        le=1,
+    )
+    cbp_maturity: int = key(100, "Updates before continual backprop may replace a unit.", ge=0)
+    cbp_decay: float = key(0.99, "What a unit's utility keeps at each update of continual backprop.", ge=0, lt=1)
+    snr_eta: float = key(
+        0.0,
+        "A unit is reset where so long a silence had at most this probability by its own past (self-normalized "
+        "resets); 0 for none.",
+        ge=0,
+        lt=1,
+    )
+    snr_longest: int = key(500, "Updates of silence after which self-normalized resets reset any unit.", ge=1)
     checkpoint_every: int = key(
         500, "Steps between two checkpoints; the end of an experience always has one.", ge=1, kinds=CONTINUAL
     )
@@ -192,7 +209,7 @@ class TrainConfig(Section, name="train"):
             )
         if self.trainable == "all":
             return
-        for name in ("redo_every", "perturb"):
+        for name in ("redo_every", "cbp_rate", "snr_eta", "perturb"):
             if getattr(self, name):
                 raise ConfigError(
                     f"train.{name} sets weights anew, and train.trainable = {self.trainable!r} leaves them as they "

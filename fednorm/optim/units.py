@@ -69,6 +69,11 @@ class Link:
         return _units(self.layer)
 
     @property
+    def trained(self) -> bool:
+        """Whether both its incoming and its outgoing weights are trained at the moment."""
+        return self.layer.weight.requires_grad and self.following.weight.requires_grad
+
+    @property
     def groups(self) -> int:
         """The groups that the next layer takes the units in."""
         return self.following.groups if isinstance(self.following, nn.Conv2d) else 1

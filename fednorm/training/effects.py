@@ -10,12 +10,14 @@ from torch import nn
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError
 from fednorm.optim.agc import AdaptiveGradientClipping
+from fednorm.optim.cbp import ContinualBackprop
 from fednorm.optim.clip_norm import ClipNorm
 from fednorm.optim.hyperspherical import Hyperspherical
 from fednorm.optim.l2_init import L2Init
 from fednorm.optim.l2_scales import L2Scales
 from fednorm.optim.projection import WeightProjection
 from fednorm.optim.redo import ReDo
+from fednorm.optim.self_normalized_resets import SelfNormalizedResets
 from fednorm.optim.weight_clipping import WeightClipping
 from fednorm.spec import Norm
 
@@ -46,9 +48,8 @@ def following(config: RunConfig, norm: Norm, model: nn.Module, optimizer: torch.
     Raises:
         ConfigError: One does not fit the network, or another.
     """
-    train, after = config.train, list[Effect]()
-    if train.redo_every:
-        after.append(ReDo(model, optimizer, every=train.redo_every, tau=train.redo_tau, seed=config.seed))
+    after = _renewing(config, model, optimizer)
+    train = config.train
     projection = norm.after_update(model)
     if projection is None and train.project:
         projection = WeightProjection(model)
@@ -65,3 +66,18 @@ def following(config: RunConfig, norm: Norm, model: nn.Module, optimizer: torch.
     if train.hyperspherical:
         after.append(Hyperspherical(model))
     return tuple(after)
+
+
+def _renewing(config: RunConfig, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Effect]:
+    """Return the effects that make units new."""
+    train, seed, effects = config.train, config.seed, list[Effect]()
+    if train.redo_every:
+        effects.append(ReDo(model, optimizer, every=train.redo_every, tau=train.redo_tau, seed=seed))
+    if train.cbp_rate:
+        maturity, decay = train.cbp_maturity, train.cbp_decay
+        effects.append(
+            ContinualBackprop(model, optimizer, rate=train.cbp_rate, maturity=maturity, decay=decay, seed=seed)
+        )
+    if train.snr_eta:
+        effects.append(SelfNormalizedResets(model, optimizer, eta=train.snr_eta, longest=train.snr_longest, seed=seed))
+    return effects

@@ -71,6 +71,8 @@ METHODS: dict[str, tuple[str, str, Values]] = {
     ),
     "frozen weights": ("er_ace", "adab2n", {"train": {"trainable": "norm"}}),
     "count of updates between resets": ("naive", "none", {"train": {"redo_every": 5, "redo_tau": 0.9}}),
+    "utilities and ages": ("er", "batch_norm", {"train": {"cbp_rate": 0.1, "cbp_maturity": 2, "cbp_decay": 0.9}}),
+    "silences": ("naive", "none", {"train": {"snr_eta": 0.3, "snr_longest": 4}}),
     "initial weights": ("naive", "layer_norm", {"train": {"l2_init": 0.1, "agc": 0.01}}),
     "what an experience begins with": (
         "er",

@@ -95,6 +95,8 @@ def test_each_learner_and_norm_keeps_its_best_configuration() -> None:
         {"train": {"shrink": 0.9}},
         {"train": {"perturb": 0.01}},
         {"train": {"redo_every": 1000}},
+        {"train": {"cbp_rate": 1e-4}},
+        {"train": {"snr_eta": 0.02}},
         {"train": {"hyperspherical": True}},
         {"train": {"weight_clip": 2.0}},
         {"train": {"l2_scales": 0.001}},
