@@ -15,7 +15,7 @@ CONTINUAL: tuple[Kind, ...] = ("continual",)
 BOTH: tuple[Kind, ...] = ("federated_continual",)
 FEDERATED: tuple[Kind, ...] = (*ROUNDS, *BOTH)
 
-OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta")
+OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta", "beta_utility", "sigma")
 """Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
 
 EVALUATIONS = ("own", "cross", "averaged", "pooled", "reestimated", "unseen")
@@ -88,6 +88,8 @@ class TrainConfig(Section, name="train"):
         "and adamp.",
         ge=0,
     )
+    beta_utility: float = key(0.999, "What a weight's utility keeps at each step; of upgd.", ge=0, lt=1)
+    sigma: float = key(0.001, "Standard deviation of the noise on gradients, before it is gated; of upgd.", ge=0)
     label_smoothing: float = key(0.0, "Share of the label that is spread over all classes.", ge=0, lt=1)
     agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
     clip_norm: float = key(

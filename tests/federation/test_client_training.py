@@ -380,6 +380,7 @@ class Killer:
             marks=pytest.mark.slow,
         ),
         {"momentum": 0.9, "reset_optimizer": False, "augment": "jitter,crop_flip", "redo_every": 5},
+        {"optimizer": "upgd", "reset_optimizer": False, "sigma": 0.1, "cbp_rate": 0.05, "cbp_maturity": 2},
         {"optimizer": "adamp", "reset_optimizer": False, "weight_decay": 0.1, "delta": 9.0, "trainable": "norm,head"},
         pytest.param(
             {"optimizer": "sgdp", "momentum": 0.9, "reset_optimizer": False, "delta": 9.0, "linear_probe_rounds": 3},

@@ -73,6 +73,11 @@ METHODS: dict[str, tuple[str, str, Values]] = {
     "count of updates between resets": ("naive", "none", {"train": {"redo_every": 5, "redo_tau": 0.9}}),
     "utilities and ages": ("er", "batch_norm", {"train": {"cbp_rate": 0.1, "cbp_maturity": 2, "cbp_decay": 0.9}}),
     "silences": ("naive", "none", {"train": {"snr_eta": 0.3, "snr_longest": 4}}),
+    "utilities of weights, noise": (
+        "er",
+        "batch_norm",
+        {"train": {"optimizer": "upgd", "momentum": 0, "sigma": 0.1, "beta_utility": 0.9}},
+    ),
     "initial weights": ("naive", "layer_norm", {"train": {"l2_init": 0.1, "agc": 0.01}}),
     "what an experience begins with": (
         "er",

@@ -269,6 +269,8 @@ TRAINING: dict[str, dict[str, Any]] = {
     "nesterov": {"momentum": 0.5, "nesterov": True},
     "wd_ratio": {"optimizer": "sgdp", "delta": 1.0, "weight_decay": 0.1, "wd_ratio": 1.0},
     "delta": {"optimizer": "sgdp", "delta": 1.0},
+    "beta_utility": {"optimizer": "upgd", "beta_utility": 0.5},
+    "sigma": {"optimizer": "upgd", "sigma": 0.1},
     "trainable": {"trainable": "norm"},
     "scale_init": {"scale_init": "uniform"},
     "head": {"trainable": "head", "head": "conv1"},

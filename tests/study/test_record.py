@@ -640,6 +640,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "train.nesterov": {"momentum": 0.9, "nesterov": True},
     "train.wd_ratio": {"optimizer": "sgdp", "wd_ratio": 0.5},
     "train.delta": {"optimizer": "sgdp", "delta": 0.5},
+    "train.beta_utility": {"optimizer": "upgd", "beta_utility": 0.5},
+    "train.sigma": {"optimizer": "upgd", "sigma": 0.5},
     "train.trainable": {"trainable": "norm"},
     "train.head": {"trainable": "head", "head": "fc3"},
     "train.linear_probe_rounds": {"linear_probe_rounds": 1},
