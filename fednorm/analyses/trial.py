@@ -14,8 +14,8 @@ from fednorm.config import DataConfig, merge, resolve
 from fednorm.data.domain import Federation
 from fednorm.data.federation import load_federation
 from fednorm.rng import torch_seeded, torch_stream
-from fednorm.training.step import TrainingStep
 from fednorm.training.effects import Effect
+from fednorm.training.step import TrainingStep
 from fednorm.training.trainee import Trainee
 
 BATCH = 32
