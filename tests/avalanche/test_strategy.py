@@ -22,7 +22,7 @@ from fednorm.streams.learner import Learner, LearnerSpec
 from fednorm.streams.passes import Passes
 
 NAMES = {"naive": "Naive", "joint": "Joint", "er": "ER", "er_ace": "ERACE", "derpp": "DERPP", "lwf": "LwF",
-         "ewc": "EWC", "gdumb": "GDumb"}  # fmt: skip
+         "ewc": "EWC", "gdumb": "GDumb", "si": "SI"}  # fmt: skip
 STREAM = tiny_stream()
 
 
