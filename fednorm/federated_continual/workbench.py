@@ -281,7 +281,7 @@ def _require_fit(config: RunConfig) -> None:
     if learner.make.trains_at_end:
         raise ConfigError(
             f"Learner {config.learner.name} trains a network of its own when an experience has ended, which no round "
-            "would average. Take another learner (naive, er, er_ace, derpp, ewc, lwf)."
+            "would average. Take another learner, e.g. naive, er, derpp or ewc."
         )
     if config.train.local_epochs != int(config.train.local_epochs):
         raise ConfigError(

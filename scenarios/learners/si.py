@@ -79,6 +79,11 @@ class SILearner(Learner):
         self.importance, self.path = torch.zeros_like(self.centre), torch.zeros_like(self.centre)
         self._gradient = self._before = self.centre
 
+    def begin_experience(self) -> None:
+        """Take the weights that the first experience begins with; a client of a federation is given them then."""
+        if not self.progress.ended:
+            self.centre = _flat(self.trained)
+
     def observe(self, new: Samples) -> Tensor:
         """Learn from one batch, penalized once an experience has ended, and take note of the way."""
         self._before = _flat(self.trained)

@@ -46,7 +46,7 @@ METHODS: dict[str, tuple[str, str, Values]] = {
     "memory, generators, norm counters, psi": ("er_ace", "adab2n", {}),
     "stored logits": ("derpp", "batch_renorm", {"learner": {"passes": "separate"}}),
     "springs": ("ewc", "batch_norm", {"learner": {"mode": "separate"}}),
-    "path and springs": ("si", "batch_norm", {"train": {"clip_norm": 1.0}}),
+    "projection, means for the evaluated": ("scr", "batch_norm", {}),
     "teacher": ("lwf", "batch_norm_corrected", {}),
     "balanced memory": ("gdumb", "batch_norm", {}),
     "balanced statistics": ("er", "task_balanced_norm", {"learner": {"statistics": "balanced"}}),
