@@ -165,7 +165,7 @@ def test_every_key_of_a_stream_s_tables_is_checked_or_free() -> None:
     ]
     tested = {(table.__name__, key) for table, key, *_ in tables[0]}
     free = {("TrainConfig", key) for key in (
-        "reset_optimizer", "project", "hyperspherical", "optimizer", "nesterov", "head", "scale_init"
+        "reset_optimizer", "project", "hyperspherical", "heads", "optimizer", "nesterov", "head", "scale_init"
     )}  # fmt: skip
     for table in (TrainConfig, EvaluateConfig):
         assert {(table.__name__, key) for key in table.keys("continual")} <= tested | free
@@ -282,6 +282,7 @@ CHANGED: dict[str, Any] = {
         ("cbp_rate", 0.1), ("cbp_maturity", 5), ("cbp_decay", 0.5), ("snr_eta", 0.1), ("snr_longest", 5),
         ("l2_scales", 0.1), ("weight_clip", 2.0), ("hyperspherical", True),
     )},
+    "train.heads": {"train": {"heads": "task"}},
     "train.scale_init": {"train": {"scale_init": "uniform"}},
     "train.nesterov": {"train": {"nesterov": True, "momentum": 0.9}},
     "train.wd_ratio": {"train": {"wd_ratio": 0.2, "optimizer": "sgdp"}},

@@ -304,7 +304,17 @@ DEFAULT_NORM = "batch_norm"
 """What ``auto`` is where neither the strategy nor the scenario brings a norm along."""
 
 METHOD_OPTIONS = frozenset(
-    {"passes", "statistics", "recalibrate", "corrected", "project", "hyperspherical", "activation", "feature_norm"}
+    {
+        "passes",
+        "statistics",
+        "recalibrate",
+        "corrected",
+        "project",
+        "hyperspherical",
+        "heads",
+        "activation",
+        "feature_norm",
+    }
 )
 """Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
 

@@ -154,6 +154,12 @@ class TrainConfig(Section, name="train"):
         "The head, for trainable and the linear probe: head is the last weight layer; else modules' paths or patterns "
         "over keys (classifier.*), separated by commas.",
     )
+    heads: Literal["one", "task"] = key(
+        "one",
+        "Which classes a sample's loss is over: one, all of them (class-incremental); task, those of its experience, "
+        "as with a head for each task (task-incremental). Of learners that train by cross-entropy.",
+        kinds=(*CONTINUAL, *BOTH),
+    )
     linear_probe_rounds: int = key(
         0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=ROUNDS
     )
@@ -203,6 +209,11 @@ class TrainConfig(Section, name="train"):
     def model_post_init(self, context: object) -> None:
         """Refuse a head that nobody asks for, and what would write to weights that are to stay as they are."""
         del context
+        if self.heads == "task" and self.label_smoothing:
+            raise ConfigError(
+                "train.label_smoothing spreads a label over all classes, and with train.heads = 'task' a sample has "
+                "those of its task alone. Leave one of the two out."
+            )
         probes = self.linear_probe_rounds or self.linear_probe_epochs
         if self.head != "head" and "head" not in self.trainable.split(",") and not probes:
             raise ConfigError(

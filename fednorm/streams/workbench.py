@@ -8,6 +8,8 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from fednorm import device as devices
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
@@ -17,6 +19,7 @@ from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.spec import Norm
 from fednorm.streams.evaluation import split_of
+from fednorm.streams.heads import TaskHeads
 from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
@@ -76,9 +79,26 @@ def learner_of(
         after=trainee.after,
         online=config.evaluate.online,
         device=trainee.device,
-        criterion=trainee.loss if config.train.label_smoothing else None,
+        criterion=_criterion(trainee, stream),
     )
     return learner
+
+
+def _criterion(trainee: Trainee, stream: Stream) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what takes the place of a learner's cross-entropy, or nothing.
+
+    Raises:
+        ConfigError: The learner's loss is no cross-entropy, or the stream's labels do not tell their tasks.
+    """
+    config = trainee.config
+    if config.train.heads == "task":
+        if not config.learner.card.make.by_cross_entropy:
+            raise ConfigError(
+                f"train.heads = 'task' is a matter of cross-entropy, and learner {config.learner.name} trains and "
+                "classifies by something else. Leave it at 'one', or take another learner."
+            )
+        return TaskHeads(stream)
+    return trainee.loss if config.train.label_smoothing else None
 
 
 class ContinualWorkbench:

@@ -85,6 +85,7 @@ class ICaRLLearner(Learner):
     """
 
     Options: ClassVar[type[LearnerOptions]] = ICaRLOptions
+    by_cross_entropy = False
     options: ICaRLOptions
 
     def __init__(self, **template: Any) -> None:

@@ -81,6 +81,7 @@ class SCRLearner(ReplayLearner):
     """
 
     Options: ClassVar[type[LearnerOptions]] = SCROptions
+    by_cross_entropy = False
     options: SCROptions
 
     def __init__(self, **template: Any) -> None:

@@ -264,6 +264,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "cbp_decay": {"cbp_rate": 0.5, "cbp_maturity": 1, "cbp_decay": 0.1},
     "snr_eta": {"snr_eta": 0.6},
     "snr_longest": {"snr_eta": 0.1, "snr_longest": 1},
+    "heads": {"heads": "task"},
     "redo_every": {"redo_every": 2, "redo_tau": 0.99},
     "redo_tau": {"redo_every": 2, "redo_tau": 0.9},
     "nesterov": {"momentum": 0.5, "nesterov": True},

@@ -96,6 +96,7 @@ def test_each_learner_and_norm_keeps_its_best_configuration() -> None:
         {"train": {"perturb": 0.01}},
         {"train": {"redo_every": 1000}},
         {"train": {"cbp_rate": 1e-4}},
+        {"train": {"heads": "task"}},
         {"train": {"snr_eta": 0.02}},
         {"train": {"hyperspherical": True}},
         {"train": {"weight_clip": 2.0}},
