@@ -36,7 +36,7 @@ def adjusting(config: RunConfig, model: nn.Module) -> tuple[Effect, ...]:
     if train.l2_scales:
         adjust.append(L2Scales(model, train.l2_scales))
     if train.agc:
-        adjust.append(AdaptiveGradientClipping(model, train.agc))
+        adjust.append(AdaptiveGradientClipping(model, train.agc, layers=train.agc_on))
     if train.clip_norm:
         adjust.append(ClipNorm(model.parameters(), train.clip_norm))
     return tuple(adjust)
