@@ -100,13 +100,12 @@ class AGEMLearner(Learner):
         if not self._reference:
             return
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        pairs = [(p, r) for p, r in zip(trained, self._reference, strict=True) if p.grad is not None]
-        along = torch.stack([(p.grad * r).sum() for p, r in pairs]).sum()
+        pairs = [(p.grad, r) for p, r in zip(trained, self._reference, strict=True) if p.grad is not None]
+        along = torch.stack([(gradient * r).sum() for gradient, r in pairs]).sum()
         if along < 0:
             share = along / torch.stack([r.square().sum() for r in self._reference]).sum()
-            for parameter, reference in pairs:
-                assert parameter.grad is not None
-                parameter.grad -= share * reference
+            for gradient, reference in pairs:
+                gradient -= share * reference
 
     def end_experience(self) -> None:
         """Offer the experience's samples to the memory."""

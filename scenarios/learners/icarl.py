@@ -127,7 +127,7 @@ class ICaRLLearner(Learner):
     def _distilled(self) -> list[int]:
         """Return the classes that the teacher teaches: old ones that the present experience does not have."""
         assert self.source is not None
-        present = set(self.source.train.targets.unique().tolist())
+        present = set(self.source.train.targets.tolist())
         return [label for label in sorted(self.exemplars) if label not in present]
 
     def _everything(self) -> Samples:
@@ -140,7 +140,7 @@ class ICaRLLearner(Learner):
         """Choose exemplars of the experience's classes, shorten the other sets, and make the network a teacher."""
         assert self.source is not None
         targets = self.source.train.targets
-        present = targets.unique().tolist()
+        present = sorted(set(targets.tolist()))
         most = self.options.memory_size // len(set(present) | set(self.exemplars))
         self.model.eval()
         chosen = {label: self._herded(label, (targets == label).nonzero().flatten(), most) for label in present}
@@ -192,7 +192,7 @@ class ICaRLLearner(Learner):
         self.exemplars = {}
         if "labels" in tensors:
             images, labels, tasks = (tensors[key].clone() for key in ("images", "labels", "tasks"))
-            for label in labels.unique().tolist():
+            for label in sorted(set(labels.tolist())):
                 own = labels == label
                 self.exemplars[label] = Samples(images[own], labels[own], tasks[own])
 

@@ -118,7 +118,7 @@ class SCRLearner(ReplayLearner):
         rate = self.optimizer.param_groups[0]["lr"]
         for parameter in self.projection.parameters():
             if parameter.grad is not None:
-                parameter -= rate * parameter.grad
+                parameter.sub_(parameter.grad, alpha=rate)
 
     @contextmanager
     def for_evaluation(self) -> Iterator[nn.Module]:
