@@ -27,6 +27,7 @@ MEMORY = {"memory_size": 12}
 LEARNERS: dict[str, dict[str, Any]] = {
     "naive": {}, "er": MEMORY, "er_ace": MEMORY, "derpp": MEMORY, "ewc": {"fisher_samples": 6}, "lwf": {},
     "si": {}, "a_gem": MEMORY, "mir": MEMORY, "icarl": MEMORY, "scr": MEMORY,
+    "gdumb": {**MEMORY, "memory_epochs": 5},
 }  # fmt: skip
 
 
