@@ -8,6 +8,8 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from fednorm import device as devices
 from fednorm.adaptation._scoring import require_adaptable
 from fednorm.cards import OPTIMIZERS
@@ -18,6 +20,7 @@ from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.spec import Norm
 from fednorm.streams.evaluation import split_of
+from fednorm.streams.heads import TaskHeads
 from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
@@ -77,7 +80,7 @@ def learner_of(
         after=trainee.after,
         online=config.evaluate.online,
         device=trainee.device,
-        criterion=trainee.loss if config.train.label_smoothing else None,
+        criterion=_criterion(trainee, stream),
     )
     return learner
 
@@ -118,6 +121,23 @@ def require_parts(config: RunConfig, norm: Norm, options: LearnerOptions) -> Non
         f"normalized as batch_norm does, under another name. Set {remedy}"
         f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
     )
+
+
+def _criterion(trainee: Trainee, stream: Stream) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what takes the place of a learner's cross-entropy, or nothing.
+
+    Raises:
+        ConfigError: The learner's loss is no cross-entropy, or the stream's labels do not tell their tasks.
+    """
+    config = trainee.config
+    if config.train.heads == "task":
+        if not config.learner.card.make.by_cross_entropy:
+            raise ConfigError(
+                f"train.heads = 'task' is a matter of cross-entropy, and learner {config.learner.name} trains and "
+                "classifies by something else. Leave it at 'one', or take another learner."
+            )
+        return TaskHeads(stream)
+    return trainee.loss if config.train.label_smoothing else None
 
 
 class ContinualWorkbench:
