@@ -259,6 +259,17 @@ class Local:
         """Return a batch's loss, a scalar, for logits of shape (B, K) and labels of shape (B,)."""
         return turn.trainee.loss(logits, labels)
 
+    def criterion(self, turn: Turn, classes: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return what takes the cross-entropy's place in what a client learns on a stream; None for the run's own.
+
+        Asked after :meth:`begin`, where there are experiences; elsewhere there is :meth:`loss`.
+
+        Args:
+            turn: The client's.
+            classes: Those that the experience is about.
+        """
+        del turn, classes
+
     def adjust(self, turn: Turn) -> None:
         """Called between backward pass and update, before any clipping; may change the gradients in place."""
 

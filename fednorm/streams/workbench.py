@@ -8,6 +8,8 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from fednorm import device as devices
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
@@ -45,6 +47,7 @@ def learner_of(
     schedule: Schedule | None = None,
     begin: Sequence[Callable[[int], None]],
     adjust: Sequence[Callable[[], None]],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Learner:
     """Return a run's learner, on its trainee's network and optimizer.
 
@@ -57,6 +60,7 @@ def learner_of(
         schedule: Of the learning rate, where the learner sets it.
         begin: What is done when an experience begins that is not the first.
         adjust: Effects between backward pass and update.
+        criterion: Takes the cross-entropy's place; the run's own if None.
     """
     config = trainee.config
     learner: Learner = config.learner.card.make(
@@ -76,7 +80,7 @@ def learner_of(
         after=trainee.after,
         online=config.evaluate.online,
         device=trainee.device,
-        criterion=trainee.loss if config.train.label_smoothing else None,
+        criterion=criterion or (trainee.loss if config.train.label_smoothing else None),
     )
     return learner
 
