@@ -19,13 +19,13 @@ Running statistics decide what x looks like, so ``statistics`` says whose they a
     averaged   the server's, averaged over clients, as published
     pooled     the server's, pooled over clients by the law of total variance (as FedAvg's ``moments = "pool"``)
     client     those of one client, ``client``, which is asked for *all* of its local tensors after each experience.
-               That gives away what FedBN and SiloBN keep on clients: it is never done unless it is chosen. A site refuses
-               unless its node allows it (``allow-statistics``)
+               That gives away what FedBN and SiloBN keep on clients, so it is never done unless it is chosen; a site
+               refuses unless its node allows it (``allow-statistics``)
     none       nobody's: the teacher normalizes by the moments of the drawn batch, and the term is left out
 
 ``keeps`` says what stays on clients: nothing, ``statistics`` (as SiloBN) or ``norm`` (as FedBN). Then the server has no
-running statistics that could be averaged: choose ``client`` or ``none``. With ``none`` the teacher has initial values for
-what the server lacks. A network without running moments (norm sws, GroupNorm) has no such term; the plan says so.
+running statistics that could be averaged: choose ``client`` or ``none``. With ``none`` the teacher has initial values
+for what the server lacks. A network without running moments (norm sws, GroupNorm) has no such term; the plan says so.
 
 Synthetic images pass through a client's network in training mode, as in the official code: running statistics move with
 them too. Images and answers travel to every client in every round; clients keep none of them.
@@ -72,9 +72,9 @@ class Distilling(Local):
 
     @classmethod
     def passes(cls, options: Mapping[str, Any]) -> Passes:
-        """Add a pass over synthetic images of as many as the client's own."""
-        del options
-        return Passes(in_round=1.0)
+        """Add a pass over as many synthetic images as a client's own, and the server's through teacher and student."""
+        drawn = options["batches"] * options["batch"]
+        return Passes(in_round=1.0, between=drawn * (2 * options["steps"] + options["student_steps"]))
 
     def check(self, trainee: Trainee) -> None:
         """Refuse layers that must be told the task of each image, and a client that is not there."""
@@ -312,7 +312,9 @@ class TARGET(BetweenExperiences):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take it back."""
         if state and set(state) != {IMAGES, ANSWERS, CLASSES}:
-            raise ConfigError(f"The checkpoint's synthetic images do not fit TARGET: it has {', '.join(sorted(state))}.")
+            raise ConfigError(
+                f"The checkpoint's synthetic images do not fit TARGET: it has {', '.join(sorted(state))}."
+            )
         self._held = dict(state)
 
     # Between experiences ----------------------------------------------------------------------------------------------
@@ -370,9 +372,9 @@ class TARGET(BetweenExperiences):
 
 def _lacking(what: str, statistics: str) -> str:
     return (
-        f"strategy.statistics = {statistics!r} draws images by running statistics that the server has, and {what}. Take "
-        "strategy.statistics = 'client', which asks one client (strategy.client) for its own and so gives away what is "
-        "private otherwise, or 'none', which draws images without."
+        f"strategy.statistics = {statistics!r} draws images by running statistics that the server has, and {what}. "
+        "Take strategy.statistics = 'client', which asks one client (strategy.client) for its own and so gives away "
+        "what is private otherwise, or 'none', which draws images without."
     )
 
 
@@ -408,13 +410,11 @@ SPEC = StrategySpec(
         "One generator is trained on through all batches; the official code adapts a copy for each batch and moves the "
         "first by the sum of their gradients. Moments are those of each batch alone, not averaged over batches.",
         "The student learns after every batch and enters the loss from the second on; in the official settings for "
-        "CIFAR-100 (10 batches, after a warm-up of 20) it never does. It has Adam, and 40 steps a batch in place of 400.",
+        "CIFAR-100 (10 batches, after a warm-up of 20) it never does. It has Adam, and 40 steps a batch, not 400.",
         "Synthetic images are not augmented, neither for the teacher nor on clients, so that the teacher's answers can "
         "travel in the place of the teacher.",
         "A step has as many synthetic images as own ones; the official code goes once through the synthetic ones in "
-        "each pass. It sends them once for each experience, here they come with every round.",
-        "Batches of own and synthetic images are not of one update's loss for a learner with a memory: its samples are "
-        "in the cross-entropy.",
+        "each pass. There they are sent once for each experience, here with every round.",
     ),
     verified=(
         "The moments' term, the distillation and the student's term against formulas in float64.",

@@ -5,18 +5,19 @@ to Distill (DeepInversion, arXiv 1912.08795), and Fang et al., Up to 100x Faster
 2112.06253). Of a batch x = G(z) with wanted classes y, teacher T and student S, all over the classes O met so far:
 
     loss    = w_y CE(T(x), y) + w_m sum_l d_l + w_s L_s                          minimised over G's weights and z
-    d_l     = ||mean(h_l) - M_l|| + ||var(h_l) - V_l||                           h_l: what the teacher's layer l is given
-    L_s     = - mean over x of 1[argmax S(x) = argmax T(x)] KL(T(x) || S(x))     where the student is too sure of itself
+    d_l     = ||mean(h_l) - M_l|| + ||var(h_l) - V_l||
+    L_s     = - mean over x of 1[argmax S(x) = argmax T(x)] KL(T(x) || S(x))
     student : KL(T(x) / tau || S(x) / tau) tau^2 on all images so far, tau = 20
 
-(M_l, V_l) are running means and variances, mean and var (biased) are over samples and positions, by channel. Of each
-batch the images of the least loss are kept, as 8-bit pixels. L_s counts from the second batch on, when there is a
-student. A network without running moments has no d_l.
+h_l is what the teacher's layer l is given, (M_l, V_l) are the running means and variances that it has, mean and var
+(biased) are over samples and positions, by channel. L_s rewards images on which the student is not yet as sure as the
+teacher; it counts from the second batch on, when there is a student. Of each batch the images of the least loss are
+kept, as 8-bit pixels. A network without running moments has no d_l.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def student_term(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """Draws images of any size from latent numbers, in [0, 1]: a linear layer, two convolutions at rising size, a third.
+    """Draws images of any size from latent numbers, in [0, 1]: a linear layer and three convolutions at rising size.
 
     Args:
         shape: Channels, height and width of an image.
@@ -313,7 +314,7 @@ class Watched:
         return look
 
 
-def to_input(scaling: Scaling, device: torch.device) -> Any:
+def to_input(scaling: Scaling, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Return a function from images in [0, 1], floats of shape (N, C, H, W), to what a network is given of them."""
     mean, std = (torch.tensor(v[0], device=device)[:, None, None] for v in (scaling.mean, scaling.std))
     return lambda images: (images - mean) / std

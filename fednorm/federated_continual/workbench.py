@@ -74,9 +74,9 @@ class GridWorkbench(Workbench):
         self.learner(0)  # what the learner refuses is refused before training
         if isinstance(self.strategy, BetweenExperiences):
             first = self.grid.stream.experiences[0].train
-            shape = tuple(first.images.shape[1:])
+            channels, height, width = first.images.shape[1:]
             scaling = Scaling.stack(experience.train.scaling for experience in self.grid.stream)
-            self.strategy.meet(Images(shape, self.grid.stream.num_classes, scaling))
+            self.strategy.meet(Images((channels, height, width), self.grid.stream.num_classes, scaling))
 
     # What a federation's workbench asks -------------------------------------------------------------------------------
 

@@ -78,11 +78,13 @@ class Passes:
         in_round: Passes over a client's images in each round.
         before_evaluation: Passes over them before each evaluation.
         measured: Images of a client that go through the network untrained in each round.
+        between: Images that the server trains on between two experiences, each time counted.
     """
 
     in_round: float = 0.0
     before_evaluation: float = 0.0
     measured: int = 0
+    between: int = 0
 
 
 @dataclass
@@ -269,6 +271,7 @@ class Local:
             classes: Those that the experience is about.
         """
         del turn, classes
+        return None
 
     def adjust(self, turn: Turn) -> None:
         """Called between backward pass and update, before any clipping; may change the gradients in place."""
