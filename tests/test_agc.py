@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
+from fednorm.norms.sws import SWSConv2d
 from fednorm.optim.agc import AdaptiveGradientClipping, Units, clip_gradients, find_classifier
 
 SHAPES = [(), (7,), (4, 5), (1, 5), (4, 1), (4, 2, 3), (4, 2, 3, 3), (1, 2, 3, 3), (4, 1, 1, 1), (1, 1, 1, 1)]
@@ -140,3 +142,27 @@ def test_gradients_below_the_bound_stay_to_the_last_bit() -> None:
     before = parameter.grad.clone()
     clip_gradients([parameter], 0.01)
     assert torch.equal(parameter.grad, before)
+
+
+@pytest.mark.parametrize(
+    ("layers", "clipped"),
+    [("all", {"0", "1", "3"}), ("convolutions", {"0"}), ("linear", {"3"})],
+)
+def test_it_may_act_on_one_type_of_layer(layers: Any, clipped: set[str]) -> None:
+    """By the layer that owns a parameter: a gain belongs to its convolution, a scale to no layer of the two types."""
+    model = nn.Sequential(
+        SWSConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5), nn.ReLU(), nn.Linear(5, 2)
+    )
+    model(torch.zeros(2, 3, 5, 5))
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    AdaptiveGradientClipping(model, 0.1, layers=layers)()
+    changed = {key for key, p in model.named_parameters() if p.grad is not None and (p.grad != 100).any()}
+    assert changed == {key for key, _ in model.named_parameters() if key.split(".")[0] in clipped}
+
+
+def test_clipping_of_layers_that_there_are_not_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Linear has no linear but its classifier.*train\.agc_on"):
+        AdaptiveGradientClipping(nn.Linear(3, 2), 0.1, layers="linear")
+    with pytest.raises(ConfigError, match="layers"):
+        AdaptiveGradientClipping(nn.Linear(3, 2), 0.1, layers="heads")  # type: ignore[arg-type]

@@ -135,6 +135,19 @@ def test_the_best_five_norms_are_those_with_the_highest_validation_scores() -> N
     assert {draft.seed for draft in study_of("digits_norms_best").drafts()} == {1, 2, 3}
 
 
+def test_the_best_five_norms_of_the_stream_are_those_with_the_highest_validation_scores() -> None:
+    summary = json.loads((SUMMARIES / "cifar10_norms.json").read_text(encoding="utf-8"))
+    scores = {
+        choice["method"].removeprefix("er_ace + ").split(",")[0]: choice["score"]
+        for choice in summary["studies"][0]["selection"]["chosen"]
+    }
+    assert len(scores) == 31
+    best = sorted(scores, key=lambda norm: -scores[norm])[:5]
+    drafts = study_of("cifar10_norms_best").drafts()
+    assert {draft.norm.name for draft in drafts} == set(best)
+    assert {draft.seed for draft in drafts} == {1, 2, 3}
+
+
 def test_the_first_looks_have_every_norm_that_their_network_takes() -> None:
     """What is left out there needs another network, or puts no layer and changes no weight of a plain one."""
     for name, model, others in (

@@ -22,7 +22,7 @@ from fednorm.rng import torch_stream
 from fednorm.training.diagnostics import weight_layers
 from fednorm.training.trainee import Effect
 
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 A_CHANNEL = 2
 """Numbers that a channel trains: its scale and its shift, or as many weights."""
 
@@ -130,6 +130,6 @@ ANALYSIS = Analysis(
         "Random weights: two of every channel's own filter in place of its scale and shift; running statistics follow "
         "the data in every row but 'head alone'.",
     ),
-    steps=200,
+    steps=600,
     rows=rows,
 )

@@ -60,16 +60,5 @@ NOT_APPLICABLE: tuple[NotApplicable, ...] = (
         ),
         "Its integer arithmetic quantizes gradients and needs integer kernels; of the paper the L1 layers alone apply.",
     ),
-    NotApplicable(
-        "GBWBN",
-        Citation(
-            title="Learning to Normalize on the SPD Manifold under Bures-Wasserstein Geometry",
-            authors="",
-            year=2025,
-            arxiv="2504.00660",
-            where="CVPR 2025; official code jjscc/GBWBN",
-        ),
-        "Normalizes matrices: a classifier has some only behind a head that pools covariances (spd_head), left open.",
-    ),
 )
 """In the order of the reading list."""

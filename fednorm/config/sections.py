@@ -90,6 +90,9 @@ class TrainConfig(Section, name="train"):
     )
     label_smoothing: float = key(0.0, "Share of the label that is spread over all classes.", ge=0, lt=1)
     agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
+    agc_on: Literal["all", "convolutions", "linear"] = key(
+        "all", "What agc clips: every parameter but the classifier's, or those of one type of layer alone."
+    )
     clip_norm: float = key(
         0.0, "Longest gradient of all parameters together, after agc; 0 for any length. FLGo-Bench has 10.", ge=0
     )

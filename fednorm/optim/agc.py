@@ -26,11 +26,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from fednorm import options
 from fednorm.errors import ConfigError
 
 Units = Literal["deepmind", "timm"]
+Layers = Literal["all", "convolutions", "linear"]
 
 _SMALLEST_NORM = 1e-6
 
@@ -65,9 +67,10 @@ class AdaptiveGradientClipping:
         eps: Smallest weight norm that counts, greater than 0.
         units: Whether a gain of shape (C, 1, 1, 1) is one unit (``deepmind``) or C units (``timm``).
         classifier: Path of the module that is not clipped; empty for the last ``nn.Linear`` of the model.
+        layers: What is clipped: ``all`` parameters, or those that ``convolutions`` or ``linear`` layers own.
 
     Raises:
-        ConfigError: An option is out of range, or there is no such classifier.
+        ConfigError: An option is out of range, there is no such classifier, or nothing is left to clip.
     """
 
     def __init__(
@@ -78,10 +81,12 @@ class AdaptiveGradientClipping:
         *,
         units: Units = "deepmind",
         classifier: str = "",
+        layers: Layers = "all",
     ) -> None:
         options.number("agc", "clipping", clipping, above=0)
         options.number("agc", "eps", eps, above=0)
         options.one_of("agc", "units", units, ("deepmind", "timm"))
+        options.one_of("agc", "layers", layers, ("all", "convolutions", "linear"))
         self.clipping = clipping
         self.eps = eps
         self.units: Units = units
@@ -92,13 +97,26 @@ class AdaptiveGradientClipping:
             raise ConfigError(
                 f"The model has no module {self.classifier!r} to exempt from gradient clipping."
             ) from error
-        self.parameters: list[Tensor] = [parameter for parameter in model.parameters() if id(parameter) not in excluded]
+        self.parameters: list[Tensor] = [p for p in _parameters(model, layers) if id(p) not in excluded]
+        if layers != "all" and not self.parameters:
+            raise ConfigError(
+                f"{type(model).__name__} has no {layers} but its classifier, so that gradient clipping of {layers} "
+                "does nothing. Leave train.agc_on at all."
+            )
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Clip the gradients that the parameters have now, in place."""
         trained = [parameter for parameter in self.parameters if parameter.grad is not None]
         _clip(trained, self.clipping, self.eps, self.units)
+
+
+def _parameters(model: nn.Module, layers: Layers) -> Iterable[Tensor]:
+    """Return the parameters that layers of one type own, or all."""
+    if layers == "all":
+        return model.parameters()
+    kind = nn.Linear if layers == "linear" else _ConvNd
+    return [p for module in model.modules() if isinstance(module, kind) for p in module.parameters()]
 
 
 def find_classifier(model: nn.Module) -> str:

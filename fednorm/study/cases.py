@@ -204,6 +204,21 @@ class Study:
         require_different(planned, self.overrides)
         return [plan.config for plan in planned]
 
+    def superseded(self, choices: Iterable[Choice]) -> set[str]:
+        """Return the hashes of runs with what was not chosen: a search that was widened may choose another way.
+
+        Args:
+            choices: What the methods have chosen.
+        """
+        chosen = {choice.method: choice.keys for choice in choices}
+        return {
+            self._made(case, candidate.keys).hash
+            for case in self.cases
+            if case.method in chosen
+            for candidate in self.searches[case.method]
+            if candidate.keys != chosen[case.method]
+        }
+
     def first_choices(self) -> list[Choice]:
         """Return what methods would choose that take the first of their hyper-parameters, as :meth:`drafts` do."""
         return [Choice(number, "", search[0].keys, 0.0, "") for number, search in enumerate(self.searches)]

@@ -62,7 +62,8 @@ def update(
     """
     with _writing(folder):
         before = read(folder)
-        united = _united(before, _document(study, choices, configs, diverged or {}), folder)
+        now = _document(study, choices, configs, diverged or {})
+        united = _united(_without(before, study, choices), now, folder)
         with replacing(folder / MANIFEST) as part:
             part.write_text(json.dumps(sealed(united), indent=1) + "\n", encoding="utf-8")
     return united
@@ -153,6 +154,25 @@ def _document(
         "reduced": study.reduced,
         "departs": study.departures(choices),
     }
+
+
+def _without(before: Document | None, study: Study, choices: Sequence[Choice]) -> Document | None:
+    """Return what an earlier call has written without what its methods would choose no more; no record is removed.
+
+    A search that is widened, and chooses another way, would else have two rows in a table: the earlier choice's too.
+    """
+    if before is None or not before["selection"]:
+        return before
+    gone = study.superseded(choices)
+    losers = [
+        (choice.label, {".".join(path): value for path, value in candidate.keys.items()})
+        for choice in choices
+        for candidate in study.searches[choice.method]
+        if candidate.keys != choice.keys
+    ]
+    stands = [one for one in before["selection"]["chosen"] if (one["method"], one["keys"]) not in losers]
+    runs = [run for run in before["runs"] if run not in gone]
+    return {**before, "runs": runs, "selection": {**before["selection"], "chosen": stands}}
 
 
 def _united(before: Document | None, now: Document, folder: Path) -> Document:

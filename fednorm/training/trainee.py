@@ -113,7 +113,7 @@ class Trainee:
         if train.l2_init:
             adjust.append(L2Init(self.model.parameters(), train.l2_init))
         if train.agc:
-            adjust.append(AdaptiveGradientClipping(self.model, train.agc))
+            adjust.append(AdaptiveGradientClipping(self.model, train.agc, layers=train.agc_on))
         if train.clip_norm:
             adjust.append(ClipNorm(self.model.parameters(), train.clip_norm))
         if train.redo_every:

@@ -338,6 +338,27 @@ def test_the_manifest_tells_of_the_study_from_the_first_moment_and_unites_its_ca
     assert manifest.update(tmp_path / "runs", study, (), ())["selection"]["chosen"] == last["selection"]["chosen"]
 
 
+def test_a_search_that_is_widened_and_chooses_otherwise_takes_back_what_it_chose(tmp_path: Path) -> None:
+    """Else a method had two rows: what it once chose, and what it chooses now. Of another seed both calls stand."""
+    made = []
+    for rates in ([0.01, 0.03], [0.003, 0.01, 0.03]):
+        study = make_study(
+            {
+                "base": {"data": {"validation": 0.2}},
+                "grid": {"seed": [1, 2]},
+                "search": {"train": {"learning_rate": rates}},
+                "select": {"seed": 1},
+            }
+        )
+        choices = study.choices(scored(study, lambda c: 1 - c.train.learning_rate))
+        made.append(study.resolved(choices))
+        last = manifest.update(tmp_path, study, choices, made[-1])
+    assert [config.train.learning_rate for run in made for config in run] == [0.01, 0.01, 0.003, 0.003]
+    assert last["runs"] == [config.hash for config in made[1]]
+    assert [one["keys"] for one in last["selection"]["chosen"]] == [{"train.learning_rate": 0.003}]
+    assert len(last["selection_runs"]) == 3
+
+
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     manifest.update(tmp_path, searched(), (), ())
     with pytest.raises(ConfigError, match=r"holds the study 'digits', and this is 'other'.*--out"):
