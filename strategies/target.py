@@ -5,14 +5,16 @@ https://arxiv.org/abs/2303.06937. Official code: zj-jayzhang/Federated-Class-Con
 
 After each experience but the last, of w, what the server has, and O, the classes met so far:
 
-    server:  x <- images that w takes for images of O, by their labels and by w's running means and variances
-             (:mod:`fednorm.federated_continual.synthesis` has the loss);   t = f(x; w), the teacher's answers
+    server:  x = G(z), the generator G and z trained so that w takes x for images of O:
+             loss = w_y CE(f(x; w)_O, y) + w_m sum_l (||mean(h_l) - M_l|| + ||var(h_l) - V_l||) + w_s L_s
+             t = f(x; w), the answers of the teacher
     client:  loss = CE(f(x_k)_N, y_k) + lambda mean over x of KL(softmax(t_O / T) || softmax(f(x)_O / T))
 
-in every step of the next experience, on its own samples (x_k, y_k) and a batch of x; lambda = ``distillation``, N the
-experience's classes that are not in O. No image of any client is kept or sent. The cross-entropy is over N alone, as in
-the official code; where a batch has samples of other classes (from a memory, or as experiences share their classes), it
-is over all outputs.
+h_l is what w's layer l is given of a batch of x, (M_l, V_l) are its running mean and variance, L_s is the term of a
+student (:mod:`fednorm.federated_continual.synthesis`). A client's loss is that of every step of the next experience, on
+its own samples (x_k, y_k) and a batch of x; lambda = ``distillation``, N the experience's classes that are not in O. No
+image of any client is kept or sent. The cross-entropy is over N alone, as in the official code; where a batch has
+samples of other classes (from a memory, or as experiences share their classes), it is over all outputs.
 
 Running statistics decide what x looks like, so ``statistics`` says whose they are:
 
@@ -46,7 +48,7 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federated_continual.between import BetweenExperiences, Boundary, Images
-from fednorm.federated_continual.synthesis import Moments, Recipe, Synthesis, Synthetic, Watched, divergence
+from fednorm.federated_continual.synthesis import Among, Moments, Recipe, Synthesis, Synthetic, Watched, divergence
 from fednorm.federation.local import Local, Passes, Turn
 from fednorm.federation.spec import StrategySpec
 from fednorm.federation.strategy import Common
@@ -390,7 +392,7 @@ def _measured(made: Synthetic, boundary: Boundary) -> dict[str, Any]:
     if made.distance is not None:
         measured["moment_distance"] = made.distance
     if made.student is not None:
-        measured["student_accuracy"] = boundary.score(made.student)
+        measured["student_accuracy"] = boundary.score(Among(made.student, boundary.classes))
     return measured
 
 

@@ -105,6 +105,26 @@ class Generator(nn.Module):
         return drawn[:, :, : self.shape[1], : self.shape[2]].sigmoid()
 
 
+class Among(nn.Module):
+    """A network whose answers are among some classes; what it says of others, of which it knows nothing, is left out.
+
+    Args:
+        network: The network.
+        classes: Those that it knows.
+    """
+
+    def __init__(self, network: nn.Module, classes: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.classes = network, list(classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return logits, shape (N, K), minus infinity for the other classes."""
+        logits: Tensor = self.network(inputs)
+        masked = torch.full_like(logits, -torch.inf)
+        masked[:, self.classes] = logits[:, self.classes]
+        return masked
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How images are synthesized.

@@ -75,7 +75,8 @@ def between_table(results: Sequence[Result]) -> Table | None:
         rows.append((name, *shares, f"{mean(distances):.2f}" if len(distances) == len(group) else UNKNOWN))
     notes = (
         "Means over the boundaries between experiences. The student is a new network that has learned from synthetic "
-        "images and the teacher's answers alone; its accuracy (%) is on the test images of all experiences so far. "
+        "images and the teacher's answers alone; its accuracy (%) is on the test images of all experiences so far, "
+        "among their classes. "
         "Confidence (%): the largest of the teacher's probabilities; of the wanted class (%): images that the teacher "
         f"takes for what they were drawn as. Moments: sum over layers of the distance from those aimed at; {UNKNOWN}: "
         "there is no such term, or nothing was measured.",

@@ -18,6 +18,7 @@ from fednorm.errors import ConfigError, DivergedError, FedNormError, IncompleteE
 from fednorm.federated_continual.between import Images
 from fednorm.federated_continual.measures import means
 from fednorm.federated_continual.synthesis import (
+    Among,
     Generator,
     Recipe,
     Synthesis,
@@ -124,6 +125,13 @@ def test_a_generator_draws_images_of_any_size() -> None:
         images = Generator(shape, 4)(torch.randn(2, 256))
         assert images.shape == (2, *shape)
         assert 0 <= images.min() < images.max() <= 1
+
+
+def test_a_student_answers_among_the_classes_that_it_knows() -> None:
+    inputs = torch.rand(4, 3, 10, 9)
+    answers, logits = Among(network(), (0, 2))(inputs), network()(inputs)
+    assert torch.equal(answers[:, [0, 2]], logits[:, [0, 2]])
+    assert answers[:, [1, 3]].eq(-torch.inf).all()
 
 
 def test_the_generators_loss_is_its_terms() -> None:
