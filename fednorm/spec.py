@@ -67,6 +67,34 @@ class HookedLayer:
         """Be told that an experience has ended."""
 
 
+class TaskedLayer(HookedLayer):
+    """A layer that balances the tasks of a batch, and whose moments a federation can keep by task; a mixin too.
+
+    Attributes:
+        unbiased: Whether its running variance is of unbiased batch variances.
+    """
+
+    unbiased: ClassVar[bool] = False
+
+    @property
+    def tasks(self) -> Tensor | None:
+        """The task of every sample of the latest batch, shape (N,); None where there is one task."""
+        raise NotImplementedError
+
+    @property
+    def eta(self) -> float:
+        """The weight that the latest training batch had in the running moments."""
+        raise NotImplementedError
+
+    def task_shares(self, counts: Tensor) -> Tensor:
+        """Return the share of each task that has been seen in what the layer normalizes with; they sum to 1.
+
+        Args:
+            counts: The mean number of samples of each in a batch, shape (T,); 0 for one that did not come.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     """A normalization method with its options: what a model is given in place of a layer class.

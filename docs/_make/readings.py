@@ -10,6 +10,7 @@ A reading in ``docs/results/readings.toml`` has places like ``{difference fedbn}
 ``{of_seeds_behind METHOD}``       the same for one that is behind in all, without signs
 ``{paper A - B}``                  how far the paper's number of one method is above that of another
 ``{behind METHOD}``                how far a method is below the paper's number
+``{KIND STUDY: METHOD}``           any of these, of another study: a page on several has each number from its own
 =================================  ====================================================================================
 """
 
@@ -25,7 +26,7 @@ from fednorm.report.comparison import Comparison, Method, score_of
 from fednorm.report.numbers import fixed, percent, signed
 
 FILE = DOCS / "results/readings.toml"
-PLACE = re.compile(r"\{(\w+) ([^{}|]+?)(?: \| ([^{}]+))?\}")
+PLACE = re.compile(r"\{(\w+) (?:(\w+): )?([^{}|]+?)(?: \| ([^{}]+))?\}")
 
 
 def reading(study: str) -> str:
@@ -37,10 +38,10 @@ def reading(study: str) -> str:
     text = readings().get(study, "")
     if not text:
         return ""
-    (comparison,) = results.compared(study)
 
     def filled(place: re.Match[str]) -> str:
-        kind, method, key = place[1], place[2], place[3] or comparison.headline
+        (comparison,) = results.compared(place[2] or study)
+        kind, method, key = place[1], place[3], place[4] or comparison.headline
         return PLACES[kind](comparison, method, key)
 
     return PLACE.sub(filled, text).strip()

@@ -62,6 +62,19 @@ def deploy_init(
     run_deploy_init(folder, sites, data=data, port=port)
 
 
+@deploy_app.command("check")
+def deploy_check(
+    folder: Annotated[Path, typer.Argument(help="A folder that fednorm deploy init has written.")],
+    rounds: Annotated[int, typer.Option(help="How many rounds.", min=1, max=1000)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Run the folder's scripts on this machine alone for a short federation, and print what each site sent."""
+    with starting():
+        from fednorm.cli.deploy import run_deploy_check
+
+    run_deploy_check(folder, rounds=rounds, as_json=as_json)
+
+
 def new(
     what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
     name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],

@@ -63,8 +63,8 @@ def run_stands(config: RunConfig, runs: Path, *, in_process: bool = True) -> str
     if config.kind == "federated":
         parts = f"{done} of {config.rounds.num_rounds} rounds"
     finished = f"Finished and whole: {parts}, in {record.folder}."
-    if not in_process:
-        again = "Flower's runtime keeps no checkpoint: the same command starts again from round 1."
+    if not in_process and config.kind != "federated":
+        again = "Flower's runtime keeps no checkpoint of it: the same command starts again from round 1."
         return f"{finished} {again}" if done else ""
     if not (record.folder / CHECKPOINT).exists():
         return ""

@@ -265,11 +265,12 @@ class GridConfig(Section, name="grid"):
         ge=1,
         kinds=BOTH,
     )
-    norms: Literal["keep", "reset", "freeze"] = key(
+    norms: Literal["keep", "reset", "freeze", "per_experience"] = key(
         "keep",
         "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
         "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
-        "they are from then on, running statistics too.",
+        "they are from then on, running statistics too; per_experience: they go on, and as they were at an "
+        "experience's end they are used for its test images (evaluate.task_identity).",
         kinds=BOTH,
     )
     joining: int = key(
@@ -338,6 +339,12 @@ class EvaluateConfig(Section, name="evaluate"):
         "statistics and images are augmented, or of eval: one more forward pass before the step, in evaluation mode, "
         "on the images as they are. Norms are comparable in the latter only.",
         kinds=CONTINUAL,
+    )
+    task_identity: bool = key(
+        False,
+        "Whether the experience of a test image is known: then it is scored among that experience's own classes, and "
+        "under its own normalization tensors where they are kept per experience (grid.norms).",
+        kinds=BOTH,
     )
     every_steps: int = key(
         0,

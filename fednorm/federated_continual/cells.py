@@ -22,7 +22,7 @@ from fednorm.config import GridConfig
 from fednorm.data.domain import Client, Federation, Split
 from fednorm.data.partition import dirichlet, iid
 from fednorm.data.source import Rows
-from fednorm.errors import ConfigError
+from fednorm.errors import ConfigError, DataError
 from fednorm.federated_continual.measures import Course
 from fednorm.rng import stream as generator
 from fednorm.streams.stream import Experience, JoinedSplit, Stream
@@ -39,11 +39,23 @@ class Grid:
         cells: Row k, place t: what client k holds of the experience that it meets at time t, numbered as in the stream
             and with all of that experience's test images; None where it holds nothing.
         present: Row k: whether client k is there at each time: it has come and has not left.
+
+    Raises:
+        DataError: A client's row is longer or shorter than the stream.
     """
 
     stream: Stream
     cells: tuple[tuple[Cell, ...], ...]
     present: tuple[tuple[bool, ...], ...]
+
+    def __post_init__(self) -> None:
+        for client, (cells, present) in enumerate(zip(self.cells, self.present, strict=True)):
+            if not len(cells) == len(present) == len(self.stream):
+                raise DataError(
+                    f"All clients of a grid go from experience to experience at the same times, {len(self.stream)} of "
+                    f"them here; client {client} has a stream of {len(cells)}. Put None at the times at which it holds "
+                    "nothing: it skips them."
+                )
 
     @property
     def num_times(self) -> int:

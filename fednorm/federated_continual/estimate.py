@@ -63,8 +63,10 @@ def cost(bench: GridWorkbench) -> Work:
     for _, cell in list(bench.grid.row(client))[:TIMED]:
         began = seconds(device)
         learner.train_passes(cell, 1)
-        times.append((seconds(device) - began) / len(cell.train))
+        passed = seconds(device)
         learner.end(cell)
+        at_end = (seconds(device) - passed) / learner.train_epochs if learner.trains_at_end else 0.0
+        times.append((passed - began + at_end) / len(cell.train))
     scored = first(cell.train, SCORED)
     evaluated = timed(lambda: score(bench, scored), device)
     return Work(median(times[1:] or times), evaluated / len(scored), timed(lambda: bench.write(before), device))

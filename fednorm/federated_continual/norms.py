@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fednorm.norms import spec_of
 
 
 class NormBoundary:
-    """Keeps, resets or freezes the tensors of a network's normalization layers (``grid.norms``).
+    """Keeps, resets, freezes or sets aside the tensors of a network's normalization layers (``grid.norms``).
 
     Args:
         model: The network, with its initial values.
-        what: ``keep``, ``reset`` or ``freeze``.
+        what: ``keep``, ``reset``, ``freeze`` or ``per_experience``.
 
     Attributes:
         keys: The entries of the state dict that it speaks of.
@@ -34,6 +34,7 @@ class NormBoundary:
             for name, tensor in module.state_dict(keep_vars=True).items():
                 tensors[f"{path}.{name}" if path else name] = tensor
         self.keys = tuple(tensors)
+        self._tensors = tensors
         self._initial = [(t, t.detach().clone()) for t in tensors.values()] if what == "reset" else []
         self._learned = [t for t in tensors.values() if isinstance(t, nn.Parameter) and t.requires_grad]
 
@@ -43,6 +44,33 @@ class NormBoundary:
         del number
         for tensor, initial in self._initial:
             tensor.copy_(initial)
+
+    @property
+    def per_experience(self) -> bool:
+        """Whether the tensors are kept as they are at the end of each experience, for its test images."""
+        return self._what == "per_experience"
+
+    def read(self) -> dict[str, Tensor]:
+        """Return copies of the tensors, on the CPU."""
+        return {key: tensor.detach().to("cpu", copy=True) for key, tensor in self._tensors.items()}
+
+    @contextmanager
+    def wearing(self, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Give the layers other tensors within, those that :meth:`read` gave at another time; None for their own."""
+        if tensors is None:
+            yield
+            return
+        own = self.read()
+        self._write(tensors)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, tensors: Mapping[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            self._tensors[key].copy_(tensor)
 
     @contextmanager
     def frozen(self, time: int) -> Iterator[None]:

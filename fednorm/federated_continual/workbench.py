@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -23,24 +24,34 @@ from fednorm.config import RunConfig
 from fednorm.data.domain import Client, Federation
 from fednorm.data.moving import moved
 from fednorm.data.scaling import Scaling
-from fednorm.errors import ConfigError
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.between import BetweenExperiences, Boundary, Images, local_of
 from fednorm.federated_continual.cells import Grid, make_grid
 from fednorm.federated_continual.norms import NormBoundary
-from fednorm.federated_continual.turn import GridTurn, recall, remembered, split_state
+from fednorm.federated_continual.refusals import require_fit, require_norms, require_plain_training
+from fednorm.federated_continual.turn import (
+    GridTurn,
+    Norms,
+    begun,
+    named_norms,
+    norms_of,
+    recall,
+    remembered,
+    split_state,
+)
 from fednorm.federation import undo
-from fednorm.federation.local import Local, Turn
+from fednorm.federation.diagnosis import drift_by_domain, statistics_of
+from fednorm.federation.local import Turn
 from fednorm.federation.nodes import asked
 from fednorm.federation.replies import read_scores
-from fednorm.federation.wire import unpack
+from fednorm.federation.wire import pack, unpack
 from fednorm.federation.workbench import STATE_RECORD, Workbench
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.normalize import normalized_stream
-from fednorm.streams.stream import Stream
+from fednorm.streams.stream import Experience, Stream
 from fednorm.streams.workbench import learner_of, stream_of
 
 
@@ -62,10 +73,13 @@ class GridWorkbench(Workbench):
         """
         self._given = stream
         self._options = config.learner.card.made_options(config.learner.options)
-        _require_fit(config)
+        require_fit(config)
         super().__init__(config)
         self.norms = NormBoundary(self.model, config.grid.norms)
-        self._require_plain_training()
+        fresh = self.model.state_dict() if config.learner.card.make.trains_at_end else {}
+        self._first = {key: tensor.clone() for key, tensor in fresh.items()}
+        require_plain_training(self.strategy, config)
+        require_norms(self.norms, self.plan, self.grid, config)
         self.trainee.require_batches(
             (f"Client {client} in experience {cell.number + 1}", len(cell.train))
             for client in range(len(self.grid.cells))
@@ -84,6 +98,11 @@ class GridWorkbench(Workbench):
     def num_rounds(self) -> int:
         """Return the rounds of all experiences."""
         return self.config.rounds.per_experience * self.grid.num_times
+
+    @property
+    def num_experiences(self) -> int:
+        """Return how many experiences come one after another."""
+        return self.grid.num_times
 
     @property
     def evaluate_every(self) -> int:
@@ -160,6 +179,11 @@ class GridWorkbench(Workbench):
         """Return whether a round is the last of an experience."""
         return server_round % self.config.rounds.per_experience == 0
 
+    def part_of(self, server_round: int) -> tuple[int, int]:
+        """Return which round of its experience a round is, from 0, and how many there are."""
+        rounds = self.config.rounds.per_experience
+        return (server_round - 1) % rounds, rounds
+
     @property
     def passes(self) -> int:
         """Return the passes of a round."""
@@ -177,7 +201,7 @@ class GridWorkbench(Workbench):
         it for the others, so that a federation of one client is the stream.
         """
         config, trainee = self.config, self.trainee
-        return learner_of(
+        learner = learner_of(
             trainee,
             self.grid.stream,
             self._options,
@@ -187,16 +211,28 @@ class GridWorkbench(Workbench):
             adjust=[*([adjust] if adjust else []), *trainee.adjust],
             criterion=criterion,
         )
+        if self._first:
+            learner.start_from(self._first)
+        return learner
 
-    def scores(self, learner: Learner, client: int, time: int, name: str) -> dict[str, float]:
-        """Return the accuracy of the model on each experience that a client has met by a time, as ``NAME-I``."""
+    def scores(self, learner: Learner, client: int, time: int, name: str, norms: Norms) -> dict[str, float]:
+        """Return the accuracy of the model on each experience that a client has met by a time, as ``NAME-I``.
+
+        Args:
+            learner: The client's learner.
+            client: The client.
+            time: The time.
+            name: Of the numbers.
+            norms: The normalization tensors of experiences that have tensors of their own.
+        """
         evaluate, numbers = self.config.evaluate, {}
         with learner.for_evaluation() as model:
             for number in self.grid.scored(client, time):
                 experience = self.grid.stream.experiences[number]
                 split = split_of(experience, evaluate.split)
-                measured = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
-                numbers[f"{name}-{number}"] = measured.overall
+                with self.norms.wearing(norms.get(number)):
+                    measured = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
+                numbers[f"{name}-{number}"] = measured.among_own if evaluate.task_identity else measured.overall
         self.model.train()
         return numbers
 
@@ -209,14 +245,38 @@ class GridWorkbench(Workbench):
         self.receive(content.array_records["arrays"], context.state)
         kept = unpack(context.state.array_records[STATE_RECORD]) if STATE_RECORD in context.state else {}
         own, kept = split_state(kept)
-        learner, cell = self.learner(client), self.grid.cells[client][time]
+        learner = self.learner(client)
         recall(learner, kept)
         undo.forget(context.state)
-        if cell is not None and learner.progress.begun:
-            learner.end(cell)
-            self.keep_local(context.state, own | remembered(learner))
-        scores = self.scores(learner, client, time, "accuracy")
+        before = set(norms_of(kept))
+        norms = self.end_late(learner, client, kept, None)
+        cell = self.grid.cells[client][time]
+        if self.norms.per_experience and cell is not None and cell.number not in norms:
+            norms[cell.number] = self.norms.read()
+        if begun(kept) is not None:
+            self.keep_local(context.state, own | remembered(learner) | named_norms(norms))
+        elif set(norms) != before:
+            context.state[STATE_RECORD] = pack(own | kept | named_norms(norms))
+        scores = self.scores(learner, client, time, "accuracy", norms)
         return RecordDict({"metrics": MetricRecord({"num-examples": len(scores), **scores})})
+
+    def end_late(self, learner: Learner, client: int, kept: Mapping[str, Tensor], now: Experience | None) -> Norms:
+        """End the experience that a client's learner has begun, if that is not the present one.
+
+        At a boundary there is no present one. A client that missed the boundary does at its next turn, under the
+        network that it is sent then, what it would have done there.
+
+        Returns:
+            The normalization tensors that the client keeps, where they are kept per experience.
+        """
+        norms, number = norms_of(kept), begun(kept)
+        if number is None or (now is not None and now.number == number):
+            return norms
+        cell = next(cell for _, cell in self.grid.row(client) if cell.number == number)
+        learner.end(cell, trained=learner.trains_at_end)
+        if self.norms.per_experience:
+            norms.setdefault(number, self.norms.read())
+        return norms
 
     def after_round(self, grid: FlowerGrid, server_round: int, arrays: ArrayRecord) -> dict[str, Any]:
         """Tell every client where an experience has ended, and return the accuracies."""
@@ -232,6 +292,11 @@ class GridWorkbench(Workbench):
         own = self._no_scores()
         for told in strategy.report.train:
             _fill(own[told.partition_id], told.metrics, "own-accuracy")
+        unheard = [
+            client
+            for client, row in enumerate(aggregated)
+            if self.grid.scored(client, time) and all(value is None for value in row)
+        ]
         return {
             "experience": time,
             "accuracy": aggregated,
@@ -239,6 +304,8 @@ class GridWorkbench(Workbench):
             "average_accuracy": measures.average(aggregated),
             "spatial_forgetting": measures.spatial_forgetting(own, aggregated),
             **self._between(grid, time, arrays),
+            **({"statistics_drift": self._drift(grid)} if self.config.evaluate.diagnostics else {}),
+            **({"unheard": unheard} if unheard else {}),
         }
 
     def _between(self, grid: FlowerGrid, time: int, arrays: ArrayRecord) -> dict[str, Any]:
@@ -267,71 +334,31 @@ class GridWorkbench(Workbench):
         )
         return {"between": strategy.between(boundary)}
 
+    def _drift(self, grid: FlowerGrid) -> list[dict[str, float] | None]:
+        """Return how far each client's running statistics are from the pooled ones, by layer; None if it has none."""
+        report = self.strategy.report
+        by_name = drift_by_domain(statistics_of(self, grid, report), self.plan)
+        return [by_name.get(client.domain) for client in self.federation.clients]
+
     def _no_scores(self) -> list[list[float | None]]:
         return [[None] * self.grid.num_times for _ in self.grid.cells]
 
     def measures(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the accuracy tensors, and what they say."""
+        """Return the accuracy tensors, the drift of running statistics, and what they say."""
         ends = [line for line in lines if "experience" in line]
         aggregated, own = ([line[name] for line in ends] for name in ("accuracy", "own_accuracy"))
         courses = [self.grid.course(client) for client in range(len(self.grid.cells))]
+        drift = [[mean(own.values()) if own else None for own in line.get("statistics_drift", ())] for line in ends]
+        unheard = [(line["experience"], client) for line in ends for client in line.get("unheard", ())]
         between = [line["between"] for line in ends if "between" in line]
         return {
             "accuracy_tensor": aggregated,
             "own_accuracy_tensor": own,
-            "final": measures.final(aggregated, own, courses)
+            **({"drift_tensor": drift} if any(value is not None for row in drift for value in row) else {}),
+            "temporal_forgetting": [measures.temporal_forgetting(aggregated, courses, t) for t in range(len(ends))],
+            "final": measures.final(aggregated, own, courses, drift, unheard)
             | ({"between": measures.means(between)} if between else {}),
         }
-
-    # What cannot be ---------------------------------------------------------------------------------------------------
-
-    def _require_plain_training(self) -> None:
-        """Refuse a strategy whose clients train in a way of their own, which a learner has too.
-
-        Raises:
-            ConfigError: It changes the loss, trains in phases, or trains before an evaluation.
-        """
-        side, name = self.strategy.local, self.config.strategy.name
-        for method, does in (
-            ("loss", "changes the loss"),
-            ("phases", "trains in phases"),
-            ("before_evaluation", "changes the network before it is evaluated"),
-        ):
-            if getattr(side, method) is not getattr(Local, method):
-                raise ConfigError(
-                    f"Strategy {name} {does} on its clients, and so does what learns there, learner "
-                    f"{self.config.learner.name}. Take a strategy that leaves the training to the learner: fedavg, "
-                    "fedbn, silobn, fedprox, scaffold, fedwon and those with an optimizer of the server."
-                )
-
-
-def _require_fit(config: RunConfig) -> None:
-    """Refuse what a client on a stream does not have.
-
-    Raises:
-        ConfigError: It is something of a plain stream's learner, or of a plain federation.
-    """
-    learner = config.learner.card
-    if config.strategy.card.pooled:
-        raise ConfigError(
-            f"Strategy {config.strategy.name} trains on the images of all clients at once; then there is no grid. It "
-            "is the stream itself: kind = 'continual' (fednorm continual)."
-        )
-    if learner.joint:
-        raise ConfigError(
-            f"Learner {config.learner.name} is given all experiences at once; then there is no stream. It is a plain "
-            "federation: kind = 'federated', without --scenario."
-        )
-    if learner.make.trains_at_end:
-        raise ConfigError(
-            f"Learner {config.learner.name} trains a network of its own when an experience has ended, which no round "
-            "would average. Take another learner (naive, er, er_ace, derpp, ewc, lwf)."
-        )
-    if config.train.local_epochs != int(config.train.local_epochs):
-        raise ConfigError(
-            f"A client on a stream makes whole passes over an experience; got train.local_epochs = "
-            f"{config.train.local_epochs}. Set it to a whole number, and rounds.per_experience for how many rounds."
-        )
 
 
 def _scores(reply: Message) -> dict[str, float]:

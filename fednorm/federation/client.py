@@ -80,10 +80,14 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
     category, _, action = kind.partition(".")
     if kind not in ("train", "evaluate") and (category != "query" or action not in QUERIES):
         raise ValueError(f"A client is asked train, evaluate or query.{', query.'.join(QUERIES)}; got {kind!r}.")
-    bench.before(kind, content, context)
     answer = {"train": _trained, "evaluate": _evaluated}.get(kind) or QUERIES[action]
-    reply = answer(bench, content, context)
-    bench.after(kind, content, reply, context)
+    try:
+        bench.before(kind, content, context)
+        reply = answer(bench, content, context)
+        bench.after(kind, content, reply, context)
+    except Exception as error:
+        bench.failed(kind, content, error)
+        raise
     return reply
 
 

@@ -64,7 +64,7 @@ def diagnose(bench: Workbench, grid: Grid, report: RoundReport, arrays: ArrayRec
     train = bench.config.train
     optimizer: Optimizer = "adam" if OPTIMIZERS[train.optimizer].adaptive else "sgd"
     return {
-        "drift": drift_by_domain(_statistics(bench, grid, report), bench.plan),
+        "drift": drift_by_domain(statistics_of(bench, grid, report), bench.plan),
         "weight_norm": norms,
         "effective_learning_rate": rates_of_norms(norms, train.learning_rate, optimizer=optimizer),
     }
@@ -112,7 +112,14 @@ def server_weight_norms(bench: Workbench, tensors: Mapping[str, Tensor]) -> dict
     return {path: norm.item() for path, norm in zip(held, norms, strict=True)}
 
 
-def _statistics(bench: Workbench, grid: Grid, report: RoundReport) -> list[ClientStatistics]:
+def statistics_of(bench: Workbench, grid: Grid, report: RoundReport) -> list[ClientStatistics]:
+    """Return the running statistics of the clients that trained in a round, asked for where they stay on a client.
+
+    Args:
+        bench: The run's workbench.
+        grid: The way to the clients.
+        report: The round, with the statistics that travelled; clients whose statistics do not fit are taken down in it.
+    """
     plan = bench.plan
     keys = [key for pair in plan.moments() for key in pair]
     local = any(plan.by_key[key].role is Role.LOCAL for key in keys)

@@ -19,42 +19,33 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
-import shutil
-import socket
+import shlex
 import subprocess
-import sys
-import sysconfig
-import tempfile
 import threading
 import time
 import tomllib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
 from typing import IO, Any
 
-import psutil
-
 from fednorm.cores import available_cores
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federation.flower_app import ConfigValue, toml_lines, write_app
-from fednorm.signals import held, raising
+from fednorm.federation.processes import ProcessTree, command_of, free_port, listens, own_processes
+from fednorm.signals import Terminated, held
 
 __all__ = ["ConfigValue", "FlowerRun", "RunningSuperLink", "run_with_flower", "submit_to_flower", "write_app"]
 
 _COMPLETED = "finished:completed"
-_START_SECONDS = 30.0
 _START_ATTEMPTS = 3
 _STATUS_SECONDS = 60.0
+_SUBMIT_SECONDS = 15.0
 _TAIL_LINES = 25
-_POLITE_SECONDS = 3.0
 _ANSI = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-_OBJECT_STORE_BYTES = 2**30
 _STARTED = re.compile(r"Successfully started run (\d+)")
 
 
@@ -113,8 +104,11 @@ def submit_to_flower(
     home: Path,
     timeout: float,
     on_line: Callable[[str], None] | None = None,
+    on_stop: Callable[[str], None] = lambda _: None,
 ) -> FlowerRun:
     """Hand a Flower app to a SuperLink that runs already, follow its log to the end, and return what became of it.
+
+    Where this process is interrupted or politely terminated meanwhile, the run is stopped on the SuperLink too.
 
     Args:
         app_dir: The app's folder (:func:`write_app`).
@@ -123,6 +117,7 @@ def submit_to_flower(
         home: Where ``FLWR_HOME`` and the log go; outside ``app_dir``.
         timeout: Seconds until nobody waits for it any more; the run itself goes on.
         on_line: Called with each line of the log as it comes, without colours.
+        on_stop: Called with a sentence on what has become of the run, when this process is interrupted or terminated.
 
     Raises:
         AggregationError: The run was not taken, failed, was stopped or timed out; with the reason and the log's end.
@@ -132,29 +127,75 @@ def submit_to_flower(
     (home / "flwr" / "config.toml").write_text(superlink.toml(), encoding="utf-8")
     overrides = home / "run-config.toml"
     overrides.write_text("\n".join(toml_lines(run_config)) + "\n", encoding="utf-8")
-    command = [_command("flwr"), "run", str(app_dir), "--stream", "--run-config", str(overrides)]
-    started, log_path, number = time.monotonic(), home / "flower.log", ""
-
-    def follow(line: str) -> None:
-        nonlocal number
-        if match := _STARTED.search(line):
-            number = match[1]
-        if on_line is not None:
-            on_line(line)
-
-    with _own_processes(home) as (tree, environment):
-        exit_code, reason = _stream(tree, command, None, environment, log_path, started + timeout, follow)
-        run = _ask_status(environment, number) if number else {}
+    command = [command_of("flwr"), "run", str(app_dir), "--stream", "--run-config", str(overrides)]
+    started, log_path, number = time.monotonic(), home / "flower.log", _Number()
+    with own_processes(home) as (tree, environment):
+        try:
+            exit_code, reason = _stream(
+                tree, command, None, environment, log_path, started + timeout, on_line, number.look
+            )
+        except (KeyboardInterrupt, Terminated):
+            with held():
+                on_stop(_stopped(number, superlink, environment))
+            raise
+        run = _ask_status(environment, number.text) if number.text else {}
     status = str(run.get("status", "never taken"))
     if status != _COMPLETED:
         details = run.get("status-details", "") or "see its log"
         reason = reason or f"the SuperLink at {superlink.address} reports it as {status!r} ({details})"
-        stop = f" Where it still runs, flwr stop {number} ends it." if number and "finished" not in status else ""
+        goes_on = number.text and "finished" not in status
+        stop = f" Where it still runs, {_stop_command(number, environment)} ends it." if goes_on else ""
         raise AggregationError(
             f"The run on the SuperLink at {superlink.address} did not complete: {reason}.{stop}\n"
             f"The end of its log, {log_path}:\n{_tail(log_path)}"
         )
-    return FlowerRun(number, status, exit_code, log_path, time.monotonic() - started)
+    return FlowerRun(number.text, status, exit_code, log_path, time.monotonic() - started)
+
+
+class _Number:
+    """The number that a SuperLink gives a run, told by the thread that reads the submission's log.
+
+    Attributes:
+        text: The number; empty before it is known.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._over = threading.Event()
+
+    def look(self, line: str | None) -> None:
+        """Look at a line of the log; None is its end."""
+        if line is not None and (match := _STARTED.search(line)):
+            self.text = match[1]
+        if line is None or self.text:
+            self._over.set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until the number is known or the log is over; return whether either is."""
+        return self._over.wait(seconds)
+
+
+def _stopped(number: _Number, superlink: RunningSuperLink, environment: Mapping[str, str]) -> str:
+    """Stop a run on its SuperLink, and return what has become of it."""
+    answered = number.wait(_SUBMIT_SECONDS)
+    if not number.text:
+        lacks = "did not take the run" if answered else "has not said yet whether it takes the run: see flwr list"
+        return f"The SuperLink at {superlink.address} {lacks}."
+    command = [command_of("flwr"), "stop", number.text]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=_STATUS_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        return (
+            f"Run {number.text} goes on, on the SuperLink at {superlink.address}, which could not be told to stop it. "
+            f"{_stop_command(number, environment)} ends it."
+        )
+    return f"Run {number.text} on the SuperLink at {superlink.address} was stopped."
+
+
+def _stop_command(number: _Number, environment: Mapping[str, str]) -> str:
+    return f"FLWR_HOME={shlex.quote(environment['FLWR_HOME'])} flwr stop {number.text}"
 
 
 def run_with_flower(
@@ -197,7 +238,7 @@ def run_with_flower(
         f"num-supernodes={num_supernodes} init-args-num-cpus={parallel_cpus} "
         f"client-resources-num-cpus={client_cpus} client-resources-num-gpus={float(client_gpus)}"
     )
-    command = [_command("flwr"), "run", str(app_dir), "--stream", "--federation-config", federation]
+    command = [command_of("flwr"), "run", str(app_dir), "--stream", "--federation-config", federation]
     home.mkdir(parents=True, exist_ok=True)
     if run_config:
         overrides = home / "run-config.toml"
@@ -206,7 +247,7 @@ def run_with_flower(
 
     started = time.monotonic()
     log_path = home / "flower.log"
-    with _own_processes(home) as (tree, environment):
+    with own_processes(home) as (tree, environment):
         superlink = _start_superlink(tree, home, environment)
         exit_code, reason = _stream(tree, command, superlink, environment, log_path, started + timeout, on_line)
         run = {} if reason else _ask_status(environment)
@@ -260,88 +301,17 @@ def _flat_keys(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield prefix + key
 
 
-@contextmanager
-def _own_processes(home: Path) -> Iterator[tuple[_ProcessTree, dict[str, str]]]:
-    """Hand out a process tree and the environment for it; end the one and remove the other's temporary files.
-
-    Ctrl-C, ``SIGTERM``, ``SIGHUP`` and ``SIGQUIT`` end the block by an exception; none of them cuts the cleaning short.
-    """
-    # Ray's sockets lie in this folder, and a socket's path may have 103 characters at most.
-    short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= 20 or os.name != "posix" else "/tmp"
-    tree, ray_dir = _ProcessTree(), ""
-    with raising():
-        try:
-            with held():
-                ray_dir = tempfile.mkdtemp(prefix="fednorm-", dir=short)
-            yield tree, _environment(home, ray_dir)
-        finally:
-            with held():
-                tree.end()
-                shutil.rmtree(ray_dir, ignore_errors=True)
-
-
-def _environment(home: Path, ray_dir: str) -> dict[str, str]:
-    """Return the environment of everything that this launch starts."""
-    environment = dict(os.environ)
-    no_proxy = ",".join(filter(None, [environment.get("NO_PROXY"), "127.0.0.1", "localhost"]))
-    environment.update(
-        FLWR_HOME=str(home / "flwr"),
-        FLWR_TELEMETRY_ENABLED="0",
-        FLWR_DISABLE_UPDATE_CHECK="1",
-        FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION="1",
-        FLWR_SUPEREXEC_TASK_POLL_INTERVAL="0.05",
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_ADDRESS="local",
-        # Else Ray listens on all of this machine's interfaces, and runs what it is sent there without asking who sends
-        # it. The name is Ray's, and does on Linux what it does on the systems that it is named after.
-        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
-        RAY_TMPDIR=ray_dir,
-        NO_PROXY=no_proxy,
-        no_proxy=no_proxy,
-        PYTHONUNBUFFERED="1",
-        PYTHONPATH=os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-        PATH=os.pathsep.join([*_script_folders(), environment.get("PATH", os.defpath)]),
-    )
-    environment.setdefault("RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES", str(_OBJECT_STORE_BYTES))
-    return environment
-
-
-def _script_folders() -> list[str]:
-    """Return where this Python's console scripts may lie, the likeliest first."""
-    folders = [str(Path(sys.executable).parent), sysconfig.get_path("scripts")]
-    folders.append(sysconfig.get_path("scripts", sysconfig.get_preferred_scheme("user")))
-    return list(dict.fromkeys(folders))
-
-
-def _command(name: str) -> str:
-    """Return the path of one of Flower's commands: this Python's own, or else the first on PATH."""
-    path = shutil.which(name, path=os.pathsep.join(_script_folders())) or shutil.which(name)
-    if path is None:
-        raise ConfigError(
-            f"The command {name} was not found beside {sys.executable}, nor on PATH. Flower's package installs it: "
-            "pip install --force-reinstall 'flwr[simulation]'."
-        )
-    return path
-
-
-def _free_port() -> int:
-    """Return a port of 127.0.0.1 that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _start_superlink(tree: _ProcessTree, home: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def _start_superlink(tree: ProcessTree, home: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     """Start a SuperLink, point this ``FLWR_HOME`` at it, and return it once it listens."""
     flower_home = Path(environment["FLWR_HOME"])
     flower_home.mkdir(parents=True, exist_ok=True)
     log_path = home / "superlink.log"
     for _ in range(_START_ATTEMPTS):
-        port = _free_port()
-        command = [_command("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
+        port = free_port()
+        command = [command_of("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1"]
         with log_path.open("wb") as log:
             superlink = tree.start([*command, "--port", str(port)], environment, stdout=log)
-        if _listens(tree, superlink, port):
+        if listens(tree, superlink, port):
             own = RunningSuperLink(f"127.0.0.1:{port}")
             (flower_home / "config.toml").write_text(own.toml(), encoding="utf-8")
             return superlink
@@ -351,30 +321,24 @@ def _start_superlink(tree: _ProcessTree, home: Path, environment: Mapping[str, s
     )
 
 
-def _listens(tree: _ProcessTree, superlink: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait until this very process listens on the port; ``False`` when it ends or stays silent instead."""
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and superlink.poll() is None:
-        if tree.listens(superlink, port):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def _stream(
-    tree: _ProcessTree,
+    tree: ProcessTree,
     command: list[str],
     superlink: subprocess.Popen[bytes] | None,
     environment: Mapping[str, str],
     log_path: Path,
     deadline: float,
     on_line: Callable[[str], None] | None,
+    look: Callable[[str | None], None] = lambda _: None,
 ) -> tuple[int, str]:
-    """Submit the run and follow its log to the end; return the exit status and, if it was cut short, why."""
+    """Submit the run and follow its log to the end; return the exit status and, if it was cut short, why.
+
+    Lines are looked at as they are read, by another thread, also when this one is not there any more.
+    """
     client = tree.start(command, environment, stdout=subprocess.PIPE)
     assert client.stdout is not None
     lines: Queue[str | None] = Queue()
-    threading.Thread(target=_pump, args=(client.stdout, lines), daemon=True).start()
+    threading.Thread(target=_pump, args=(client.stdout, lines, look), daemon=True).start()
     with log_path.open("w", encoding="utf-8") as log:
         while True:
             if time.monotonic() > deadline:
@@ -394,17 +358,20 @@ def _stream(
                 on_line(line)
 
 
-def _pump(stream: IO[bytes], lines: Queue[str | None]) -> None:
-    """Put a stream's lines into a queue, then ``None``."""
+def _pump(stream: IO[bytes], lines: Queue[str | None], look: Callable[[str | None], None]) -> None:
+    """Put a stream's lines into a queue, then ``None``; each is looked at first."""
     with stream:
         for raw in stream:
-            lines.put(_ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip("\r\n"))
+            line = _ANSI.sub("", raw.decode("utf-8", errors="replace")).rstrip("\r\n")
+            look(line)
+            lines.put(line)
+    look(None)
     lines.put(None)
 
 
 def _ask_status(environment: Mapping[str, str], number: str = "") -> dict[str, Any]:
     """Return what a SuperLink says of a run, or of its only one; empty when it has none."""
-    command = [_command("flwr"), "list", "--format", "json", *(["--run-id", number] if number else [])]
+    command = [command_of("flwr"), "list", "--format", "json", *(["--run-id", number] if number else [])]
     try:
         answer = subprocess.run(command, env=environment, capture_output=True, timeout=_STATUS_SECONDS, check=False)
         runs = json.loads(answer.stdout)["runs"]
@@ -417,83 +384,3 @@ def _tail(path: Path) -> str:
     """Return a log's last lines, indented."""
     with path.open(encoding="utf-8", errors="replace") as log:
         return "".join(f"    {line.rstrip()}\n" for line in deque(log, maxlen=_TAIL_LINES)).rstrip()
-
-
-class _ProcessTree:
-    """All processes that descend from those started here, also those that have moved to a session of their own.
-
-    A process is remembered by its id *and* its start time (psutil compares both), so that a number which the
-    system has given to a stranger meanwhile is never touched. A descendant whose parent ends is remembered if
-    :meth:`refresh` has seen it before.
-    """
-
-    def __init__(self) -> None:
-        self._roots: list[subprocess.Popen[bytes]] = []
-        self._known: dict[int, psutil.Process] = {}
-
-    def start(
-        self, command: Sequence[str], environment: Mapping[str, str], *, stdout: int | IO[bytes]
-    ) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own, so that an interrupt from the terminal reaches only us."""
-        with held():  # a process is known from its first moment on
-            process = subprocess.Popen(
-                command,
-                env=dict(environment),
-                stdin=subprocess.DEVNULL,
-                stdout=stdout,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            self._roots.append(process)
-            self._known[process.pid] = psutil.Process(process.pid)
-        return process
-
-    def listens(self, process: subprocess.Popen[bytes], port: int) -> bool:
-        """Say whether this very process, and not another on the machine, listens on a TCP port."""
-        try:
-            connections = self._known[process.pid].net_connections(kind="tcp")
-        except psutil.Error:
-            return False
-        return any(c.status == psutil.CONN_LISTEN and c.laddr.port == port for c in connections)
-
-    def refresh(self) -> list[psutil.Process]:
-        """Look for new descendants; return all that are alive."""
-        alive = {pid: process for pid, process in self._known.items() if _is_alive(process)}
-        for process in list(alive.values()):
-            with suppress(psutil.NoSuchProcess):
-                children = [] if process.ppid() in alive else process.children(recursive=True)
-                alive.update((child.pid, child) for child in children if _is_alive(child))
-        self._known = alive
-        return list(alive.values())
-
-    def end(self) -> None:
-        """End every process of the tree: first by asking those started here, then by asking all, at last by force."""
-        self.refresh()
-        for root in reversed(self._roots):
-            root.terminate()
-        requests: list[Callable[[psutil.Process], None]] = [psutil.Process.terminate, *[psutil.Process.kill] * 3]
-        for request in requests:
-            if not self._wait(_POLITE_SECONDS):
-                break
-            for process in self.refresh():
-                with suppress(psutil.NoSuchProcess):
-                    request(process)
-        self._wait(_POLITE_SECONDS)
-        for root in self._roots:  # a zombie with threads still ending cannot be reaped at once
-            with suppress(subprocess.TimeoutExpired):
-                root.wait(_POLITE_SECONDS)
-
-    def _wait(self, seconds: float) -> list[psutil.Process]:
-        """Wait for the whole tree to end; return what is still alive."""
-        deadline = time.monotonic() + seconds
-        while (alive := self.refresh()) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        return alive
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    """Say whether a process still runs; one that only waits to be reaped by its parent does not."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False

@@ -133,6 +133,10 @@ class Turn:
         """Whether this is one of the first rounds, in which the head alone is trained."""
         return self.server_round <= self.trainee.config.train.linear_probe_rounds
 
+    def task_numbers(self) -> list[int]:
+        """Return the experience of each task that the client has seen; empty where nobody tells tasks apart."""
+        return []
+
     def read(self) -> dict[str, Tensor]:
         """Return a copy of every tensor of the model."""
         return {key: tensor.clone() for key, tensor in self.tensors.items()}

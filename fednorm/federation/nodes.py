@@ -9,6 +9,7 @@ that order. On another runtime the order of registration counts, or, without one
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TypeVar
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fednorm.errors import IncompleteError
+from fednorm.errors import AggregationError, IncompleteError
 from fednorm.federation.constants import differing
 from fednorm.federation.contexts import FIRST, Contexts
 from fednorm.federation.flower_private import quiet_flower_log
@@ -151,6 +152,27 @@ def asked(
             yield node, read(node, reply)
         except UnfitReply as unfit:
             reject(node.partition_id, unfit)
+
+
+def wait_for_nodes(grid: Grid, count: int, seconds: float) -> None:
+    """Wait until as many nodes have come as a run has clients.
+
+    Args:
+        grid: Where they come to.
+        count: How many.
+        seconds: How long to wait for them.
+
+    Raises:
+        AggregationError: Fewer have come.
+    """
+    waited_until = time.monotonic() + seconds
+    while (there := len(list(grid.get_node_ids()))) < count:
+        if time.monotonic() > waited_until:
+            raise AggregationError(
+                f"The run has {count} clients, and {there} nodes came within {seconds:.0f} s. "
+                f"With flwr run: --federation-config 'num-supernodes={count}'."
+            )
+        time.sleep(0.2)
 
 
 def numbered(grid: Grid) -> list[int]:

@@ -15,12 +15,13 @@ from flwr.serverapp import Grid, ServerApp
 from fednorm.config import RunConfig, of_which
 from fednorm.data.clients import Counts
 from fednorm.device import described
-from fednorm.errors import IncompleteError
+from fednorm.errors import IncompleteError, RecordError
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
 from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
 from fednorm.federation.cohort.engine import engine_of
 from fednorm.federation.contexts import SMALL
+from fednorm.federation.deployment.simulation import SimulatedGrid
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.evaluated import evaluated
 from fednorm.federation.grid import InProcessGrid
@@ -29,6 +30,7 @@ from fednorm.federation.replies import Expected, ExpectedClients
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (
+    CLIENTS,
     DEPLOYMENT,
     LOCAL_RECORD,
     BenchSource,
@@ -98,6 +100,8 @@ def serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obse
         FedNormError: The configuration cannot be run, too few clients answered, or the record cannot be written.
     """
     check(bench)
+    if bench.keeping and not isinstance(grid, InProcessGrid):
+        grid = SimulatedGrid(grid, bench, record)
     if record is None:
         return _serve(grid, bench, None, observer)
     with record.locked():
@@ -221,11 +225,24 @@ def _serve(grid: Grid, bench: Workbench, record: RunRecord | None, observer: Obs
     return document
 
 
+def _require_clients_here(record: RunRecord) -> None:
+    """Refuse, in process, a checkpoint of a server whose clients keep their tensors elsewhere.
+
+    Raises:
+        RecordError: It is one.
+    """
+    if (record.folder / CLIENTS).is_dir() and record.has_checkpoint():
+        raise RecordError(
+            f"This run was begun on Flower's runtime, whose clients keep their tensors in {record.folder / CLIENTS}. "
+            "Go on with --runtime flower, or choose another folder with --runs."
+        )
+
+
 class _Journal:
     """Takes down every round: its line, now and then a checkpoint, a word to the observer.
 
-    Clients' local tensors live outside this process on Flower's own simulation: there, no checkpoint is written. Sites
-    keep theirs on their own disks, and the server's checkpoint is of its own tensors.
+    Where clients' local tensors live outside this process, the server's checkpoint is of its own tensors: sites keep
+    theirs on their own disks, clients of Flower's simulation in the record. Where neither does, none is written.
 
     Attributes:
         lines: Every round's line so far.
@@ -237,8 +254,10 @@ class _Journal:
         self.lines: list[Document] = []
         self._grid, self._bench, self._record, self._observer = grid, bench, record, observer
         self._sites = bench.roster
+        self._simulated = grid if isinstance(grid, SimulatedGrid) else None
+        self._here = self._simulated is None and self._sites is None
         self._data = data if self._sites is None else f"sites of {self._sites.run}"
-        self._keeps = isinstance(grid, InProcessGrid) or self._sites is not None
+        self._keeps = isinstance(grid, InProcessGrid) or not self._here
         self._pending: Checkpoint | None = None
         self.last: Checkpoint | None = None
         """That of the last round, once there is one: what a longer run would go on with."""
@@ -258,6 +277,8 @@ class _Journal:
                     large.attach(self._record.states, checkpoint.ended)
                 arrays, first_round = restored(checkpoint, self._bench, self._grid), checkpoint.ended + 1
             self.lines = self._record.lines()
+            if self._simulated:
+                self._simulated.begin(checkpoint.ended)
             trained = reports(self._record.folder, self.lines[-1]).get("train", ()) if self.lines else ()
             self._bench.strategy.norms = {c["client"]: c["update_norm"] for c in trained if c.get("update_norm")}
         if self._observer:
@@ -266,17 +287,18 @@ class _Journal:
 
     def _checkpoint(self, record: RunRecord) -> Checkpoint | None:
         """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
-        if self._sites is None:
+        if self._here:
+            _require_clients_here(record)
             further.begin(record, self._data, (*SCORES, "diagnostics"))
         checkpoint = record.load_checkpoint(self._data)
-        if checkpoint and self._sites is None and checkpoint.ended == self._bench.num_rounds:
+        if checkpoint and self._here and checkpoint.ended == self._bench.num_rounds:
             self.last = checkpoint
         return checkpoint
 
     def round(self, report: RoundReport, arrays: ArrayRecord) -> None:
         """Take down one round."""
-        if self._sites:
-            self._sites.note(report)
+        if listener := self._sites or self._simulated:
+            listener.note(report)
         config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
@@ -303,10 +325,10 @@ class _Journal:
         if not self._keeps:
             return
         self._pending = taken(number, arrays, self._bench, self._grid, self._data)
-        if number == self._bench.num_rounds and self._sites is None:
+        if number == self._bench.num_rounds and self._here:
             self.last = self._pending
-        # A site can go back by one training and no more: its server keeps every round.
-        if self._sites or number % self._bench.config.rounds.checkpoint_every == 0:
+        # Clients elsewhere can go back by one training and no more: their server keeps every round.
+        if not self._here or number % self._bench.config.rounds.checkpoint_every == 0:
             self.close()
 
     def evaluate_again(self, arrays: ArrayRecord) -> None:

@@ -14,7 +14,7 @@ from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
 from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.server import Observer, check, read_back
-from fednorm.federation.workbench import Workbench
+from fednorm.federation.workbench import CLIENTS, Workbench
 from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, raising
 
@@ -27,9 +27,9 @@ def simulate_flower(
 ) -> dict[str, Any]:
     """Run a federation with ``flwr run`` on a SuperLink of its own; a finished run is read back.
 
-    The apps are those of the in-process runtime, and so are the numbers. There is no checkpoint: clients' local
-    tensors live in Flower's processes, so a run that was cut short here starts again from round 1. The record is
-    written by the ServerApp.
+    The apps are those of the in-process runtime, and so are the numbers. A federation that was cut short goes on from
+    the last round: the server has a checkpoint of its own tensors, and each client keeps its own in the record until
+    the run has finished (one of clients on streams starts again from round 1). The record is written by the ServerApp.
 
     Args:
         config: The run's configuration.
@@ -64,16 +64,22 @@ def simulate_flower(
         if finished := record.result():  # it has finished since
             return finished
         with record.locked():  # not while another process writes to it
-            record.start_over()
+            if not ((record.folder / CLIENTS).is_dir() and record.has_checkpoint()):
+                record.start_over()
+                shutil.rmtree(record.folder / CLIENTS, ignore_errors=True)
         return _launch(record, bench, observer, timeout)
 
 
 def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, timeout: float) -> dict[str, Any]:
+    clients = record.folder / CLIENTS
     run_config = {"config": json.dumps(record.config.to_dict()), "runs": str(record.folder.parent)}
+    if record.config.kind == "federated":
+        clients.mkdir(exist_ok=True)
+        run_config["clients"] = str(clients)
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)
     if observer:
-        observer.begin(bench, 1)
+        observer.begin(bench, len(record.lines()) + 1)
     num_nodes = len(bench.federation.clients)
     try:
         with _following(record, observer):
@@ -91,7 +97,8 @@ def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, time
     result = record.result()
     if result is None:
         raise RecordError(f"Flower reports the run as completed, but it left no result in {record.folder}.")
-    shutil.rmtree(flower, ignore_errors=True)
+    for folder in (flower, clients):
+        shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
@@ -117,7 +124,7 @@ def _following(record: RunRecord, observer: Observer | None) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    count = 0
+    count = len(record.lines())
 
     def tell() -> None:
         nonlocal count

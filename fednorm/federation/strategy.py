@@ -30,7 +30,7 @@ from fednorm.federation.constants import constant_prints
 from fednorm.federation.evaluated import evaluated
 from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import KnownNodes, Node, discover
+from fednorm.federation.nodes import KnownNodes, Node, discover, wait_for_nodes
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import (
     EXTRA,
@@ -102,6 +102,7 @@ class NormStrategy(Strategy):
         norms: The norms of the last round's updates, by partition id.
         renew: How the nodes of a round are found, in a run where they come and go.
         num_rounds: The rounds of the whole run, on the server and on the clients; 0 where nobody has said.
+        num_experiences: The experiences that they are dealt to, as many to each.
         evaluates: Which clients are evaluated (``evaluate.clients``).
 
     Raises:
@@ -139,7 +140,7 @@ class NormStrategy(Strategy):
         self.expected: Mapping[int, Expected] = {}
         self.takes_part: Callable[[int, int], bool] = _always
         self.norms: dict[int, float] = {}
-        self.num_rounds = 0
+        self.num_rounds, self.num_experiences = 0, 1
         self.evaluates = ALL_CLIENTS
         self.nodes: tuple[Node, ...] = ()
         self._known = KnownNodes(())
@@ -221,6 +222,11 @@ class NormStrategy(Strategy):
             raise ConfigError(
                 f"{type(self).__name__} keeps no tensors of its own; the checkpoint has {', '.join(state)}."
             )
+
+    def ends_experience(self, server_round: int) -> bool:
+        """Return whether a round is the last of an experience, as far as anybody has said how many there are."""
+        each = self.num_rounds // self.num_experiences
+        return each > 0 and server_round % each == 0
 
     def _require_something_to_send(self) -> None:
         if self.plan.sent or self.silent:
@@ -369,7 +375,7 @@ class NormStrategy(Strategy):
         for current in range(first_round, num_rounds + 1):
             began = time.perf_counter()
             evaluated = current % evaluate_every == 0 or current == num_rounds
-            self._keeps_statistics = evaluated
+            self._keeps_statistics = evaluated or self.ends_experience(current)
             messages = self.configure_train(current, arrays, train_config, grid)
             new, train_metrics = self.aggregate_train(current, grid.send_and_receive(messages, timeout=timeout))
             if new is None:
@@ -399,18 +405,8 @@ class NormStrategy(Strategy):
             AggregationError: Too few nodes came, or none of them can be taken on.
         """
         if not self.nodes:
-            self._wait_for_nodes(grid)
+            wait_for_nodes(grid, self.min_nodes, NODE_SECONDS)
             self.nodes, self._refused = discover(grid, self.expected, self._constants)
-
-    def _wait_for_nodes(self, grid: Grid) -> None:
-        waited_until = time.monotonic() + NODE_SECONDS
-        while (count := len(list(grid.get_node_ids()))) < self.min_nodes:
-            if time.monotonic() > waited_until:
-                raise AggregationError(
-                    f"The run has {self.min_nodes} clients, and {count} nodes came within {NODE_SECONDS:.0f} s. "
-                    f"With flwr run: --federation-config 'num-supernodes={self.min_nodes}'."
-                )
-            time.sleep(0.2)
 
     def _address(self, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
         self._awaited = [node.partition_id for node in nodes]

@@ -42,8 +42,12 @@ from fednorm.training.trainee import Trainee
 
 if TYPE_CHECKING:
     from fednorm.federation.cohort.engine import Engine
+    from fednorm.federation.deployment.kept import Keeping
     from fednorm.federation.deployment.roster import Roster
 
+
+CLIENTS = "flower-clients"
+"""The folder of a record in which clients of Flower's own simulation keep their state while a run is not finished."""
 
 DEPLOYMENT = "deployment"
 """What a run's configuration says as ``runtime`` where its nodes are real: each a site with its own data."""
@@ -70,6 +74,8 @@ class Workbench:
     lends = False
     roster: Roster | None = None
     """Who the nodes are, in a deployed run."""
+    keeping: Keeping | None = None
+    """How clients keep their state where their processes end before the run does, and no node of theirs does it."""
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
         """Load the data (unless given) and build the model and the strategy.
@@ -103,7 +109,7 @@ class Workbench:
         away = self.trainee.device.type != "cpu"
         model = copy.deepcopy(self.model).cpu() if away else self.model
         self.strategy: NormStrategy = config.strategy.card.made(model, config.strategy.options, **common)
-        self.strategy.num_rounds = self.num_rounds
+        self.strategy.num_rounds, self.strategy.num_experiences = self.num_rounds, self.num_experiences
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
@@ -125,9 +131,16 @@ class Workbench:
 
     def before(self, kind: str, content: RecordDict, context: Context) -> None:
         """Prepare for what a client is asked, before anything of it is carried out."""
+        if self.keeping:
+            self.keeping.before(kind, content, context.state)
 
     def after(self, kind: str, content: RecordDict, reply: RecordDict, context: Context) -> None:
         """Do what is left when a client has carried out what it was asked."""
+        if self.keeping:
+            self.keeping.after(kind, content, reply, context.state)
+
+    def failed(self, kind: str, content: RecordDict, error: Exception) -> None:
+        """Do what is left when a client could not carry out what it was asked, and an error goes back."""
 
     def about_node(self) -> dict[str, str | int | bool]:
         """Return what a client says of itself besides, where nobody knows it from elsewhere."""
@@ -142,6 +155,11 @@ class Workbench:
     def num_rounds(self) -> int:
         """Return how many rounds the run has."""
         return self.config.rounds.num_rounds
+
+    @property
+    def num_experiences(self) -> int:
+        """Return how many experiences the rounds are dealt to, as many to each."""
+        return 1
 
     @property
     def evaluate_every(self) -> int:
@@ -419,8 +437,12 @@ BenchSource = Callable[[Context], Workbench]
 
 
 @lru_cache(maxsize=2)
-def _workbench(config: str) -> Workbench:
+def _workbench(config: str, clients: str) -> Workbench:
     bench = workbench_of(resolve(json.loads(config or "{}")))
+    if clients:
+        from fednorm.federation.deployment.simulation import keeping_in  # it imports what is here
+
+        bench.keeping = keeping_in(clients)
     torch.set_num_threads(bench.config.threads)  # Flower's processes are ours alone
     return bench
 
@@ -437,4 +459,4 @@ def process_workbench(context: Context) -> Workbench:
         from fednorm.federation.deployment.site import site_workbench  # it descends from the one here
 
         return site_workbench(context)
-    return _workbench(str(context.run_config.get("config", "")))
+    return _workbench(str(context.run_config.get("config", "")), str(context.run_config.get("clients", "")))

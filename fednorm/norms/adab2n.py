@@ -25,7 +25,8 @@ code: none).
 
 Cost: about twice PyTorch's batch normalization on maps at a batch of 32, four times on tokens: moments of samples,
 their mixture and the normalization are passes of their own; at a batch of 1 it is the number of calls, five times.
-Federated: psi is a GATE, shared by FedAvg, local under FedBN; running moments and counter as in batch normalization.
+Federated: psi is a GATE, shared by FedAvg, local under FedBN; running moments and counter as in batch normalization, or
+by client and task (FedAvg's ``moments = "pool_tasks"``).
 Continual: everything is kept across experiences.
 Differs: eta is computed from the counter ``num_batches_tracked`` by the recursion's closed form. The official layer
 keeps it in a plain attribute, so that a resumed run starts its schedule again. The paper chooses kappa and lambd for
@@ -51,7 +52,7 @@ from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.norms._hearing import Hearing
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.roles import Kind
-from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TaskedLayer, TensorSpec
 
 _LANES = 8
 """Numbers in a vector register of most processors; see :func:`_fold`."""
@@ -170,7 +171,8 @@ class _TaskWeightedNorm(torch.autograd.Function):
         wide_mean, wide_var, wide_scale = wide
         batch, fold, channels = step.batch, step.fold, len(mean)
         maps = _folded(x, fold)
-        grad = _folded(torch.zeros_like(x) if grad_y is None else _in_layout_of(x, grad_y), fold)
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad = _folded(torch.zeros_like(x) if grad_y is None else grad_y.contiguous(memory_format=layout), fold)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad, maps, None, wide_mean, wide_var, None, None, False, step.eps, [False, True, True]
         )
@@ -251,12 +253,6 @@ def _twice_affine(maps: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     return y.view(maps.shape)
 
 
-def _in_layout_of(x: Tensor, other: Tensor) -> Tensor:
-    if x.is_contiguous():
-        return other.contiguous()
-    return other.contiguous(memory_format=torch.channels_last)
-
-
 class _Batches:
     """The latest batch's tasks: every layer of a network asks for the same, and they are made once a size of maps."""
 
@@ -319,7 +315,7 @@ class _Now:
     penalty: Tensor | None = None
 
 
-class AdaB2NLayer(HookedLayer, BatchLayer):
+class AdaB2NLayer(TaskedLayer, BatchLayer):
     """AdaB2N for (N, C) and (N, C, ...).
 
     Args:
@@ -354,6 +350,16 @@ class AdaB2NLayer(HookedLayer, BatchLayer):
         self._hearing.told = True
         now = self._now
         now.tasks, now.seen = (None, 1) if tasks is None else (tasks, num_tasks)
+
+    @property
+    def tasks(self) -> Tensor | None:
+        """The task of every sample of the latest batch."""
+        return self._now.tasks
+
+    def task_shares(self, counts: Tensor) -> Tensor:
+        """Return pi of a batch with so many samples of each task that has been seen."""
+        mass = self.task_weight.detach()[: len(counts)].exp().to(counts) + counts
+        return mass / mass.sum()
 
     def penalty(self) -> Tensor | None:
         """Return lambd times the squared distance of the latest batch's moments from the running ones, once.

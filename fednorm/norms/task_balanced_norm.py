@@ -17,7 +17,8 @@ first B_c. Set ``batch_ratio`` to the learner's ratio of new to memory samples, 
 experience comes again, the current task is the one that it was, and T counts all others seen. Evaluation is batch
 normalization with the running moments.
 
-Federated: batch normalization. Continual: everything is kept across experiences.
+Federated: batch normalization, or by client and task (FedAvg's ``moments = "pool_tasks"``).
+Continual: everything is kept across experiences.
 Differs: the official layer takes the first B_c samples for current whatever they are; ours checks their task numbers.
 """
 
@@ -36,7 +37,7 @@ from fednorm.errors import DataError
 from fednorm.norms._batch import BatchLayer, batch_norm, check_spatial_dims
 from fednorm.norms._hearing import Hearing
 from fednorm.roles import Kind
-from fednorm.spec import HookedLayer, Norm, NormSpec, TensorSpec
+from fednorm.spec import Norm, NormSpec, TaskedLayer, TensorSpec
 
 
 def num_parts(num_current: int, num_memory: int, wanted: int) -> int:
@@ -45,7 +46,7 @@ def num_parts(num_current: int, num_memory: int, wanted: int) -> int:
     return max((part for part in range(1, min(wanted, common) + 1) if common % part == 0), default=1)
 
 
-class TaskBalancedNormLayer(HookedLayer, BatchLayer):
+class TaskBalancedNormLayer(TaskedLayer, BatchLayer):
     """Task-balanced batch normalization for (N, C) and (N, C, ...).
 
     Args:
@@ -74,6 +75,22 @@ class TaskBalancedNormLayer(HookedLayer, BatchLayer):
     def set_current_task(self, task: int) -> None:
         """Take the number of the current task; T counts all others that have been seen."""
         self._current = task
+
+    unbiased = True
+
+    @property
+    def tasks(self) -> Tensor | None:
+        """The task of every sample of the latest batch."""
+        return self._tasks
+
+    @property
+    def eta(self) -> float:
+        """The weight of a batch in the running moments."""
+        return 1.0 / max(int(self.num_batches_tracked), 1) if self.momentum is None else self.momentum
+
+    def task_shares(self, counts: Tensor) -> Tensor:
+        """Return the same share for every task that has been seen: what the division into parts aims at."""
+        return torch.full_like(counts, 1.0 / len(counts))
 
     def division(self, count: int) -> tuple[int, int]:
         """Return B_c and S for the coming batch of ``count`` samples.

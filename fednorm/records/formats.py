@@ -43,7 +43,7 @@ NEEDED: Mapping[str, Mapping[str, Type]] = {
         **_FEDERATED,
         "learner.name": str,
         "accuracy_tensor": list,
-        "final.average_accuracy": Number,
+        "final.average_accuracy": (*Number, type(None)),  # where no client answered after the last experience
     },
     "continual": {
         **_BOTH,
@@ -81,6 +81,8 @@ _CONTAINERS: Mapping[str, Type] = {
     "own_accuracy": list,
     "task_accuracy": list,
     "anytime": list,
+    "statistics_drift": list,
+    "unheard": list,
 }
 """Keys of what was measured that hold many numbers."""
 

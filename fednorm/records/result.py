@@ -379,6 +379,12 @@ class GridResult(FederatedResult):
         return tensor
 
     @property
+    def own_accuracy_tensor(self) -> Sequence[Sequence[Sequence[float | None]]]:
+        """The same of the networks that the clients had just trained."""
+        tensor: Sequence[Sequence[Sequence[float | None]]] = self["own_accuracy_tensor"]
+        return tensor
+
+    @property
     def method_name(self) -> str:
         """The strategy, the learner and the norm, and their options that are not at the default."""
         sections = [self.config[name] for name in ("strategy", "learner", "norm")]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from fednorm.report._common import UNKNOWN, Result, Table, by_method, name_of, percent, seeds
+from fednorm.report._common import UNKNOWN, Result, Table, by_method, interval, name_of, percent, seeds
 
 SCORES: Mapping[str, str] = {
     "average_accuracy": "average accuracy",
@@ -18,6 +18,9 @@ SCORES: Mapping[str, str] = {
 }
 """The numbers of a run, in the order of the columns."""
 
+DRIFT = "drift"
+"""How far clients' running statistics are from the pooled ones; no share."""
+
 
 def grid_table(results: Sequence[Result]) -> Table:
     """Return what came of each method, over seeds where there are several.
@@ -26,10 +29,12 @@ def grid_table(results: Sequence[Result]) -> Table:
         results: Results of finished runs on the same grid.
     """
     groups = by_method(results, name_of)
+    drifts = any(DRIFT in result["final"] for result in results)
     rows = [
         (
             name,
             *(percent([result["final"][key] for result in group]) for key in SCORES),
+            *([interval([result["final"].get(DRIFT) for result in group])] if drifts else []),
             f"{mean(result['seconds'] for result in group):.0f}",
         )
         for name, group in groups.items()
@@ -37,11 +42,17 @@ def grid_table(results: Sequence[Result]) -> Table:
     notes = (
         "Means over clients after the last experience. Spatial forgetting: what a client's own network, just trained, "
         "has more than the server's average of all, on the experiences that the client has met.",
+        *(
+            ["Drift: of clients' running statistics from those of all pooled, in standard deviations."]
+            if drifts
+            else []
+        ),
         f"{seeds(results, groups)}.",
+        *_unheard(results),
     )
     return Table(
         f"Accuracy (%): {results[0]['data']['title']}",
-        ("method", *SCORES.values(), "seconds"),
+        ("method", *SCORES.values(), *([DRIFT] if drifts else []), "seconds"),
         tuple(rows),
         notes,
         caption=f"Means over clients after the last experience. {seeds(results, groups)}.",
@@ -87,6 +98,19 @@ def between_table(results: Sequence[Result]) -> Table | None:
 def _shares(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     return percent(known) if known and len(known) == len(values) else UNKNOWN
+
+
+def _unheard(results: Sequence[Result]) -> list[str]:
+    """Return which clients gave no accuracies, and when."""
+    silent: dict[int, set[int]] = {}
+    for result in results:
+        for each in result["final"].get("unheard", ()):
+            silent.setdefault(each["experience"], set()).add(each["client"])
+    return [
+        f"Client{'s'[: len(clients) > 1]} {', '.join(map(str, sorted(clients)))} gave no accuracies after experience "
+        f"{time + 1}, and are not in the means that need them."
+        for time, clients in sorted(silent.items())
+    ]
 
 
 def tensor_table(result: Result) -> Table:

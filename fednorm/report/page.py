@@ -36,6 +36,7 @@ SCRIPTS = (
     "sweep.js",
     "curves.js",
     "matrix.js",
+    "grid.js",
     "layers.js",
     "roles.js",
     "runs.js",

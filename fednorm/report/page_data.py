@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import Kind, RunConfig
-from fednorm.records.result import result_of
+from fednorm.records.result import GridResult, result_of
 from fednorm.report import captions
 from fednorm.report._common import Result, flat
 from fednorm.report.comparison import Comparison, Method, Score
@@ -184,6 +184,9 @@ class _Builder:
             run["evaluation"] = evaluation
         if whole and own.matrix:
             run["matrix"] = [[number(value) for value in row] for row in own.matrix]
+        if whole and isinstance(own, GridResult):
+            tensors = {"sent": own.accuracy_tensor, "own": own.own_accuracy_tensor}
+            run["clients"] = {name: _by_client(tensor) for name, tensor in tensors.items()}
         return run
 
     def _configuration(self, config: Mapping[str, Any]) -> list[int]:
@@ -201,16 +204,22 @@ class _Builder:
 
     def _curves(self, own: Result) -> dict[str, list[Any]]:
         """Return a run's curves: [number of the grid, values] by quantity."""
-        made = {"federated": self._federated, "continual": self._continual, "federated_continual": self._grid}
-        return made[result_of(own).kind](own)
-
-    def _grid(self, own: Result) -> dict[str, list[Any]]:
-        """Return the curves of clients on streams by experience, counted from 1."""
         result = result_of(own)
+        if isinstance(result, GridResult):
+            return self._grid(result)
+        return {"federated": self._federated, "continual": self._continual}[result.kind](result)
+
+    def _grid(self, result: GridResult) -> dict[str, list[Any]]:
+        """Return the curves of clients on streams by experience, counted from 1."""
         found = {
             key: [(number, line.get(name)) for number, line in result.steps]
             for key, name in (("average", "average_accuracy"), ("spatial", "spatial_forgetting"))
         }
+        found["temporal"] = [(time + 1, value) for time, value in enumerate(result.get("temporal_forgetting", ()))]
+        for client in range(len(result.accuracy_tensor[0])):
+            found[f"drift.{client}"] = [
+                (time + 1, row[client]) for time, row in enumerate(result.get("drift_tensor", ()))
+            ]
         found |= {
             f"experience.{column}": [
                 (time + 1, row[column]) for time, row in enumerate(result.matrix) if row[column] is not None
@@ -287,6 +296,11 @@ _LEFT_OUT = (
     f"So that the page stays small, it has the curves, matrices and diagnostics of {WITH_CURVES:,} runs at most, those "
     "of the best methods by their first score; the final scores of all runs are here, and exports have every number."
 )
+
+
+def _by_client(tensor: Sequence[Sequence[Sequence[float | None]]]) -> list[list[list[Any]]]:
+    """Return an accuracy tensor by client, time and experience."""
+    return [[[number(value) for value in row] for row in rows] for rows in zip(*tensor, strict=True)]
 
 
 def _with_curves(comparisons: Sequence[Comparison]) -> frozenset[str] | None:
@@ -388,8 +402,11 @@ def _quantity(key: str, first: Result) -> Document:
         title = titles[int(rest)] if int(rest) < len(titles) else ""
         label = f"experience {int(rest) + 1}" + (f" ({title})" if title else "")
         return {"key": key, "label": label, "percent": True, "group": "Experience", "view": "learning"}
-    if head == "spatial":
-        return {"key": key, "label": "spatial forgetting", "percent": True, "group": "All", "view": "learning"}
+    if head in ("spatial", "temporal"):
+        return {"key": key, "label": f"{head} forgetting", "percent": True, "group": "All", "view": "learning"}
+    if head == "drift":
+        label = f"drift of client {rest}'s running statistics from all clients', pooled"
+        return {"key": key, "label": label, "percent": False, "group": "Drift", "view": "learning"}
     if head == "average":
         label = "average accuracy over experiences so far"
         return {"key": key, "label": label, "percent": True, "group": "All", "view": "learning"}

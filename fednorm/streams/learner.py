@@ -223,6 +223,12 @@ class Learner(Passes):
     def end_experience(self) -> None:
         """Be told that :attr:`source` has ended."""
 
+    def train_at_end(self, part: int, parts: int) -> None:
+        """Do one of several parts of the training that an experience's end brings; by default there is none."""
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Be told the network's initial tensors, where it has others by now; by default nobody needs them."""
+
     def own_tensors(self) -> Tensors:
         """Return what the method remembers."""
         return {}
@@ -286,12 +292,25 @@ class Learner(Passes):
             self._begin_once()
             self._epochs(self.progress.epoch + passes)
 
-    def end(self, experience: Experience) -> None:
-        """End an experience that :meth:`train_passes` has begun."""
+    def end(self, experience: Experience, *, trained: bool = False) -> None:
+        """End an experience that :meth:`train_passes` has begun; ``trained``: :meth:`train_part` did all its parts."""
         self.model.train()
         self._take(experience)
         with torch_seeded(self.seed, "learner"):
-            self._end()
+            self._end(trained)
+
+    def train_part(self, experience: Experience, part: int, parts: int) -> None:
+        """Do a part of the training that an experience's end brings (:attr:`trains_at_end`), so that rounds can.
+
+        Args:
+            experience: The experience, which :meth:`train_passes` has begun.
+            part: Which part, from 0; the first begins with what the whole begins with.
+            parts: How many there are; all of them are what :meth:`end_experience` does, to the bit.
+        """
+        self.model.train()
+        self._take(experience)
+        with torch_seeded(self.seed, "learner"):
+            self.train_at_end(part, parts)
 
     def stop_training(self) -> None:
         """End the present experience after this step, e.g. from a watcher."""
@@ -318,8 +337,9 @@ class Learner(Passes):
             self._after_training_epoch(**kwargs)
             progress.epoch, progress.batch = progress.epoch + 1, 0
 
-    def _end(self) -> None:
-        self.end_experience()
+    def _end(self, trained: bool = False) -> None:
+        if not trained:
+            self.end_experience()
         self.step.end_experience()
         self.progress = Progress(step=self.progress.step, ended=self.progress.ended + 1)
 

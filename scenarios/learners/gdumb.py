@@ -20,6 +20,10 @@ accuracy is measured, are those of the network trained last, in evaluation mode,
 Effects on the parameters act when the memory is learned, and those of an experience's beginning just before; a
 schedule of the learning rate has no effect.
 
+On a client of a federation the epochs over the memory are dealt to the rounds of an experience: in each a client offers
+what it sees of the experience for the first time, and learns the memory for its share of them, from w_0 in the
+experience's first round; the server averages. With one client that is the stream, to the bit.
+
 Differs: 32 epochs instead of 256, for time, and no CutMix. The official code trains once, on the memory at the
 stream's end, in half precision, and reports the best *test* accuracy of all its epochs; here the last epoch counts.
 Avalanche's ``GDumb`` puts a whole experience into its memory before it trains, with an ordinary reservoir for each
@@ -29,6 +33,7 @@ class, and has no schedule. Only an experience's first epoch is offered to the m
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -115,16 +120,28 @@ class GDumbLearner(Learner):
 
     def end_experience(self) -> None:
         """Train the network on the memory, from its initial weights."""
+        self.train_at_end(0, 1)
+
+    def train_at_end(self, part: int, parts: int) -> None:
+        """Train on the memory for a part of the epochs; the first part begins from the initial weights."""
+        if part == 0:
+            self._begin_anew()
+        epochs, memory = self.options.memory_epochs, self.buffer.everything()
+        for epoch in range(epochs * part // parts, epochs * (part + 1) // parts):
+            self._set_rates(self.options.rate(epoch))
+            self._train_on_memory(memory, epoch)
+        self._set_rates(1.0)
+
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the initial weights, which a client's network has left behind."""
+        self._initial = {key: tensor.clone() for key, tensor in tensors.items()}
+
+    def _begin_anew(self) -> None:
         self.model.load_state_dict(self._initial)
         self.optimizer.state.clear()
         if self.progress.ended:
             for effect in self._begin_training:
                 effect(self.experience_number)
-        memory = self.buffer.everything()
-        for epoch in range(self.options.memory_epochs):
-            self._set_rates(self.options.rate(epoch))
-            self._train_on_memory(memory, epoch)
-        self._set_rates(1.0)
 
     def _set_rates(self, share: float) -> None:
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):

@@ -84,7 +84,32 @@ def test_clients_come_and_go() -> None:
         ({"grid": {"clients": 3, "joining": 1}}, r"No client is there at experience 1 of 5.*Raise grid\.clients"),
         ({"grid": {"clients": 3, "leaving": 1}}, r"No client is there at experience 4 of 5"),
         ({"grid": {"clients": 40, "min_images": 5}}, r"At time 1 of 5 no client has 5 training images"),
-        ({"learner": {"name": "gdumb"}}, r"gdumb trains a network of its own"),
+        ({"learner": {"name": "gdumb"}, "strategy": {"name": "scaffold"}}, r"gdumb trains a fresh network.*scaffold"),
+        ({"learner": {"name": "gdumb"}, "strategy": {"name": "fedadam"}}, r"gdumb trains a fresh network.*fedadam"),
+        ({"learner": {"name": "gdumb"}, "grid": {"norms": "freeze"}}, r"gdumb trains a fresh network.*Take 'keep'"),
+        ({"grid": {"norms": "per_experience"}}, r"which\s+experience a test image is of is not known.*task_identity"),
+        (
+            {
+                "grid": {"norms": "per_experience", "order": "rotated", "clients": 3},
+                "evaluate": {"task_identity": True},
+            },
+            r"at time 1 clients are at the experiences 1, 2, 3, and strategy fedavg averages.*fedbn",
+        ),
+        (
+            {
+                "grid": {"norms": "per_experience", "order": "own"},
+                "evaluate": {"task_identity": True},
+                "strategy": {"name": "silobn"},
+            },
+            r"strategy silobn averages their normalization tensors",
+        ),
+        *(
+            (
+                {"grid": {"norms": what}, "norm": {"name": "sws"}, "evaluate": {"task_identity": True}},
+                r"this network has none \(norm sws\): it would do nothing",
+            )
+            for what in ("reset", "freeze", "per_experience")
+        ),
         ({"learner": {"name": "joint"}}, r"joint is given all experiences at once.*plain\s+federation"),
         ({"strategy": {"name": "fedrep"}}, r"fedrep trains in phases.*fedavg"),
         ({"strategy": {"name": "ditto"}}, r"Strategy ditto .* on its clients"),
@@ -93,7 +118,13 @@ def test_clients_come_and_go() -> None:
         ({"rounds": {"num_rounds": 3}}, r"'rounds\.num_rounds'.*It is a key of federated runs"),
         ({"train": {"epochs": 3}}, r"'train\.epochs'.*It is a key of continual runs"),
         ({"data": {"clients_per_domain": 2}}, r"data\.clients_per_domain says what clients hold"),
-        ({"learner": {"name": "er", "memory_size": 3}}, r"capacity 3 cannot hold a sample of each of the 10 classes"),
+        *(
+            (
+                {"learner": {"name": name, "memory_size": 3}},
+                r"capacity 3 cannot hold a sample of each of the 10 classes",
+            )
+            for name in ("er", "er_ace", "derpp", "gdumb")
+        ),
         ({"evaluate": {"split": "validation"}}, r"no images of experience 0 were held back"),
     ],
 )

@@ -25,7 +25,8 @@ SMALL: dict[str, Any] = {
 }
 MEMORY = {"memory_size": 12}
 LEARNERS: dict[str, dict[str, Any]] = {
-    "naive": {}, "er": MEMORY, "er_ace": MEMORY, "derpp": MEMORY, "ewc": {"fisher_samples": 6}, "lwf": {}
+    "naive": {}, "er": MEMORY, "er_ace": MEMORY, "derpp": MEMORY, "ewc": {"fisher_samples": 6}, "lwf": {},
+    "gdumb": {**MEMORY, "memory_epochs": 5},
 }  # fmt: skip
 
 

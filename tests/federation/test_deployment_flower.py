@@ -1,21 +1,17 @@
-"""The folder of ``fednorm deploy init``, and the run that it starts: TLS, registered keys, each site its own images."""
+"""The folder of ``fednorm deploy init``, and how a run is handed to a SuperLink."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import socket
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
-from safetensors.torch import load_file
 
 from fednorm.cli import app as cli
 from fednorm.config import resolve
@@ -24,26 +20,9 @@ from fednorm.federation import flower_runtime
 from fednorm.federation.deployment.folder import Deployment, write_deployment
 from fednorm.federation.deployment.submit import deploy, superlink_of
 from fednorm.federation.flower_runtime import RunningSuperLink
-from fednorm.federation.simulate import simulate
+from fednorm.federation.processes import free_port
 
 SITES = ("siteA", "siteB", "siteC")
-
-
-def images(folder: Path) -> None:
-    draw = np.random.default_rng(3)
-    for site in SITES:
-        for name in ("cat", "dog"):
-            (folder / site / name).mkdir(parents=True)
-            for number in range(10):
-                pixels = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / site / name / f"{number}.png")
-
-
-def free_port() -> int:
-    """Return a free port that is none of the nodes' own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def run_of(**sections: Any) -> dict[str, Any]:
@@ -62,49 +41,6 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / "clinic"
     write_deployment(made, Deployment(SITES, port=8123))
     return made
-
-
-@pytest.mark.flower
-@pytest.mark.slow
-def test_three_sites_with_their_own_images_end_with_the_bits_of_one_process(tmp_path: Path) -> None:
-    """Three SuperNodes with TLS and registered keys, as the folder's scripts start them; then a run that cannot be."""
-    if shutil.which("openssl") is None or shutil.which("ssh-keygen") is None:
-        pytest.skip("keys and certificates need OpenSSL and OpenSSH")
-    port, clinic = free_port(), tmp_path / "clinic"
-    assert write_deployment(clinic, Deployment(SITES, port=port)) == []
-    images(clinic / "data")
-    config, runs = resolve(run_of()), tmp_path / "runs"
-    target = superlink_of(f"127.0.0.1:{port}", clinic / "certificates/ca.crt", insecure=False)
-    with flower_runtime._own_processes(tmp_path) as (tree, environment):
-        for name in ("superlink", "register", *SITES):
-            with (clinic / f"{name}.log").open("wb") as log:
-                process = tree.start(["bash", str(clinic / f"{name}.sh")], environment, stdout=log)
-            if name == "superlink":
-                assert flower_runtime._listens(tree, process, port), (clinic / "superlink.log").read_text()
-            if name == "register":
-                assert process.wait(60) == 0, (clinic / "register.log").read_text()
-        deployed = deploy(config, target, runs=runs, timeout=600)
-        listening = {
-            connection.laddr.ip
-            for process in tree.refresh()
-            for connection in process.net_connections(kind="tcp")
-            if connection.status == "LISTEN"
-        }
-        unfit = {"name": "image_folders", "domains": ["siteA", "siteB", "siteX"]}
-        other_run = resolve(run_of(data=unfit, rounds={"wait": 1.0}))
-        with pytest.raises(AggregationError, match=r"did not complete(.|\n)*not siteX\. Not taken on: siteC"):
-            deploy(other_run, target, runs=runs, timeout=300)
-        assert tree.refresh()
-    assert not tree.refresh(), "processes were left"
-    assert listening == {"127.0.0.1"}
-    assert deployed is not None
-    config = resolve(run_of(data={"name": "image_folders", "domains": list(SITES), "dir": str(clinic / "data")}))
-    ours = simulate(config, runs=tmp_path / "ours")
-    one, other = (load_file(Path(result["run"]) / "model.safetensors") for result in (ours, deployed))
-    assert one.keys() == other.keys()
-    assert all(tensor.equal(other[key]) for key, tensor in one.items())
-    assert (deployed["rejected_updates"], deployed["final"]["per_domain"]) == (0, ours["final"]["per_domain"])
-    assert sorted(path.name for path in clinic.glob("state/*/*/*")) == [f"{name}.safetensors" for name in SITES]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +67,34 @@ def test_flower_is_told_the_address_and_whom_to_trust(tmp_path: Path) -> None:
     told = tomllib.loads(RunningSuperLink("10.0.0.1:8000").toml())["superlink"]["own"]
     assert told == {"address": "10.0.0.1:8000", "insecure": True}
     assert [RunningSuperLink(f"{host}:1").local for host in ("127.0.0.1", "[::1]", "10.0.0.1")] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("lines", "outcome", "sentence"),
+    [
+        (["Successfully started run 42", "more"], 0, "Run 42 on the SuperLink at 127.0.0.1:1 was stopped."),
+        (["Successfully started run 42"], 1, "Run 42 goes on, .* FLWR_HOME='/a b' flwr stop 42 ends it."),
+        (["Successfully started run 42"], None, "Run 42 goes on, .*could not be told to stop it"),
+        (["no route", None], 0, "The SuperLink at 127.0.0.1:1 did not take the run."),
+        (["Using SuperLink"], 0, "has not said yet whether it takes the run"),
+    ],
+)
+def test_a_run_whose_launcher_is_interrupted_is_stopped_or_it_is_said_how(
+    lines: list[str | None], outcome: int | None, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        assert command[1:] == ["stop", "42"]
+        if outcome is None:
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(command, outcome)
+
+    monkeypatch.setattr(flower_runtime.subprocess, "run", run)
+    monkeypatch.setattr(flower_runtime, "_SUBMIT_SECONDS", 0.05)
+    number = flower_runtime._Number()
+    for line in lines:
+        number.look(line)
+    told = flower_runtime._stopped(number, RunningSuperLink("127.0.0.1:1"), {"FLWR_HOME": "/a b"})
+    assert re.search(sentence, told), told
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -180,6 +144,7 @@ def test_the_folder_s_scripts_are_scripts_and_its_app_is_the_run(folder: Path) -
     run = resolve(tomllib.loads((folder / "run.toml").read_text()))
     assert (resolve(json.loads(app["config"])), app["runtime"]) == (run, "deployment")
     assert run.data.domains == SITES
+    assert all(f'sent-file=\\"$PWD/sent/{site}.jsonl\\"' in (folder / f"{site}.sh").read_text() for site in SITES)
     assert "--host 127.0.0.1 --port 8123" in (folder / "superlink.sh").read_text()
     assert all("insecure" not in path.read_text() for path in folder.iterdir() if path.is_file())
 

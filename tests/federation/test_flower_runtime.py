@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fednorm.errors import AggregationError, ConfigError
-from fednorm.federation import flower_private, flower_runtime
+from fednorm.federation import flower_private, flower_runtime, processes
 from fednorm.federation.flower_runtime import FlowerRun, run_with_flower, write_app
 
 AWKWARD = json.dumps({"it's": 'a "quoted" \\ = [x] # no\n\t\x7f é😀', "list": [1, 2.5, None, True]}, ensure_ascii=False)
@@ -139,7 +139,7 @@ class Witness:
         for word in expected:
             assert any(word in command for command in commands), f"no process with {word} was ever seen: {commands}"
         assert processes_of(home) == []
-        left = [command for process, command in self.processes.values() if flower_runtime._is_alive(process)]
+        left = [command for process, command in self.processes.values() if processes.is_alive(process)]
         assert left == []
         assert self.ray_folders - {""}
         assert not any(Path(folder).exists() for folder in self.ray_folders - {""})
@@ -267,10 +267,10 @@ def test_a_port_taken_meanwhile_is_not_mistaken_for_our_superlink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
-        free = flower_runtime._free_port
+        free = processes.free_port
         offers = iter([stranger.getsockname()[1]])
-        monkeypatch.setattr(flower_runtime, "_free_port", lambda: next(offers, None) or free())
-        with flower_runtime._own_processes(tmp_path) as (tree, environment):
+        monkeypatch.setattr(flower_runtime, "free_port", lambda: next(offers, None) or free())
+        with processes.own_processes(tmp_path) as (tree, environment):
             flower_runtime._start_superlink(tree, tmp_path, environment)
             address = tomllib.loads((tmp_path / "flwr" / "config.toml").read_text())["superlink"]["own"]["address"]
             assert address != f"127.0.0.1:{stranger.getsockname()[1]}"
@@ -310,10 +310,10 @@ time.sleep(60)
 def test_a_tree_ends_deaf_and_orphaned_descendants_but_no_stranger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flower_runtime, "_POLITE_SECONDS", 0.3)
+    monkeypatch.setattr(processes, "POLITE_SECONDS", 0.3)
     program = tmp_path / "family.py"
     program.write_text(FAMILY)
-    tree = flower_runtime._ProcessTree()
+    tree = processes.ProcessTree()
     with subprocess.Popen([sys.executable, program, "0"], stdout=subprocess.DEVNULL) as stranger:
         try:
             tree.start([sys.executable, str(program), "2"], os.environ, stdout=subprocess.DEVNULL)
@@ -324,7 +324,7 @@ def test_a_tree_ends_deaf_and_orphaned_descendants_but_no_stranger(
             while len(tree.refresh()) == 3 and time.monotonic() < deadline:
                 time.sleep(0.05)
             tree.end()
-            assert [process for process in family if flower_runtime._is_alive(process)] == []
+            assert [process for process in family if processes.is_alive(process)] == []
             assert stranger.poll() is None
         finally:
             stranger.kill()

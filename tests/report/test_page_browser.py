@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 
+import fednorm
 from fednorm.config import RunConfig
 from fednorm.records.results import Loaded
 from fednorm.report.page import write_page
@@ -494,3 +495,49 @@ def test_the_papers_column_follows_the_mean_and_a_table_says_that_it_scrolls(
 
 def hue(colour: str) -> float:
     return colorsys.rgb_to_hls(*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))[0]
+
+
+@pytest.mark.slow
+def test_a_grid_s_clients_can_be_looked_at_one_by_one(chromium: Any, tmp_path: Path) -> None:
+    """The heat map of a client and of the mean; spatial against temporal forgetting; drift by client."""
+    small = {
+        "scenario": {"num_experiences": 3, "train_per_experience": 24, "test_per_experience": 8},
+        "model": {"width": 4},
+        "rounds": {"per_experience": 1},
+        "train": {"batch_size": 4},
+    }
+    result = fednorm.federated(strategy="fedavg", learner="naive", scenario="split_digits", clients=2, config=small)
+    write_page(tmp_path / "page.html", Loaded([result], [], []))
+    reader = Reader(chromium, tmp_path / "page.html")
+    block = next(
+        each.get_attribute("id") for each in reader.all("section") if each.get_attribute("id").endswith("-matrix")
+    )
+    section = block.removesuffix("-matrix")
+
+    def shown() -> list[list[float | None]]:
+        (trace,) = reader.traces(f"#{block}")
+        return [[None if value is None else value / 100 for value in row] for row in trace["z"]]
+
+    def expected(tensor: Any, clients: tuple[int, ...]) -> list[list[Any]]:
+        rows = [[[rows[client][i] for client in clients] for i in range(3)] for rows in tensor]
+        return [
+            [None if None in cell else pytest.approx(sum(cell) / len(cell), abs=1e-4) for cell in row] for row in rows
+        ]
+
+    assert shown() == expected(result.accuracy_tensor, (0, 1))
+    client, network = (
+        f"#{block} .controls:nth-of-type(2) select",
+        f"#{block} .controls:nth-of-type(2) label:last-child select",
+    )
+    reader.choose(client, "1")
+    assert shown() == expected(result.accuracy_tensor, (1,))
+    reader.choose(network, "own")
+    assert shown() == expected(result.own_accuracy_tensor, (1,))
+    reader.choose(client, "mean")
+    assert shown() == expected(result.own_accuracy_tensor, (0, 1))
+    (trace,) = reader.traces(f"#{section}-forgetting")
+    assert trace["x"] == pytest.approx([100 * value for value in result["temporal_forgetting"][1:]], abs=1e-2)
+    assert trace["y"] == pytest.approx([100 * line["spatial_forgetting"] for _, line in result.steps[1:]], abs=1e-2)
+    reader.choose(f"#{section}-learning select", "drift.1")
+    (curve,) = reader.means(f"#{section}-learning").values()
+    assert curve == pytest.approx([row[1] for row in result["drift_tensor"]], rel=1e-3)

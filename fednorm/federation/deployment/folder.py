@@ -129,6 +129,7 @@ _HEAD = """#!/usr/bin/env bash
 set -euo pipefail
 cd "$(dirname "$0")"
 export FLWR_HOME="$PWD/flower/{home}" FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
+export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1 # seconds; 1 by default, which every message would wait for
 """
 
 
@@ -167,10 +168,13 @@ openssl x509 -req -in certificates/server.csr -CA certificates/ca.crt -CAkey cer
 def _superlink(deployment: Deployment) -> str:
     return (
         _head("Starts the SuperLink: the server, which has no data.", "superlink")
-        + f"""# --host is where it listens: 127.0.0.1 is this machine alone; put the address that the sites reach it at.
+        + f"""mkdir -p "$FLWR_HOME"
+# --database is where it keeps the registered keys, so that it can be started again.
+# --host is where it listens: 127.0.0.1 is this machine alone; put the address that the sites reach it at.
 exec flower-superlink --host 127.0.0.1 --port {deployment.port} \\
     --ssl-certfile certificates/server.pem --ssl-keyfile certificates/server.key \\
-    --ssl-ca-certfile certificates/ca.crt --enable-supernode-auth --disable-runtime-dependency-installation
+    --ssl-ca-certfile certificates/ca.crt --enable-supernode-auth --disable-runtime-dependency-installation \\
+    --database "$FLWR_HOME/state.db"
 """
     )
 
@@ -180,6 +184,7 @@ def _node(deployment: Deployment, k: int) -> str:
     return (
         _head(f"Starts the node of {name}, on its own machine, with its own data.", name)
         + f"""node_config="domain=\\"{name}\\" data-dir=\\"$PWD/data/{name}\\" state-dir=\\"$PWD/state/{name}\\""
+node_config+=" sent-file=\\"$PWD/sent/{name}.jsonl\\"" # a line for every message that it answers: what it has sent
 # allow-statistics=true in it would let the server ask for this site's local tensors and statistics.
 # A node that dies is started again. For a minute or so the SuperLink takes the dead one for alive, and refuses it.
 trap 'kill "$started" 2>/dev/null; wait; exit 143' INT TERM HUP

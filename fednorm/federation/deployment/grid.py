@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fednorm.federation.deployment.site import SITE
+from fednorm.federation.deployment.kept import SITE
 from fednorm.federation.flower_private import Run
 
 NO_ANSWER = 2
@@ -24,23 +24,19 @@ POLL_SECONDS = 0.2
 """Between two looks for replies."""
 
 
-class DeployedGrid(Grid):
-    """A grid over another, of Flower's own, for nodes that fail.
+class AddressedGrid(Grid):
+    """A grid over another, of Flower's own, that says to each client beside every message what the server knows of it.
 
     Args:
         grid: The other.
-        timeout: Seconds to wait for answers where a caller names no time of its own, and at most where it does.
 
     Attributes:
         addressed: What goes to a node beside every message (:data:`SITE`), by node id; nothing to one that is unknown.
-        late: Node ids of the replies that came after their time, in the order in which they came.
     """
 
-    def __init__(self, grid: Grid, *, timeout: float) -> None:
-        self._grid, self._timeout = grid, timeout
-        self._overdue: dict[str, int] = {}
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
         self.addressed: Callable[[int], Mapping[str, str | int] | None] = lambda _: None
-        self.late: list[int] = []
 
     def set_run(self, run: Run) -> None:
         """Set the run this grid belongs to."""
@@ -63,11 +59,39 @@ class DeployedGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, as the other grid does."""
-        return self._grid.push_messages(messages)
+        return self._grid.push_messages(map(self._address, messages))
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Fetch replies, as the other grid does."""
         return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and return the replies, as the other grid does."""
+        return self._grid.send_and_receive(map(self._address, messages), timeout=timeout)
+
+    def _address(self, message: Message) -> Message:
+        said = self.addressed(_node(message))
+        if said is not None:  # the content may be other nodes' too
+            message.content = RecordDict({**message.content, SITE: ConfigRecord(dict(said))})
+        return message
+
+
+class DeployedGrid(AddressedGrid):
+    """A grid over another, of Flower's own, for nodes that fail.
+
+    Args:
+        grid: The other.
+        timeout: Seconds to wait for answers where a caller names no time of its own, and at most where it does.
+
+    Attributes:
+        late: Node ids of the replies that came after their time, in the order in which they came.
+    """
+
+    def __init__(self, grid: Grid, *, timeout: float) -> None:
+        super().__init__(grid)
+        self._timeout = timeout
+        self._overdue: dict[str, int] = {}
+        self.late: list[int] = []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages, and yield one reply to each as it comes; errors stand in for those that do not come in time.
@@ -93,11 +117,6 @@ class DeployedGrid(Grid):
         for number, message in awaited.items():
             self._overdue[number] = _node(message)
             yield _stand_in(message, f"no reply came within {seconds:g} s (rounds.timeout is {self._timeout:g} s)")
-
-    def _address(self, message: Message) -> None:
-        said = self.addressed(_node(message))
-        if said is not None:  # the content may be other nodes' too
-            message.content = RecordDict({**message.content, SITE: ConfigRecord(dict(said))})
 
     def _come(self, awaited: dict[str, Message]) -> Iterator[Message]:
         """Yield what has come of the awaited replies, and take it off them; what is overdue is counted and dropped."""

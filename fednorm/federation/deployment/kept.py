@@ -1,12 +1,17 @@
-"""What a site keeps on its own disk, so that a node that is started again goes on with its run.
+"""What a client keeps on a disk, so that a node that is started again goes on with its run.
 
 Flower keeps a client's state in its SuperNode's memory, which ends with the process. A site whose node's configuration
-names a ``state-dir`` writes the same there after every training: one file a run and site, a safetensors file, whole or
-not there, with the records of the client's state as ``RECORD/KEY``.
+names a ``state-dir`` writes the same there after every training, and a client of Flower's simulation into the run's
+record: one file a run and client, a safetensors file, whole or not there, with the records of the client's state as
+``RECORD/KEY``.
+
+A server that goes on from a checkpoint says with every message of which round it has used the client's training last
+(:data:`SITE`). A client that has trained since, and was never told that it was in vain, goes back by that training.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
@@ -16,11 +21,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fednorm.errors import RecordError
+from fednorm.federation import undo
 from fednorm.federation.undo import BEFORE_RECORD, KEPT
 from fednorm.federation.wire import pack, unpack
 from fednorm.records import files
 from fednorm.records.formats import shortened
 from fednorm.records.integrity import apart
+
+SITE = "fednorm.site"
+"""The record that goes to a client beside every message, and the one of its ``Context.state`` that remembers it."""
+
+LOST = "lost-state-of-round"
+"""The metric with which a training says that the client does not keep what it kept in the last round that was used."""
 
 RECORDS = (*KEPT, BEFORE_RECORD)
 """The records of a client's state that outlive its node."""
@@ -53,6 +65,8 @@ class KeptOnDisk:
             RecordError: It cannot be written; what was there is whole.
         """
         path = self.path(run)
+        if not any(name in state for name in RECORDS) and not path.exists():
+            return  # there is nothing to lose
         tensors = {
             f"{name}/{key}": tensor
             for name in RECORDS
@@ -95,3 +109,76 @@ class KeptOnDisk:
             if name in records:
                 state[name] = pack(records[name])
         return about
+
+
+class Keeping:
+    """What clients keep, and of which rounds it is: in their ``Context.state``, and on a disk.
+
+    Args:
+        disk: Returns a client's place on the disk by its number; None where it has none.
+    """
+
+    def __init__(self, disk: Callable[[int], KeptOnDisk | None]) -> None:
+        self._disk, self._lost = disk, 0
+
+    def before(self, kind: str, content: RecordDict, state: RecordDict) -> None:
+        """Find what a client kept, and go back to what the server has used of it.
+
+        Args:
+            kind: The type of the message.
+            content: What it holds; without :data:`SITE` nothing happens.
+            state: The client's ``Context.state``.
+
+        Raises:
+            RecordError: What is on its disk cannot be read.
+        """
+        said = content.config_records.get(SITE)
+        if said is None:
+            return
+        run, number = str(said["run"]), int(str(said["partition-id"]))
+        numbers = self._numbers(state, run, number)
+        if kind == "train":
+            last = int(str(said["last-round"]))
+            if numbers["round"] > last and BEFORE_RECORD in state:  # trained, and never heard that it was in vain
+                undo.go_back(state, numbers["round"])
+                numbers["round"] = numbers["before"]
+            self._lost = last if numbers["round"] != last else 0
+        state[SITE] = ConfigRecord({"run": run, "partition-id": number, **numbers})
+
+    def _numbers(self, state: RecordDict, run: str, number: int) -> dict[str, int]:
+        """Return the round of what the client keeps, and of what it kept before; from its disk where it has nothing."""
+        known = state.config_records.get(SITE)
+        if known is not None and known["run"] == run:
+            return {key: int(str(known[key])) for key in ("round", "before")}
+        undo.forget(state)
+        for name in KEPT:
+            if name in state:
+                del state[name]
+        disk = self._disk(number)
+        found = (disk.load(state, run) if disk else None) or {}
+        return {key: found.get(key, 0) for key in ("round", "before")}
+
+    def after(self, kind: str, content: RecordDict, reply: RecordDict, state: RecordDict) -> None:
+        """Keep a client's state on its disk where it has changed, and say so where something of it was lost.
+
+        Args:
+            kind: The type of the message.
+            content: What it held.
+            reply: What goes back.
+            state: The client's ``Context.state``.
+
+        Raises:
+            RecordError: It cannot be written there.
+        """
+        if SITE not in content or kind not in ("train", "query.undo"):
+            return
+        known = state.config_records[SITE]
+        current = int(str(content.config_records["config"]["server-round"]))
+        if kind == "train":
+            known["before"], known["round"] = known["round"], current
+            if self._lost and undo.kept_now(state):
+                reply.metric_records["metrics"][LOST] = self._lost
+        elif known["round"] == current:
+            known["round"] = known["before"]
+        if disk := self._disk(int(str(known["partition-id"]))):
+            disk.save(state, str(known["run"]), known)

@@ -23,7 +23,7 @@ from fednorm.errors import ConfigError, IncompleteError
 from fednorm.federation.constants import differing
 from fednorm.federation.deployment.about import Site, read_site, remote_federation
 from fednorm.federation.deployment.grid import NO_ANSWER, DeployedGrid
-from fednorm.federation.deployment.site import LOST
+from fednorm.federation.deployment.kept import LOST
 from fednorm.federation.nodes import Node
 from fednorm.federation.replies import UnfitReply, in_order, one_line
 from fednorm.federation.round_report import RoundReport

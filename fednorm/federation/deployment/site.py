@@ -6,6 +6,7 @@ A node is a site where its configuration names what it has (``flower-supernode -
 * ``data-dir="/data/siteA"``: its folder, in the form that the run's ``data.name`` says; the run's own ``data.dir`` is
   never looked at. Not needed where the benchmark is embedded.
 * ``state-dir="/var/fednorm"``: where it keeps its local tensors on its disk, so that it can be started again.
+* ``sent-file="/var/log/sent.jsonl"``: where it writes down what it sends, before it does (:mod:`.sent`).
 * ``allow-statistics=true``: it answers what asks for its local tensors and statistics (``query.local``,
   ``query.statistics``); else it refuses.
 * ``partition-id=0``: which client of the run it is; needed in place of ``domain`` where the node has the whole
@@ -23,7 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from flwr.app import ConfigRecord, Context, RecordDict
+from flwr.app import Context, RecordDict
 
 import fednorm
 from fednorm.config import RunConfig, resolve
@@ -31,16 +32,10 @@ from fednorm.data.domain import Client, Federation
 from fednorm.data.federation import load_federation, load_site
 from fednorm.data.normalize import normalized
 from fednorm.errors import ConfigError, DataError, canonical
-from fednorm.federation import undo
-from fednorm.federation.deployment.kept import KeptOnDisk
+from fednorm.federation.deployment.kept import SITE, Keeping, KeptOnDisk
+from fednorm.federation.deployment.sent import SentFile
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.workbench import Workbench
-
-SITE = "fednorm.site"
-"""The record that goes to a site beside every message, and the one of its ``Context.state`` that remembers it."""
-
-LOST = "lost-state-of-round"
-"""The metric with which a site's training says that it does not keep what it kept in the last round that was used."""
 
 NEEDED = (
     'Start it with --node-config \'domain="NAME" data-dir="/its/own/folder"\': what its data is called in the run, and '
@@ -48,7 +43,7 @@ NEEDED = (
 )
 """What a node's configuration must have."""
 
-_KEYS = ("domain", "data-dir", "state-dir", "allow-statistics", "partition-id")
+_KEYS = ("domain", "data-dir", "state-dir", "sent-file", "allow-statistics", "partition-id")
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ class SiteConfig:
         domain: What its data is called; empty for a node that is told by its number.
         data_dir: Its folder.
         state_dir: Where it keeps its state; empty for nowhere.
+        sent_file: Where it writes down what it sends; empty for nowhere.
         allow_statistics: Whether it answers what asks for its local tensors and statistics.
         number: Which client it is; None where the server says so.
     """
@@ -66,6 +62,7 @@ class SiteConfig:
     domain: str
     data_dir: str = ""
     state_dir: str = ""
+    sent_file: str = ""
     allow_statistics: bool = False
     number: int | None = None
 
@@ -80,7 +77,7 @@ class SiteConfig:
         for key in node:
             if (right := spelled.get(_bare(key))) not in (None, key):
                 raise ConfigError(f"The node's configuration has {key!r}; it is spelled {right!r}.")
-        texts = {key: node.get(key, "") for key in ("domain", "data-dir", "state-dir")}
+        texts = {key: node.get(key, "") for key in ("domain", "data-dir", "state-dir", "sent-file")}
         for key, text in texts.items():
             if not isinstance(text, str) or not text.isprintable() or len(text) > 4096:
                 raise ConfigError(f"{key} in the node's configuration is a text; got {str(text)[:60]!r}. {NEEDED}.")
@@ -97,7 +94,8 @@ class SiteConfig:
             raise ConfigError(f"partition-id in the node's configuration is a number from 0 on; got {number!r}.")
         if allows not in (True, False, "true", "false"):
             raise ConfigError(f"allow-statistics in the node's configuration is true or false; got {allows!r}.")
-        return cls(domain, str(texts["data-dir"]), str(texts["state-dir"]), allows in (True, "true"), number)
+        folder, state, sent = (str(texts[key]) for key in ("data-dir", "state-dir", "sent-file"))
+        return cls(domain, folder, state, sent, allows in (True, "true"), number)
 
 
 def _bare(key: str) -> str:
@@ -118,10 +116,11 @@ class SiteWorkbench(Workbench):
             FedNormError: The configuration, the data and the node do not fit each other.
         """
         self.node = node
-        self._lost = 0
         super().__init__(config)
         (self._client,) = self.federation.clients
-        self._disk = KeptOnDisk(Path(node.state_dir).expanduser(), self._client.domain) if node.state_dir else None
+        disk = KeptOnDisk(Path(node.state_dir).expanduser(), self._client.domain) if node.state_dir else None
+        self._keeping = Keeping(lambda _: disk)
+        self._sent = SentFile(Path(node.sent_file).expanduser()) if node.sent_file else None
 
     def _loaded(self, given: Federation | None) -> Federation:
         config = self.config
@@ -179,49 +178,26 @@ class SiteWorkbench(Workbench):
                 f"Refused: {self._client.domain} keeps its local tensors and statistics to itself. Its own node's "
                 "configuration would have to say allow-statistics=true."
             )
-        said, state = content.config_records.get(SITE), context.state
-        if said is None:
-            return
-        numbers = self._numbers(state, str(said["run"]))
-        if kind == "train":
-            last = int(str(said["last-round"]))
-            if numbers["round"] > last and undo.BEFORE_RECORD in state:  # trained, and never heard that it was in vain
-                undo.go_back(state, numbers["round"])
-                numbers["round"] = numbers["before"]
-            self._lost = last if numbers["round"] != last else 0
-        state[SITE] = ConfigRecord({"run": str(said["run"]), "partition-id": int(str(said["partition-id"])), **numbers})
-
-    def _numbers(self, state: RecordDict, run: str) -> dict[str, int]:
-        """Return the round of what the client keeps, and of what it kept before; from its disk where it has nothing."""
-        known = state.config_records.get(SITE)
-        if known is not None and known["run"] == run:
-            return {key: int(str(known[key])) for key in ("round", "before")}
-        undo.forget(state)
-        for name in undo.KEPT:
-            if name in state:
-                del state[name]
-        found = (self._disk.load(state, run) if self._disk else None) or {}
-        return {key: found.get(key, 0) for key in ("round", "before")}
+        self._keeping.before(kind, content, context.state)
 
     def after(self, kind: str, content: RecordDict, reply: RecordDict, context: Context) -> None:
-        """Keep the state on the site's disk where it has changed, and say so where something of it was lost.
+        """Keep the state on the site's disk where it has changed, say where it was lost, and write down what goes.
 
         Raises:
             RecordError: It cannot be written there.
         """
-        state = context.state
-        if SITE not in content or kind not in ("train", "query.undo"):
-            return
-        known = state.config_records[SITE]
-        current = int(str(content.config_records["config"]["server-round"]))
-        if kind == "train":
-            known["before"], known["round"] = known["round"], current
-            if self._lost and undo.kept_now(state):
-                reply.metric_records["metrics"][LOST] = self._lost
-        elif known["round"] == current:
-            known["round"] = known["before"]
-        if self._disk:
-            self._disk.save(state, str(known["run"]), known)
+        self._keeping.after(kind, content, reply, context.state)
+        if self._sent:
+            self._sent.answered(kind, content, reply)
+
+    def failed(self, kind: str, content: RecordDict, error: Exception) -> None:
+        """Write down that an error goes back.
+
+        Raises:
+            RecordError: It cannot be written.
+        """
+        if self._sent:
+            self._sent.failed(kind, content, error)
 
 
 def plan_digest(plan: NormPlan) -> str:

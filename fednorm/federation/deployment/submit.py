@@ -50,6 +50,7 @@ def deploy(
     *,
     runs: Path,
     on_line: Callable[[str], None] | None = None,
+    on_stop: Callable[[str], None] = lambda _: None,
     timeout: float = 24 * 3600.0,
 ) -> dict[str, Any] | None:
     """Run a federation of sites on a running SuperLink.
@@ -62,6 +63,7 @@ def deploy(
         superlink: Where to.
         runs: The folder of records on the SuperLink's machine.
         on_line: Called with each line of the log.
+        on_stop: Called with a sentence on what has become of the run, when this process is interrupted or terminated.
         timeout: Seconds until nobody waits any more.
 
     Returns:
@@ -79,6 +81,14 @@ def deploy(
     with record.held(".launch", f"Another process has handed this very run to a SuperLink ({record.folder})."):
         flower = record.folder / "flower"
         app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)
-        submit_to_flower(app, superlink, run_config=run_config, home=flower / "home", timeout=timeout, on_line=on_line)
+        submit_to_flower(
+            app,
+            superlink,
+            run_config=run_config,
+            home=flower / "home",
+            timeout=timeout,
+            on_line=on_line,
+            on_stop=on_stop,
+        )
         shutil.rmtree(flower, ignore_errors=True)
         return record.result() if superlink.local else None

@@ -45,7 +45,7 @@ function panel(section) {
     sweepBlock(section),
   ];
   if (section.kind !== "memorization") {
-    parts.push(curvesBlock(section, "learning", "Learning curves", null), matrixBlock(section));
+    parts.push(curvesBlock(section, "learning", "Learning curves", null), matrixBlock(section), forgettingBlock(section));
   }
   parts.push(evaluationBlock(section));
   if (!federated) parts.push(curvesBlock(section, "plasticity", "Plasticity", "Whether the network can still learn: how well it fits each experience when that is the newest, and what has become of its units."));

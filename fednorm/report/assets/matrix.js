@@ -26,19 +26,44 @@ function matrixBlock(section) {
   const runs = section.runs.filter((run) => run.matrix?.length > 1);
   if (!runs.length) return null;
   const parent = block(`${section.id}-matrix`, "Accuracy matrix", "Accuracy on each experience (column) after each one trained on (row). Below the diagonal is what was kept; above it are experiences still to come.");
-  const chart = new Chart("", () => (state.runs ? accuracyMatrix(section, state.runs) : ""));
+  const chart = new Chart("", () => (state.runs ? accuracyMatrix(section, state.runs, of) : ""));
   chart.title.hidden = true;
-  const { state, holder } = methodAndSeed(section, runs, () => {
-    chart.plot.setAttribute("aria-label", `Accuracy matrix of ${section.methods[state.method].label}`);
+  const of = { client: "mean", network: "sent" };
+  const changed = () => {
+    const who = of.client === "mean" ? "" : `, client ${of.client}`;
+    chart.plot.setAttribute("aria-label", `Accuracy matrix of ${section.methods[state.method].label}${who}`);
     chart.changed();
-  });
-  parent.append(holder, chart.figure);
+  };
+  const { state, holder } = methodAndSeed(section, runs, changed);
+  parent.append(holder, ...clientAndNetwork(runs, of, changed), chart.figure);
   return parent;
 }
 
-function accuracyMatrix(section, runs) {
+/** Offer the clients of a grid and the mean over them, and the network that is scored; nothing for a plain stream. */
+function clientAndNetwork(runs, of, changed) {
+  const count = Math.max(0, ...runs.map((run) => run.clients?.sent.length ?? 0));
+  if (!count) return [];
+  const clients = [["mean", `mean over ${plural(count, "client")}`], ...upTo(count).map((client) => [String(client), `client ${client}`])];
+  const networks = [["sent", "that the server sent"], ["own", "that the client had just trained"]];
+  const chosen = (key) => (value) => {
+    of[key] = value;
+    changed();
+  };
+  return [el("div", { class: "controls" }, picker("client", clients, of.client, chosen("client")), picker("network", networks, of.network, chosen("network")))];
+}
+
+/** Return a run's accuracy matrix, or one of its clients'. */
+function matrixOf(run, { client, network }) {
+  if (!run.clients) return run.matrix;
+  const own = run.clients[network];
+  if (client !== "mean") return own[Number(client)] ?? [];
+  return upTo(run.matrix.length).map((i) => upTo(run.matrix[0].length).map((j) => mean(own.map((matrix) => matrix[i][j]))));
+}
+
+function accuracyMatrix(section, runs, of) {
   const size = [runs[0].matrix.length, runs[0].matrix[0].length];
-  const values = upTo(size[0]).map((i) => upTo(size[1]).map((j) => mean(runs.map((run) => run.matrix[i]?.[j]))));
+  const matrices = runs.map((run) => matrixOf(run, of));
+  const values = upTo(size[0]).map((i) => upTo(size[1]).map((j) => mean(matrices.map((matrix) => matrix[i]?.[j]))));
   const title = (j) => section.experiences[j] || `experience ${j + 1}`;
   const small = size[1] <= (narrow() ? 6 : 12);
   const { trace, layout } = heatMap({

@@ -1,0 +1,507 @@
+"""Sites on real nodes of Flower's, on loopback, with TLS and registered keys: what travels, and what becomes of faults.
+
+One SuperLink and its nodes serve all tests of this file, on one worker (``--dist loadgroup``), in their order. Every
+process is ended by its id. What the nodes say passes through a relay that ends TLS with the SuperLink's own certificate
+and writes it down. Flower's nodes look for messages every 3 s and are taken for dead after 60 s; here, by the
+``sitecustomize`` below, after 0.3 s and 20 s. The fault table of docs/how-to/deploy.md is made of what these tests have
+seen; with ``FEDNORM_RECORD=1`` they write it down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from fednorm.config import resolve
+from fednorm.data.federation import load_site
+from fednorm.errors import AggregationError
+from fednorm.federation.deployment.folder import Deployment, write_deployment
+from fednorm.federation.deployment.loopback import Loopback, copy_to
+from fednorm.federation.deployment.sent import read_sent
+from fednorm.federation.deployment.submit import deploy
+from fednorm.federation.processes import free_port, own_processes
+from fednorm.federation.simulate import simulate
+
+pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+
+SITES = ("siteA", "siteB", "siteC")
+OTHER = "siteD"
+"""A site with a class more."""
+
+RECORD = Path(__file__).resolve().parents[2] / "docs/how-to/deploy-faults.json"
+
+QUICKER = """
+import os, sys, time
+import flwr.common.constant
+flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL = 10
+if any("flower-supernode" in word for word in sys.orig_argv):
+    _sleep = time.sleep
+    time.sleep = lambda seconds: _sleep(min(seconds, 0.3))
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        while name == "fednorm.federation.client" and os.path.exists(os.environ["FLWR_HOME"] + "/slow"):
+            time.sleep(0.1)
+
+sys.meta_path.insert(0, Slow())
+"""
+"""What Flower's processes begin with: see above; and where a file says so, a client's process takes its time."""
+
+
+class Relay:
+    """A TLS server in front of the SuperLink that passes everything on, and writes it down."""
+
+    def __init__(self, folder: Path, upstream: int) -> None:
+        self.port, self.said = free_port(), {"up": bytearray(), "down": bytearray()}
+        self._upstream = upstream
+        self._server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._server.load_cert_chain(folder / "certificates/server.pem", folder / "certificates/server.key")
+        self._client = ssl.create_default_context(cafile=str(folder / "certificates/ca.crt"))
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Relay:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        serve = asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._server)
+        server = self._loop.run_until_complete(serve)
+        self._loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            up = await asyncio.open_connection("127.0.0.1", self._upstream, ssl=self._client)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(self._pass(reader, up[1], "up"), self._pass(up[0], writer, "down"))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
+        try:
+            while data := await reader.read(65536):
+                self.said[way] += data
+                writer.write(data)
+                await writer.drain()
+        except (OSError, asyncio.IncompleteReadError):
+            pass
+        finally:
+            writer.close()
+
+
+class Clinic(Loopback):
+    """The running folder, and what is done to its nodes."""
+
+    scripts: dict[str, subprocess.Popen[bytes]]
+    data: Path
+    relay: Relay
+    seconds: list[float]
+    """What each round of the first run took."""
+
+    def up(self, *names: str) -> None:
+        """Start nodes, and wait until they are there."""
+        for name in names:
+            before = self.count(name, "SuperNode ID")
+            self.scripts[name] = self.start(name)
+            self.wait(lambda name=name, before=before: self.count(name, "SuperNode ID") > before, f"{name} is up")
+
+    def ready(self) -> None:
+        """Start the nodes of sites that are not running."""
+        self.up(*(name for name in SITES if name not in self.scripts or self.scripts[name].poll() is not None))
+
+    def kill(self, name: str) -> None:
+        """Kill a script and all that it has started, without a word."""
+        script = psutil.Process(self.scripts[name].pid)
+        for process in [script, *script.children(recursive=True)]:
+            process.kill()
+        self.scripts[name].wait(10)
+
+    def count(self, name: str, text: str) -> int:
+        path = self.folder / f"{name}.log"
+        return path.read_text(errors="replace").count(text) if path.exists() else 0
+
+    def wait(self, come: Callable[[], bool], what: str, seconds: float = 240.0) -> None:
+        until = time.monotonic() + seconds
+        while not come():
+            assert time.monotonic() < until, f"not within {seconds:g} s: {what}"
+            time.sleep(0.05)
+
+    def run(self, *acts: Callable[[], None], **sections: Any) -> dict[str, Any]:
+        """Run a federation; meanwhile another thread does what is to be done, one thing after the other."""
+        errors: list[BaseException] = []
+
+        def play() -> None:
+            try:
+                for act in acts:
+                    act()
+            except BaseException as error:
+                errors.append(error)
+
+        player = threading.Thread(target=play, daemon=True)
+        player.start()
+        try:
+            result = deploy(run_of(**sections), self.superlink, runs=self.folder / "runs", timeout=900)
+        finally:
+            player.join(60)
+            assert not errors, errors
+        assert result is not None
+        return result
+
+    def on(self, name: str, what: str, act: Callable[[], None], times: int = 1) -> Callable[[], None]:
+        """Return an act that waits for a node to say something so many times from now on."""
+        until = self.count(name, what) + times
+
+        def wait_and_act() -> None:
+            self.wait(lambda: self.count(name, what) >= until, f"{name} says {what!r}")
+            act()
+
+        return wait_and_act
+
+    def ended(self, count: int, act: Callable[[], None], **sections: Any) -> Callable[[], None]:
+        """Return an act that waits for a run to have so many rounds in its record."""
+        config = run_of(**sections)
+
+        def wait_and_act() -> None:
+            def lines() -> int:
+                found = list((self.folder / "runs").glob(f"*{config.hash}*/rounds.jsonl"))
+                return found[0].read_text().count("\n") if found else 0
+
+            self.wait(lambda: lines() >= count, f"{count} rounds")
+            act()
+
+        return wait_and_act
+
+
+def run_of(seed: int = 1, rounds: dict[str, Any] | None = None, **sections: Any) -> Any:
+    return resolve(
+        {
+            "strategy": {"name": "fedbn"},
+            "data": {"name": "image_folders", "domains": list(SITES)},
+            "model": {"width": 4},
+            "train": {"batch_size": 6},
+            "evaluate": {"diagnostics": False},
+            "seed": seed,
+            "rounds": {"num_rounds": 3, "wait": 180.0, "timeout": 300.0, "min_answered": 0.0} | (rounds or {}),
+            **sections,
+        }
+    )
+
+
+def draw_images(folder: Path) -> None:
+    draw = np.random.default_rng(3)
+    for site in (*SITES, OTHER):
+        for name in ("cat", "dog", "owl")[: 3 if site == OTHER else 2]:
+            (folder / site / name).mkdir(parents=True)
+            for number in range(10):
+                pixels = draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / site / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
+    if shutil.which("openssl") is None or shutil.which("ssh-keygen") is None:
+        pytest.skip("keys and certificates need OpenSSL and OpenSSH")
+    scratch = tmp_path_factory.mktemp("nodes")
+    made, copy, port = scratch / "made", scratch / "copy", free_port()
+    assert write_deployment(made, Deployment((*SITES, OTHER))) == []
+    draw_images(made / "data")
+    copy_to(copy, made, (*SITES, OTHER), port)
+    with Relay(copy, port) as relay, own_processes(scratch) as (tree, environment):
+        (scratch / "quicker").mkdir()
+        (scratch / "quicker/sitecustomize.py").write_text(QUICKER)
+        environment["PYTHONPATH"] = f"{scratch / 'quicker'}{os.pathsep}{environment['PYTHONPATH']}"
+        for name in (*SITES, OTHER):
+            script = copy / f"{name}.sh"
+            text = re.sub(r"(?<=--superlink )\S+", f"127.0.0.1:{relay.port}", script.read_text())
+            script.write_text(re.sub(r"sleep \d+ &", "sleep 1 &", text))
+        running = Clinic(copy, port, tree, environment)
+        running.scripts, running.data, running.relay, running.seconds = {}, made / "data", relay, [0.0]
+        running.scripts["superlink"] = running.start_server()
+        running.register()
+        yield running
+    left = tree.refresh()
+    assert not left, f"processes were left: {left}"
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+ROWS: list[dict[str, Any]] = []
+
+
+def row(done: str, *seen: str) -> None:
+    """Take down what was done to nodes, and what the run's record says of it."""
+    ROWS.append({"done": done, "seen": list(seen)})
+
+
+def events(result: dict[str, Any], site: str) -> list[str]:
+    return [e["event"] for line in result["rounds"] for e in line.get("events", ()) if e["site"] == site]
+
+
+def rejected(result: dict[str, Any], number: int, client: int) -> list[str]:
+    line = result["rounds"][number - 1]
+    return list(dict.fromkeys(r["reason"] for r in line["rejected"] if r["client"] == client))
+
+
+def trained(result: dict[str, Any]) -> list[set[int]]:
+    """Return whose training each round has used."""
+    lines = (Path(result["run"]) / "rounds.jsonl").read_text().splitlines()
+    return [{client["client"] for client in json.loads(line)["clients"]["train"]} for line in lines]
+
+
+def model(result: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(Path(result["run"]) / "model.safetensors")
+
+
+def in_process(clinic: Clinic, tmp_path: Path, **sections: Any) -> dict[str, Any]:
+    data = {"name": "image_folders", "domains": list(SITES), "dir": str(clinic.data)}
+    return simulate(run_of(**{**sections, "data": data}), runs=tmp_path)
+
+
+def kept(clinic: Clinic, site: str, config: Any) -> dict[str, torch.Tensor]:
+    """Return the local tensors that a site keeps on its disk for a run."""
+    (path,) = (clinic.folder / "state" / site).glob(f"{config.hash}-*/{site}.safetensors")
+    return {k.partition("/")[2]: t for k, t in load_file(path).items() if k.startswith("fednorm.local/")}
+
+
+# The tests, in their order --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def first(clinic: Clinic) -> dict[str, Any]:
+    """A run in which nothing happens."""
+    clinic.ready()
+    result = clinic.run()
+    clinic.seconds = [line["seconds"] for line in result["rounds"]]
+    return result
+
+
+def test_three_sites_end_with_the_bits_of_one_process(first: dict[str, Any], clinic: Clinic, tmp_path: Path) -> None:
+    ours = in_process(clinic, tmp_path)
+    assert model(first).keys() == model(ours).keys()
+    assert all(tensor.equal(model(first)[key]) for key, tensor in model(ours).items())
+    assert first["final"]["per_domain"] == ours["final"]["per_domain"]
+    assert (first["rejected_updates"], [events(first, site) for site in SITES]) == (0, [[], [], []])
+    assert clinic.listening() == {"127.0.0.1"}
+
+
+def test_no_image_no_label_and_no_local_tensor_is_on_the_wire(first: dict[str, Any], clinic: Clinic) -> None:
+    """Bytes are searched for in what the nodes and the SuperLink have said, TLS taken off."""
+    config, said = run_of(), bytes(clinic.relay.said["up"] + clinic.relay.said["down"])
+    shared = model(first).values()
+    assert all(tensor.numpy().tobytes() in said for tensor in shared), "what is shared is found there"
+    for site in SITES:
+        local = [t for t in kept(clinic, site, config).values() if t.is_floating_point() and len(t.unique()) > 2]
+        assert len(local) > 8
+        assert not any(tensor.numpy().tobytes() in said for tensor in local)
+        own = load_site(config.data, site, str(clinic.data / site), image_size=28, seed=1).clients[0]
+        for split in (own.train, own.test):
+            images, labels = split.inputs(torch.arange(len(split)))
+            raw = [split.images[i] for i in split.index]
+            assert not any(image.contiguous().numpy().tobytes()[:256] in said for image in [*raw, *images])
+            assert labels.numpy().tobytes() not in said
+        for path in (clinic.data / site).rglob("*.png"):
+            assert path.read_bytes()[-60:-12] not in said
+
+
+@pytest.mark.usefixtures("first")
+def test_what_was_on_the_wire_is_what_the_sites_wrote_down(clinic: Clinic) -> None:
+    said = bytes(clinic.relay.said["up"])
+    for site in SITES:
+        sent = read_sent(clinic.folder / "sent" / f"{site}.jsonl")
+        assert {kind: of_kind.count for kind, of_kind in sent.items()} == {
+            "query.describe": 1, "train": 3, "evaluate": 3
+        }  # fmt: skip
+        keys = {key.partition("/")[2] for key in sent["train"].tensors}
+        assert keys
+        assert not keys & kept(clinic, site, run_of()).keys()
+        assert all(key.encode() in said for key in keys)
+        assert not sent["query.describe"].tensors
+        assert not sent["evaluate"].tensors
+
+
+FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 6, "evaluate_every": 6}}
+
+
+@pytest.fixture(scope="module")
+def faulty(clinic: Clinic) -> dict[str, Any]:
+    """A run of which nodes are killed in training, between rounds and in evaluation; two are started again."""
+    clinic.ready()
+    train, evaluate = "Receiving: train message", "Receiving: evaluate message"
+
+    def kill_and_start() -> None:
+        clinic.kill("siteB")
+        clinic.scripts["siteA"], clinic.scripts["siteB"] = clinic.start("siteA"), clinic.start("siteB")
+
+    return clinic.run(
+        clinic.ended(1, lambda: clinic.kill("siteA"), **FAULTY),
+        clinic.on("siteB", train, kill_and_start, times=2),
+        clinic.on("siteC", evaluate, lambda: clinic.kill("siteC")),
+        **FAULTY,
+    )
+
+
+def test_a_node_killed_in_training_costs_its_own_update(faulty: dict[str, Any]) -> None:
+    (reason,) = rejected(faulty, 2, 1)
+    row("a node is killed in training", f"siteB: {reason}")
+    assert len(faulty["rounds"]) == 6
+    assert trained(faulty)[:2] == [{0, 1, 2}, {2}]
+
+
+def test_a_node_killed_between_rounds_costs_its_own_update(faulty: dict[str, Any]) -> None:
+    (reason,) = rejected(faulty, 2, 0)
+    row("a node is killed between two rounds", f"siteA: {reason}")
+
+
+def test_killed_nodes_that_are_started_again_go_on_with_their_state(faulty: dict[str, Any], clinic: Clinic) -> None:
+    back = {site: events(faulty, site) for site in SITES}
+    assert back["siteA"] == back["siteB"] == ["its node has left", "its node has come back"]
+    row("both are started again", *(f"{site}: {'; '.join(back[site])}" for site in SITES[:2]))
+    assert trained(faulty)[-1] == {0, 1, 2}
+    for client, site in enumerate(SITES):
+        tensors = kept(clinic, site, run_of(**FAULTY))
+        (steps,) = {int(tensor) for key, tensor in tensors.items() if "num_batches" in key}
+        assert steps == 3 * sum(client in clients for clients in trained(faulty)), (
+            "every batch of the rounds that were used"
+        )
+
+
+def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) -> None:
+    assert faulty["final"]["missing"] == {"clients": [2], "domains": ["siteC"]}
+    assert sorted(faulty["final"]["per_domain"]) == ["siteA", "siteB"]
+    (reason,) = rejected(faulty, 6, 2)
+    row("a node is killed in evaluation", f"siteC: {reason}", "the result says that siteC is missing from it")
+
+
+def test_a_killed_superlink_s_run_goes_on_from_the_last_round(clinic: Clinic, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 2, "evaluate_every": 2}}
+    clinic.ready()
+    with pytest.raises(AggregationError, match="did not complete"):
+        clinic.run(clinic.ended(1, lambda: clinic.kill("superlink"), **sections), **sections)
+    clinic.scripts["superlink"] = clinic.start_server()
+    result, ours = clinic.run(**sections), in_process(clinic, tmp_path, **sections)
+    assert all(tensor.equal(model(result)[key]) for key, tensor in model(ours).items())
+    assert result["final"]["per_domain"] == ours["final"]["per_domain"]
+    row("the SuperLink is killed, and started again", "the same command goes on from the last round, to the same bits")
+
+
+@pytest.mark.usefixtures("first")
+def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
+    clinic.ready()
+    timeout = round(max(15.0, *clinic.seconds))  # this machine may have much else to do
+    sections: dict[str, Any] = {
+        "seed": 4,
+        "data": {"name": "image_folders"},
+        "rounds": {"num_rounds": 2, "timeout": float(timeout), "min_nodes": 3, "evaluate_every": 2},
+    }
+    strangers(clinic)
+    slow = clinic.folder / "flower/siteB/slow"
+
+    def quicken() -> None:
+        time.sleep(timeout + 2)
+        slow.unlink()
+
+    result = clinic.run(
+        clinic.on("siteB", "Sending: query.describe message", slow.touch),
+        clinic.on("siteB", "Receiving: train message", quicken),
+        **sections,
+    )
+    (reason,) = rejected(result, 1, 1)
+    assert f"no reply came within {timeout} s" in reason
+    reason = reason.replace(f"{timeout} s", "… s")
+    row("a node is slower than rounds.timeout", f"siteB: {reason}", *(f"siteB: {e}" for e in events(result, "siteB")))
+    (difference,) = events(result, OTHER)
+    assert difference.startswith("refused: it has 3 classes (cat, dog, owl), and site")
+    row("a site has other classes", f"siteD: {difference}")
+    assert trained(result) == [{0, 2}, {0, 1, 2}]
+
+
+RUN = """
+seed = 5
+data = { name = "image_folders", domains = ["siteA", "siteB", "siteC"] }
+strategy = { name = "fedbn" }
+model = { width = 4 }
+train = { batch_size = 6 }
+rounds = { num_rounds = 2, wait = 180.0 }
+"""
+
+
+def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -> None:
+    clinic.ready()
+    (tmp_path / "run.toml").write_text(RUN)
+    arguments = ["--config", str(tmp_path / "run.toml"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
+    link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
+    before = clinic.count("siteA", "Receiving: train message")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-m", "fednorm", "federated", *arguments, *link]
+    with subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        clinic.wait(lambda: clinic.count("siteA", "Receiving: train message") > before, "siteA trains")
+        process.send_signal(signal.SIGINT)
+        _, text = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert re.search(r"stopped\. Run \d+ on the SuperLink at 127\.0\.0\.1:\d+ was stopped\.", " ".join(text.split()))
+    row("the launcher is interrupted (Ctrl-C)", "the run is stopped on the SuperLink; the same command goes on")
+
+
+def strangers(clinic: Clinic) -> None:
+    """Start a node of other classes; one with a key that nobody has registered and one without any are refused."""
+    clinic.up(OTHER)
+    key, text = clinic.folder / "keys/stranger", (clinic.folder / "siteA.sh").read_text()
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
+    port = re.search(r"--port (\d+)", text)
+    assert port
+    for name, change in {
+        "stranger": lambda script: script.replace("keys/siteA", "keys/stranger"),
+        "nameless": lambda script: re.sub(r"--auth-supernode-private-key \S+", "", script),
+    }.items():
+        script = change(text.replace("flower/siteA", f"flower/{name}").replace(port[0], f"--port {free_port()}"))
+        (clinic.folder / f"{name}.sh").write_text(script)
+        clinic.scripts[name] = clinic.start(name)
+    refusals = {
+        "stranger": "[code: 2004] Failed to activate SuperNode.",
+        "nameless": "[code: 2001] SuperNode authentication is enabled. All SuperNodes must be registered via the CLI.",
+    }
+    for name, refusal in refusals.items():
+        clinic.wait(lambda name=name, refusal=refusal: clinic.count(name, refusal) > 0, f"{name} is refused")
+        assert not clinic.count(name, "SuperNode ID")
+        clinic.kill(name)
+    row("a node has a key that nobody has registered", f"the SuperLink refuses it: {refusals['stranger']}")
+    row("a node has no key", f"the SuperLink refuses it: {refusals['nameless']}")
+
+
+def test_the_table_of_the_documentation_is_what_happened() -> None:
+    if os.environ.get("FEDNORM_RECORD"):
+        RECORD.write_text(json.dumps(ROWS, indent=1) + "\n", encoding="utf-8")
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
+    if len(ROWS) < len(recorded):
+        pytest.skip("the other tests of this file have not all run")
+    assert recorded == ROWS
