@@ -101,6 +101,8 @@ def _grid(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Table
     """Return all tables, and those that were asked for: the scores; how accuracy went, experience by experience."""
     scores = grid_table.grid_table(group)
     rest = [grid_table.tensor_table(result) for result in group[:1]]
+    drawn = grid_table.between_table(group)
+    rest = [drawn, *rest] if drawn else rest
     return [scores, *rest], [scores, *(rest if curve else [])]
 
 

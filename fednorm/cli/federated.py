@@ -109,6 +109,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
     if places := config["strategy"].get("local"):
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    if "between" in document:
+        console.print(document["between"]["text"], markup=False, soft_wrap=True)
     if "estimated_seconds" in document:
         console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "grid" in document:

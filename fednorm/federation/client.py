@@ -11,7 +11,8 @@ Messages:
 * ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any. A
   site says besides what the server must know to fit it in (:mod:`fednorm.federation.deployment`).
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
-  never sends them; this does, once, after training, when the user asks for that evaluation.
+  never sends them; this does, once, after training, when the user asks for that evaluation, and between experiences
+  where the user has a strategy ask one client for them (``strategies/target.py``).
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
 * ``query.refine``: what a client's images make of what a test-time adaptation knows.
 * ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.

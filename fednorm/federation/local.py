@@ -78,11 +78,13 @@ class Passes:
         in_round: Passes over a client's images in each round.
         before_evaluation: Passes over them before each evaluation.
         measured: Images of a client that go through the network untrained in each round.
+        between: Images that the server trains on between two experiences, each time counted.
     """
 
     in_round: float = 0.0
     before_evaluation: float = 0.0
     measured: int = 0
+    between: int = 0
 
 
 @dataclass
@@ -266,6 +268,18 @@ class Local:
     def loss(self, turn: Turn, logits: Tensor, labels: Tensor) -> Tensor:
         """Return a batch's loss, a scalar, for logits of shape (B, K) and labels of shape (B,)."""
         return turn.trainee.loss(logits, labels)
+
+    def criterion(self, turn: Turn, classes: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return what takes the cross-entropy's place in what a client learns on a stream; None for the run's own.
+
+        Asked after :meth:`begin`, where there are experiences; elsewhere there is :meth:`loss`.
+
+        Args:
+            turn: The client's.
+            classes: Those that the experience is about.
+        """
+        del turn, classes
+        return None
 
     def adjust(self, turn: Turn) -> None:
         """Called between backward pass and update, before any clipping; may change the gradients in place."""

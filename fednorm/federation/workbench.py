@@ -207,6 +207,12 @@ class Workbench:
         """Return who holds what, scaled."""
         config = self.config
         input_size = config.model.card.input_size
+        if config.strategy.card.needs_experiences:
+            raise ConfigError(
+                f"Strategy {config.strategy.name} is about what comes between two experiences, and this federation has "
+                "none: it would be FedAvg. Let clients learn on streams (--scenario split_digits), or take strategy "
+                "fedavg."
+            )
         loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
         if config.strategy.card.pooled and config.data.normalize == "domain":
             raise ConfigError(

@@ -79,6 +79,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "validation": dict,
     "best_round": dict,
     "diagnostics": dict,
+    "between": dict,
     "accuracy": list,
     "own_accuracy": list,
     "task_accuracy": list,

@@ -49,6 +49,7 @@ def learner_of(
     schedule: Schedule | None = None,
     begin: Sequence[Callable[[int], None]],
     adjust: Sequence[Callable[[], None]],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Learner:
     """Return a run's learner, on its trainee's network and optimizer.
 
@@ -61,6 +62,7 @@ def learner_of(
         schedule: Of the learning rate, where the learner sets it.
         begin: What is done when an experience begins that is not the first.
         adjust: Effects between backward pass and update.
+        criterion: Takes the cross-entropy's place; the run's own if None.
     """
     config = trainee.config
     learner: Learner = config.learner.card.make(
@@ -80,7 +82,7 @@ def learner_of(
         after=trainee.after,
         online=config.evaluate.online,
         device=trainee.device,
-        criterion=_criterion(trainee, stream),
+        criterion=criterion or _criterion(trainee, stream),
     )
     return learner
 
