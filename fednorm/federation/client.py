@@ -41,6 +41,7 @@ from fednorm.data.domain import Client, Split
 from fednorm.device import wide
 from fednorm.federation import adapting, undo
 from fednorm.federation.constants import constant_prints
+from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.wire import arrays_of, config_of, pack, tensor_of
@@ -102,7 +103,7 @@ def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordD
     before = undo.kept_now(context.state)
     bench.keep_local(context.state, turn.state)
     undo.remember(context.state, before, turn.server_round)
-    reply = RecordDict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": MetricRecord(dict(metrics))})
+    reply = record_dict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": metric_record(metrics)})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
     return reply
@@ -117,7 +118,7 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
     if adapting.ADAPTATION in config:
         return RecordDict({"metrics": MetricRecord(dict(adapting.scores(bench, client, content)))})
     scores = _scores(bench, client, in_a_round="mode" not in config)
-    return RecordDict({"metrics": MetricRecord(dict(scores))})
+    return record_dict({"metrics": metric_record(scores)})
 
 
 def _refined(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:

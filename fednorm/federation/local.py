@@ -361,7 +361,8 @@ def rows_of_phase(
 @contextmanager
 def _only(model: nn.Module, keys: frozenset[str] | None) -> Iterator[None]:
     """Let gradients reach some parameters alone."""
-    frozen = [p for key, p in model.named_parameters() if keys is not None and key not in keys and p.requires_grad]
+    named = model.named_parameters() if keys is not None else ()
+    frozen = [p for key, p in named if keys is not None and key not in keys and p.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(False)
         parameter.grad = None

@@ -26,9 +26,10 @@ from fednorm.federation.contexts import SMALL
 from fednorm.federation.deployment.simulation import SimulatedGrid
 from fednorm.federation.diagnosis import diagnose
 from fednorm.federation.evaluated import evaluated
+from fednorm.federation.expected_clients import ExpectedClients
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.matrix import EvaluationMatrix, by_domain, check_evaluations, summarize
-from fednorm.federation.replies import Expected, ExpectedClients
+from fednorm.federation.replies import Expected
 from fednorm.federation.round_report import ClientReport, RoundReport, mean_metric, shown
 from fednorm.federation.wire import unpack
 from fednorm.federation.workbench import (

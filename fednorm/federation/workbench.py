@@ -85,6 +85,7 @@ class Workbench:
         """
         self.config = config
         self.engine: Engine | None = None
+        self._sent: tuple[ArrayRecord, Mapping[str, Tensor]] | None = None
         devices.device_of(config)  # before data are read
         self.federation = self._loaded(federation)
         self.norm: Norm = self._made_norm()
@@ -318,7 +319,7 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(arrays_of(sent, "arrays")) if "arrays" in sent else {},
+            received=dict(self._unpacked(arrays_of(sent, "arrays"))) if "arrays" in sent else {},
             extra=held(beside, "A strategy sends"),
             config=dict(config_of(sent) if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),
@@ -350,10 +351,16 @@ class Workbench:
             Whether every local running statistic came from the message or the client's state; False for a client that
             has never trained.
         """
-        sent = unpack(arrays)
+        sent = self._unpacked(arrays)
         own = unpack(arrays_of(state, LOCAL_RECORD)) if LOCAL_RECORD in state else {}
         self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
+
+    def _unpacked(self, arrays: ArrayRecord) -> Mapping[str, Tensor]:
+        """Return what the server sent, which the clients of a round share; not to be written to."""
+        if self._sent is None or self._sent[0] is not arrays:
+            self._sent = arrays, unpack(arrays)
+        return self._sent[1]
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -95,9 +95,12 @@ class Unfit(Exception):
 
 def finite(value: Any) -> Any:
     """Return a document with None for every number that is infinite or none: it is valid JSON whatever was measured."""
+    kind = type(value)
+    if kind is str or kind is int:
+        return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
+    if kind is dict or isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
