@@ -52,7 +52,7 @@ from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
-from fednorm.streams.workbench import learner_of, stream_of
+from fednorm.streams.workbench import learner_of, require_parts, stream_of
 
 
 class GridWorkbench(Workbench):
@@ -86,6 +86,7 @@ class GridWorkbench(Workbench):
             for _, cell in self.grid.row(client)
         )
         self.learner(0)  # what the learner refuses is refused before training
+        require_parts(config, config.norm.card.made(config.norm.options), self._options)
         if isinstance(self.strategy, BetweenExperiences):
             first = self.grid.stream.experiences[0].train
             channels, height, width = first.images.shape[1:]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from fednorm.report import numbers
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, interval, name_of, percent, seeds
 
 SCORES: Mapping[str, str] = {
@@ -34,7 +35,7 @@ def grid_table(results: Sequence[Result]) -> Table:
         (
             name,
             *(percent([result["final"][key] for result in group]) for key in SCORES),
-            *([interval([result["final"].get(DRIFT) for result in group])] if drifts else []),
+            *([interval([result["final"].get(DRIFT) for result in group], numbers.significant)] if drifts else []),
             f"{mean(result['seconds'] for result in group):.0f}",
         )
         for name, group in groups.items()
