@@ -79,7 +79,17 @@ class Distilling(Local):
         return Passes(in_round=1.0, between=drawn * (2 * options["steps"] + options["student_steps"]))
 
     def check(self, trainee: Trainee) -> None:
-        """Refuse layers that must be told the task of each image, and a client that is not there."""
+        """Refuse layers that are told the task of each image, a loss of another kind, and a client that is not there.
+
+        Raises:
+            ConfigError: That is so.
+        """
+        learner = trainee.config.learner
+        if not learner.card.make.by_cross_entropy:
+            raise ConfigError(
+                f"Strategy target distils beside a cross-entropy, and learner {learner.name} trains and classifies by "
+                "something else. Take a learner such as naive or er, or strategy fedavg."
+            )
         for path, layer in trainee.model.named_modules():
             if isinstance(layer, HookedLayer) and type(layer).set_tasks is not HookedLayer.set_tasks:
                 raise ConfigError(

@@ -52,7 +52,8 @@ def moment_distance(inputs: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """
     values = inputs.transpose(0, 1).flatten(1)
     own_mean, own_var = values.mean(1), values.var(1, unbiased=False)
-    return torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_var - var)
+    distance: Tensor = torch.linalg.vector_norm(own_mean - mean) + torch.linalg.vector_norm(own_var - var)
+    return distance
 
 
 def divergence(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
