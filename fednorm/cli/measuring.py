@@ -20,7 +20,10 @@ verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
     against: Annotated[
-        str, typer.Option(help="Engines to compare with, separated by commas: bare, workers, flower, bare-contiguous.")
+        str,
+        typer.Option(
+            help="Engines to compare with, separated by commas: bare, workers, cohort, flower, bare-contiguous."
+        ),
     ] = "bare,workers",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,

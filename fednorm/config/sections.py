@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fednorm.config.adaptations import Adaptations
 from fednorm.config.augmentations import Augment
 from fednorm.config.evaluated import Evaluated
 from fednorm.config.schema import Kind, Names, Section, choose, key
@@ -98,6 +99,17 @@ class TrainConfig(Section, name="train"):
     clip_norm: float = key(
         0.0, "Longest gradient of all parameters together, after agc; 0 for any length. FLGo-Bench has 10.", ge=0
     )
+    private_noise: float = key(
+        0.0,
+        "Noise multiplier of differentially private training (DP-SGD): the noise's standard deviation over "
+        "private_clip; 0 for none. Needs the extra private (Opacus).",
+        ge=0,
+        kinds=ROUNDS,
+    )
+    private_clip: float = key(
+        1.0, "Longest gradient of one image in private training; longer ones are shortened.", gt=0, kinds=ROUNDS
+    )
+    private_delta: float = key(1e-5, "Delta at which a private run's epsilon is told.", gt=0, lt=1, kinds=ROUNDS)
     augment: Augment = key(
         "none",
         "What is done to each image of a training batch, those from memory too: none, or names with commas between, in "
@@ -406,6 +418,13 @@ class EvaluateConfig(Section, name="evaluate"):
         "Whether evaluated rounds also score the images held back (data.validation), and the result tells the round "
         "that is best on them beside the last.",
         kinds=ROUNDS,
+    )
+    adaptation: Adaptations = key(
+        (),
+        "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, "
+        "or tables of a name and options, among them batch_size, order and reset; an option's list of values is every "
+        "value in turn. Scored are the clients of the domain held out, else all; of a stream, its experiences.",
+        kinds=(*ROUNDS, *CONTINUAL),
     )
     diagnostics: bool = key(
         True,

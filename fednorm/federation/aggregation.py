@@ -10,7 +10,7 @@ from torch import Tensor
 from fednorm.federation.flat import unflattened
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
-from fednorm.federation.stack import StackRow
+from fednorm.federation.stack import StackRow, in_cache, of_each, some_of
 from fednorm.roles import Role
 
 HALF = (torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ class Average:
         """Prepare for the tensors that ``plan`` sends."""
         self._plan = plan
         self._pairs = [pair for pair in plan.moments() if plan.by_key[pair[1]].role is Role.POOLED]
-        self._pooled = {key for pair in self._pairs for key in pair}
+        self._pooled = tuple(key for pair in self._pairs for key in pair)
         self._types: dict[str, torch.dtype] = {}
         self._integers: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
@@ -46,7 +46,7 @@ class Average:
         self._flat: Tensor | None = None
         self._flat_bound = 0.0
         self._first: Mapping[str, Tensor] = {}
-        self._moments: list[dict[str, Tensor]] = []
+        self._moments: list[Mapping[str, Tensor]] = []
         self._weights: list[float] = []
         self._rows: list[tuple[StackRow, float]] = []
         self._only: Mapping[str, Tensor] | None = None
@@ -70,7 +70,7 @@ class Average:
             self._add_rows()
         if isinstance(tensors, StackRow):
             self._rows.append((tensors, weight))
-            self._moments.append({key: tensors[key] for key in self._pooled})
+            self._moments.append(some_of(tensors, self._pooled) if self._pooled else {})
             self._weights.append(weight)
             return
         if not self._add_flat(tensors, weight, flat):
@@ -137,7 +137,10 @@ class Average:
             values = stack.tensors[key] if whole else stack.tensors[key][numbers]
             total, scale = self._wide[key] if key in self._wide else self._made_wide(key, values[0], dtype)
             if total.numel():
-                total += (values.reshape(len(rows), -1).double().T @ (weights * scale)).view(total.shape)
+                whole_sum, parts = total.view(-1), in_cache(values)
+                shares = torch.split(weights * scale, [len(part) for part in parts])
+                for part, share in zip(parts, shares, strict=True):
+                    whole_sum += share @ part.reshape(len(part), -1).double()
 
     def _made_wide(self, key: str, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Go over to float64 with one tensor; return its sum so far, and what weights are multiplied by."""
@@ -169,8 +172,7 @@ class Average:
     def _pool(self) -> dict[str, Tensor]:
         pooled: dict[str, Tensor] = {}
         for mean_key, var_key in self._pairs:
-            means = [moments[mean_key] for moments in self._moments]
-            variances = [moments[var_key] for moments in self._moments]
+            means, variances = (of_each(self._moments, key) for key in (mean_key, var_key))
             mean, var = pool_moments(means, variances, self._weights)
             pooled[mean_key], pooled[var_key] = mean.to(means[0].dtype), var.to(variances[0].dtype)
         return pooled

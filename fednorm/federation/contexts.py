@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from itertools import islice
 
 from flwr.app import ArrayRecord, Context, RecordDict, UserConfig
 from torch import Tensor
 
-from fednorm.federation.wire import pack, unpack
+from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.records.states import States
 
 LOCAL_RECORD = "fednorm.local"
@@ -30,14 +31,28 @@ STATE_RECORD = "fednorm.state"
 PLACES: Mapping[str, str] = {"client": LOCAL_RECORD, "remembered": TRAINEE_RECORD, "state": STATE_RECORD}
 """The records of a client's state that a checkpoint holds, by the first part of their keys."""
 
+_KEPT = frozenset(PLACES.values())
+
 SMALL = 512
 """Clients up to which all of them are held in memory, and written whole with every checkpoint."""
 
 FIRST = 2
 """The node id of client 0."""
 
+LASTING = 2**13
+"""Clients up to which a context, once made, lasts: to make one takes as long as a small client's batches."""
+
+BEFORE_RECORD = "fednorm.before"
+"""The record of a client's ``Context.state`` that holds what it kept before its last training, as ``RECORD/KEY``."""
+
 AT_ONCE = 64
-"""Clients of a large federation whose states are in memory at a time."""
+"""Clients of a large federation whose states are in memory at a time, however large they are."""
+
+HELD = 2**25
+"""Bytes of such states up to which more of them are, those that were looked at last."""
+
+_OF_A_TENSOR = 1024
+"""Bytes, about, that a tensor takes in memory beside its values."""
 
 
 class ClientContext(Context):
@@ -76,9 +91,10 @@ class Contexts(Mapping[int, Context]):
         self.large = num_nodes > SMALL
         self._round = 0
         self.table = States(None)
-        self._made: weakref.WeakValueDictionary[int, ClientContext] = weakref.WeakValueDictionary()
+        self._made: MutableMapping[int, ClientContext] = {} if num_nodes <= LASTING else weakref.WeakValueDictionary()
         self._held: OrderedDict[int, tuple[ClientContext, RecordDict]] = OrderedDict()
-        self._loaded: dict[int, dict[str, ArrayRecord]] = {}
+        self._loaded: dict[int, Mapping[str, object]] = {}
+        self._most: int | None = None
 
     def __getitem__(self, node_id: int) -> Context:
         """Return a client's context, the same object as long as anybody has it."""
@@ -126,8 +142,17 @@ class Contexts(Mapping[int, Context]):
     def _hold(self, context: ClientContext, state: RecordDict) -> None:
         self._held[context.node_id] = context, state
         self._held.move_to_end(context.node_id)
-        while self.large and len(self._held) > AT_ONCE and self._put_away(next(iter(self._held))):
+        while self.large and len(self._held) > self._room() and self._put_away(next(iter(self._held))):
             pass
+
+    def _room(self) -> int:
+        """Return how many states may be in memory, judged by some of those that are."""
+        if len(self._held) <= AT_ONCE:
+            return AT_ONCE
+        if self._most is None:
+            sizes = [_size(state) for _, state in islice(self._held.values(), AT_ONCE)]
+            self._most = max(AT_ONCE, HELD // max(*sizes, 1)) if any(sizes) else AT_ONCE
+        return self._most
 
     def _fetched(self, client: int) -> dict[str, ArrayRecord]:
         parts: dict[str, dict[str, Tensor]] = {}
@@ -138,15 +163,22 @@ class Contexts(Mapping[int, Context]):
 
     def _put_away(self, node_id: int) -> bool:
         """Write a state to the table if it has changed, and forget it; return whether it is forgotten."""
-        _, state = self._held[node_id]
-        if set(state) - set(PLACES.values()):
-            self._held.move_to_end(node_id)  # a stranger's app keeps what no table holds
+        if not self._write_down(node_id):
+            self._held.move_to_end(node_id)
             return False
+        del self._held[node_id]
+        self._loaded.pop(node_id, None)
+        return True
+
+    def _write_down(self, node_id: int) -> bool:
+        """Write a state to the table if it has changed; return whether the table holds all of it."""
+        _, state = self._held[node_id]
+        if state.keys() - _KEPT:
+            return False  # a stranger's app keeps what no table holds
         loaded = self._loaded.get(node_id, {})
         if state.keys() != loaded.keys() or any(state[name] is not record for name, record in loaded.items()):
             self.table.write(node_id - FIRST, self._round + 1, flat(state))
-        del self._held[node_id]
-        self._loaded.pop(node_id, None)
+            self._loaded[node_id] = dict(state.items())
         return True
 
     # Rounds -----------------------------------------------------------------------------------------------------------
@@ -157,12 +189,23 @@ class Contexts(Mapping[int, Context]):
         Raises:
             RecordError: The table cannot be written, or could not during the round.
         """
-        self._round = server_round - 1
-        for node_id in list(self._held):
+        self._round, self._most = server_round - 1, None
+        for _, state in self._held.values():
+            if BEFORE_RECORD in state:  # the round stands
+                del state[BEFORE_RECORD]
+        if self.table.path is not None:
+            for node_id in self._held:
+                self._write_down(node_id)
+        for node_id in list(self._held)[: max(0, len(self._held) - self._room())]:
             self._put_away(node_id)
         self._round = server_round
         if self.table.path is None and self.table.used:
             self.table.commit(server_round)  # no checkpoint will: what nobody goes back to is dropped
+
+
+def _size(state: RecordDict) -> int:
+    """Return about how many bytes of memory a state takes."""
+    return sum(_OF_A_TENSOR * len(record) + nbytes(record.values()) for record in state.array_records.values())
 
 
 def flat(state: RecordDict) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
 from fednorm.federation.replies import read_statistics
 from fednorm.federation.round_report import RoundReport
+from fednorm.federation.stack import of_each
 from fednorm.federation.wire import unpack
 from fednorm.roles import Role
 from fednorm.training.diagnostics import Moments, Optimizer, rates_of_norms, wasserstein_drifts, weight_layers
@@ -91,8 +92,9 @@ def drift_by_domain(clients: Iterable[ClientStatistics], plan: NormPlan) -> dict
         having = [client for client in clients if mean_key in client.tensors and var_key in client.tensors]
         if not having:
             continue
-        moments = [Moments(client.tensors[mean_key], client.tensors[var_key]) for client in having]
-        joint = pool_moments([m.mean for m in moments], [m.var for m in moments], [c.examples for c in having])
+        each = [client.tensors for client in having]
+        moments = Moments(of_each(each, mean_key), of_each(each, var_key))
+        joint = pool_moments(moments.mean, moments.var, [client.examples for client in having])
         layer = plan.by_key[mean_key].layer
         for client, drift in zip(having, wasserstein_drifts(moments, Moments(*joint)), strict=True):
             drifts.setdefault(client.domain, {}).setdefault(layer, []).append(drift)
@@ -132,17 +134,17 @@ def statistics_of(bench: Workbench, grid: Grid, report: RoundReport) -> list[Cli
         ClientStatistics(
             client.domain,
             client.metrics["num-examples"],
-            {
-                key: tensor
-                for key, tensor in (kept.get(client.partition_id, {}) | report.statistics[client.partition_id]).items()
-                if key in keys
-            },
+            _both(kept.get(client.partition_id, {}), report.statistics[client.partition_id]),
         )
         for client in report.train
     ]
 
 
-def _ask(grid: Grid, nodes: Sequence[Node], plan: NormPlan, report: RoundReport) -> dict[int, dict[str, Tensor]]:
+def _both(kept: Mapping[str, Tensor], travelled: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {**kept, **travelled} if kept and travelled else kept or travelled
+
+
+def _ask(grid: Grid, nodes: Sequence[Node], plan: NormPlan, report: RoundReport) -> dict[int, Mapping[str, Tensor]]:
     """Return the statistics that each client keeps, by partition id; a client without good ones is left out."""
     ask = "query.statistics"
     reject = partial(report.reject, during=ask)

@@ -16,12 +16,16 @@ def flattened(tensors: Mapping[str, Tensor]) -> Tensor | None:
 
     None where there are none, more than :data:`FLAT`, or some that are not of float32.
     """
-    floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
-    if not floats or any(tensor.dtype is not torch.float32 for tensor in floats):
-        return None
-    if sum(tensor.numel() for tensor in floats) > FLAT:
-        return None
-    return torch.cat([tensor.reshape(-1) for tensor in floats])
+    floats, count = [], 0
+    for tensor in tensors.values():
+        if tensor.dtype is torch.float32:
+            count += tensor.numel()
+            if count > FLAT:
+                return None
+            floats.append(tensor.reshape(-1))
+        elif tensor.is_floating_point():
+            return None
+    return torch.cat(floats) if floats else None
 
 
 def unflattened(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,12 +13,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.supercore.run import Run
 
-__all__ = ["Run", "array_record", "empty_run", "ensure_task_identity", "quiet_flower_log"]
+__all__ = [
+    "Run",
+    "array_record",
+    "empty_run",
+    "ensure_task_identity",
+    "metric_record",
+    "quiet_flower_log",
+    "record_dict",
+]
+
+R = TypeVar("R", ArrayRecord, MetricRecord, RecordDict)
 
 _IDENTITY = ("task_id", "run_id", "node_id")
 _set_by_us: tuple[int | None, ...] | None = None
@@ -81,18 +91,33 @@ def empty_run(run_id: int) -> Run:
 def array_record(arrays: dict[str, Array]) -> ArrayRecord:
     """Return a record of arrays that are known to be some, under names that are.
 
-    Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
-    training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
-
     Args:
         arrays: By name; the dictionary becomes the record's.
     """
-    record = ArrayRecord()
+    return _filled(ArrayRecord(), arrays)
+
+
+def metric_record(metrics: dict[str, float]) -> MetricRecord:
+    """Return a record of plain numbers, under names that are; the dictionary becomes the record's."""
+    return _filled(MetricRecord(), metrics)
+
+
+def record_dict(records: dict[str, Any]) -> RecordDict:
+    """Return a dictionary of records that are known to be some; the dictionary becomes its own."""
+    return _filled(RecordDict(), records)
+
+
+def _filled(record: R, entries: dict[str, Any]) -> R:
+    """Fill a new record with entries that need not be looked at.
+
+    Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
+    training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
+    """
     if record.__dict__.get("_data") == {}:
-        record.__dict__["_data"] = arrays
+        record.__dict__["_data"] = entries
         return record
-    for key, array in arrays.items():
-        record[key] = array
+    for key, value in entries.items():
+        record[key] = value
     return record
 
 

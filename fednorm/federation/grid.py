@@ -14,9 +14,10 @@ from flwr.app import Context, Error, Message, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
-from fednorm.federation.contexts import Contexts
+from fednorm.federation.contexts import FIRST, Contexts
 from fednorm.federation.executors import Executor, Failure, Job
 from fednorm.federation.flower_private import Run, empty_run, ensure_task_identity
+from fednorm.federation.messages import Answered, Asked, asked_of
 
 log = logging.getLogger("fednorm")
 
@@ -69,6 +70,18 @@ class InProcessGrid(Grid):
         """Create a message; Flower's older way, kept for strategies that use it."""
         return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
 
+    def addressed(self, content: RecordDict, message_type: str, node_ids: Iterable[int]) -> list[Message]:
+        """Return a message of one content to each of some nodes; Flower's own where an app of anybody's is to read it.
+
+        Args:
+            content: What all are sent.
+            message_type: What they are asked.
+            node_ids: Who is asked.
+        """
+        if self.ours:
+            return [Asked(content, node_id, message_type) for node_id in node_ids]
+        return [Message(content, dst_node_id=node_id, message_type=message_type) for node_id in node_ids]
+
     def get_node_ids(self) -> Iterable[int]:
         """Return the node ids, in the order of partition ids."""
         return list(self.contexts)
@@ -97,12 +110,11 @@ class InProcessGrid(Grid):
         answers = self._executor.run([self._job(message) for message in messages])
         for message, answer in zip(messages, answers, strict=True):
             content = Error(CLIENT_FAILED, answer.reason) if isinstance(answer, Failure) else answer
-            yield Message(content, reply_to=message)
+            yield Answered(content, asked_of(message)[0], message)
 
     def _job(self, message: Message) -> Job:
-        context = self.contexts[message.metadata.dst_node_id]
-        client = int(context.node_config["partition-id"])
-        return Job(message.metadata.message_type, client, message.content, context)
+        node_id, kind = asked_of(message)
+        return Job(kind, node_id - FIRST, message.content, self.contexts[node_id])
 
     def _handle(self, message: Message) -> Message:
         if self._app is None:

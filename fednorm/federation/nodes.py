@@ -97,7 +97,7 @@ def discover(
     described: dict[int, About] = {}
     failed: dict[int, UnfitReply] = {}
     unnamed = [Node(node_id, number) for number, node_id in enumerate(ids)]
-    ask = [Message(RecordDict(), dst_node_id=node_id, message_type="query.describe") for node_id in ids]
+    ask = addressed(grid, RecordDict(), "query.describe", unnamed)
     with quiet_flower_log(logging.CRITICAL):  # for each app without this query, Flower would log a traceback
         replies = list(grid.send_and_receive(ask, timeout=DESCRIBE_SECONDS))
     for node, reply in in_order(replies, unnamed, range(len(ids)), lambda *refusal: refused.append(refusal)):
@@ -145,13 +145,27 @@ def asked(
         read: Returns what a reply holds, or raises :class:`~fednorm.federation.replies.UnfitReply`.
         reject: Is told of replies that do not fit, with the client's partition id, or None where no client sent it.
     """
-    messages = [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
+    messages = addressed(grid, content, message_type, nodes)
     awaited = sorted(node.partition_id for node in nodes)
     for node, reply in in_order(grid.send_and_receive(messages) if messages else (), nodes, awaited, reject):
         try:
             yield node, read(node, reply)
         except UnfitReply as unfit:
             reject(node.partition_id, unfit)
+
+
+def addressed(grid: Grid | None, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
+    """Return a message of one content to each of some nodes.
+
+    Args:
+        grid: The way to them.
+        content: What all are sent.
+        message_type: What they are asked.
+        nodes: Who is asked.
+    """
+    if isinstance(grid, InProcessGrid):
+        return grid.addressed(content, message_type, [node.node_id for node in nodes])
+    return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
 
 
 def wait_for_nodes(grid: Grid, count: int, seconds: float) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -90,6 +91,11 @@ class NormPlan:
         """Return the entries by key."""
         return {entry.key: entry for entry in self.entries}
 
+    @cached_property
+    def forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shape and type of every entry, by key."""
+        return {entry.key: (entry.shape, getattr(torch, entry.dtype)) for entry in self.entries}
+
     @property
     def bytes_sent(self) -> int:
         """Return the bytes of tensors one client receives in a round; it sends back as many."""
@@ -103,10 +109,13 @@ class NormPlan:
 
     def moments(self) -> Iterator[tuple[str, str]]:
         """Yield the keys (mean, variance) of every layer that has both, in order."""
+        yield from self._moments
+
+    @cached_property
+    def _moments(self) -> tuple[tuple[str, str], ...]:
         means = {entry.layer: entry.key for entry in self.entries if entry.kind is Kind.MEAN}
-        for entry in self.entries:
-            if entry.kind is Kind.VAR and entry.layer in means:
-                yield means[entry.layer], entry.key
+        variances = (entry for entry in self.entries if entry.kind is Kind.VAR)
+        return tuple((means[entry.layer], entry.key) for entry in variances if entry.layer in means)
 
     def summary(self, num_clients: int) -> dict[str, int]:
         """Return the numbers of entries by role, and the bytes that a round with ``num_clients`` clients sends.

@@ -15,7 +15,7 @@ from fednorm.errors import AggregationError
 
 
 def pool_moments(
-    means: Sequence[Tensor], variances: Sequence[Tensor], counts: Sequence[float]
+    means: Sequence[Tensor] | Tensor, variances: Sequence[Tensor] | Tensor, counts: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     """Combine the moments of k disjoint samples into those of their union.
 
@@ -27,8 +27,8 @@ def pool_moments(
     examples: pooling them is an approximation, and is named one wherever it is reported.
 
     Args:
-        means: k tensors of shape (C,).
-        variances: k tensors of shape (C,).
+        means: k tensors of shape (C,), or one of shape (k, C).
+        variances: Likewise.
         counts: k weights n_i >= 0; only their ratios matter.
 
     Returns:
@@ -38,11 +38,13 @@ def pool_moments(
         AggregationError: There is no sample, or all weights are zero.
     """
     total = float(sum(counts))
-    if not means or total <= 0:
+    if not len(means) or total <= 0:
         raise AggregationError(f"Pooling needs at least one sample with a positive count; got counts {list(counts)}.")
     weight = torch.tensor(list(counts), dtype=torch.float64)[:, None] / total
-    mean_k = torch.stack(list(means)).to(torch.float64)
-    var_k = torch.stack(list(variances)).to(torch.float64)
+    mean_k, var_k = (
+        (values if isinstance(values, Tensor) else torch.stack(list(values))).to(torch.float64)
+        for values in (means, variances)
+    )
     mean = (weight * mean_k).sum(0)
     var = (weight * (var_k + (mean_k - mean) ** 2)).sum(0)
     return mean, var

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, ParamSpec, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
 
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
 from fednorm.federation.flat import flattened
+from fednorm.federation.messages import sender_of
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.stack import RowRecord
-from fednorm.federation.wire import Undecodable, decode, nbytes
+from fednorm.federation.wire import MemoryArray, Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
-    from fednorm.data.clients import Counts
     from fednorm.federation.nodes import Node
 
 P = ParamSpec("P")
@@ -154,34 +154,6 @@ class Expected:
     constant: bool = True
 
 
-class ExpectedClients(Mapping[int, Expected]):
-    """What a run knows of its clients, by partition id; each put together when it is asked for.
-
-    Args:
-        counts: How many images each client has.
-        split: The split that is scored.
-        constant: Whether they train on all of their training images in every round.
-    """
-
-    def __init__(self, counts: Counts, split: str, *, constant: bool = True) -> None:
-        self._counts, self._constant = counts, constant
-        self._scored = counts.validation if split == "validation" else counts.test
-
-    def __getitem__(self, partition_id: int) -> Expected:
-        counts = self._counts
-        if not (isinstance(partition_id, int) and 0 <= partition_id < len(counts)):
-            raise KeyError(partition_id)
-        domain, held_out = counts.domains[counts.domain[partition_id]], bool(counts.held_out[partition_id])
-        train, scored = int(counts.train[partition_id]), int(self._scored[partition_id])
-        return Expected(domain, held_out, train, scored, self._constant)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(len(self._counts)))
-
-    def __len__(self) -> int:
-        return len(self._counts)
-
-
 def reader(read: Callable[P, T]) -> Callable[P, T]:
     """Let a function raise :class:`UnfitReply` and nothing else: what a client sends may fail in ways of its own."""
 
@@ -225,6 +197,10 @@ def read_update(
     """
     content = _content(reply)
     metrics = _metrics(content, at_least=1, examples=examples or None, verb="trains on")
+    arrays = content.get("arrays")
+    if isinstance(arrays, RowRecord) and not extra and arrays.row.stack.fits(plan.sent, plan)[arrays.row.number]:
+        # Checked together with the others of its stack.
+        return Update(arrays.row, _sound(metrics, required, shares), arrays.row.stack.nbytes)
     records = {key: value for key, value in content.items() if isinstance(value, ArrayRecord)}
     if EXTRA in records and not extra and len(records) > 1:
         raise UnfitReply(f"it sends an ArrayRecord {EXTRA!r}, and the strategy declares none", Cause.EXTRA)
@@ -233,8 +209,7 @@ def read_update(
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
     tensors, flat = _tensors(arrays, plan.sent, plan)
-    size = arrays.row.stack.nbytes if isinstance(arrays, RowRecord) else nbytes(arrays.values())
-    size += sum(tensor.nbytes for tensor in beside.values())
+    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
     return Update(tensors, _sound(metrics, required, shares), size, beside, flat)
 
 
@@ -299,7 +274,7 @@ def read_local(reply: Message, plan: NormPlan, *, examples: int = 0) -> tuple[fl
 
 
 @reader
-def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
+def read_statistics(reply: Message, plan: NormPlan) -> Mapping[str, Tensor]:
     """Return the running means and variances that a client keeps; none of one that never trained.
 
     Raises:
@@ -309,7 +284,7 @@ def read_statistics(reply: Message, plan: NormPlan) -> dict[str, Tensor]:
     if "arrays" not in records:
         return {}
     kept = [key for pair in plan.moments() for key in pair if plan.by_key[key].role is Role.LOCAL]
-    return dict(_tensors(records["arrays"], kept, plan)[0])
+    return _tensors(records["arrays"], kept, plan)[0]
 
 
 @reader
@@ -355,6 +330,10 @@ def in_order(
             reject(_partition(reply, known), unfit)
             continue
         came.add(node.node_id)
+        if node.partition_id == next_one and not waiting:
+            yield node, reply
+            next_one = next(following, None)
+            continue
         waiting[node.partition_id] = (node, reply)
         while next_one in waiting:
             yield waiting.pop(next_one)
@@ -367,7 +346,7 @@ def in_order(
 def _sender(reply: Message, known: Mapping[int, Node], came: Collection[int]) -> Node:
     if not isinstance(reply, Message):
         raise UnfitReply(f"a {type(reply).__name__} came in place of a reply")
-    node_id = reply.metadata.src_node_id
+    node_id = sender_of(reply)
     if node_id not in known:
         raise UnfitReply(f"a reply came from node {node_id}, which is not one of this run")
     if node_id in came:
@@ -376,7 +355,7 @@ def _sender(reply: Message, known: Mapping[int, Node], came: Collection[int]) ->
 
 
 def _partition(reply: Message, known: Mapping[int, Node]) -> int | None:
-    node = known.get(reply.metadata.src_node_id) if isinstance(reply, Message) else None
+    node = known.get(sender_of(reply)) if isinstance(reply, Message) else None
     return node.partition_id if node else None
 
 
@@ -401,12 +380,12 @@ def _last_line(reason: str) -> str:
     return lines[-1].removesuffix("'>").rpartition("occurred. Message:")[2]
 
 
-def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> MetricRecord:
+def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> dict[str, Any]:
     """Return a reply's metrics, its number of examples checked."""
     records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
-    record = next(iter(records.values()))
+    record = dict(next(iter(records.values())).items())
     count = record.get("num-examples")
     if not _is_number(count) or not at_least <= count < math.inf:
         raise UnfitReply(f"expected the metric num-examples of {at_least} or more; got {count!r}", Cause.METRICS)
@@ -417,15 +396,19 @@ def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: 
     return record
 
 
-def _sound(record: MetricRecord, required: Collection[str], shares: bool) -> dict[str, float]:
+def _sound(record: Mapping[str, Any], required: Collection[str], shares: bool) -> dict[str, float]:
     """Return the numbers among a reply's metrics; those that are averaged or shown must be sound."""
     for name in ("loss", "accuracy"):
         if name in required or name in record:
             _require_sound(name, record, shares)
-    return {key: value for key, value in record.items() if _is_number(value) and _fits_a_float(value)}
+    return {
+        key: value
+        for key, value in record.items()
+        if type(value) is float or (_is_number(value) and _fits_a_float(value))
+    }
 
 
-def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
+def _require_sound(name: str, record: Mapping[str, Any], shares: bool) -> None:
     value = record.get(name)
     if not _is_number(value):
         raise UnfitReply(f"expected the metric {name}, a number; got {value!r}", Cause.METRICS)
@@ -436,7 +419,7 @@ def _require_sound(name: str, record: MetricRecord, shares: bool) -> None:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is float or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def _fits_a_float(value: float) -> bool:
@@ -451,13 +434,13 @@ def _tensors(
     With them comes what :func:`~fednorm.federation.flat.flattened` makes of them.
     """
     if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
-        return arrays.row, None  # checked together with the others of its stack
-    if odd := sorted(set(arrays) ^ set(keys)):
+        return arrays.row, None
+    if list(arrays) != list(keys) and (odd := sorted(set(arrays) ^ set(keys))):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
-    tensors = {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
+    tensors = _held(arrays, keys, plan) or {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
     flat = flattened(tensors)
     if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
         for key, tensor in tensors.items():
@@ -470,6 +453,19 @@ def _tensors(
         if tensors[key].min() < 0:
             raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[kind]}", Cause.OTHER)
     return tensors, flat
+
+
+def _held(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor] | None:
+    """Return the tensors that arrays of this process hold; None where one must be looked at closer, or decoded."""
+    tensors, forms = dict[str, Tensor](), plan.forms
+    for (key, array), expected in zip(arrays.items(), keys, strict=True):
+        held = array.__dict__.get("tensor") if type(array) is MemoryArray else None
+        if key != expected or type(held) is not Tensor or (held.shape, held.dtype) != forms[key]:
+            return None
+        if held.layout is not torch.strided or not held.is_cpu or held.requires_grad:
+            return None
+        tensors[key] = held
+    return tensors
 
 
 def _extra(arrays: Mapping[str, Array], forms: Mapping[str, Form]) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ class RoundReport:
     bytes_down: int = 0
     bytes_up: int = 0
     seconds: float = 0.0
-    statistics: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    statistics: dict[int, Mapping[str, Tensor]] = field(default_factory=dict)
     events: list[dict[str, str]] = field(default_factory=list)
 
     def reject(self, partition_id: int | None, unfit: UnfitReply, during: str = "") -> None:

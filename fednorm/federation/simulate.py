@@ -17,7 +17,7 @@ from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import Observer, check, describe, make_server_app, read_back
 from fednorm.federation.workbench import Workbench, workbench_of
 from fednorm.records.record import RunRecord
-from fednorm.threads import torch_threads
+from fednorm.threads import lasting_objects, torch_threads
 
 
 def plan(config: RunConfig, bench: Workbench | None = None) -> dict[str, Any]:
@@ -65,6 +65,6 @@ def simulate(
     carrying = executor(made)
     grid = InProcessGrid(carrying, len(made.federation.clients), dict(run_config))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
-    with torch_threads(config.threads), closing(carrying):
+    with torch_threads(config.threads), closing(carrying), lasting_objects():
         server_app(grid, context)
     return results[0]

@@ -6,7 +6,10 @@ it; our own strategies see the stack behind it, and need no loop over clients an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from types import MappingProxyType
 
 import torch
 from flwr.app import Array
@@ -19,21 +22,28 @@ from fednorm.roles import Kind
 NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
 
 
+CACHED = 2**16
+"""Values of some rows that are worked on at a time."""
+
+
 class Stack:
     """The tensors of K clients' updates, on the CPU; nobody writes to them.
 
     Args:
         tensors: By key of the plan, in its order, shape (K, ...).
         count: K.
+        origin: What all of them were sent, by key; empty where that is not known.
 
     Attributes:
         nbytes: Bytes of one client's.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], count: int) -> None:
-        self.tensors, self.count = tensors, count
+    def __init__(
+        self, tensors: Mapping[str, Tensor], count: int, origin: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self.tensors, self.count, self._origin = tensors, count, origin
         self.nbytes = sum(tensor[0].nbytes for tensor in tensors.values())
-        self._fits: tuple[object, list[bool]] | None = None
+        self._fits: tuple[NormPlan, Sequence[str], list[bool]] | None = None
         self._parts: dict[tuple[str, ...], Stack] = {}
         self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
 
@@ -46,10 +56,10 @@ class Stack:
 
     def fits(self, keys: Sequence[str], plan: NormPlan) -> list[bool]:
         """Return whose tensors are those of the keys, of the plan's forms, finite, and not negative where none is."""
-        asked = (tuple(keys), id(plan))
-        if self._fits is None or self._fits[0] != asked:
-            self._fits = (asked, self._checked(plan).tolist() if self._is_of(keys, plan) else [False] * self.count)
-        return self._fits[1]
+        if self._fits is None or self._fits[0] is not plan or self._fits[1] != keys:
+            fit = self._checked(plan).tolist() if self._is_of(keys, plan) else [False] * self.count
+            self._fits = (plan, keys, fit)
+        return self._fits[2]
 
     def _is_of(self, keys: Sequence[str], plan: NormPlan) -> bool:
         forms = [(plan.by_key[key].shape, plan.by_key[key].dtype) for key in keys]
@@ -57,16 +67,23 @@ class Stack:
         return tuple(self.tensors) == tuple(keys) and own == forms
 
     def _checked(self, plan: NormPlan) -> Tensor:
-        sound = torch.ones(self.count, dtype=torch.bool)
+        sound = self._finite()
         for key, tensor in self.tensors.items():
-            if not tensor.is_floating_point() or not tensor.numel():
-                continue
-            flat = tensor.reshape(self.count, -1)
-            finite = flat.sum(1).isfinite()  # a finite sum proves it in one cheap pass
-            sound &= finite if finite.all() else flat.isfinite().all(1)
-            if plan.by_key[key].kind in NEVER_NEGATIVE:
-                sound &= ~(flat < 0).any(1)
+            if plan.by_key[key].kind in NEVER_NEGATIVE and tensor.numel():
+                sound &= ~(tensor.reshape(self.count, -1) < 0).any(1)
         return sound
+
+    def _finite(self) -> Tensor:
+        """Return of which clients every value of every float tensor is finite, bool, shape (K,)."""
+        finite = torch.ones(self.count, dtype=torch.bool)
+        # Who has gone a finite way from finite values is at finite ones.
+        proven = bool(self._origin) and all(map(math.isfinite, self.norms(self._origin)))
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.numel() and not (proven and key in self._origin):
+                flat = tensor.reshape(self.count, -1)
+                sums = flat.sum(1).isfinite()  # a finite sum proves it in one cheap pass
+                finite &= sums if sums.all() else flat.isfinite().all(1)
+        return finite
 
     def rows(self, key: str, numbers: Sequence[int]) -> Tensor:
         """Return one tensor of some of the clients, shape (k, ...), in memory of its own."""
@@ -77,11 +94,14 @@ class Stack:
 
         It is not finite where single precision does not suffice.
         """
+        if self._norms and old is not self._norms[0] and _same(old, self._norms[0]):
+            self._norms = (old, self._norms[1])
         if self._norms is None or self._norms[0] is not old:
             total = torch.zeros(self.count, dtype=torch.float64)
             for key, tensor in self.tensors.items():
                 if key in old and tensor.is_floating_point() and tensor.numel():
-                    total += (tensor - old[key]).reshape(self.count, -1).square().sum(1)
+                    parts = [(part - old[key]).reshape(len(part), -1) for part in in_cache(tensor)]
+                    total += torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).double().square()
             self._norms = (old, total.sqrt().tolist())
         return self._norms[1]
 
@@ -89,8 +109,14 @@ class Stack:
 class StackRow(Mapping[str, Tensor]):
     """One client's tensors of a stack."""
 
+    __slots__ = ("number", "stack")
+
     def __init__(self, stack: Stack, number: int) -> None:
         self.stack, self.number = stack, number
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is such a tensor, which is not taken out of the stack for that."""
+        return key in self.stack.tensors
 
     def __getitem__(self, key: str) -> Tensor:
         """Return a tensor, which must not be written to."""
@@ -103,6 +129,34 @@ class StackRow(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self.stack.tensors)
+
+
+def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+
+
+def in_cache(tensor: Tensor) -> list[Tensor]:
+    """Return rows of a stack's tensor, so many at a time that the processor's cache holds what is made of them."""
+    return list(torch.split(tensor, max(1, CACHED * len(tensor) // max(tensor.numel(), 1))))
+
+
+def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return some of a client's tensors; of a row, a row of a smaller stack, so that the whole one can go."""
+    if isinstance(tensors, StackRow):
+        return StackRow(tensors.stack.part(keys), tensors.number)
+    return {key: tensors[key] for key in keys}
+
+
+def of_each(clients: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
+    """Return one tensor of several clients, shape (k, ...); rows of one stack are looked up together."""
+    parts = []
+    for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None):
+        own = list(group)
+        if stack is None:
+            parts.append(torch.stack([tensors[key] for tensors in own]))
+        else:
+            parts.append(stack.rows(key, [row.number for row in own if isinstance(row, StackRow)]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class _Arrays(Mapping[str, Array]):

@@ -30,7 +30,7 @@ from fednorm.federation.constants import constant_prints
 from fednorm.federation.evaluated import evaluated
 from fednorm.federation.flat import flattened
 from fednorm.federation.local import Local
-from fednorm.federation.nodes import KnownNodes, Node, discover, wait_for_nodes
+from fednorm.federation.nodes import KnownNodes, Node, addressed, discover, wait_for_nodes
 from fednorm.federation.plan import NormPlan, norm_plan
 from fednorm.federation.replies import (
     EXTRA,
@@ -44,6 +44,7 @@ from fednorm.federation.replies import (
     read_update,
 )
 from fednorm.federation.round_report import ClientReport, RoundReport, shown, weighted_metrics
+from fednorm.federation.stack import some_of
 from fednorm.federation.update_norm import suspect, update_norm
 from fednorm.federation.wire import nbytes, pack, unpack
 from fednorm.recognition.places import patterns_of
@@ -72,8 +73,7 @@ class Common(TypedDict, total=False):
     frozen: frozenset[str]
 
 
-def _always(partition_id: int, server_round: int) -> bool:
-    del partition_id, server_round
+def _always(*_: int) -> bool:
     return True
 
 
@@ -261,7 +261,7 @@ class NormStrategy(Strategy):
         self._sent_flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
-        return self._address(content, "train", chosen)
+        return self._address(content, "train", chosen, grid)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -278,7 +278,7 @@ class NormStrategy(Strategy):
             self.report.train.append(report)
             norms[node.partition_id] = report.update_norm or 0.0
             if self._keeps_statistics:
-                self.report.statistics[node.partition_id] = {key: update.tensors[key] for key in self._travelling}
+                self.report.statistics[node.partition_id] = some_of(update.tensors, self._travelling)
             weight = report.metrics["num-examples"] if self.weighting == "examples" else 1.0
             average.add(update.tensors, weight, update.flat)
             if update.extra:
@@ -311,7 +311,7 @@ class NormStrategy(Strategy):
         )
         if self.evaluates != ALL_CLIENTS:
             self.report.scored = tuple(node.partition_id for node in nodes)
-        return self._address(content, "evaluate", nodes)
+        return self._address(content, "evaluate", nodes, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Collect every client's metrics, and return their average weighted by test images."""
@@ -330,7 +330,7 @@ class NormStrategy(Strategy):
         return weighted_metrics(self.report.evaluate) if self.report.evaluate else None
 
     def summary(self) -> None:
-        """Log nothing: the norm plan is shown before training instead."""
+        """Log nothing: the plan is shown before training."""
 
     def start(
         self,
@@ -408,9 +408,9 @@ class NormStrategy(Strategy):
             wait_for_nodes(grid, self.min_nodes, NODE_SECONDS)
             self.nodes, self._refused = discover(grid, self.expected, self._constants)
 
-    def _address(self, content: RecordDict, message_type: str, nodes: Sequence[Node]) -> list[Message]:
-        self._awaited = [node.partition_id for node in nodes]
-        return [Message(content, dst_node_id=node.node_id, message_type=message_type) for node in nodes]
+    def _address(self, content: RecordDict, kind: str, to: Sequence[Node], grid: Grid | None = None) -> list[Message]:
+        self._awaited = [node.partition_id for node in to]
+        return addressed(grid or self._grid, content, kind, to)
 
     def _sample(self, grid: Grid, server_round: int) -> list[Node]:
         self.nodes = self.renew() if self.renew else self.nodes

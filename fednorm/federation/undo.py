@@ -14,11 +14,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 
+from fednorm.federation.contexts import BEFORE_RECORD
 from fednorm.federation.wire import LazyRecord, MemoryArray, arrays_of, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, STATE_RECORD, TRAINEE_RECORD
-
-BEFORE_RECORD = "fednorm.before"
-"""The record of a client's ``Context.state`` that holds what it kept before its last training, as ``RECORD/KEY``."""
 
 ROUND = "round"
 """Its key for the number of that training's round."""

@@ -95,7 +95,11 @@ LazyRecord.__qualname__ = ArrayRecord.__qualname__
 
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record of tensors that will not be written to again; what is on another device is copied to the CPU."""
-    return array_record({key: MemoryArray(tensor.detach().cpu()) for key, tensor in tensors.items()})
+    return array_record({key: MemoryArray(_at_rest(tensor)) for key, tensor in tensors.items()})
+
+
+def _at_rest(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_cpu and not tensor.requires_grad else tensor.detach().cpu()
 
 
 def unpack(record: ArrayRecord) -> dict[str, Tensor]:

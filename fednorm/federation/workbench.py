@@ -85,6 +85,7 @@ class Workbench:
         """
         self.config = config
         self.engine: Engine | None = None
+        self._sent: tuple[ArrayRecord, Mapping[str, Tensor]] | None = None
         devices.device_of(config)  # before data are read
         self.federation = self._loaded(federation)
         self.norm: Norm = self._made_norm()
@@ -119,6 +120,10 @@ class Workbench:
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         }
         self.strategy.local(self.strategy).check(self.trainee)
+        if self.private:
+            from fednorm.federation.privacy import check_private  # the one run that needs it has an extra installed
+
+            check_private(self)
         counts = self.federation.counts
         self._require_phases()
         self.trainee.require_batches(
@@ -187,13 +192,27 @@ class Workbench:
 
     def measures(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what the result says besides, from the lines of all rounds; ``final`` joins the run's own."""
-        del lines
-        return {}
+        if not self.private:
+            return {}
+        from fednorm.federation.privacy import spent
+
+        return {"privacy": spent(self.config.train, self.federation.counts, lines)}
+
+    @property
+    def private(self) -> bool:
+        """Whether clients train with differential privacy."""
+        return self.config.kind == "federated" and self.config.train.private_noise > 0
 
     def _loaded(self, given: Federation | None) -> Federation:
         """Return who holds what, scaled."""
         config = self.config
         input_size = config.model.card.input_size
+        if config.strategy.card.needs_experiences:
+            raise ConfigError(
+                f"Strategy {config.strategy.name} is about what comes between two experiences, and this federation has "
+                "none: it would be FedAvg. Let clients learn on streams (--scenario split_digits), or take strategy "
+                "fedavg."
+            )
         loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
         if config.strategy.card.pooled and config.data.normalize == "domain":
             raise ConfigError(
@@ -318,7 +337,7 @@ class Workbench:
             tensors=self._state,
             shared=self._learned,
             names=("client", client.partition_id, *of_round),
-            received=unpack(arrays_of(sent, "arrays")) if "arrays" in sent else {},
+            received=dict(self._unpacked(arrays_of(sent, "arrays"))) if "arrays" in sent else {},
             extra=held(beside, "A strategy sends"),
             config=dict(config_of(sent) if "config" in sent else self.strategy.client_config()),
             state=held(own, "A client keeps"),
@@ -350,10 +369,16 @@ class Workbench:
             Whether every local running statistic came from the message or the client's state; False for a client that
             has never trained.
         """
-        sent = unpack(arrays)
+        sent = self._unpacked(arrays)
         own = unpack(arrays_of(state, LOCAL_RECORD)) if LOCAL_RECORD in state else {}
         self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
+
+    def _unpacked(self, arrays: ArrayRecord) -> Mapping[str, Tensor]:
+        """Return what the server sent, which the clients of a round share; not to be written to."""
+        if self._sent is None or self._sent[0] is not arrays:
+            self._sent = arrays, unpack(arrays)
+        return self._sent[1]
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:

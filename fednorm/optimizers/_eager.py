@@ -25,9 +25,17 @@ class Eager(torch.optim.Optimizer):
     """An optimizer whose step is never compiled; the first base of one, before PyTorch's own."""
 
     add_param_group = unguarded(torch.optim.Optimizer.add_param_group)
-    zero_grad = unguarded(torch.optim.Optimizer.zero_grad)
     state_dict = unguarded(torch.optim.Optimizer.state_dict)
     load_state_dict = unguarded(torch.optim.Optimizer.load_state_dict)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Let go of the gradients, or set them to zero, as PyTorch does, without an entry in a profile."""
+        if not set_to_none:
+            unguarded(torch.optim.Optimizer.zero_grad)(self, set_to_none=False)
+            return
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 class SGD(Eager, torch.optim.SGD):

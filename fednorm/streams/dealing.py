@@ -76,6 +76,8 @@ def as_one(loaded: Loaded) -> Domain:
         )
     train = torch.cat([domain.train.index for domain in loaded.domains])
     test = torch.cat([domain.test.index for domain in loaded.domains])
+    if len(once := torch.unique(test)) < len(test):  # domains that are tested on the same images
+        test = once
     return Domain(loaded.title, replace(first, index=train), replace(first, index=test))
 
 
@@ -180,12 +182,13 @@ def draw_class_order(seed: int, num_classes: int, class_order: str) -> tuple[int
     return tuple(int(k) for k in stream(seed, "stream", "class order").permutation(num_classes))
 
 
-def splits(scenario: str, usual: int) -> Callable[..., Stream]:
+def splits(scenario: str, usual: int, sizes: str = "") -> Callable[..., Stream]:
     """Return what builds a scenario that deals a data set's classes: its options are the same for every data set.
 
     Args:
         scenario: The scenario's name.
         usual: The default of ``num_experiences``.
+        sizes: The default of ``classes_per_experience``.
     """
 
     def make(
@@ -193,7 +196,7 @@ def splits(scenario: str, usual: int) -> Callable[..., Stream]:
         seed: int,
         *,
         num_experiences: int = usual,
-        classes_per_experience: Classes = "",
+        classes_per_experience: Classes = sizes,
         class_order: str = "shuffled",
         order_seed: int | str = "run",
         train_per_experience: int = 0,
@@ -221,6 +224,8 @@ def splits(scenario: str, usual: int) -> Callable[..., Stream]:
             ConfigError: More experiences than classes, or numbers of classes that do not sum up to all of them.
             DataError: The data is missing or corrupt, or several data sets.
         """
+        if classes_per_experience == sizes and num_experiences != usual:
+            classes_per_experience = ""  # another number of experiences than the default's
         return class_incremental(
             scenario,
             reader,

@@ -248,24 +248,28 @@ def wasserstein_drift(running: Moments, reference: Moments, *, eps: float = 1e-5
     return float(_wasserstein(mu, sigma, m, s))
 
 
-def wasserstein_drifts(running: Sequence[Moments], reference: Moments, *, eps: float = 1e-5) -> list[float]:
+def wasserstein_drifts(running: Sequence[Moments] | Moments, reference: Moments, *, eps: float = 1e-5) -> list[float]:
     """Return the :func:`wasserstein_drift` of several statistics from one reference, computed together.
 
     Args:
-        running: Statistics of one layer, e.g. one of each client.
+        running: Statistics of one layer, e.g. one of each client; or all of them as one, of shape (k, C).
         reference: What they are compared with.
         eps: The layer's eps.
 
     Raises:
         DataError: The shapes differ.
     """
-    if not running:
-        return []
-    for moments in running:
-        _same_shape(moments, reference)
-    mu, var = (
-        torch.stack([getattr(moments, name) for moments in running]).detach().double() for name in ("mean", "var")
-    )
+    if isinstance(running, Moments):
+        _same_shape(Moments(running.mean[0], running.var[0]), reference)
+        mu, var = running.mean.detach().double(), running.var.detach().double()
+    else:
+        if not running:
+            return []
+        for moments in running:
+            _same_shape(moments, reference)
+        mu, var = (
+            torch.stack([getattr(moments, name) for moments in running]).detach().double() for name in ("mean", "var")
+        )
     m, v = reference.mean.detach().double(), reference.var.detach().double()
     drifts: list[float] = _wasserstein(mu, (var + eps).sqrt(), m, (v + eps).sqrt()).tolist()
     return drifts

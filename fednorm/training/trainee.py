@@ -43,6 +43,7 @@ class Trainee:
         image_size: Height and width of the images, in pixels.
 
     Attributes:
+        num_classes: K.
         device: Where all of it is.
         model: The network, in training mode, with the initial weights of the run's seed, or of ``model.weights``.
         about_model: What the record says of it.
@@ -59,7 +60,7 @@ class Trainee:
 
     def __init__(self, config: RunConfig, norm: Norm, *, num_classes: int, image_size: int) -> None:
         self.config, self.norm = config, norm
-        self._num_classes, self._image_size = num_classes, image_size
+        self.num_classes, self._image_size = num_classes, image_size
         self.device = devices.device_of(config)
         built = self._built(config.model, config.seed)
         self.model = built.model
@@ -92,7 +93,7 @@ class Trainee:
         return self._built(replace(self.config.model, weights=""), seed).model
 
     def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
-        built = chosen_model(choice, self.norm, self._num_classes, self._image_size, seed)
+        built = chosen_model(choice, self.norm, self.num_classes, self._image_size, seed)
         if self.config.train.scale_init == "uniform":
             if choice.weights:
                 raise ConfigError(

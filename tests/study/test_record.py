@@ -634,6 +634,7 @@ LEAVES: dict[str, Any] = {
     "evaluate.batch_size": 32,
     "evaluate.diagnostics": False,
     "evaluate.best_round": True,
+    "evaluate.adaptation": [{"name": "tent"}],
 }
 
 TOGETHER: dict[str, dict[str, Any]] = {

@@ -57,6 +57,71 @@ class Plan:
                 rows[k, len(batches[k]) :] = batches[k][0][0]
         return cls(rows, counts.view(len(batches), steps))
 
+    @classmethod
+    def drawn(cls, draws: Sequence[Draws], generators: Sequence[torch.Generator], size: int, padded: int) -> Plan:
+        """Draw every client's batches, as :func:`~fednorm.federation.local.rows_of_phase` does for one of them.
+
+        Args:
+            draws: What each client draws; clients that draw alike are planned together.
+            generators: Each client's.
+            size: Images of a whole batch.
+            padded: B, at least as many.
+        """
+        alike: dict[Draws, list[int]] = {}
+        for place, own in enumerate(draws):
+            alike.setdefault(own, []).append(place)
+        forms = {own: own.batches(size, padded) for own in alike}
+        steps = max((len(counts) for _, counts in forms.values()), default=0)
+        rows = torch.zeros(len(draws), steps, padded, dtype=torch.int64)
+        counts = torch.zeros(len(draws), steps, dtype=torch.int64)
+        for own, places in alike.items():
+            passes = -(-own.batches_wanted // max(1, -(-own.images // size)))
+            orders = torch.stack(
+                [torch.randperm(own.images, generator=generators[place]) for place in places for _ in range(passes)]
+            )
+            where, lengths = forms[own]
+            drawn = orders.view(len(places), -1)[:, where]
+            rows[places, : len(lengths)] = drawn
+            counts[places, : len(lengths)] = lengths
+            if 0 < len(lengths) < steps:
+                rows[places, len(lengths) :] = drawn[:, :1, :1]
+        return cls(rows, counts)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a client draws in a phase: so many batches of the passes over so many images.
+
+    Attributes:
+        images: How many it has.
+        batches_wanted: How many batches, those counted that are left out.
+        single: Whether a batch of one image is trained on.
+    """
+
+    images: int
+    batches_wanted: int
+    single: bool
+
+    def batches(self, size: int, padded: int) -> tuple[Tensor, Tensor]:
+        """Return where the rows of each batch stand in the orders of the passes, one after the other, and how many.
+
+        Args:
+            size: Images of a whole batch.
+            padded: B.
+
+        Returns:
+            Places, a batch's first one in its padding, shape (steps, B), and the numbers of images, shape (steps,).
+        """
+        a_pass = -(-self.images // size)
+        number = torch.arange(self.batches_wanted)
+        begins = (number % a_pass) * size
+        lengths = (self.images - begins).clamp(max=size)
+        if not self.single:
+            number, begins, lengths = (values[lengths > 1] for values in (number, begins, lengths))
+        places = torch.arange(padded).expand(len(number), -1)
+        places = torch.where(places < lengths[:, None], places, 0)
+        return places + (begins + (number // a_pass) * self.images)[:, None], lengths
+
 
 @dataclass(frozen=True)
 class _Group:
@@ -92,8 +157,8 @@ class Images:
 
     def _grouped(self, places: list[int]) -> _Group:
         own = [self._splits[place].index for place in places]
-        ends = torch.tensor([len(index) for index in own]).cumsum(0)
-        return _Group(places, torch.cat(own), torch.cat([ends.new_zeros(1), ends[:-1]])[:, None])
+        lengths = torch.tensor([index.shape[0] for index in own])
+        return _Group(places, torch.cat(own), (lengths.cumsum(0) - lengths)[:, None])
 
     def read(
         self,

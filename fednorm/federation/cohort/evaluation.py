@@ -6,7 +6,7 @@ differ are stacked, a cohort at a time. Either way each image is scored by its c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,29 +21,29 @@ Scores = dict[str, float]
 
 
 def scored_alike(
-    network: StackedNetwork, shared: Tensors, splits: Sequence[Split], size: int, device: torch.device
+    network: Callable[[Tensor], Tensor], splits: Sequence[Split], size: int, device: torch.device
 ) -> list[Scores]:
     """Return the scores of one network on each of several splits.
 
     Args:
-        network: The network.
-        shared: All its stacked tensors, by key, as of one client.
+        network: The network, in evaluation mode.
         splits: The images; some may be empty.
         size: Images of a pass.
         device: Where they are.
     """
-    counts = torch.tensor([len(split) for split in splits])
+    lengths = [len(split) for split in splits]
+    counts = torch.tensor(lengths)
     owners = torch.repeat_interleave(torch.arange(len(splits)), counts)
     losses, hits = torch.zeros(len(owners), dtype=torch.float64), torch.zeros(len(owners), dtype=torch.float64)
-    having = [split for split in splits if len(split)]
+    having = [split for split, length in zip(splits, lengths, strict=True) if length]
     if having:
-        everything = _Union(having, device)
-        parts = [everything.scored(network, shared, rows) for rows in torch.split(everything.order, size)]
+        everything = _Union(having, [length for length in lengths if length], device)
+        parts = [everything.scored(network, rows) for rows in torch.split(everything.order, size)]
         losses[everything.order] = torch.cat([loss for loss, _ in parts]).cpu().double()
         hits[everything.order] = torch.cat([hit for _, hit in parts]).cpu().double()
     # Summed on the CPU, in the order of the images: the same bits every time.
     sums = [torch.zeros(len(splits), dtype=torch.float64).index_add_(0, owners, values) for values in (losses, hits)]
-    return _scores(counts.tolist(), *(total.tolist() for total in sums))
+    return _scores(lengths, *(total.tolist() for total in sums))
 
 
 class _Union:
@@ -53,18 +53,19 @@ class _Union:
         order: The rows' numbers, counted over all splits, in the order in which they are read.
     """
 
-    def __init__(self, splits: Sequence[Split], device: torch.device) -> None:
+    def __init__(self, splits: Sequence[Split], lengths: Sequence[int], device: torch.device) -> None:
         self._images = Images(splits, device)
-        counts = torch.tensor([len(split) for split in splits])
+        counts = torch.tensor(lengths)
         self._owner = torch.repeat_interleave(torch.arange(len(splits)), counts)
-        self._row = torch.cat([torch.arange(len(split)) for split in splits])
+        begins = counts.cumsum(0) - counts
+        self._row = torch.arange(len(self._owner)) - begins[self._owner]
         group = self._images.group_of[self._owner]
         self.order = torch.argsort(group, stable=True)
 
-    def scored(self, network: StackedNetwork, shared: Tensors, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(self, network: Callable[[Tensor], Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = self._images.rows_of(self._owner[rows], self._row[rows])
         with torch.no_grad():
-            logits = network.evaluate({}, shared, images[None])[0]
+            logits = network(images)
             return functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(1) == labels
 
 

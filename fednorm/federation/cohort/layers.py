@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fednorm.federation.cohort.kernels import Normalized, Pooled
 from fednorm.norms._batch import BatchLayer, per_channel
 from fednorm.norms.batch_channel_norm import BatchChannelNormLayer
 from fednorm.norms.batch_norm_corrected import CorrectedBatchNorm
@@ -80,9 +81,20 @@ class MaskedBatchNorm(nn.Module):
         """Return the normalized input, of the shape of ``x``, (B, C) or (B, C, ...)."""
         if not self.training and self.running_mean is not None:
             return self.evaluated(x)
+        if type(self).scaled is MaskedBatchNorm.scaled:
+            return self._normalized(x)
         mean, var, centred, n = self._moments(x)
         self.track(mean.detach(), var.detach(), n)
         return self.scaled(x, centred, var)
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """Return what :meth:`scaled` makes of the batch's moments, computed at once."""
+        mask, count = self.padding.now()
+        n = count * (x[0].numel() // x.shape[1])
+        y, mean, var = Normalized.apply(x, mask, n, self.weight, self.bias, self.eps)
+        self.track(mean, var, n)
+        normalized: Tensor = y
+        return normalized
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Return the input normalized by the running moments."""
@@ -237,6 +249,19 @@ TWINS: Mapping[type[nn.Module], Twin] = {
 """The twin of each type of layer that takes moments from the batch: of the type itself, its descendants may differ."""
 
 
+class StackedMaxPool(nn.Module):
+    """Max-pooling that does not mix the memory of the clients' maps up."""
+
+    def __init__(self, layer: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.options = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled maps."""
+        pooled: Tensor = Pooled.apply(x, self.options)
+        return pooled
+
+
 def with_twins(network: nn.Module, padding: Padding) -> nn.Module:
     """Replace, in place, the layers of a network that have twins; one that stands in two places has one twin.
 
@@ -246,10 +271,13 @@ def with_twins(network: nn.Module, padding: Padding) -> nn.Module:
     made: dict[int, nn.Module] = {}
     for path, module in list(network.named_modules(remove_duplicate=False)):
         make = TWINS.get(type(module))
-        if make is None:
+        if make is not None:
+            assert isinstance(module, _BatchNorm)
+            twin = made.setdefault(id(module), make(module, path, padding))
+        elif type(module) is nn.MaxPool2d and not module.return_indices:
+            twin = made.setdefault(id(module), StackedMaxPool(module))
+        else:
             continue
-        assert isinstance(module, _BatchNorm)
-        twin = made.setdefault(id(module), make(module, path, padding))
         twin.train(module.training)
         if not path:
             return twin

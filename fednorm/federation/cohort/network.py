@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fednorm.federation.cohort.kernels import channels_last
 from fednorm.federation.cohort.layers import Padding, with_twins
 
 Tensors = dict[str, Tensor]
@@ -81,7 +82,7 @@ class StackedNetwork:
             return logits, self._padding.made
 
         try:
-            logits, made = vmap(one, randomness="error")(dict(tensors), images, mask, count)
+            logits, made = vmap(one, randomness="error")(dict(tensors), channels_last(images), mask, count)
         finally:
             self._padding.mask = self._padding.count = None
             self._padding.made = {}
@@ -99,11 +100,8 @@ class StackedNetwork:
         modes = [(module, module.training) for module in self._network.modules()]
         self._network.eval()
         try:
-            if not tensors:
-                alike: Tensor = functional_call(self._network, dict(shared), (images.flatten(0, 1),))
-                return alike.view(*images.shape[:2], -1)
             one = vmap(lambda own, x: functional_call(self._network, {**shared, **own}, (x,)), randomness="error")
-            stacked: Tensor = one(dict(tensors), images)
+            stacked: Tensor = one(dict(tensors), channels_last(images))
             return stacked
         finally:
             for module, mode in modes:

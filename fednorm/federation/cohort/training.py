@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from fednorm.data.domain import Client
 from fednorm.device import wide
-from fednorm.federation.cohort.batches import Images, Plan
+from fednorm.federation.cohort.batches import Draws, Images, Plan
 from fednorm.federation.cohort.effects import ADJUST, Adjust, After, StackedProjection, keys_by_identity
 from fednorm.federation.cohort.network import StackedNetwork, Tensors
 from fednorm.federation.cohort.optimizers import MAKERS, StackedOptimizer, where
-from fednorm.federation.local import Phase, rows_of_phase
+from fednorm.federation.local import Phase
 from fednorm.federation.workbench import Workbench
 from fednorm.optim.projection import WeightProjection
 from fednorm.rng import torch_stream
@@ -132,9 +132,11 @@ class CohortTraining:
         self, clients: Sequence[Client], generators: Sequence[torch.Generator], phases: Sequence[Phase]
     ) -> Plan:
         train, single = self._trainee.config.train, not self._trainee.batch_coupled
-        each = zip(clients, generators, phases, strict=True)
-        batches = [list(rows_of_phase(g, len(client.train), train, phase, single=single)) for client, g, phase in each]
-        return Plan.of(batches, self.rows)
+        draws = [
+            Draws(count := len(client.train), phase.batches(train, -(-count // train.batch_size)), single)
+            for client, phase in zip(clients, phases, strict=True)
+        ]
+        return Plan.drawn(draws, generators, train.batch_size, self.rows)
 
 
 def _phase_by_phase(phases: Sequence[Sequence[Phase]]) -> list[tuple[Phase, tuple[Phase, ...]]]:

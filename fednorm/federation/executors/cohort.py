@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, RecordDict
 from torch import Tensor
 
 from fednorm.data.domain import Client, Split
 from fednorm.federation import undo
+from fednorm.federation.adapting import ADAPTATION
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, several
 from fednorm.federation.cohort.training import CohortTraining
 from fednorm.federation.executors import Answer, Failure, Job
 from fednorm.federation.executors.sequential import answer
+from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Phase
 from fednorm.federation.stack import RowRecord, Stack, StackRow
 from fednorm.federation.wire import arrays_of, config_of, pack, unpack
@@ -101,14 +103,17 @@ class Cohort:
             else:
                 yield from (answer(self._bench, job) for job in of_kind)
 
+    def _client(self, job: Job) -> Client:
+        return self._bench.federation.clients[job.client]
+
     def _statistics(self, job: Job) -> Answer:
         """Return the running moments that a client keeps: rows of a stack, where it keeps one."""
         own = _own(job)
         if not isinstance(own, StackRow):
             return answer(self._bench, job)
         keys = [key for pair in self._bench.plan.moments() for key in pair if key in own]
-        metrics = MetricRecord({"num-examples": len(self._bench.client(job.context).train)})
-        return RecordDict({"metrics": metrics, "arrays": RowRecord(StackRow(own.stack.part(keys), own.number))})
+        metrics = metric_record({"num-examples": len(self._client(job).train)})
+        return record_dict({"metrics": metrics, "arrays": RowRecord(StackRow(own.stack.part(keys), own.number))})
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -137,7 +142,7 @@ class Cohort:
 
     def _turn(self, job: Job) -> _Turn:
         bench = self._bench
-        client, train = bench.client(job.context), bench.config.train
+        client, train = self._client(job), bench.config.train
         phases: Sequence[Phase] = (Phase(),)
         if self._local.phases is not Local.phases:
             turn = bench.turn(client, _round(job.content), job.content, job.context)
@@ -177,55 +182,61 @@ class Cohort:
         same = self._training.network.same
         kept = Stack({key: host[same[key]] for key in bench.plan.local}, size)
         sound = _finite(kept.tensors, size)
-        sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size)
+        sent = Stack({key: host[same[key]] for key in bench.plan.sent}, size, unpack(arrays_of(content, "arrays")))
         return _Result(sent, kept, sound, trained.loss.tolist(), trained.accuracy.tolist())
 
     def _stacked(self, jobs: Sequence[Job]) -> Tensors:
         """Return what each client's model holds before its turn, as of :meth:`Workbench.receive`."""
         bench, device = self._bench, self._bench.trainee.device
         sent = unpack(arrays_of(jobs[0].content, "arrays"))
-        own = [_own(job) for job in jobs]
+        own = _Own(jobs) if bench.plan.local else None
         stacked: Tensors = {}
         for key in self._training.network.keys:
             first = sent[key] if key in sent else bench.initial[key]
-            if (key not in sent or key in bench.plan.counters) and any(key in one for one in own):
-                stacked[key] = (
-                    torch.stack([one.get(key, first).to(first.device) for one in own]).to(device).contiguous()
-                )
+            if own and (key not in sent or key in bench.plan.counters) and own.anybody(key):
+                stacked[key] = own.stacked(key, first.cpu()).to(device)
             else:
                 stacked[key] = several(first.to(device), len(jobs))
         return stacked
 
     def _answer(self, turn: _Turn, result: _Result, number: int) -> Answer:
-        state = turn.job.context.state
-        before = undo.kept_now(state)
-        if result.kept.tensors and result.sound[number]:
-            row = StackRow(result.kept, number)
-            own = RowRecord(row) if self._whole else pack({key: tensor.clone() for key, tensor in row.items()})
-            state[LOCAL_RECORD] = own
-        undo.remember(state, before, _round(turn.job.content))
+        if result.kept.tensors:
+            self._keep(turn.job, result, number)
         metrics = {"num-examples": len(turn.client.train), "loss": result.loss[number]}
         metrics["accuracy"] = result.accuracy[number]
         arrays = RowRecord(StackRow(result.sent, number))
-        return RecordDict({"arrays": arrays, "metrics": MetricRecord(dict(metrics))})
+        return record_dict({"arrays": arrays, "metrics": metric_record(metrics)})
+
+    def _keep(self, job: Job, result: _Result, number: int) -> None:
+        """Let a client keep what its training made of its own tensors, unless it has diverged."""
+        state = job.context.state
+        before = undo.kept_now(state)
+        if result.sound[number]:
+            row = StackRow(result.kept, number)
+            own = RowRecord(row) if self._whole else pack({key: tensor.clone() for key, tensor in row.items()})
+            state[LOCAL_RECORD] = own
+        undo.remember(state, before, _round(job.content))
 
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _can_evaluate(self, job: Job) -> bool:
-        mode = config_of(job.content).get("mode", "own")
+        config = config_of(job.content)
+        if ADAPTATION in config:  # each client's network becomes another
+            return False
+        mode = config.get("mode", "own")
         plain = self._local.before_evaluation is Local.before_evaluation
         return not self._apart and (mode == "given" or (mode == "own" and plain))
 
     def _evaluate(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         bench = self._bench
-        if "mode" not in config_of(jobs[0].content):  # a round's, after which its trainings stand
+        if "mode" not in config_of(jobs[0].content) and bench.plan.local:  # a round's, after which its trainings stand
             for job in jobs:
                 undo.forget(job.context.state)
         last = jobs[-1]
         bench.receive(arrays_of(last.content, "arrays"), last.context.state)  # the model is left as if one by one
         sent = unpack(arrays_of(last.content, "arrays"))
         wanted = [key for key in bench.plan.local if key in bench.statistics and key not in sent]
-        clients = [bench.client(job.context) for job in jobs]
+        clients = [self._client(job) for job in jobs]
         ready = [
             client.held_out or all(key in own for key in wanted)
             for client, own in ((c, _own(job) if wanted else ()) for c, job in zip(clients, jobs, strict=True))
@@ -234,15 +245,15 @@ class Cohort:
         scores = dict(zip(together, self._scored([jobs[p] for p in together], sent), strict=True))
         for place, job in enumerate(jobs):
             # The statistics of a client that has never trained are estimated first.
-            yield RecordDict({"metrics": MetricRecord(dict(scores[place]))}) if place in scores else answer(bench, job)
+            yield record_dict({"metrics": metric_record(scores[place])}) if place in scores else answer(bench, job)
 
     def _scored(self, jobs: Sequence[Job], sent: Mapping[str, Tensor]) -> list[Scores]:
         """Return the scores of clients that are evaluated with the tensors they have."""
         if not jobs:
             return []
-        bench, evaluate = self._bench, self._bench.config.evaluate
+        evaluate = self._bench.config.evaluate
         in_a_round = "mode" not in config_of(jobs[0].content)
-        clients = [bench.client(job.context) for job in jobs]
+        clients = [self._client(job) for job in jobs]
         first = [c.validation if evaluate.split == "validation" else c.test for c in clients]
         scores = self._scored_on(jobs, sent, first)
         if evaluate.best_round and in_a_round:
@@ -253,11 +264,14 @@ class Cohort:
     def _scored_on(self, jobs: Sequence[Job], sent: Mapping[str, Tensor], splits: Sequence[Split]) -> list[Scores]:
         bench, network, device = self._bench, self._training.network, self._bench.trainee.device
         mine = [key for key in network.keys if key in bench.plan.local and key not in sent]
-        shared = {key: (sent[key] if key in sent else bench.initial[key]).to(device) for key in network.keys}
-        if not mine:
-            return scored_alike(network, shared, splits, IMAGES, device)
-        for key in mine:
-            del shared[key]
+        if not mine:  # the model holds what all of them have
+            bench.trainee.trainable.evaluation_mode()
+            return scored_alike(bench.model, splits, IMAGES, device)
+        shared = {
+            key: (sent[key] if key in sent else bench.initial[key]).to(device)
+            for key in network.keys
+            if key not in mine
+        }
         rows = min(bench.config.evaluate.batch_size, max(map(len, splits)) or 1)
         size, scores = _share(len(jobs), self._size), list[Scores]()
         for start in range(0, len(jobs), size):
@@ -289,7 +303,9 @@ class _Own:
 
     def anybody(self, key: str) -> bool:
         """Return whether any of them keeps a tensor."""
-        return any(key in own for own in self._each)
+        return any(key in stack.tensors for stack, _, _ in self._stacks.values()) or any(
+            key in own for own in self._each if not isinstance(own, StackRow)
+        )
 
     def stacked(self, key: str, otherwise: Tensor) -> Tensor:
         """Return a tensor of each, shape (K, ...), in memory of its own; ``otherwise`` for whom does not keep it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional
 
-from fednorm.config import resolve
+from fednorm.config import TrainConfig, resolve
 from fednorm.data.domain import Client, Federation
 from fednorm.data.scaling import Scaling
 from fednorm.federation.client import fit
+from fednorm.federation.cohort.batches import Draws, Plan
+from fednorm.federation.cohort.kernels import Normalized
 from fednorm.federation.cohort.training import CohortTraining, Trained
-from fednorm.federation.local import Phase
+from fednorm.federation.local import Phase, rows_of_phase
 from fednorm.federation.workbench import Workbench
+from fednorm.rng import torch_stream
 
 MakeFederation = Callable[[Sequence[int]], Federation]
 
@@ -226,3 +231,51 @@ def test_a_client_that_diverges_does_not_touch_its_companions(make_federation: M
             assert torch.equal(tensor[others], poisoned.tensors[key][others]), key
         assert torch.equal(sound.loss[others], poisoned.loss[others])
         assert bool(poisoned.loss[place].isnan())
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("images", [1, 3, 4, 5, 8, 9])
+def test_a_plan_draws_what_each_client_draws_alone(images: int, single: bool) -> None:
+    """Whole passes and parts of them, of batches of 4: also where a last batch of one image is left out."""
+    train = TrainConfig(batch_size=4)
+    phases = [Phase(epochs=1), Phase(epochs=2.5), Phase(steps=1), Phase(steps=7)]
+    wanted = [phase.batches(train, -(-images // 4)) for phase in phases]
+    each = [torch_stream(1, "client", number) for number in range(4)]
+    plan = Plan.drawn([Draws(images, count, single) for count in wanted], each, 4, 5)
+    again = [torch_stream(1, "client", number) for number in range(4)]
+    for number, (phase, generator) in enumerate(zip(phases, again, strict=True)):
+        alone = list(rows_of_phase(generator, images, train, phase, single=single))
+        assert plan.counts[number].tolist() == [len(rows) for rows in alone] + [0] * (plan.steps - len(alone))
+        for step, rows in enumerate(alone):
+            assert plan.rows[number, step].tolist() == rows.tolist() + [int(rows[0])] * (5 - len(rows))
+        assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=each[number]))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+def test_normalization_written_out_has_the_formula_s_values_and_gradients(shape: tuple[int, ...]) -> None:
+    """In float64, of two clients, one with padding: against nn's own function of the images alone."""
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, 4, *shape, dtype=torch.float64, generator=draw).requires_grad_()
+    weight, bias = (torch.randn(2, 4, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(2))
+    counts = torch.tensor([5, 3])
+    mask = (torch.arange(5) < counts[:, None]).double()
+    n = counts * math.prod(shape)
+
+    def one(x: torch.Tensor, mask: torch.Tensor, n: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Any:
+        return Normalized.apply(x, mask, n, w, b, 1e-5)
+
+    y, mean, var = torch.func.vmap(one)(x, mask, n, weight, bias)
+    pull = torch.randn(y.shape, dtype=torch.float64, generator=draw) * mask.view(2, 5, *[1] * (1 + len(shape)))
+    found = torch.autograd.grad((y * pull).sum(), (x, weight, bias))
+    for client, count in enumerate(counts.tolist()):
+        own = x[client, :count]
+        axes = (0, *range(2, own.ndim))
+        alone = functional.batch_norm(own, None, None, weight[client], bias[client], training=True)
+        torch.testing.assert_close(y[client, :count], alone)
+        torch.testing.assert_close(mean[client], own.mean(axes))
+        torch.testing.assert_close(var[client], own.var(axes, correction=0))
+        gradients = torch.autograd.grad((alone * pull[client, :count]).sum(), (x, weight, bias))
+        for ours, formula in zip(found, gradients, strict=True):
+            rows = (client, slice(count)) if ours is found[0] else client
+            torch.testing.assert_close(ours[rows], formula[rows])
+    assert not found[0][1, 3:].any(), "padding has no gradient"
