@@ -152,7 +152,7 @@ def test_momentum_is_sgd_s_alone(optimizer: str) -> None:
 
 
 def test_an_optimizer_is_named_like_every_method() -> None:
-    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp")
+    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp", "upgd")
     assert stream(train={"optimizer": "Adam"}).train.optimizer == "adam"
     with pytest.raises(UnknownNameError, match=r"no optimizer named 'sdg'. Did you mean 'sgd'"):
         stream(train={"optimizer": "sdg"})
