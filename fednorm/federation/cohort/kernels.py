@@ -33,9 +33,9 @@ def channels_last(images: Tensor) -> Tensor:
     Returns:
         The same values in the same shape; the images themselves on another device than a CPU.
     """
-    last: Tensor = images
-    if images.is_cpu:
-        last = images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+    if not images.is_cpu:
+        return images
+    last: Tensor = images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
     return last
 
 
