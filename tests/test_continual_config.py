@@ -103,6 +103,7 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (TrainConfig, "momentum", (-0.1, 1.0), (0.0, 0.999)),
         (TrainConfig, "weight_decay", (-1e-9,), (0.0,)),
         (TrainConfig, "agc", (-1e-9,), (0.0,)),
+        (TrainConfig, "agc_on", ("conv",), ("all", "convolutions", "linear")),
         (TrainConfig, "warmup_steps", (-1,), (0,)),
         (TrainConfig, "l2_init", (-1e-9,), (0.0,)),
         (TrainConfig, "perturb", (-0.1,), (0.0, 2.0)),
@@ -152,7 +153,7 @@ def test_momentum_is_sgd_s_alone(optimizer: str) -> None:
 
 
 def test_an_optimizer_is_named_like_every_method() -> None:
-    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp")
+    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp", "upgd")
     assert stream(train={"optimizer": "Adam"}).train.optimizer == "adam"
     with pytest.raises(UnknownNameError, match=r"no optimizer named 'sdg'. Did you mean 'sgd'"):
         stream(train={"optimizer": "sdg"})
@@ -284,6 +285,7 @@ CHANGED: dict[str, Any] = {
     )},
     "train.heads": {"train": {"heads": "task"}},
     "train.scale_init": {"train": {"scale_init": "uniform"}},
+    "train.agc_on": {"train": {"agc_on": "linear", "agc": 0.1}},
     "train.nesterov": {"train": {"nesterov": True, "momentum": 0.9}},
     "train.wd_ratio": {"train": {"wd_ratio": 0.2, "optimizer": "sgdp"}},
     "train.delta": {"train": {"delta": 0.2, "optimizer": "adamp"}},

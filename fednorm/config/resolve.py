@@ -202,7 +202,8 @@ def _with_optimizer(train: TrainConfig) -> TrainConfig:
     """
     card = OPTIMIZERS[train.optimizer]
     if train.momentum and not card.has_momentum:
-        raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has betas of its own. Leave it at 0.")
+        instead = "betas of its own" if card.adaptive else "none"
+        raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has {instead}. Leave it at 0.")
     for option, value in train.of_optimizer().items():
         if option not in card.declared:
             having = ", ".join(other.name for other in OPTIMIZERS if option in other.declared)

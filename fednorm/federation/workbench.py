@@ -85,7 +85,7 @@ class Workbench:
         """
         self.config = config
         self.engine: Engine | None = None
-        self._sent: tuple[ArrayRecord, Mapping[str, Tensor]] | None = None
+        self._shared_arrays: tuple[ArrayRecord, Mapping[str, Tensor]] | None = None
         devices.device_of(config)  # before data are read
         self.federation = self._loaded(federation)
         self.norm: Norm = self._made_norm()
@@ -376,9 +376,9 @@ class Workbench:
 
     def _unpacked(self, arrays: ArrayRecord) -> Mapping[str, Tensor]:
         """Return what the server sent, which the clients of a round share; not to be written to."""
-        if self._sent is None or self._sent[0] is not arrays:
-            self._sent = arrays, unpack(arrays)
-        return self._sent[1]
+        if self._shared_arrays is None or self._shared_arrays[0] is not arrays:
+            self._shared_arrays = arrays, unpack(arrays)
+        return self._shared_arrays[1]
 
     @torch.no_grad()
     def write(self, tensors: Mapping[str, Tensor]) -> None:

@@ -27,9 +27,15 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from fednorm.cards import NORMS
 from fednorm.errors import ConfigError
+from fednorm.optim.cbp import ContinualBackprop
+from fednorm.optim.redo import ReDo
+from fednorm.optim.self_normalized_resets import SelfNormalizedResets
 from fednorm.spec import HookedLayer
 from fednorm.training.step import TrainingStep
 from fednorm.training.trainee import Trainee
+
+LOOK_AT_IMAGES = (ContinualBackprop, ReDo, SelfNormalizedResets)
+"""Effects that use more of the images than their gradients."""
 
 
 def opacus() -> Any:
@@ -85,7 +91,13 @@ def require_private(trainee: Trainee) -> None:
         )
     if config.amp != "none" or config.compile:
         raise ConfigError("Private training (train.private_noise) computes in single precision: leave amp and compile.")
-    for key, off in (("redo_every", 0), ("linear_probe_rounds", 0), ("trainable", "all")):
+    looks = next((effect for effect in trainee.effects if isinstance(effect, LOOK_AT_IMAGES)), None)
+    if looks is not None:
+        raise ConfigError(
+            f"{type(looks).__name__} resets units by what the images make of them, which private training "
+            "(train.private_noise) does not account for. Leave it out."
+        )
+    for key, off in (("linear_probe_rounds", 0), ("trainable", "all")):
         if getattr(train, key) != off:
             raise ConfigError(
                 f"train.{key} and private training (train.private_noise) do not go together. Leave train.{key} out."

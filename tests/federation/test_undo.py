@@ -11,7 +11,8 @@ from flwr.app import Error, Message
 from torch import Tensor
 
 from fednorm.cards import STRATEGIES
-from fednorm.federation.undo import BEFORE_RECORD, KEPT
+from fednorm.federation.contexts import BEFORE_RECORD
+from fednorm.federation.undo import KEPT
 from fednorm.federation.wire import pack, unpack
 
 State = dict[str, dict[str, Tensor]]

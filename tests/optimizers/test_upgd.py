@@ -117,7 +117,7 @@ def test_bad_options_are_refused_in_words(options: dict[str, Any], words: str) -
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"optimizer": "upgd", "momentum": 0.9}, "train.momentum is SGD's"),
+        ({"optimizer": "upgd", "momentum": 0.9}, "train.momentum is SGD's; upgd has none"),
         ({"optimizer": "sgd", "sigma": 0.1}, "train.sigma is an option of upgd, and optimizer sgd does without"),
         ({"optimizer": "upgd", "beta_utility": 1.0}, r"train.beta_utility must be in \[0, 1\); got 1"),
     ],

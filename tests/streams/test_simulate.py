@@ -240,6 +240,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "weight_decay": {"weight_decay": 0.1},
     "agc": {"agc": 1e-4},
+    "agc_on": {"agc": 1e-4, "agc_on": "linear"},
     "augment": {"augment": "crop"},
     "rotate_degrees": {"augment": "rotate", "rotate_degrees": 90},
     "jitter": {"augment": "jitter", "jitter": 0.9},

@@ -595,6 +595,7 @@ LEAVES: dict[str, Any] = {
     "train.momentum": 0.5,
     "train.weight_decay": 0.5,
     "train.agc": 0.5,
+    "train.agc_on": "linear",
     "train.optimizer": "adam",
     "train.local_steps": 3,
     "train.label_smoothing": 0.1,
@@ -634,6 +635,7 @@ LEAVES: dict[str, Any] = {
     "evaluate.batch_size": 32,
     "evaluate.diagnostics": False,
     "evaluate.best_round": True,
+    "evaluate.adaptation": [{"name": "tent"}],
 }
 
 TOGETHER: dict[str, dict[str, Any]] = {

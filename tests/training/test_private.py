@@ -151,7 +151,7 @@ def test_a_federation_s_result_says_what_each_client_has_spent() -> None:
         ({"strategy": {"name": "fedbn"}, "norm": {"name": "batch_renorm"}}, "norm 'batch_renorm' has none"),
         ({"strategy": {"name": "scaffold"}}, r"Clients of strategy scaffold do more .*\(\w+\.\w+\)"),
         ({"strategy": {"name": "ditto"}}, "Clients of strategy ditto do more with their images"),
-        ({"train": {"redo_every": 5}}, r"train\.redo_every and private training"),
+        ({"train": {"redo_every": 5}}, "ReDo resets units by what the images make of them"),
         ({"amp": "bf16"}, "computes in single precision"),
         ({"engine": "cohort"}, "takes the gradients of single images"),
     ],

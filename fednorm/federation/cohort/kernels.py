@@ -33,10 +33,10 @@ def channels_last(images: Tensor) -> Tensor:
     Returns:
         The same values in the same shape; the images themselves on another device than a CPU.
     """
-    if not images.is_cpu:
-        return images
-    last: Tensor = images.permute(1, 3, 4, 0, 2).contiguous()
-    return last.permute(3, 0, 4, 1, 2)
+    last: Tensor = images
+    if images.is_cpu:
+        last = images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
+    return last
 
 
 class Pooled(torch.autograd.Function):
@@ -45,7 +45,8 @@ class Pooled(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, options: tuple[Any, ...]) -> Tensor:
         """Pool one client's maps."""
-        return functional.max_pool2d(x, *options)
+        pooled: Tensor = functional.max_pool2d(x, *options)
+        return pooled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

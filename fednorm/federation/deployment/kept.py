@@ -22,7 +22,8 @@ from torch import Tensor
 
 from fednorm.errors import RecordError
 from fednorm.federation import undo
-from fednorm.federation.undo import BEFORE_RECORD, KEPT
+from fednorm.federation.contexts import BEFORE_RECORD
+from fednorm.federation.undo import KEPT
 from fednorm.federation.wire import pack, unpack
 from fednorm.records import files
 from fednorm.records.formats import shortened
