@@ -90,6 +90,12 @@ class Distilling(Local):
                 f"Strategy target distils beside a cross-entropy, and learner {learner.name} trains and classifies by "
                 "something else. Take a learner such as naive or er, or strategy fedavg."
             )
+        if trainee.config.train.heads == "task":
+            raise ConfigError(
+                "Strategy target has a loss of its own, over the classes that are new in an experience, and "
+                "train.heads = 'task' another, over those of each sample's. Leave train.heads at 'one', or take "
+                "strategy fedavg."
+            )
         for path, layer in trainee.model.named_modules():
             if isinstance(layer, HookedLayer) and type(layer).set_tasks is not HookedLayer.set_tasks:
                 raise ConfigError(

@@ -385,6 +385,7 @@ def test_bad_options_are_refused_before_training(options: dict[str, Any], text: 
     [
         ({"norm": {"name": "adab2n"}, "learner": {"name": "er", "memory_size": 8}}, "synthetic images are of no task"),
         ({"learner": {"name": "scr", "memory_size": 8}}, "learner scr trains and classifies by something else"),
+        ({"train": {"heads": "task"}, "evaluate": {"task_identity": True}}, "Leave train.heads at 'one'"),
         ({"scenario": {"name": "domain_digits"}, "data": {"normalize": "domain"}}, "Take 'half', 'none' or 'global'"),
     ],
 )
