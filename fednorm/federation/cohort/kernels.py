@@ -45,7 +45,8 @@ class Pooled(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, options: tuple[Any, ...]) -> Tensor:
         """Pool one client's maps."""
-        return functional.max_pool2d(x, *options)
+        pooled: Tensor = functional.max_pool2d(x, *options)
+        return pooled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
