@@ -1,7 +1,7 @@
 """The one table of names: a name, an entry point, an import path or an object becomes a card.
 
 A **card** is what a file declares of its method: its name, what it does in a sentence, who published it, how it is made
-and where it differs; ``SPEC`` in that file. Seven families of cards::
+and where it differs; ``SPEC`` in that file. Eight families of cards::
 
     family       built in                     entry points             an import path names
     norms        fednorm/norms/NAME.py        fednorm.norms            a NormSpec, a Norm's class
@@ -11,6 +11,7 @@ and where it differs; ``SPEC`` in that file. Seven families of cards::
     learners     scenarios/learners/NAME.py   fednorm.learners         a LearnerSpec, a Learner's class
     data         fednorm/data/sets/NAME.py    fednorm.data             a Benchmark, a callable that returns domains
     optimizers   fednorm/optimizers/NAME.py   fednorm.optimizers       an OptimizerSpec, a callable that returns one
+    adaptations  fednorm/adaptation/NAME.py   fednorm.adaptations      an AdaptationSpec, an Adaptation's class
 
 Adding a method is adding its file: no list of names is kept by hand. A method's **options** are the keyword-only
 parameters of what its card makes, with their annotations and defaults; there is no other place to declare them.
@@ -41,6 +42,7 @@ from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_nam
 from fednorm.literals import literal
 
 if TYPE_CHECKING:
+    from fednorm.adaptation import AdaptationSpec
     from fednorm.data.benchmarks import Benchmark
     from fednorm.federation.spec import StrategySpec
     from fednorm.models import ModelSpec
@@ -350,14 +352,14 @@ DATA: Family[Benchmark] = Family("benchmark", "data", "fednorm.data.sets", "fedn
 OPTIMIZERS: Family[OptimizerSpec] = Family(
     "optimizer", "optimizers", "fednorm.optimizers", "fednorm.optimizers:OptimizerSpec"
 )
+ADAPTATIONS: Family[AdaptationSpec] = Family(
+    "adaptation", "adaptations", "fednorm.adaptation", "fednorm.adaptation:AdaptationSpec"
+)
 
 FAMILIES: Mapping[str, Family[Any]] = {
-    family.plural: family for family in (NORMS, STRATEGIES, MODELS, DATA, SCENARIOS, LEARNERS, OPTIMIZERS)
+    family.plural: family for family in (NORMS, STRATEGIES, MODELS, DATA, SCENARIOS, LEARNERS, OPTIMIZERS, ADAPTATIONS)
 }
 """The families by their plurals, as ``fednorm list`` takes them."""
-
-
-# Import paths ---------------------------------------------------------------------------------------------------------
 
 
 IN_PROCESS = "object:"

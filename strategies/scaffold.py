@@ -93,7 +93,10 @@ class Controlled(Local):
         return {key: turn.state[key] - self.own[key] for key in turn.state}
 
 
-CHANGING = ("momentum", "agc", "clip_norm", "redo_every", "project")
+CHANGING = (
+    *("momentum", "agc", "clip_norm", "redo_every", "cbp_rate", "snr_eta"),
+    *("project", "weight_clip", "hyperspherical"),
+)
 """Keys of the section train that make an update something else than eta times a gradient."""
 
 

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fednorm.conversion",),
     ("fednorm.models",),
     ("fednorm.registry",),
-    ("fednorm.training",),
+    ("fednorm.training", "fednorm.adaptation"),
     ("fednorm.records",),
     ("fednorm.federation", "fednorm.streams", "fednorm.avalanche", "fednorm.federated_continual"),
     ("strategies", "scenarios"),

@@ -103,6 +103,7 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (TrainConfig, "momentum", (-0.1, 1.0), (0.0, 0.999)),
         (TrainConfig, "weight_decay", (-1e-9,), (0.0,)),
         (TrainConfig, "agc", (-1e-9,), (0.0,)),
+        (TrainConfig, "agc_on", ("conv",), ("all", "convolutions", "linear")),
         (TrainConfig, "warmup_steps", (-1,), (0,)),
         (TrainConfig, "l2_init", (-1e-9,), (0.0,)),
         (TrainConfig, "perturb", (-0.1,), (0.0, 2.0)),
@@ -112,6 +113,15 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (TrainConfig, "delta", (-0.1,), (0.0, 9.0)),
         (TrainConfig, "trainable", ("nrm", "all,norm", "norm,norm", ""), ("all", "norm", "head", "norm,head")),
         (TrainConfig, "linear_probe_epochs", (-1,), (0, 3)),
+        (TrainConfig, "l2_scales", (-1e-9,), (0.0, 2.0)),
+        (TrainConfig, "weight_clip", (-1e-9,), (0.0, 2.0)),
+        (TrainConfig, "cbp_rate", (-0.1, 1.1), (0.0, 1.0)),
+        (TrainConfig, "cbp_maturity", (-1,), (0,)),
+        (TrainConfig, "cbp_decay", (-0.1, 1.0), (0.0, 0.999)),
+        (TrainConfig, "snr_eta", (-0.1, 1.0), (0.0, 0.9)),
+        (TrainConfig, "snr_longest", (0,), (1,)),
+        (TrainConfig, "beta_utility", (-0.1, 1.0), (0.0, 0.999)),
+        (TrainConfig, "sigma", (-0.1,), (0.0, 9.0)),
         (TrainConfig, "redo_every", (-1,), (0,)),
         (TrainConfig, "redo_tau", (-0.1,), (0.0,)),
         (EvaluateConfig, "split", ("train",), ("test", "validation")),
@@ -143,7 +153,7 @@ def test_momentum_is_sgd_s_alone(optimizer: str) -> None:
 
 
 def test_an_optimizer_is_named_like_every_method() -> None:
-    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp")
+    assert OPTIMIZERS.names == ("adam", "adamp", "adamw", "sgd", "sgdp", "upgd")
     assert stream(train={"optimizer": "Adam"}).train.optimizer == "adam"
     with pytest.raises(UnknownNameError, match=r"no optimizer named 'sdg'. Did you mean 'sgd'"):
         stream(train={"optimizer": "sdg"})
@@ -156,7 +166,7 @@ def test_every_key_of_a_stream_s_tables_is_checked_or_free() -> None:
     ]
     tested = {(table.__name__, key) for table, key, *_ in tables[0]}
     free = {("TrainConfig", key) for key in (
-        "reset_optimizer", "project", "optimizer", "nesterov", "head", "scale_init"
+        "reset_optimizer", "project", "hyperspherical", "heads", "optimizer", "nesterov", "head", "scale_init"
     )}  # fmt: skip
     for table in (TrainConfig, EvaluateConfig):
         assert {(table.__name__, key) for key in table.keys("continual")} <= tested | free
@@ -270,11 +280,17 @@ CHANGED: dict[str, Any] = {
         ("schedule_over", "experience"), ("final_rate", 0.1), ("reset_optimizer", True), ("project", True),
         ("decay", 0.9), ("decay_every", 2), ("clip_norm", 1.0), ("label_smoothing", 0.1), ("l2_init", 0.1),
         ("shrink", 0.5), ("perturb", 0.1), ("redo_every", 5), ("redo_tau", 0.1),
+        ("cbp_rate", 0.1), ("cbp_maturity", 5), ("cbp_decay", 0.5), ("snr_eta", 0.1), ("snr_longest", 5),
+        ("l2_scales", 0.1), ("weight_clip", 2.0), ("hyperspherical", True),
     )},
+    "train.heads": {"train": {"heads": "task"}},
     "train.scale_init": {"train": {"scale_init": "uniform"}},
+    "train.agc_on": {"train": {"agc_on": "linear", "agc": 0.1}},
     "train.nesterov": {"train": {"nesterov": True, "momentum": 0.9}},
     "train.wd_ratio": {"train": {"wd_ratio": 0.2, "optimizer": "sgdp"}},
     "train.delta": {"train": {"delta": 0.2, "optimizer": "adamp"}},
+    "train.beta_utility": {"train": {"beta_utility": 0.5, "optimizer": "upgd"}},
+    "train.sigma": {"train": {"sigma": 0.5, "optimizer": "upgd"}},
     "train.trainable": {"train": {"trainable": "head"}},
     "train.head": {"train": {"trainable": "head", "head": "fc3"}},
     "train.linear_probe_epochs": {"train": {"linear_probe_epochs": 1}},

@@ -120,7 +120,7 @@ def run_page(page: Path, folder: Path) -> None:
     environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
     for language, code in fenced(page):
         first = code.splitlines()[0]
-        if language == "python" and re.fullmatch(r"# \w+\.py", first):
+        if language in ("python", "toml") and re.fullmatch(r"# \w+\.(py|toml)", first):
             (folder / first.removeprefix("# ")).write_text(code, encoding="utf-8")
             continue
         if language == "python":

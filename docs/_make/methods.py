@@ -30,8 +30,9 @@ LEADS: Mapping[str, str] = {
     "scenarios": "Streams of experiences.",
     "learners": "What trains on an experience.",
     "optimizers": "Of a client's or learner's steps.",
+    "adaptations": "How a finished network goes on adapting to the unlabelled images that it is tested on.",
 }
-FACTS = ("made", "input_size", "min_size", "width", "personalised", "pooled", "data", "note")
+FACTS = ("predicts", "made", "input_size", "min_size", "width", "personalised", "pooled", "data", "note")
 
 
 def pages() -> Iterator[tuple[str, str]]:
@@ -143,12 +144,13 @@ def _options(plural: str, card: Card) -> str:
     if not card.declared:
         return ""
     section = {"norms": "norm", "strategies": "strategy", "models": "model", "scenarios": "scenario"}.get(plural)
-    section = section or {"learners": "learner", "data": "data", "optimizers": "train"}[plural]
+    section = section or {"learners": "learner", "data": "data", "optimizers": "train", "adaptations": ""}[plural]
     meanings = option_meanings(card)
     rows = [_row(("option", "type", "default", "")), _row(["---"] * 4)]
     for option in card.declared.values():
         rows.append(_row([f"`{option.name}`", type_of(option), code(option.default), cell(meanings[option.name])]))
-    return f"## Options\n\nKeys of the section `[{section}]`.\n\n" + "\n".join(rows)
+    where = f"Keys of the section `[{section}]`" if section else "Keys of a table in `evaluate.adaptation`"
+    return f"## Options\n\n{where}.\n\n" + "\n".join(rows)
 
 
 def option_meanings(card: Card) -> dict[str, str]:

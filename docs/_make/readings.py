@@ -10,6 +10,9 @@ A reading in ``docs/results/readings.toml`` has places like ``{difference fedbn}
 ``{of_seeds_behind METHOD}``       the same for one that is behind in all, without signs
 ``{paper A - B}``                  how far the paper's number of one method is above that of another
 ``{behind METHOD}``                how far a method is below the paper's number
+``{without METHOD}``               the mean score without test-time adaptation of what was adapted
+``{change METHOD | ADAPTATION}``   what an adaptation, by its name in the table, its order and its batch size with
+                                   semicolons between, changes that by: the mean over seeds, signed
 ``{KIND STUDY: METHOD}``           any of these, of another study: a page on several has each number from its own
 =================================  ====================================================================================
 """
@@ -19,9 +22,11 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from statistics import fmean
 
 from _make import results
 from _make.blocks import DOCS
+from fednorm.report.adaptation_table import adaptation_label
 from fednorm.report.comparison import Comparison, Method, score_of
 from fednorm.report.numbers import fixed, percent, signed
 
@@ -94,6 +99,25 @@ def _behind(comparison: Comparison, label: str, key: str) -> str:
     return percent(-deviation)
 
 
+def _without(comparison: Comparison, label: str, key: str) -> str:
+    del key
+    return percent(fmean(r["adaptation"]["without"]["mean"] for r in _method(comparison, label).results))
+
+
+def _change(comparison: Comparison, label: str, key: str) -> str:
+    name, order, batch = (part.strip() for part in key.split(";"))
+    changes = []
+    for result in _method(comparison, label).results:
+        tables, rows = result["config"]["evaluate"]["adaptation"], result["adaptation"]["methods"]
+        changes += [
+            row["change"]
+            for table, row in zip(tables, rows, strict=True)
+            if (adaptation_label(table), row["order"].replace("_", " "), str(row["batch_size"])) == (name, order, batch)
+        ]
+    assert len(changes) == len(_method(comparison, label).results), key
+    return signed(fmean(changes))
+
+
 PLACES: Mapping[str, Callable[[Comparison, str, str], str]] = {
     "mean": lambda comparison, label, key: percent(_method(comparison, label).scores[key].mean),
     "difference": _difference,
@@ -103,5 +127,7 @@ PLACES: Mapping[str, Callable[[Comparison, str, str], str]] = {
     "of_seeds_behind": _of_seeds_behind,
     "paper": _paper,
     "behind": _behind,
+    "without": _without,
+    "change": _change,
 }
 """What may stand in a place."""

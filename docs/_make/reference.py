@@ -44,7 +44,7 @@ def leaves() -> Iterator[tuple[str, Any]]:
     def walk(words: str, command: Any) -> Iterator[tuple[str, Any]]:
         if hasattr(command, "commands"):
             for name, inner in command.commands.items():
-                yield from walk(f"{words} {name}", inner)
+                yield from walk(words if name == getattr(command, "unsaid", "") else f"{words} {name}", inner)
         else:
             yield words, command
 

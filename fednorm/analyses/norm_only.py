@@ -20,7 +20,7 @@ from fednorm.analyses.analysis import Analysis, Column, Row, Setup, Values
 from fednorm.analyses.trial import Trial
 from fednorm.rng import torch_stream
 from fednorm.training.diagnostics import weight_layers
-from fednorm.training.trainee import Effect
+from fednorm.training.effects import Effect
 
 RATES = (0.003, 0.01, 0.03, 0.1, 0.3)
 A_CHANNEL = 2

@@ -14,8 +14,9 @@ from fednorm.config import DataConfig, merge, resolve
 from fednorm.data.domain import Federation
 from fednorm.data.federation import load_federation
 from fednorm.rng import torch_seeded, torch_stream
+from fednorm.training.effects import Effect
 from fednorm.training.step import TrainingStep
-from fednorm.training.trainee import Effect, Trainee
+from fednorm.training.trainee import Trainee
 
 BATCH = 32
 EVALUATED = 256

@@ -11,6 +11,7 @@ from rich.markup import escape
 from fednorm.cli.console import out
 from fednorm.report import grid_table, stream_table
 from fednorm.report._common import Result
+from fednorm.report.adaptation_table import adaptation_table, has_adaptation
 from fednorm.report.comparison import Comparison, comparison_table, comparisons, kind_of, paper_table, scored_on
 from fednorm.report.table import Table, accuracy_table, curve_table, evaluation_table
 from fednorm.report.verdict import verdict
@@ -72,8 +73,9 @@ def _federated(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[
     scores = accuracy_table(group)
     curves = [curve_table(group)] if curve else []
     matrix = [evaluation_table(group)] if any(set(result["evaluation"]) - {"own"} for result in group) else []
+    adapted = _adaptation(group)
     # Of one run the matrix was asked for (evaluate.kinds); of many it has a row for each kind and run.
-    return [scores, *curves, *matrix], [scores, *curves, *(matrix if len(group) == 1 else [])]
+    return [scores, *curves, *matrix, *adapted], [scores, *curves, *(matrix if len(group) == 1 else []), *adapted]
 
 
 def _stream(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Table]]:
@@ -86,13 +88,21 @@ def _stream(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Tab
     rest = [stream_table.matrix_table(group[0])] if len(group) == 1 else []
     if len(group) == 1 and group[0]["final"].get("drift") is not None:
         rest.append(stream_table.drift_table(group))
-    return [scores, *curves, *rest], [scores, *curves]
+    adapted = _adaptation(group)
+    return [scores, *curves, *rest, *adapted], [scores, *curves, *adapted]
+
+
+def _adaptation(group: Sequence[Result]) -> list[Table]:
+    """Return the table of test-time adaptation, where any result was scored under it."""
+    return [adaptation_table(group)] if any(map(has_adaptation, group)) else []
 
 
 def _grid(group: Sequence[Result], curve: bool) -> tuple[list[Table], list[Table]]:
     """Return all tables, and those that were asked for: the scores; how accuracy went, experience by experience."""
     scores = grid_table.grid_table(group)
     rest = [grid_table.tensor_table(result) for result in group[:1]]
+    drawn = grid_table.between_table(group)
+    rest = [drawn, *rest] if drawn else rest
     return [scores, *rest], [scores, *(rest if curve else [])]
 
 

@@ -22,6 +22,7 @@ try:
     from fednorm.cli.console import fail, of_the_system, show_warnings
     from fednorm.cli.deploying import Target, deploy_app, new
     from fednorm.cli.measuring import analyse, bench_app, verify_app
+    from fednorm.cli.of_data import data_app
     from fednorm.cli.parameters import (
         KINDS,
         AmpOption,
@@ -36,6 +37,8 @@ try:
         InsecureOption,
         JsonOption,
         LearnerOption,
+        LogDirOption,
+        LogOption,
         MemoryOption,
         ModelOption,
         NormOption,
@@ -68,7 +71,7 @@ app = typer.Typer(
     help="What should a network's normalization do when its data is not one distribution? Simulate federated clients "
     "on Flower and continual streams with Avalanche, and compare.",
 )
-for name, group in (("bench", bench_app), ("verify", verify_app), ("deploy", deploy_app)):
+for name, group in (("bench", bench_app), ("verify", verify_app), ("deploy", deploy_app), ("data", data_app)):
     app.add_typer(group, name=name)
 for command in (analyse, new):
     app.command()(command)
@@ -136,6 +139,8 @@ def federated(  # noqa: PLR0913 - one parameter an option
     superlink: SuperlinkOption = "",
     root_certificates: RootsOption = None,
     insecure: InsecureOption = False,
+    log: LogOption = None,
+    log_dir: LogDirOption = Path("logs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop before training.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show the plan entry by entry.")] = False,
     details: DetailsOption = False,
@@ -186,10 +191,12 @@ def federated(  # noqa: PLR0913 - one parameter an option
         resolved = collect(config, flags, settings or [])  # first: what is misspelt is told before PyTorch is imported
         from fednorm.cli.answer import Depth
         from fednorm.cli.federated import run_federated
+        from fednorm.report.live import Live
 
     target, shown = Target(superlink, root_certificates, insecure), {"dry_run": dry_run, "as_json": as_json}
     depth = Depth(details, notes)
-    run_federated(resolved, runs=runs, runtime=runtime, target=target, layers=layers, depth=depth, **shown)
+    live = Live(log or (), log_dir)
+    run_federated(resolved, runs=runs, runtime=runtime, target=target, layers=layers, depth=depth, live=live, **shown)
 
 
 @app.command()
@@ -218,6 +225,8 @@ def continual(  # noqa: PLR0913 - one parameter an option
     workers: WorkersOption = None,
     settings: SetOption = None,
     runs: RunsOption = Path("runs"),
+    log: LogOption = None,
+    log_dir: LogDirOption = Path("logs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the stream and stop before training.")] = False,
     details: DetailsOption = False,
     notes: NotesOption = False,
@@ -253,8 +262,10 @@ def continual(  # noqa: PLR0913 - one parameter an option
         resolved = collect_continual(config, flags, settings or [], online=online)
         from fednorm.cli.answer import Depth
         from fednorm.cli.continual import run_continual
+        from fednorm.report.live import Live
 
-    run_continual(resolved, runs=runs, dry_run=dry_run, depth=Depth(details, notes), as_json=as_json)
+    live = Live(log or (), log_dir)
+    run_continual(resolved, runs=runs, dry_run=dry_run, depth=Depth(details, notes), live=live, as_json=as_json)
 
 
 @app.command()
@@ -387,7 +398,7 @@ def list_names(
     what: Annotated[
         str,
         typer.Argument(
-            help="norms, strategies, models, data, scenarios, learners, optimizers or studies.",
+            help="norms, strategies, models, data, scenarios, learners, optimizers, adaptations or studies.",
             autocompletion=lambda incomplete: [kind for kind in KINDS if kind.startswith(incomplete)],
         ),
     ] = "",
@@ -399,34 +410,6 @@ def list_names(
         from fednorm.cli.listing import run_list
 
         run_list(what, every=every, as_json=as_json)
-
-
-@app.command()
-def data(
-    name: Annotated[
-        str, typer.Argument(metavar="DATA", help="Benchmark (fednorm list data), or package.module:yours.")
-    ] = "digits_mini",
-    data_dir: DataDirOption = None,
-    domains: Annotated[str | None, typer.Option(help="Domains to use, separated by commas.")] = None,
-    image_size: Annotated[int, typer.Option(help="Height and width to decode to, in pixels.")] = 28,
-    settings: SetOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show who holds what: images and labels of every client."""
-    with starting():
-        from fednorm.cli.options import collect
-
-    flags = {
-        "data.name": name,
-        "data.dir": None if data_dir is None else str(data_dir),
-        "data.domains": domains,
-        "data.image_size": image_size,
-    }
-    with starting():
-        config = collect(None, flags, settings or [])
-        from fednorm.cli.data import run_data
-
-    run_data(config, as_json=as_json)
 
 
 @app.command()

@@ -14,14 +14,23 @@ from fednorm.cli.standing import run_stands, saying_what_stands
 from fednorm.config import RunConfig
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
+from fednorm.report.live import Live, Several
 from fednorm.report.progress import StreamProgress
 from fednorm.streams.simulate import plan, simulate
 from fednorm.streams.workbench import ContinualWorkbench
 from fednorm.threads import torch_threads
 
 
-def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth | None = None, as_json: bool) -> None:
-    """Show the plan, train (unless it is a dry run), show the result."""
+def run_continual(
+    config: RunConfig,
+    *,
+    runs: Path,
+    dry_run: bool,
+    depth: Depth | None = None,
+    live: Live | None = None,
+    as_json: bool,
+) -> None:
+    """Show the plan, train (unless it is a dry run), show the result; ``live`` is told how it goes."""
     require_path(runs, "--runs")
     if not dry_run and (finished := RunRecord(runs, config).result()):
         err().print(
@@ -42,8 +51,10 @@ def run_continual(config: RunConfig, *, runs: Path, dry_run: bool, depth: Depth 
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    with saying_what_stands(lambda: run_stands(config, runs)), StreamProgress(err()) as progress:
-        result = simulate(config, runs=runs, observer=progress, bench=bench)
+    told = live or Live(())
+    with saying_what_stands(lambda: run_stands(config, runs)), StreamProgress(err()) as progress, told:
+        result = simulate(config, runs=runs, observer=Several(progress, told), bench=bench)
+        told.end(result)
     return show_result(result, depth or Depth(), as_json=as_json)
 
 

@@ -43,7 +43,7 @@ def _require_known(name: str) -> None:
         return
     known = [*section_names(), *TOP, *(known for family in FAMILIES.values() for known in family.names)]
     raise unknown_name(
-        "norm, strategy, scenario, learner, model, benchmark, optimizer or section of the configuration",
+        "norm, strategy, scenario, learner, model, benchmark, optimizer, adaptation or section of the configuration",
         canonical(name),
         known,
         "fednorm list --all",

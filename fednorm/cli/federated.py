@@ -22,6 +22,7 @@ from fednorm.limits import require_path
 from fednorm.records import further
 from fednorm.records.record import RunRecord
 from fednorm.report.grid_table import boundaries_table, cells_table
+from fednorm.report.live import Live, Several
 from fednorm.report.progress import RoundProgress
 from fednorm.report.table import plan_table
 from fednorm.threads import torch_threads
@@ -37,8 +38,9 @@ def run_federated(
     depth: Depth | None = None,
     as_json: bool,
     target: Target | None = None,
+    live: Live | None = None,
 ) -> None:
-    """Show the plan, run (unless it is a dry run), show the result."""
+    """Show the plan, run (unless it is a dry run), show the result; ``live`` is told how it goes."""
     runtime = runtime.replace("_", "-")
     choose("--runtime", runtime, ("in-process", "flower", "deployment"))
     require_path(runs, "--runs")
@@ -72,8 +74,10 @@ def run_federated(
     here = runtime == "in-process"
     if here and (told := _earlier(config, runs)):
         err().print(told, markup=False, soft_wrap=True)
-    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress:
-        result = _run(config, bench, runs, runtime, progress)
+    tools = live or Live(())
+    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress, tools:
+        result = _run(config, bench, runs, runtime, Several(progress, tools))
+        tools.end(result)
     return show_result(result, depth or Depth(), as_json=as_json)
 
 
@@ -105,6 +109,8 @@ def show_plan(document: Mapping[str, Any], console: Console) -> None:
     console.print(f"norm plan: {roles} entries of the state dict; {counts['bytes_per_round'] / 1e6:.2f} MB a round")
     if places := config["strategy"].get("local"):
         console.print(f"kept on clients by place (strategy.local): {places}", markup=False)
+    if "between" in document:
+        console.print(document["between"]["text"], markup=False, soft_wrap=True)
     if "estimated_seconds" in document:
         console.print(f"estimated time: {document['estimated_seconds']:.0f} s")
     if "grid" in document:

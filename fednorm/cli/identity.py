@@ -34,6 +34,7 @@ FACTS: Mapping[str, tuple[str, str]] = {
     "adaptive": ("the step's length does not grow with the gradient", ""),
     "personalised": ("each client is tested with a model of its own", ""),
     "pooled": ("one client has the images of all", ""),
+    "statistics": ("it takes a network with running statistics", ""),
     "joint": ("is given all experiences at once", ""),
 }
 """What a card's facts mean, where they are so and where not; empty for what goes without saying."""

@@ -127,6 +127,11 @@ def whole(number: float | None) -> float | int | None:
     return int(number) if number is not None and number.is_integer() else number
 
 
+LogOption = Annotated[
+    list[str] | None,
+    typer.Option("--log", help="Tell the run as it goes: tensorboard, wandb or mlflow; repeatable.", metavar="TOOL"),
+]
+LogDirOption = Annotated[Path, typer.Option("--log-dir", help="Folder of what --log writes.")]
 RuntimeOption = Annotated[
     str, typer.Option(help="in-process, flower (flwr run on Ray), or deployment (sites on a running SuperLink).")
 ]

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fednorm.cards import (
+    ADAPTATIONS,
     DATA,
     LEARNERS,
     MODELS,
@@ -92,6 +93,7 @@ def resolve(values: Mapping[str, Any], *, only: Kind | None = None) -> RunConfig
     # A benchmark's name becomes part of a folder's: one that nobody has ends here.
     sections["data"] = sections["data"].replace(name=_benchmark(sections["data"].name))
     sections["train"] = _with_optimizer(sections["train"])
+    sections["evaluate"] = _with_adaptations(kind, sections["evaluate"])
     config = RunConfig(**sections)
     return _identified(config, values.get("sources", {}))
 
@@ -200,7 +202,8 @@ def _with_optimizer(train: TrainConfig) -> TrainConfig:
     """
     card = OPTIMIZERS[train.optimizer]
     if train.momentum and not card.has_momentum:
-        raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has betas of its own. Leave it at 0.")
+        instead = "betas of its own" if card.adaptive else "none"
+        raise ConfigError(f"train.momentum is SGD's; {train.optimizer} has {instead}. Leave it at 0.")
     for option, value in train.of_optimizer().items():
         if option not in card.declared:
             having = ", ".join(other.name for other in OPTIMIZERS if option in other.declared)
@@ -211,6 +214,32 @@ def _with_optimizer(train: TrainConfig) -> TrainConfig:
     if train.nesterov and card.has_momentum and not train.momentum:
         raise ConfigError("train.nesterov looks ahead along the momentum, and train.momentum is 0. Set it, e.g. 0.9.")
     return train.replace(optimizer=spelled(train.optimizer))
+
+
+def _with_adaptations(kind: Kind, evaluate: EvaluateConfig) -> EvaluateConfig:
+    """Return the section with those options of its adaptations that are not at their default.
+
+    Raises:
+        UnknownNameError: There is no such adaptation.
+        ConfigError: It has no such option, a value cannot be, one is there twice, or clients cannot do it.
+    """
+    if not evaluate.adaptation:
+        return evaluate
+    tables = []
+    for given in evaluate.adaptation:
+        card, options = ADAPTATIONS[given["name"]], {key: value for key, value in given.items() if key != "name"}
+        checked = checked_options(card, "evaluate.adaptation", options)
+        card.check(checked)
+        if kind == "federated" and checked.get("reset") == "never":
+            raise ConfigError(
+                f"evaluate.adaptation, {card.name}: reset 'never' carries adaptation from one experience of a stream "
+                "to the next; clients adapt apart, each on its own images. Take 'each' or 'batch'."
+            )
+        table = {"name": given["name"], **checked}
+        if table in tables:
+            raise ConfigError(f"evaluate.adaptation has {shown(table)} twice, defaults filled in. Leave one out.")
+        tables.append(table)
+    return evaluate.replace(adaptation=tuple(tables))
 
 
 def _elsewhere(key: str) -> str:

@@ -304,11 +304,23 @@ DEFAULT_NORM = "batch_norm"
 """What ``auto`` is where neither the strategy nor the scenario brings a norm along."""
 
 METHOD_OPTIONS = frozenset(
-    {"passes", "statistics", "recalibrate", "corrected", "project", "activation", "feature_norm"}
+    {
+        "passes",
+        "statistics",
+        "recalibrate",
+        "corrected",
+        "project",
+        "hyperspherical",
+        "heads",
+        "activation",
+        "feature_norm",
+    }
 )
 """Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""
 
-METHOD_SWITCHES = frozenset({"l2_init", "shrink", "perturb", "redo_every", "weight_decay"})
+METHOD_SWITCHES = frozenset(
+    {"l2_init", "l2_scales", "weight_clip", "shrink", "perturb", "redo_every", "cbp_rate", "snr_eta", "weight_decay"}
+)
 """Keys that make another method where they are not at their default; how far they are from it is tuned."""
 
 IMMATERIAL = (

@@ -203,7 +203,7 @@ def _choices(info: FieldInfo) -> tuple[str, ...]:
 def expected(info: FieldInfo, value: Any = None) -> str:
     """Return what a key takes, in words: its type where the value is of another, else its range."""
     if info.annotation is not None and get_origin(info.annotation) is tuple:
-        return "a list of names"
+        return "a list of names" if get_args(info.annotation)[0] is str else "a list of names and tables"
     wanted: Any = str if _choices(info) else info.annotation
     if get_origin(wanted) is UnionType:  # int | float
         wanted = float

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fednorm.config.adaptations import Adaptations
 from fednorm.config.augmentations import Augment
 from fednorm.config.evaluated import Evaluated
 from fednorm.config.schema import Kind, Names, Section, choose, key
@@ -15,7 +16,7 @@ CONTINUAL: tuple[Kind, ...] = ("continual",)
 BOTH: tuple[Kind, ...] = ("federated_continual",)
 FEDERATED: tuple[Kind, ...] = (*ROUNDS, *BOTH)
 
-OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta")
+OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta", "beta_utility", "sigma")
 """Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
 
 EVALUATIONS = ("own", "cross", "averaged", "pooled", "reestimated", "unseen")
@@ -88,6 +89,8 @@ class TrainConfig(Section, name="train"):
         "and adamp.",
         ge=0,
     )
+    beta_utility: float = key(0.999, "What a weight's utility keeps at each step; of upgd.", ge=0, lt=1)
+    sigma: float = key(0.001, "Standard deviation of the noise on gradients, before it is gated; of upgd.", ge=0)
     label_smoothing: float = key(0.0, "Share of the label that is spread over all classes.", ge=0, lt=1)
     agc: float = key(0.0, "Lambda of adaptive gradient clipping; 0 for no clipping.", ge=0)
     agc_on: Literal["all", "convolutions", "linear"] = key(
@@ -96,6 +99,17 @@ class TrainConfig(Section, name="train"):
     clip_norm: float = key(
         0.0, "Longest gradient of all parameters together, after agc; 0 for any length. FLGo-Bench has 10.", ge=0
     )
+    private_noise: float = key(
+        0.0,
+        "Noise multiplier of differentially private training (DP-SGD): the noise's standard deviation over "
+        "private_clip; 0 for none. Needs the extra private (Opacus).",
+        ge=0,
+        kinds=ROUNDS,
+    )
+    private_clip: float = key(
+        1.0, "Longest gradient of one image in private training; longer ones are shortened.", gt=0, kinds=ROUNDS
+    )
+    private_delta: float = key(1e-5, "Delta at which a private run's epsilon is told.", gt=0, lt=1, kinds=ROUNDS)
     augment: Augment = key(
         "none",
         "What is done to each image of a training batch, those from memory too: none, or names with commas between, in "
@@ -155,6 +169,12 @@ class TrainConfig(Section, name="train"):
         "The head, for trainable and the linear probe: head is the last weight layer; else modules' paths or patterns "
         "over keys (classifier.*), separated by commas.",
     )
+    heads: Literal["one", "task"] = key(
+        "one",
+        "Which classes a sample's loss is over: one, all of them (class-incremental); task, those of its experience, "
+        "as with a head for each task (task-incremental). Of learners that train by cross-entropy.",
+        kinds=(*CONTINUAL, *BOTH),
+    )
     linear_probe_rounds: int = key(
         0, "First rounds, in which the head alone is trained; less than num_rounds.", ge=0, kinds=ROUNDS
     )
@@ -164,10 +184,39 @@ class TrainConfig(Section, name="train"):
         ge=0,
         kinds=CONTINUAL,
     )
+    l2_scales: float = key(0.0, "Factor of the squared scales of normalization layers in the loss; 0 for none.", ge=0)
+    weight_clip: float = key(
+        0.0,
+        "Largest weight of linear layers and convolutions after an update, as a multiple of the bound 1 / sqrt(fan-in) "
+        "that PyTorch draws them within (weight clipping); 0 for none.",
+        ge=0,
+    )
+    hyperspherical: bool = key(
+        False,
+        "Whether each unit's incoming weights are brought to length 1 after each update, the output layer's not "
+        "(SimbaV2's projection).",
+    )
     redo_every: int = key(0, "Updates between two resets of dormant units (ReDo); 0 for none.", ge=0)
     redo_tau: float = key(
         0.025, "A unit is dormant where its mean activation is at most this share of its layer's.", ge=0
     )
+    cbp_rate: float = key(
+        0.0,
+        "Share of the mature units of each hidden layer that is replaced at each update, the least useful first "
+        "(continual backprop); 0 for none.",
+        ge=0,
+        le=1,
+    )
+    cbp_maturity: int = key(100, "Updates before continual backprop may replace a unit.", ge=0)
+    cbp_decay: float = key(0.99, "What a unit's utility keeps at each update of continual backprop.", ge=0, lt=1)
+    snr_eta: float = key(
+        0.0,
+        "A unit is reset where so long a silence had at most this probability by its own past (self-normalized "
+        "resets); 0 for none.",
+        ge=0,
+        lt=1,
+    )
+    snr_longest: int = key(500, "Updates of silence after which self-normalized resets reset any unit.", ge=1)
     checkpoint_every: int = key(
         500, "Steps between two checkpoints; the end of an experience always has one.", ge=1, kinds=CONTINUAL
     )
@@ -175,6 +224,11 @@ class TrainConfig(Section, name="train"):
     def model_post_init(self, context: object) -> None:
         """Refuse a head that nobody asks for, and what would write to weights that are to stay as they are."""
         del context
+        if self.heads == "task" and self.label_smoothing:
+            raise ConfigError(
+                "train.label_smoothing spreads a label over all classes, and with train.heads = 'task' a sample has "
+                "those of its task alone. Leave one of the two out."
+            )
         probes = self.linear_probe_rounds or self.linear_probe_epochs
         if self.head != "head" and "head" not in self.trainable.split(",") and not probes:
             raise ConfigError(
@@ -183,7 +237,7 @@ class TrainConfig(Section, name="train"):
             )
         if self.trainable == "all":
             return
-        for name in ("redo_every", "perturb"):
+        for name in ("redo_every", "cbp_rate", "snr_eta", "perturb"):
             if getattr(self, name):
                 raise ConfigError(
                     f"train.{name} sets weights anew, and train.trainable = {self.trainable!r} leaves them as they "
@@ -364,6 +418,13 @@ class EvaluateConfig(Section, name="evaluate"):
         "Whether evaluated rounds also score the images held back (data.validation), and the result tells the round "
         "that is best on them beside the last.",
         kinds=ROUNDS,
+    )
+    adaptation: Adaptations = key(
+        (),
+        "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, "
+        "or tables of a name and options, among them batch_size, order and reset; an option's list of values is every "
+        "value in turn. Scored are the clients of the domain held out, else all; of a stream, its experiences.",
+        kinds=(*ROUNDS, *CONTINUAL),
     )
     diagnostics: bool = key(
         True,

@@ -384,3 +384,19 @@ def one_domain(name: str, title: str) -> Callable[[Reader], Loaded]:
         return loaded(title, [source], source.split_domains())
 
     return load
+
+
+def several_domains(name: str, title: str, *notes: str) -> Callable[[Reader], Loaded]:
+    """Return what reads a data set with a column of domains, or those of them that ``data.domains`` names.
+
+    Args:
+        name: The data set's.
+        title: How a table names it.
+        notes: Sentences that belong under a table.
+    """
+
+    def load(reader: Reader) -> Loaded:
+        source = with_domains(reader, reader.read(name))
+        return loaded(title, [source], source.split_domains(reader.wanted(())), notes)
+
+    return load

@@ -24,6 +24,8 @@ TIMED = 3
 def work(config: RunConfig, stream: Stream) -> Work:
     """Return what a run does: every cell trained on as often as there are passes, every boundary scored twice.
 
+    What the strategy adds counts from the second experience on, and what its server does between two as training.
+
     Args:
         config: The run's configuration.
         stream: How many images each experience has.
@@ -32,6 +34,9 @@ def work(config: RunConfig, stream: Stream) -> Work:
     rounds, share = config.rounds.per_experience, config.rounds.fraction
     passes = int(config.train.local_epochs) * rounds
     cells = [cell for client in range(len(grid.cells)) for _, cell in grid.row(client)]
+    adds = config.strategy.card.make.local.passes(config.strategy.values)
+    later = [cell for client in range(len(grid.cells)) for time, cell in grid.row(client) if time]
+    held, again = (sum(len(cell.train) for cell in some) for some in (cells, later))
     tests = [len(split_of(experience, config.evaluate.split)) for experience in stream]
     scored = sum(
         tests[number]
@@ -40,7 +45,7 @@ def work(config: RunConfig, stream: Stream) -> Work:
         for number in grid.scored(client, time)
     )
     return Work(
-        trained=share * passes * sum(len(cell.train) for cell in cells),
+        trained=share * passes * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
         scored=2 * scored + len(grid.cells) * sum(tests),
         turns=COPIES * share * rounds * len(cells) + len(grid.cells) * (grid.num_times + 1),
     )

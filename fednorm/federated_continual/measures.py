@@ -16,7 +16,7 @@ after Yang et al., Federated Continual Learning via Knowledge Fusion, arXiv 2312
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
@@ -119,6 +119,13 @@ def final(
         **({"drift": mean(drifts)} if drifts else {}),
         **({"unheard": missing} if missing else {}),
     }
+
+
+def means(lines: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Return the mean over lines of each number that all of them have; None where one was not measured."""
+    shared = [key for key in lines[0] if all(key in line for line in lines)]
+    values = {key: [value for line in lines if (value := line[key]) is not None] for key in shared}
+    return {key: mean(numbers) if len(numbers) == len(lines) else None for key, numbers in values.items()}
 
 
 def temporal_forgetting(aggregated: Tensor3, courses: Sequence[Course], time: int) -> float | None:

@@ -121,7 +121,8 @@ class GridTurn(Turn):
         trainee.set_rate(self.rate)
         self.state, kept = split_state(self.state)
         local.begin(self)
-        learner = bench.learner(client, adjust=lambda: local.adjust(self))
+        criterion = local.criterion(self, cell.classes)
+        learner = bench.learner(client, adjust=lambda: local.adjust(self), criterion=criterion)
         learner.epoch_watchers.append(lambda _: bench.norms.rest(time))
         self._learner = learner
         recall(learner, kept)

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid as FlowerGrid
-from torch import Tensor
+from torch import Tensor, nn
 
 from fednorm.config import RunConfig
 from fednorm.data.domain import Client, Federation
 from fednorm.data.moving import moved
+from fednorm.data.scaling import Scaling
 from fednorm.federated_continual import measures
+from fednorm.federated_continual.between import BetweenExperiences, Boundary, Images, local_of
 from fednorm.federated_continual.cells import Grid, make_grid
 from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.refusals import require_fit, require_norms, require_plain_training
@@ -50,7 +52,7 @@ from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
-from fednorm.streams.workbench import learner_of, stream_of
+from fednorm.streams.workbench import learner_of, require_parts, stream_of
 
 
 class GridWorkbench(Workbench):
@@ -84,6 +86,12 @@ class GridWorkbench(Workbench):
             for _, cell in self.grid.row(client)
         )
         self.learner(0)  # what the learner refuses is refused before training
+        require_parts(config, config.norm.card.made(config.norm.options), self._options)
+        if isinstance(self.strategy, BetweenExperiences):
+            first = self.grid.stream.experiences[0].train
+            channels, height, width = first.images.shape[1:]
+            scaling = Scaling.stack(experience.train.scaling for experience in self.grid.stream)
+            self.strategy.meet(Images((channels, height, width), self.grid.stream.num_classes, scaling))
 
     # What a federation's workbench asks -------------------------------------------------------------------------------
 
@@ -112,6 +120,7 @@ class GridWorkbench(Workbench):
         return {
             "learner": {"name": self.config.learner.name, **options},
             "scenario": {"name": self.config.scenario.name, **self.config.scenario.values},
+            **({"between": self.strategy.about_between()} if isinstance(self.strategy, BetweenExperiences) else {}),
             "grid": {
                 "experiences": [experience.title for experience in grid.stream],
                 "rounds_per_experience": self.config.rounds.per_experience,
@@ -181,7 +190,12 @@ class GridWorkbench(Workbench):
         """Return the passes of a round."""
         return int(self.config.train.local_epochs)
 
-    def learner(self, client: int, adjust: Callable[[], None] | None = None) -> Learner:
+    def learner(
+        self,
+        client: int,
+        adjust: Callable[[], None] | None = None,
+        criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Learner:
         """Return a client's learner on the workbench's model, remembering nothing yet.
 
         Its random streams are those of a stream's learner with the run's seed for client 0, and of seeds derived from
@@ -196,6 +210,7 @@ class GridWorkbench(Workbench):
             seed=stream_seed(config.seed, "client", client) if client else config.seed,
             begin=[trainee.begin_anew, self.norms.begin],
             adjust=[*([adjust] if adjust else []), *trainee.adjust],
+            criterion=criterion,
         )
         if self._first:
             learner.start_from(self._first)
@@ -289,9 +304,36 @@ class GridWorkbench(Workbench):
             "own_accuracy": own,
             "average_accuracy": measures.average(aggregated),
             "spatial_forgetting": measures.spatial_forgetting(own, aggregated),
+            **self._between(grid, time, arrays),
             **({"statistics_drift": self._drift(grid)} if self.config.evaluate.diagnostics else {}),
             **({"unheard": unheard} if unheard else {}),
         }
+
+    def _between(self, grid: FlowerGrid, time: int, arrays: ArrayRecord) -> dict[str, Any]:
+        """Let the strategy's server work between two experiences, and return what the round's line says of it."""
+        strategy = self.strategy
+        if not isinstance(strategy, BetweenExperiences) or time == self.grid.num_times - 1:
+            return {}
+        clients = range(len(self.grid.cells))
+        met = sorted({number for client in clients for number in self.grid.met(client, time)})
+        experiences = [self.grid.stream.experiences[number] for number in met]
+
+        def score(network: nn.Module) -> float:
+            evaluate = self.config.evaluate
+            splits = [(split_of(experience, evaluate.split), experience.classes) for experience in experiences]
+            with torch.no_grad():
+                scores = [accuracy(network, *of, batch_size=evaluate.batch_size).overall for of in splits]
+            return sum(scores) / len(scores)
+
+        boundary = Boundary(
+            time=time,
+            tensors=unpack(arrays),
+            classes=tuple(sorted({label for experience in experiences for label in experience.classes})),
+            device=self.trainee.device,
+            ask=partial(local_of, strategy, grid),
+            score=score,
+        )
+        return {"between": strategy.between(boundary)}
 
     def _drift(self, grid: FlowerGrid) -> list[dict[str, float] | None]:
         """Return how far each client's running statistics are from the pooled ones, by layer; None if it has none."""
@@ -309,12 +351,14 @@ class GridWorkbench(Workbench):
         courses = [self.grid.course(client) for client in range(len(self.grid.cells))]
         drift = [[mean(own.values()) if own else None for own in line.get("statistics_drift", ())] for line in ends]
         unheard = [(line["experience"], client) for line in ends for client in line.get("unheard", ())]
+        between = [line["between"] for line in ends if "between" in line]
         return {
             "accuracy_tensor": aggregated,
             "own_accuracy_tensor": own,
             **({"drift_tensor": drift} if any(value is not None for row in drift for value in row) else {}),
             "temporal_forgetting": [measures.temporal_forgetting(aggregated, courses, t) for t in range(len(ends))],
-            "final": measures.final(aggregated, own, courses, drift, unheard),
+            "final": measures.final(aggregated, own, courses, drift, unheard)
+            | ({"between": measures.means(between)} if between else {}),
         }
 
 

@@ -6,12 +6,15 @@ Messages:
   ``Context.state`` and nowhere else.
 * ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
   ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
-  unlabelled test images).
+  unlabelled test images). With ``adaptation``, a number, the network adapts itself to the images that it is scored on
+  (:mod:`fednorm.federation.adapting`).
 * ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any. A
   site says besides what the server must know to fit it in (:mod:`fednorm.federation.deployment`).
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
-  never sends them; this does, once, after training, when the user asks for that evaluation.
+  never sends them; this does, once, after training, when the user asks for that evaluation, and between experiences
+  where the user has a strategy ask one client for them (``strategies/target.py``).
 * ``query.measure``: what the strategy's client side measures (:meth:`Local.measure`) of the network that is sent.
+* ``query.refine``: what a client's images make of what a test-time adaptation knows.
 * ``query.boundary``: an experience has ended (:mod:`fednorm.federated_continual`); the client's accuracies.
 * ``query.undo``: the server has not used the client's training in a round; the client keeps what it had before it.
 * ``query.statistics``: the running means and variances among them, after training rounds that are evaluated, for the
@@ -37,7 +40,7 @@ from torch.nn import functional
 
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
-from fednorm.federation import undo
+from fednorm.federation import adapting, undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Turn, held
@@ -112,6 +115,23 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
     client, config = bench.client(context), config_of(content)
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
+    _take_network(bench, client, content, context)
+    if adapting.ADAPTATION in config:
+        return RecordDict({"metrics": MetricRecord(dict(adapting.scores(bench, client, content)))})
+    scores = _scores(bench, client, in_a_round="mode" not in config)
+    return record_dict({"metrics": metric_record(scores)})
+
+
+def _refined(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
+    """Return what a client's images make of what an adaptation knows; nothing is kept."""
+    client = bench.client(context)
+    _take_network(bench, client, content, context)
+    return RecordDict({EXTRA: pack(adapting.refine(bench, client, content))})
+
+
+def _take_network(bench: Workbench, client: Client, content: RecordDict, context: Context) -> None:
+    """Write the network that a message's mode asks to evaluate into the workbench's model."""
+    config = config_of(content)
     complete = bench.receive(arrays_of(content, "arrays"), context.state)
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
@@ -122,8 +142,6 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
         if config.get("mode", "own") == "own" and side.before_evaluation is not Local.before_evaluation:
             turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
             side(bench.strategy).before_evaluation(turn)
-    scores = _scores(bench, client, in_a_round="mode" not in config)
-    return record_dict({"metrics": metric_record(scores)})
 
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
@@ -191,6 +209,7 @@ QUERIES: Mapping[str, Callable[[Workbench, RecordDict, Context], RecordDict]] = 
     "describe": _described,
     "local": _local,
     "measure": _measured,
+    "refine": _refined,
     "boundary": _boundary,
     "undo": _undone,
     "statistics": _statistics,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fednorm.adaptation._scoring import work as adapting
 from fednorm.config import ALL_CLIENTS, SAMPLED_CLIENTS, RunConfig, TrainConfig
 from fednorm.data import load_federation
 from fednorm.data.benchmarks import Reader
@@ -59,9 +60,12 @@ def work(config: RunConfig, federation: Federation) -> Work:
     after = sum(len(federation.domains) if kind == "cross" else 1 for kind in evaluate.kinds if kind != "own")
     scored = share * int((counts.validation if evaluate.split == "validation" else counts.test).sum())
     choosing = share * int(counts.validation[counts.trains].sum()) if evaluate.best_round else 0
+    learned_on = int((counts.validation if counts.validation.any() else counts.train)[counts.trains].sum())
+    unseen = counts.test[counts.held_out]
+    adapts = adapting(evaluate, int(unseen.sum()) if len(unseen) else int(scored), learned_on)
     return Work(
-        trained=turns * a_round + in_rounds * share * adds.before_evaluation * held,
-        scored=(in_rounds + after) * scored + in_rounds * choosing + turns * adds.measured * clients,
+        trained=adapts.trained + turns * a_round + in_rounds * share * adds.before_evaluation * held,
+        scored=adapts.scored + (in_rounds + after) * scored + in_rounds * choosing + turns * adds.measured * clients,
         turns=COPIES * turns * clients + (in_rounds + after) * share * len(counts),
     )
 

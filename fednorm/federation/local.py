@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from fednorm.data.domain import Client
 from fednorm.errors import ConfigError
 from fednorm.federation.plan import NormPlan
-from fednorm.rng import torch_seeded, torch_stream
+from fednorm.rng import stream_seed, torch_seeded, torch_stream
 from fednorm.training.loop import Tally, batches_of
 from fednorm.training.step import TrainingStep
 
@@ -78,11 +78,13 @@ class Passes:
         in_round: Passes over a client's images in each round.
         before_evaluation: Passes over them before each evaluation.
         measured: Images of a client that go through the network untrained in each round.
+        between: Images that the server trains on between two experiences, each time counted.
     """
 
     in_round: float = 0.0
     before_evaluation: float = 0.0
     measured: int = 0
+    between: int = 0
 
 
 @dataclass
@@ -155,7 +157,7 @@ class Turn:
         trainee.set_rate(self.rate)
         local.begin(self)
         batches = _Batches(self, torch_stream(seed, *self.names, "batches"), torch_stream(seed, *self.names, "augment"))
-        step = self._step(local, lambda: local.adjust(self))
+        step = self._step(local, lambda: local.adjust(self), private=trainee.config.train.private_noise > 0)
         with trainee.trainable.stage(self.probing), torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
                 if phase.parameters is not None and not phase.parameters & trainee.trainable.active:
@@ -192,15 +194,19 @@ class Turn:
             trainee.optimizer.zero_grad(set_to_none=True)
             trainee.begin_turn(kept)
 
-    def _step(self, local: Local, adjust: Effect | None) -> TrainingStep:
+    def _step(self, local: Local, adjust: Effect | None, *, private: bool = False) -> TrainingStep:
         trainee = self.trainee
-        return TrainingStep(
-            trainee.model,
-            trainee.optimizer,
-            adjust=[*([adjust] if adjust else []), *trainee.adjust],
-            after=trainee.after,
-            loss=lambda logits, labels: local.loss(self, logits, labels),
-        )
+        effects: dict[str, Any] = {
+            "adjust": [*([adjust] if adjust else []), *trainee.adjust],
+            "after": trainee.after,
+            "loss": lambda logits, labels: local.loss(self, logits, labels),
+        }
+        if not private:
+            return TrainingStep(trainee.model, trainee.optimizer, **effects)
+        from fednorm.training.private import PrivateStep  # the one run that needs it has an extra installed
+
+        noise = torch.Generator(trainee.device).manual_seed(stream_seed(trainee.config.seed, *self.names, "private"))
+        return PrivateStep(trainee, len(self.client.train), noise, **effects)
 
 
 class StackedLocal:
@@ -262,6 +268,18 @@ class Local:
     def loss(self, turn: Turn, logits: Tensor, labels: Tensor) -> Tensor:
         """Return a batch's loss, a scalar, for logits of shape (B, K) and labels of shape (B,)."""
         return turn.trainee.loss(logits, labels)
+
+    def criterion(self, turn: Turn, classes: Sequence[int]) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Return what takes the cross-entropy's place in what a client learns on a stream; None for the run's own.
+
+        Asked after :meth:`begin`, where there are experiences; elsewhere there is :meth:`loss`.
+
+        Args:
+            turn: The client's.
+            classes: Those that the experience is about.
+        """
+        del turn, classes
+        return None
 
     def adjust(self, turn: Turn) -> None:
         """Called between backward pass and update, before any clipping; may change the gradients in place."""
@@ -325,15 +343,18 @@ class _Batches:
         augment, split, updates = self._turn.trainee.augmentation, self._turn.client.train, 0
         for rows in self._rows(phase):
             images, labels = split.batch(rows)
-            loss, logits = step(split.scaling(augment(images, self._augmenting)), labels)
+            images = augment(images, self._augmenting) if len(rows) else images  # none are drawn in private training
+            loss, logits = step(split.scaling(images), labels)
             self.tally.add(loss, (logits.argmax(1) == labels).sum(), len(rows))
             updates += 1
         return updates
 
     def _rows(self, phase: Phase) -> Iterator[Tensor]:
-        trainee = self._turn.trainee
-        single = not trainee.batch_coupled
-        return rows_of_phase(self._generator, len(self._turn.client.train), trainee.config.train, phase, single=single)
+        trainee, count = self._turn.trainee, len(self._turn.client.train)
+        train, single = trainee.config.train, not trainee.batch_coupled
+        if train.private_noise:
+            return drawn_rows(self._generator, count, train, phase)
+        return rows_of_phase(self._generator, count, train, phase, single=single)
 
 
 def rows_of_phase(
@@ -356,6 +377,17 @@ def rows_of_phase(
             if len(rows):
                 yield rows
         wanted -= -(-count // size)
+
+
+def rate_of(train: TrainConfig, count: int) -> float:
+    """Return the probability with which a private step draws an image of a client that has ``count``."""
+    return min(1.0, train.batch_size / count) if count else 0.0
+
+
+def drawn_rows(generator: torch.Generator, count: int, train: TrainConfig, phase: Phase) -> Iterator[Tensor]:
+    """Yield the rows of a private phase's batches, each image in each with one probability (Poisson sampling)."""
+    for _ in range(phase.batches(train, -(-count // train.batch_size)) if count else 0):
+        yield (torch.rand(count, generator=generator) < rate_of(train, count)).nonzero().flatten()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ need them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
@@ -24,7 +25,7 @@ from fednorm.federation.local import Local
 from fednorm.federation.nodes import Node, asked
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
-from fednorm.federation.replies import Expected, UnfitReply, read_local, read_scores
+from fednorm.federation.replies import EXTRA, Expected, Form, UnfitReply, read_local, read_measured, read_scores
 from fednorm.federation.round_report import shown
 from fednorm.federation.strategy import NormStrategy
 from fednorm.federation.wire import pack, unpack
@@ -34,6 +35,22 @@ Scores = dict[str, Any]
 T = TypeVar("T")
 
 NO_STATISTICS = "the network has no running statistics"
+NOTHING: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A network to be evaluated.
+
+    Attributes:
+        tensors: What the server sends of it.
+        mode: Under which local tensors a client evaluates; see :mod:`fednorm.federation.client`.
+        fallback: What stands in for local tensors that an unseen domain does not have; empty for nothing.
+    """
+
+    tensors: Mapping[str, Tensor]
+    mode: str
+    fallback: str = ""
 
 
 def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federation, strategy: str) -> None:
@@ -48,8 +65,9 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
         config.clients,
         [counts.domains[place] for place in sorted(set(counts.domain[scored & ~counts.held_out].tolist()))],
     )
-    if "unseen" in config.kinds:
-        if not federation.counts.held_out.any():
+    adapts_unseen = bool(config.adaptation) and bool(counts.held_out.any())
+    if "unseen" in config.kinds or adapts_unseen:
+        if not counts.held_out.any():
             raise ConfigError(
                 "evaluate.kinds has 'unseen', and no domain is held out of training. "
                 f"Set data.held_out to one of {', '.join(federation.domains)}."
@@ -58,7 +76,8 @@ def check_evaluations(config: EvaluateConfig, plan: NormPlan, federation: Federa
             raise ConfigError(
                 f"Strategy {strategy!r} keeps {len(plan.local)} tensors on the clients ({plan.local[0]}, …), so its "
                 "server model has none for an unseen domain and cannot be evaluated there. Name the tensors to use "
-                "instead: evaluate.fallback = 'pooled', 'averaged' or 'reestimated'; or leave 'unseen' out."
+                "instead: evaluate.fallback = 'pooled', 'averaged' or 'reestimated'; or leave "
+                f"{'evaluate.adaptation' if adapts_unseen else repr('unseen')} out."
             )
         if plan.local and config.fallback in ("pooled", "reestimated") and not _has_statistics(plan):
             raise ConfigError(
@@ -171,15 +190,85 @@ class EvaluationMatrix:
         return self._scores(self._seen(), self._shared, mode="reestimated")
 
     def _unseen(self) -> Scores:
-        nodes = [node for node in self._strategy.nodes if node.held_out]
+        base = self.base_of_unseen()
+        scores = self._scores(self.held_out, base.tensors, mode=base.mode)
+        return scores | ({"with": base.fallback} if base.fallback else {})
+
+    @property
+    def held_out(self) -> list[Node]:
+        """The clients whose domain nobody trains on."""
+        return [node for node in self._strategy.nodes if node.held_out]
+
+    def base_of_unseen(self) -> Base:
+        """Return the network that an unseen domain is evaluated with, as ``evaluate.fallback`` has it."""
         if not self._plan.local:
-            return self._scores(nodes, self._shared, mode="given")
+            return Base(self._shared, "given")
         fallback = self._config.fallback
-        if fallback == "reestimated":
-            return self._scores(nodes, self._shared | self._combined("averaged"), mode="reestimated") | {
-                "with": fallback
-            }
-        return self._scores(nodes, self._shared | self._combined(fallback), mode="given") | {"with": fallback}
+        combined = self._combined("averaged" if fallback == "reestimated" else fallback)
+        return Base(self._shared | combined, "reestimated" if fallback == "reestimated" else "given", fallback)
+
+    @property
+    def base_of_own(self) -> Base:
+        """The network that a client of the federation is evaluated with: the server's tensors, and its own."""
+        return Base(self._shared, "own")
+
+    def seen(self) -> Sequence[Node]:
+        """Return the clients of the federation that are evaluated."""
+        return self._seen()
+
+    def adapted(
+        self, kind: str, nodes: Sequence[Node], base: Base, number: int | None, knowledge: Mapping[str, Tensor]
+    ) -> Scores:
+        """Return the scores of a network that adapts itself on each client, or of one that does not.
+
+        Args:
+            kind: What an error calls the evaluation.
+            nodes: Whose images are scored.
+            base: The network.
+            number: Which of ``evaluate.adaptation``, from 0; None for none.
+            knowledge: What the method has learned before.
+
+        Raises:
+            IncompleteError: Fewer clients answered than ``min_answered`` asks for.
+        """
+        self._kind = kind
+        if number is None:
+            return self._scores(nodes, base.tensors, mode=base.mode)
+        return self._scores(nodes, base.tensors, mode=base.mode, adaptation={"adaptation": number}, extra=knowledge)
+
+    def refined(
+        self, kind: str, base: Base, numbers: Mapping[str, int], knowledge: Mapping[str, Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """Return what each training client makes of what an adaptation knows.
+
+        Args:
+            kind: What an error calls the evaluation.
+            base: The network.
+            numbers: Which adaptation, and which round of its learning.
+            knowledge: What is known.
+
+        Raises:
+            IncompleteError: Fewer clients answered than ``min_answered`` asks for, or none.
+        """
+        self._kind = kind
+        forms = {key: Form.of(tensor) for key, tensor in knowledge.items()}
+        nodes = self._strategy.known.trainers
+        content = self._content(base.tensors, base.mode, numbers, knowledge)
+        replies = dict(self._ask(nodes, content, "query.refine", lambda _, reply: read_measured(reply, forms)))
+        missing = [node for node in nodes if node not in replies]
+        self._require(missing, len(nodes), "answered")
+        if not replies:
+            raise self._incomplete({node.partition_id for node in missing}, "answered")
+        return list(replies.values())
+
+    def _content(
+        self, tensors: Mapping[str, Tensor], mode: str, numbers: Mapping[str, int], extra: Mapping[str, Tensor]
+    ) -> RecordDict:
+        config = ConfigRecord({"mode": mode, "images": self._config.images, **numbers})
+        content = RecordDict({"arrays": pack(tensors), "config": config})
+        if extra:
+            content[EXTRA] = pack(extra)
+        return content
 
     def _not_exchanged(self) -> str:
         """Return why local tensors are not exchanged; empty where they are."""
@@ -244,9 +333,16 @@ class EvaluationMatrix:
                     combined[var_key] = var.to(sets[0][var_key].dtype)
         return combined
 
-    def _scores(self, nodes: Iterable[Node], tensors: Mapping[str, Tensor], *, mode: str) -> Scores:
-        config = ConfigRecord({"mode": mode, "images": self._config.images})
-        content = RecordDict({"arrays": pack(tensors), "config": config})
+    def _scores(
+        self,
+        nodes: Iterable[Node],
+        tensors: Mapping[str, Tensor],
+        *,
+        mode: str,
+        adaptation: Mapping[str, int] = NOTHING,
+        extra: Mapping[str, Tensor] = NOTHING,
+    ) -> Scores:
+        content = self._content(tensors, mode, adaptation, extra)
         nodes, expected = list(nodes), self._strategy.expected
 
         def read(node: Node, reply: Message) -> dict[str, float]:

@@ -12,10 +12,12 @@ from typing import Any, Protocol
 from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
+from fednorm.adaptation._scoring import require_adaptable
 from fednorm.config import RunConfig, of_which
 from fednorm.data.clients import Counts
 from fednorm.device import described
 from fednorm.errors import IncompleteError, RecordError
+from fednorm.federation.adaptation import adapted
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
 from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
@@ -131,6 +133,7 @@ def check(bench: Workbench) -> None:
     """Refuse what could only fail after training."""
     config = bench.config
     check_evaluations(config.evaluate, bench.plan, bench.federation, config.strategy.name)
+    require_adaptable(config.evaluate, bench.model)
 
 
 def describe(bench: Workbench) -> Document:
@@ -381,6 +384,7 @@ def _document(
     least, known = bench.config.rounds.min_answered, own | (standing if "missing" in standing else {})
     matrix = EvaluationMatrix(strategy, grid, arrays, bench.config.evaluate, known, min_answered=least, seen=seen)
     evaluation = matrix.run()
+    adaptation = adapted(matrix, config=bench.config.evaluate, model=bench.model)
     beside = bench.measures(lines)
     return {
         "kind": bench.config.kind,
@@ -396,6 +400,7 @@ def _document(
         },
         **beside,
         "evaluation": evaluation,
+        **({"adaptation": adaptation} if adaptation else {}),
         **({"rejected_in_evaluation": matrix.rejected_replies()} if matrix.rejected else {}),
         "bytes_of_locals_for_evaluation": matrix.bytes_of_locals,
         "seconds": sum(line["seconds"] for line in lines),

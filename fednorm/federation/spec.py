@@ -29,6 +29,7 @@ class StrategySpec(Card):
         personalised: Whether each client is tested with a model of its own: it keeps tensors, or is fine-tuned first.
         pooled: Whether the first client is given the training images of all, and the others none.
         own_scaling: Whether each client's images are scaled by statistics of its own, in place of ``data.normalize``.
+        needs_experiences: Whether it does nothing of its own where clients do not learn on streams.
     """
 
     make: type[NormStrategy]
@@ -36,6 +37,7 @@ class StrategySpec(Card):
     personalised: bool = False
     pooled: bool = False
     own_scaling: bool = False
+    needs_experiences: bool = False
 
     expects: ClassVar[str] = "A strategy is a subclass of NormStrategy, or a StrategySpec beside it."
 

@@ -120,6 +120,10 @@ class Workbench:
             if self.plan.by_key[key].role is Role.SHARED and self.plan.by_key[key].kind in LEARNED
         }
         self.strategy.local(self.strategy).check(self.trainee)
+        if self.private:
+            from fednorm.federation.privacy import check_private  # the one run that needs it has an extra installed
+
+            check_private(self)
         counts = self.federation.counts
         self._require_phases()
         self.trainee.require_batches(
@@ -188,13 +192,27 @@ class Workbench:
 
     def measures(self, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what the result says besides, from the lines of all rounds; ``final`` joins the run's own."""
-        del lines
-        return {}
+        if not self.private:
+            return {}
+        from fednorm.federation.privacy import spent
+
+        return {"privacy": spent(self.config.train, self.federation.counts, lines)}
+
+    @property
+    def private(self) -> bool:
+        """Whether clients train with differential privacy."""
+        return self.config.kind == "federated" and self.config.train.private_noise > 0
 
     def _loaded(self, given: Federation | None) -> Federation:
         """Return who holds what, scaled."""
         config = self.config
         input_size = config.model.card.input_size
+        if config.strategy.card.needs_experiences:
+            raise ConfigError(
+                f"Strategy {config.strategy.name} is about what comes between two experiences, and this federation has "
+                "none: it would be FedAvg. Let clients learn on streams (--scenario split_digits), or take strategy "
+                "fedavg."
+            )
         loaded = given or load_federation(config.data, image_size=input_size, seed=config.seed)
         if config.strategy.card.pooled and config.data.normalize == "domain":
             raise ConfigError(

@@ -32,9 +32,7 @@ network is refused (the official code recycles the layers within its blocks).
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -44,51 +42,7 @@ from torch.utils.hooks import RemovableHandle
 from fednorm import options
 from fednorm.device import wide
 from fednorm.errors import ConfigError, DataError
-from fednorm.norms import spec_of
-from fednorm.norms.sws import ScaledActivation
-from fednorm.rng import torch_seeded
-from fednorm.roles import Kind
-from fednorm.spec import ACTIVATIONS
-
-Weighted = nn.Linear | nn.Conv2d
-
-_NONLINEARITIES = (*(type(make()) for name, make in ACTIVATIONS.items() if name != "identity"), ScaledActivation)
-_PASSIVE = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout2d,
-    nn.MaxPool2d,
-    nn.AvgPool2d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveAvgPool2d,
-)
-"""What a unit passes through as a unit, and what leaves a unit that is zero at zero."""
-
-_INITIAL: Mapping[Kind, float] = {Kind.SCALE: 1.0, Kind.SHIFT: 0.0}
-
-
-@dataclass(frozen=True, eq=False)
-class Link:
-    """One hidden layer of a chain, with all that belongs to its units.
-
-    Attributes:
-        path: Path of the layer whose outputs are the units.
-        layer: That layer: the incoming weights.
-        norms: The normalization layers between it and the nonlinearity.
-        activation: The nonlinearity.
-        following: The next layer: the outgoing weights.
-    """
-
-    path: str
-    layer: Weighted
-    norms: tuple[nn.Module, ...]
-    activation: nn.Module
-    following: Weighted
-
-    @property
-    def units(self) -> int:
-        """The number of units."""
-        return _units(self.layer)
+from fednorm.optim.units import Link, chain, cut_outgoing, renew_incoming
 
 
 class ReDo:
@@ -144,10 +98,11 @@ class ReDo:
             dormant = self._dormant()
             for link, units in zip(self.links, dormant, strict=True):
                 if units.any():
-                    self._renew_incoming(link, units)
+                    names = ("redo", self.updates // self.every, link.path)
+                    renew_incoming(link, units, self.optimizer, self.seed, *names)
             for link, units in zip(self.links, dormant, strict=True):
                 if units.any():
-                    self._cut_outgoing(link, units)
+                    cut_outgoing(link, units, self.optimizer)
             self.recycled = {link.path: int(units.sum()) for link, units in zip(self.links, dormant, strict=True)}
         self._watch()
 
@@ -186,30 +141,6 @@ class ReDo:
         sizes = [self._sizes[index] for index in range(len(self.links))]
         return [size <= self.tau * size.mean() for size in sizes]
 
-    def _renew_incoming(self, link: Link, units: Tensor) -> None:
-        """Draw the units' incoming weights and bias anew, and set their norms' scale and shift to 1 and 0."""
-        fresh = copy.deepcopy(link.layer)
-        with torch_seeded(self.seed, "redo", self.updates // self.every, link.path):
-            fresh.reset_parameters()
-        renewed = [(p, fresh.get_parameter(name)[units]) for name, p in link.layer.named_parameters(recurse=False)]
-        for parameter, values in (*renewed, *_affine(link)):
-            parameter[units] = values
-            for moment in self._moments(parameter):
-                moment[units] = 0
-
-    def _cut_outgoing(self, link: Link, units: Tensor) -> None:
-        """Set the units' outgoing weights and their moments to 0."""
-        groups = link.following.groups if isinstance(link.following, nn.Conv2d) else 1
-        cut = units.view(groups, 1, -1, 1)
-        for tensor in (link.following.weight, *self._moments(link.following.weight)):
-            # (groups, outputs a group, units a group, positions): a flattening leaves a channel's positions together.
-            tensor.view(groups, len(tensor) // groups, link.units // groups, -1).masked_fill_(cut, 0)
-
-    def _moments(self, parameter: Tensor) -> list[Tensor]:
-        """Return what the optimizer keeps for each entry of a parameter."""
-        state: Mapping[str, Any] = self.optimizer.state.get(parameter, {})
-        return [kept for kept in state.values() if isinstance(kept, Tensor) and kept.shape == parameter.shape]
-
 
 def _measure(sizes: dict[int, Tensor], index: int, link: Link) -> Callable[[nn.Module, Any, Tensor], None]:
     """Return a hook that keeps the mean size of each unit's activation in a training forward pass."""
@@ -226,128 +157,3 @@ def _measure(sizes: dict[int, Tensor], index: int, link: Link) -> Callable[[nn.M
         sizes[index] = output.detach().transpose(0, 1).flatten(1).to(wide(output.device)).abs().mean(1)
 
     return hook
-
-
-def _affine(link: Link) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yield each scale and shift of a link's norms, one number a unit, with their initial value."""
-    for norm in link.norms:
-        spec = spec_of(norm)
-        assert spec is not None
-        for name, parameter in norm.named_parameters(recurse=False):
-            kind = spec.tensors[name].kind
-            if kind in _INITIAL:
-                yield parameter, parameter.new_tensor(_INITIAL[kind])
-
-
-def chain(model: nn.Module) -> tuple[Link, ...]:
-    """Return the hidden layers of a network in which each layer feeds the next one and nothing else.
-
-    Args:
-        model: Nested ``nn.Sequential``: linear layers and convolutions, with one nonlinearity between every two of
-            them; normalization layers before it, a flattening behind it, pooling and dropout anywhere.
-
-    Raises:
-        ConfigError: It is something else; the message names the layer.
-    """
-    walk = _Walk()
-    for path, module in _leaves(model):
-        walk.take(path, module)
-    if not walk.links:
-        raise ConfigError(
-            f"ReDo recycles the units of hidden layers, and {type(model).__name__} has none: it needs two linear "
-            "layers or convolutions with a nonlinearity between them."
-        )
-    return tuple(walk.links)
-
-
-class _Walk:
-    """One walk along a chain: what has been seen since the latest layer with weights."""
-
-    def __init__(self) -> None:
-        self.links: list[Link] = []
-        self.layer: Weighted | None = None
-        self.path = ""
-        self.norms: list[nn.Module] = []
-        self.activation: nn.Module | None = None
-        self.flattened = False
-        self.seen: set[nn.Module] = set()
-
-    def take(self, path: str, module: nn.Module) -> None:
-        """Take the next module into account, or refuse it."""
-        if module in self.seen and not isinstance(module, (*_PASSIVE, nn.Flatten)):
-            raise _no_chain(path, module, "stands in it twice: give each place a module of its own")
-        self.seen.add(module)
-        spec = spec_of(module)
-        if isinstance(module, Weighted):
-            self._weighted(path, module)
-        elif isinstance(module, _NONLINEARITIES) and self.activation is None:
-            self.activation = module
-        elif spec is not None and spec.normalizes and self.activation is None:
-            self.norms.append(module)
-        elif _flattens(module) and (self.layer is None or self.activation is not None):
-            self.flattened = True
-        elif not isinstance(module, _PASSIVE):
-            raise _no_chain(path, module, "stands where ReDo does not know what it does to units")
-
-    def _weighted(self, path: str, module: Weighted) -> None:
-        """Close the link that leads to a layer with weights, and begin the one behind it."""
-        _require_plain(path, module)
-        if self.layer is not None:
-            if self.activation is None:
-                raise ConfigError(
-                    "ReDo scores units by what follows their nonlinearity, and there is none between layers "
-                    f"{self.path!r} and {path!r}. Put one there, or train without ReDo."
-                )
-            units, inputs = _units(self.layer), _inputs(module)
-            if inputs != units and not (self.flattened and inputs % units == 0):
-                raise _no_chain(path, module, f"has {inputs} inputs, which are not the {units} units of {self.path!r}")
-            self.links.append(Link(self.path, self.layer, tuple(self.norms), self.activation, module))
-        self.layer, self.path = module, path
-        self.norms, self.activation, self.flattened = [], None, False
-
-
-def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the modules of nested nn.Sequential in the order they are run, with their paths.
-
-    Raises:
-        ConfigError: A module with modules in it is no nn.Sequential, so that their order is not known.
-    """
-    if isinstance(module, nn.Sequential):
-        for name, child in module._modules.items():
-            yield from _leaves(child, f"{path}.{name}" if path else name)
-    elif spec_of(module) is not None or isinstance(module, _NONLINEARITIES) or not list(module.children()):
-        yield path, module
-    else:
-        raise _no_chain(path, module, "is not an nn.Sequential, so what feeds what in it is not known")
-
-
-def _no_chain(path: str, module: nn.Module, why: str) -> ConfigError:
-    return ConfigError(
-        f"ReDo works on a chain of layers, and {path or 'the model itself'!r} ({type(module).__name__}) {why}. Use a "
-        "model without residual branches, such as mlp, cnn or digits_cnn, or train without ReDo."
-    )
-
-
-def _require_plain(path: str, layer: Weighted) -> None:
-    """Refuse a layer that computes with something else than its raw weight, where zeros would not stay zeros."""
-    kind = type(layer)
-    plain = kind.forward in (nn.Linear.forward, nn.Conv2d.forward) and "weight" in layer._parameters
-    if isinstance(layer, nn.Conv2d):
-        plain = plain and type(layer)._conv_forward is nn.Conv2d._conv_forward
-    if not plain:
-        raise ConfigError(
-            f"ReDo sets outgoing weights to 0, and layer {path!r} ({kind.__name__}) does not compute with its raw "
-            "weight, so that 0 would not stay 0. Use a norm that leaves the weights alone, such as batch_norm."
-        )
-
-
-def _flattens(module: nn.Module) -> bool:
-    return isinstance(module, nn.Flatten) and module.start_dim == 1 and module.end_dim == -1
-
-
-def _units(layer: Weighted) -> int:
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
-
-
-def _inputs(layer: Weighted) -> int:
-    return layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features

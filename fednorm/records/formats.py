@@ -55,6 +55,9 @@ NEEDED: Mapping[str, Mapping[str, Type]] = {
 }
 """Keys without which no table can be made of a result, and their types, by kind."""
 
+_OF_ADAPTATION: Mapping[str, Type] = {"of": str, "without": dict, "methods": list}
+_OF_METHOD: Mapping[str, Type] = {"batch_size": int, "order": str, "reset": str}
+
 _OF_A_ROUND: tuple[str, Mapping[str, Type]] = "rounds", {"round": int, "bytes_down": Number, "bytes_up": Number}
 _OF_A_LINE: Mapping[str, tuple[str, Mapping[str, Type]]] = {
     "federated": _OF_A_ROUND,
@@ -76,6 +79,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "validation": dict,
     "best_round": dict,
     "diagnostics": dict,
+    "between": dict,
     "accuracy": list,
     "own_accuracy": list,
     "task_accuracy": list,
@@ -250,6 +254,7 @@ def _filled_federation(result: dict[str, Any]) -> dict[str, Any]:
     own = {key: result["final"][key] for key in ("per_domain", "mean", "worst")}
     filled = {"evaluation": {"own": own}, "seconds": _seconds(result["rounds"]), **result}
     _require_evaluation(filled["evaluation"])
+    _require_adaptation(filled, "per_domain")
     return filled
 
 
@@ -262,6 +267,7 @@ def _filled_stream(result: dict[str, Any]) -> dict[str, Any]:
     filled = {"learner": config["learner"], "seconds": _seconds(lines), **result}
     filled.setdefault("accuracy_matrix", [line.get("accuracy") for line in lines])
     _require_matrix(filled)
+    _require_adaptation(filled, "per_experience")
     return filled
 
 
@@ -352,6 +358,29 @@ def _require_evaluation(evaluation: Any) -> None:
             if "per_domain" in each:
                 _require_scores(each["per_domain"])
                 _require(each, {"mean": Number}, "an evaluation")
+
+
+def _require_adaptation(result: Mapping[str, Any], key: str) -> None:
+    """Raise unless the scores under test-time adaptation are as many as the configuration names, and are scores."""
+    if "adaptation" not in result:
+        return
+    _require(result["adaptation"] if isinstance(result["adaptation"], dict) else {}, _OF_ADAPTATION, "its adaptation")
+    tables, methods = result["config"]["evaluate"].get("adaptation"), result["adaptation"]["methods"]
+    if not isinstance(tables, list) or len(tables) != len(methods):
+        raise Unfit("its adaptation has not a row for each table of config.evaluate.adaptation.")
+    for row in [result["adaptation"]["without"], *methods]:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get(key), dict)
+            or not _is(row.get("mean"), (*Number, type(None)))
+        ):
+            raise Unfit(f"adaptation should be tables with {key} and mean; one is {shortened(row)}.")
+        if not all(_is(value, Number) for value in row[key].values()):
+            raise Unfit(f"adaptation should have numbers in {key}; one has {shortened(row[key])}.")
+    for row, table in zip(methods, tables, strict=True):
+        _require(row, _OF_METHOD, "a method of its adaptation")
+        if not isinstance(table, dict) or not isinstance(table.get("name"), str):
+            raise Unfit(f"config.evaluate.adaptation should be tables with a name; one is {shortened(table)}.")
 
 
 def _require_matrix(result: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from fednorm.cards import NORMS, spelled
 from fednorm.config import IMMATERIAL as IMMATERIAL_KEYS
 from fednorm.config import MACHINE, Kind, RunConfig, kind_of_device
+from fednorm.config.adaptations import in_words
 from fednorm.records.result import result_of
 from fednorm.report import numbers
 from fednorm.report.terminal import Fitted
@@ -158,7 +159,13 @@ def _label(name: str, own: Mapping[str, Any], odd: Collection[str] | None) -> st
     """Return a method's name, and the settings that tell it from others of the same name."""
     if odd is None:
         return name
-    return f"{name} {', '.join(f'{SHORT.get(key, key)} {value}' for key, value in own.items() if key in odd)}"
+    return f"{name} {', '.join(f'{SHORT.get(key, key)} {_shown(value)}' for key, value in own.items() if key in odd)}"
+
+
+def _shown(value: Any) -> Any:
+    """Return a value as a label has it: of tables their names alone."""
+    tables = isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
+    return in_words(value) if tables else value
 
 
 def seeds(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) -> str:

@@ -20,7 +20,7 @@ SUFFIXES = (".csv", ".parquet")
 
 KEPT = (
     *("kind", "hash", "config", "norm", "strategy", "learner", "scenario", "parameters", "plan", "data", "final"),
-    *("own_norm", "evaluation", "untrained_accuracy", "accuracy_matrix", "seconds"),
+    *("own_norm", "evaluation", "adaptation", "untrained_accuracy", "accuracy_matrix", "seconds"),
     *("grid", "accuracy_tensor", "own_accuracy_tensor"),
 )
 """What a summary keeps of a result."""

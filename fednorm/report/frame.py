@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fednorm.report import table
 from fednorm.report._common import Result, by_method, flat, name_of
+from fednorm.report.adaptation_table import adaptations, has_adaptation
 from fednorm.report.grouping import kind_of, scored_on
 
 if TYPE_CHECKING:
@@ -81,8 +82,18 @@ def records(results: Sequence[Result]) -> polars.DataFrame:
 def numbers(result: Result) -> Iterator[Row]:
     """Yield the measured numbers of a run, each as :data:`TIDY` has it after the leading columns."""
     yield from (_of_stream if kind_of(result) == "continual" else _of_federation)(result)
+    yield from of_result(result)
+
+
+def of_result(result: Result) -> Iterator[Row]:
+    """Yield the numbers of a run as a whole."""
     yield from _scalars(("run", None), result["final"], ("round",))
     yield from _scalars(("run", None), {key: result.get(key) for key in ("seconds", "parameters", "steps")}, ())
+
+
+def of_line(line: Mapping[str, Any], what: str) -> Iterator[Row]:
+    """Yield the numbers of a line of a record: of a ``round``, or an ``experience`` with its row of accuracies."""
+    yield from _of_round(line) if what == "round" else _of_experience(line, line.get("accuracy") or [])
 
 
 def methods(results: Sequence[Result]) -> dict[str, str]:
@@ -145,27 +156,47 @@ def _is_beyond_integers(values: Sequence[Any]) -> bool:
 
 def _of_federation(result: Result) -> Iterator[Row]:
     for line in result["rounds"]:
-        at = ("round", line["round"])
-        yield from _scalars(at, line, ("round", "per_domain", "diagnostics"))
-        for domain, share in (line.get("per_domain") or {}).items():
-            yield *at, "accuracy", domain, None, None, None, float(share)
-        yield from _of_diagnostics(at, line.get("diagnostics") or {})
+        yield from _of_round(line)
     for statistics, scores in table.evaluations(result["evaluation"]).items():
         for domain, share in scores.get("per_domain", {}).items():
             yield "run", None, "accuracy", domain, None, None, statistics, float(share)
+    yield from _of_adaptation(result)
 
 
 def _of_stream(result: Result) -> Iterator[Row]:
     matrix = result["accuracy_matrix"]
     for line in result["experiences"]:
-        at = ("experience", line["experience"] + 1)
-        yield from _scalars(at, line, ("experience",))
-        accuracies = matrix[line["experience"]] if matrix else []
-        for what, shares in (("accuracy", accuracies), ("task_accuracy", line.get("task_accuracy") or [])):
-            for number, share in enumerate(shares, start=1):
-                if _is_number(share):
-                    yield *at, what, None, number, None, None, float(share)
-        yield from _of_diagnostics(at, line.get("diagnostics") or {})
+        yield from _of_experience(line, matrix[line["experience"]] if matrix else [])
+    yield from _of_adaptation(result)
+
+
+def _of_adaptation(result: Result) -> Iterator[Row]:
+    """Yield the accuracies under test-time adaptation, each by how its network adapts, as by other statistics."""
+    if not has_adaptation(result):
+        return
+    for how, scores in (("no adaptation", result["adaptation"]["without"]), *adaptations(result)):
+        for domain, share in scores.get("per_domain", {}).items():
+            yield "run", None, "accuracy", domain, None, None, how, float(share)
+        for number, share in scores.get("per_experience", {}).items():
+            yield "run", None, "accuracy", None, int(number), None, how, float(share)
+
+
+def _of_round(line: Mapping[str, Any]) -> Iterator[Row]:
+    at = ("round", line["round"])
+    yield from _scalars(at, line, ("round", "per_domain", "diagnostics"))
+    for domain, share in (line.get("per_domain") or {}).items():
+        yield *at, "accuracy", domain, None, None, None, float(share)
+    yield from _of_diagnostics(at, line.get("diagnostics") or {})
+
+
+def _of_experience(line: Mapping[str, Any], accuracies: Sequence[Any]) -> Iterator[Row]:
+    at = ("experience", line["experience"] + 1)
+    yield from _scalars(at, line, ("experience",))
+    for what, shares in (("accuracy", accuracies), ("task_accuracy", line.get("task_accuracy") or [])):
+        for number, share in enumerate(shares, start=1):
+            if _is_number(share):
+                yield *at, what, None, number, None, None, float(share)
+    yield from _of_diagnostics(at, line.get("diagnostics") or {})
 
 
 def _of_diagnostics(at: tuple[str, int | None], diagnostics: Mapping[str, Any]) -> Iterator[Row]:

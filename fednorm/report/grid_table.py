@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
 
+from fednorm.report import numbers
 from fednorm.report._common import UNKNOWN, Result, Table, by_method, interval, name_of, percent, seeds
 
 SCORES: Mapping[str, str] = {
@@ -34,7 +35,7 @@ def grid_table(results: Sequence[Result]) -> Table:
         (
             name,
             *(percent([result["final"][key] for result in group]) for key in SCORES),
-            *([interval([result["final"].get(DRIFT) for result in group])] if drifts else []),
+            *([interval([result["final"].get(DRIFT) for result in group], numbers.significant)] if drifts else []),
             f"{mean(result['seconds'] for result in group):.0f}",
         )
         for name, group in groups.items()
@@ -58,6 +59,46 @@ def grid_table(results: Sequence[Result]) -> Table:
         caption=f"Means over clients after the last experience. {seeds(results, groups)}.",
         first=(SCORES["average_accuracy"], SCORES["forgetting_max_minus_last"], SCORES["spatial_forgetting"]),
     )
+
+
+BETWEEN: Mapping[str, str] = {
+    "student_accuracy": "student's accuracy",
+    "teacher_confidence": "teacher's confidence",
+    "as_wanted": "of the wanted class",
+}
+"""What is measured of synthetic images, all shares, in the order of the columns."""
+
+
+def between_table(results: Sequence[Result]) -> Table | None:
+    """Return how good the synthetic images of each method are; None where no method draws any.
+
+    Args:
+        results: Results of finished runs on the same grid.
+    """
+    drawn = [result for result in results if result["final"].get("between")]
+    if not drawn:
+        return None
+    groups = by_method(results, name_of)
+    rows = []
+    for name, group in groups.items():
+        measured = [result["final"].get("between", {}) for result in group]
+        shares = [_shares([one.get(key) for one in measured]) for key in BETWEEN]
+        distances = [one["moment_distance"] for one in measured if one.get("moment_distance") is not None]
+        rows.append((name, *shares, f"{mean(distances):.2f}" if len(distances) == len(group) else UNKNOWN))
+    notes = (
+        "Means over the boundaries between experiences. The student is a new network that has learned from synthetic "
+        "images and the teacher's answers alone; its accuracy (%) is on the test images of all experiences so far, "
+        "among their classes. "
+        "Confidence (%): the largest of the teacher's probabilities; of the wanted class (%): images that the teacher "
+        f"takes for what they were drawn as. Moments: sum over layers of the distance from those aimed at; {UNKNOWN}: "
+        "there is no such term, or nothing was measured.",
+    )
+    return Table("Synthetic images", ("method", *BETWEEN.values(), "distance of moments"), tuple(rows), notes)
+
+
+def _shares(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return percent(known) if known and len(known) == len(values) else UNKNOWN
 
 
 def _unheard(results: Sequence[Result]) -> list[str]:

@@ -19,6 +19,7 @@ from fednorm.config import Kind, RunConfig
 from fednorm.records.result import GridResult, result_of
 from fednorm.report import captions
 from fednorm.report._common import Result, flat
+from fednorm.report.adaptation_table import adaptations, has_adaptation
 from fednorm.report.comparison import Comparison, Method, Score
 from fednorm.report.curves import of_forgetting
 from fednorm.report.downloads import files_of
@@ -180,7 +181,7 @@ class _Builder:
         if plan:
             run["plan"] = self.plans.number(_plan(plan))
             run["bytes"] = _mean([line["bytes_down"] + line["bytes_up"] for line in lines])
-        if whole and (evaluation := _evaluation(result.get("evaluation", {}))):
+        if whole and (evaluation := _evaluation(result)):
             run["evaluation"] = evaluation
         if whole and own.matrix:
             run["matrix"] = [[number(value) for value in row] for row in own.matrix]
@@ -435,10 +436,15 @@ def _plan(plan: Mapping[str, Any]) -> Document:
     }
 
 
-def _evaluation(evaluation: Mapping[str, Any]) -> list[list[Any]]:
+def _evaluation(result: Result) -> list[list[Any]]:
     """Return the evaluation matrix where there is more than the run's own: [what it is, accuracies by domain]."""
     rows: list[list[Any]] = []
-    for kind, scores in evaluation.items():
+    adapted = (
+        {"no adaptation": result["adaptation"]["without"], **dict(adaptations(result))}
+        if (has_adaptation(result))
+        else {}
+    )
+    for kind, scores in {**result.get("evaluation", {}), **adapted}.items():
         parts = {f"{kind}, statistics of {of}": part for of, part in scores.get("under", {}).items()} or {kind: scores}
         rows += [
             [name, {domain: number(value) for domain, value in part["per_domain"].items()}]

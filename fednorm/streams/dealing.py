@@ -17,6 +17,7 @@ from fednorm.data.domain import Domain, Split
 from fednorm.errors import ConfigError, DataError
 from fednorm.options import one_of, whole
 from fednorm.rng import stream
+from fednorm.streams.recurring import recurring
 from fednorm.streams.stream import Experience, Stream
 
 Classes = str | int | Sequence[int]
@@ -75,6 +76,8 @@ def as_one(loaded: Loaded) -> Domain:
         )
     train = torch.cat([domain.train.index for domain in loaded.domains])
     test = torch.cat([domain.test.index for domain in loaded.domains])
+    if len(once := torch.unique(test)) < len(test):  # domains that are tested on the same images
+        test = once
     return Domain(loaded.title, replace(first, index=train), replace(first, index=test))
 
 
@@ -179,12 +182,13 @@ def draw_class_order(seed: int, num_classes: int, class_order: str) -> tuple[int
     return tuple(int(k) for k in stream(seed, "stream", "class order").permutation(num_classes))
 
 
-def splits(scenario: str, usual: int) -> Callable[..., Stream]:
+def splits(scenario: str, usual: int, sizes: str = "") -> Callable[..., Stream]:
     """Return what builds a scenario that deals a data set's classes: its options are the same for every data set.
 
     Args:
         scenario: The scenario's name.
         usual: The default of ``num_experiences``.
+        sizes: The default of ``classes_per_experience``.
     """
 
     def make(
@@ -192,11 +196,13 @@ def splits(scenario: str, usual: int) -> Callable[..., Stream]:
         seed: int,
         *,
         num_experiences: int = usual,
-        classes_per_experience: Classes = "",
+        classes_per_experience: Classes = sizes,
         class_order: str = "shuffled",
         order_seed: int | str = "run",
         train_per_experience: int = 0,
         test_per_experience: int = 0,
+        blurry: float = 0.0,
+        repetition: float = 0.0,
     ) -> Stream:
         """Build the stream.
 
@@ -210,11 +216,16 @@ def splits(scenario: str, usual: int) -> Callable[..., Stream]:
             order_seed: Of the class order: ``run`` for the run's seed, or a number.
             train_per_experience: Most training images an experience; 0 for all.
             test_per_experience: Most test images an experience; 0 for all.
+            blurry: Share of each experience's training images that are of other experiences' classes, in [0, 1).
+            repetition: Probability that a class comes again in each later experience; its training images are dealt to
+                those that it comes in.
 
         Raises:
             ConfigError: More experiences than classes, or numbers of classes that do not sum up to all of them.
             DataError: The data is missing or corrupt, or several data sets.
         """
+        if classes_per_experience == sizes and num_experiences != usual:
+            classes_per_experience = ""  # another number of experiences than the default's
         return class_incremental(
             scenario,
             reader,
@@ -226,6 +237,8 @@ def splits(scenario: str, usual: int) -> Callable[..., Stream]:
             train=train_per_experience,
             test=test_per_experience,
             usual=usual,
+            blurry=blurry,
+            repetition=repetition,
         )
 
     return make
@@ -243,8 +256,10 @@ def class_incremental(
     train: int,
     test: int,
     usual: int,
+    blurry: float = 0.0,
+    repetition: float = 0.0,
 ) -> Stream:
-    """Build a class-incremental stream: each experience has classes that no other has.
+    """Build a class-incremental stream: each experience has classes that no other has, but for those that come again.
 
     Classes are put in an order, renumbered in it, and cut into experiences. The order depends on its seed alone, not on
     the number of experiences.
@@ -260,6 +275,8 @@ def class_incremental(
         train: Most training images an experience; 0 for all.
         test: Most test images an experience; 0 for all.
         usual: The scenario's default of ``num_experiences``.
+        blurry: See :mod:`fednorm.streams.recurring`.
+        repetition: See there.
 
     Raises:
         ConfigError: More experiences than classes, or numbers of classes that do not sum up to all of them.
@@ -286,14 +303,16 @@ def class_incremental(
         portion = deal(_only(domain, classes), limits, seed, number)
         title = f"classes {', '.join(str(order[k]) for k in classes)}"
         experiences.append(Experience(number, title, classes, portion.train, portion.validation, portion.test))
+    experiences = recurring(experiences, blurry=blurry, repetition=repetition, seed=seed, order_seed=order_seed)
+    again = f", blurry {blurry:g}" * bool(blurry) + f", repetition {repetition:g}" * bool(repetition)
     return Stream(
-        title=f"split {loaded.title} ({_shape(sizes)} classes)",
+        title=f"split {loaded.title} ({_shape(sizes)} classes{again})",
         num_classes=loaded.num_classes,
         image_size=reader.image_size,
         experiences=tuple(experiences),
         class_order=order,
-        classes_per_task=sizes[0] if len(set(sizes)) == 1 else 0,
-        first_labels=starts[:-1],
+        classes_per_task=sizes[0] if len(set(sizes)) == 1 and not again else 0,
+        first_labels=() if again else starts[:-1],
         notes=loaded.notes,
     )
 

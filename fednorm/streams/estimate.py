@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 
+from fednorm.adaptation._scoring import work as adapting
 from fednorm.config import RunConfig
 from fednorm.device import seconds
 from fednorm.streams.evaluation import accuracy, is_scored, scope_of, split_of
@@ -54,7 +55,13 @@ def work(config: RunConfig, stream: Stream) -> Work:
             )
         before = after
     again = train.epochs * sum(trained) if evaluate.online == "eval" else 0
-    return Work(trained=train.epochs * sum(trained), scored=scored + again, turns=len(trained))
+    adapted = [count for number, count in enumerate(split) if is_scored(scope, number, len(split) - 1)]
+    adapts = adapting(evaluate, sum(adapted), sum(len(e.validation) or len(e.train) for e in stream))
+    return Work(
+        trained=train.epochs * sum(trained) + adapts.trained,
+        scored=scored + again + adapts.scored,
+        turns=len(trained),
+    )
 
 
 def cost(bench: ContinualWorkbench) -> Work:

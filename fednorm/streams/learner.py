@@ -157,6 +157,8 @@ class Learner(Passes):
     Options: ClassVar[type[LearnerOptions]] = LearnerOptions
     trains_at_end: ClassVar[bool] = False
     """Whether it trains the network when an experience has ended, in epochs of its own, and not before."""
+    by_cross_entropy: ClassVar[bool] = True
+    """Whether the network learns and is used by the softmax over its outputs, so that a task's classes can be alone."""
     _stop_training = False
 
     def __init__(  # noqa: PLR0913 - by name only

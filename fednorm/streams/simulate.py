@@ -21,6 +21,7 @@ from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.record import RunRecord
 from fednorm.rng import torch_stream
 from fednorm.streams import metrics
+from fednorm.streams.adaptation import adapted
 from fednorm.streams.anytime import AnytimePoints, Scores, modes_kept, points_of
 from fednorm.streams.evaluation import Accuracy, accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
@@ -307,6 +308,15 @@ class _Run:
             batch_size=config.evaluate.batch_size,
         )
 
+    def _adaptation(self) -> Document:
+        """Return the scores of each test-time adaptation of the finished network; nothing where none was asked for."""
+        bench, present = self.bench, self.bench.training[-1].number
+        scored = [e for e in bench.stream if is_scored(self._scope, e.number, present)]
+        if not bench.config.evaluate.adaptation:
+            return {}
+        with bench.learner.for_evaluation() as model:
+            return {"adaptation": adapted(model, bench.config, scored)}
+
     def _document(self) -> Document:
         bench, config = self.bench, self.bench.config
         rows = [line["accuracy"] for line in self.lines]
@@ -322,6 +332,7 @@ class _Run:
             "experiences": self.lines,
             "accuracy_matrix": matrix,
             "untrained_accuracy": self.untrained,
+            **self._adaptation(),
             "final": finite(
                 {
                     **numbers,

@@ -8,7 +8,10 @@ from functools import cached_property
 from statistics import mean
 from typing import Any
 
+from torch import Tensor
+
 from fednorm import device as devices
+from fednorm.adaptation._scoring import require_adaptable
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.data.benchmarks import Reader
@@ -17,6 +20,7 @@ from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError
 from fednorm.spec import Norm
 from fednorm.streams.evaluation import split_of
+from fednorm.streams.heads import TaskHeads
 from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
@@ -45,6 +49,7 @@ def learner_of(
     schedule: Schedule | None = None,
     begin: Sequence[Callable[[int], None]],
     adjust: Sequence[Callable[[], None]],
+    criterion: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Learner:
     """Return a run's learner, on its trainee's network and optimizer.
 
@@ -57,6 +62,7 @@ def learner_of(
         schedule: Of the learning rate, where the learner sets it.
         begin: What is done when an experience begins that is not the first.
         adjust: Effects between backward pass and update.
+        criterion: Takes the cross-entropy's place; the run's own if None.
     """
     config = trainee.config
     learner: Learner = config.learner.card.make(
@@ -76,9 +82,64 @@ def learner_of(
         after=trainee.after,
         online=config.evaluate.online,
         device=trainee.device,
-        criterion=trainee.loss if config.train.label_smoothing else None,
+        criterion=criterion or _criterion(trainee, stream),
     )
     return learner
+
+
+def require_parts(config: RunConfig, norm: Norm, options: LearnerOptions) -> None:
+    """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
+
+    Args:
+        config: The run's configuration.
+        norm: Its norm, not fitted to the stream.
+        options: The learner's.
+
+    Raises:
+        ConfigError: It would be batch normalization bit for bit, under its own name.
+    """
+    batch = config.train.batch_size
+
+    def fits(changed: LearnerOptions, size: int) -> bool:
+        ratio = changed.batch_ratio(size)
+        return norm.divides(size, size // ratio if ratio else 0)
+
+    if not hasattr(options, "memory_batch") or not hasattr(options, "passes") or fits(options, batch):
+        return
+    for size in range(batch, 2 * batch + 5):
+        given = {"memory_batch": 1, "passes": "joint"}
+        fitting = [
+            n for n in range(1, size + 1) if fits(dataclasses.replace(options, **given | {"memory_batch": n}), size)
+        ]
+        if fitting:
+            break
+    remedy = f"learner.memory_batch to one of {', '.join(map(str, fitting))}"
+    remedy = remedy if size == batch else f"train.batch_size to {size} and {remedy}"
+    raise ConfigError(
+        f"norm {config.norm.name} puts the memory's samples beside parts of the new ones: it takes one pass over "
+        "both, and a whole multiple of the memory's samples, two or more, that are new. Learner "
+        f"{config.learner.name} with passes {options.passes!r}, {batch} new samples "
+        f"(train.batch_size) and memory_batch {options.memory_batch} makes no such batch, so that each would be "
+        f"normalized as batch_norm does, under another name. Set {remedy}"
+        f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
+    )
+
+
+def _criterion(trainee: Trainee, stream: Stream) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """Return what takes the place of a learner's cross-entropy, or nothing.
+
+    Raises:
+        ConfigError: The learner's loss is no cross-entropy, or the stream's labels do not tell their tasks.
+    """
+    config = trainee.config
+    if config.train.heads == "task":
+        if not config.learner.card.make.by_cross_entropy:
+            raise ConfigError(
+                f"train.heads = 'task' is a matter of cross-entropy, and learner {config.learner.name} trains and "
+                "classifies by something else. Leave it at 'one', or take another learner."
+            )
+        return TaskHeads(stream)
+    return trainee.loss if config.train.label_smoothing else None
 
 
 class ContinualWorkbench:
@@ -138,7 +199,7 @@ class ContinualWorkbench:
         if train.trainable != "all" or train.linear_probe_epochs:
             self.learner.epoch_watchers.append(Stages(self.trainee.trainable, train.linear_probe_epochs))
             self._require_stages()
-        self._require_parts(norm, options)
+        require_parts(config, norm, options)
 
     def _require_stages(self) -> None:
         """Refuse a linear probe without epochs after it, and a learner whose epochs are not the run's.
@@ -159,38 +220,6 @@ class ContinualWorkbench:
                 "all layers are in training mode: there is no linear probe. Take another learner, or train.trainable = "
                 "'norm' or 'norm,head'."
             )
-
-    def _require_parts(self, norm: Norm, options: LearnerOptions) -> None:
-        """Refuse a norm that divides batches into new and memory samples where a replaying learner's cannot be divided.
-
-        Raises:
-            ConfigError: It would be batch normalization bit for bit, under its own name.
-        """
-        config, batch = self.config, self.config.train.batch_size
-
-        def fits(changed: LearnerOptions, size: int) -> bool:
-            ratio = changed.batch_ratio(size)
-            return norm.divides(size, size // ratio if ratio else 0)
-
-        if not hasattr(options, "memory_batch") or not hasattr(options, "passes") or fits(options, batch):
-            return
-        for size in range(batch, 2 * batch + 5):
-            given = {"memory_batch": 1, "passes": "joint"}
-            fitting = [
-                n for n in range(1, size + 1) if fits(dataclasses.replace(options, **given | {"memory_batch": n}), size)
-            ]
-            if fitting:
-                break
-        remedy = f"learner.memory_batch to one of {', '.join(map(str, fitting))}"
-        remedy = remedy if size == batch else f"train.batch_size to {size} and {remedy}"
-        raise ConfigError(
-            f"norm {config.norm.name} puts the memory's samples beside parts of the new ones: it takes one pass over "
-            "both, and a whole multiple of the memory's samples, two or more, that are new. Learner "
-            f"{config.learner.name} with passes {options.passes!r}, {batch} new samples "
-            f"(train.batch_size) and memory_batch {options.memory_batch} makes no such batch, so that each would be "
-            f"normalized as batch_norm does, under another name. Set {remedy}"
-            f"{'' if options.passes == 'joint' else ', and learner.passes to joint'}."
-        )
 
     def mean_rate(self, place: int) -> float:
         """Return the mean learning rate over the steps of one of :attr:`training`, as the schedule has it.
@@ -223,6 +252,7 @@ class ContinualWorkbench:
         config = self.config
         for experience in self.stream:
             split_of(experience, config.evaluate.split)
+        require_adaptable(config.evaluate, self.model)
         self.trainee.require_batches((f"Experience {source.number}", len(source.train)) for source in sources)
 
     @cached_property

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fednorm.config import IMMATERIAL, MACHINE, KeyPath, RunConfig, flatten, nest
 from fednorm.study.grid import Planned, checked, labels, require_different
 from fednorm.study.reduction import departures, reduction
 from fednorm.study.select import best_of, kind_of, mean_score, rule
+
+if TYPE_CHECKING:
+    from fednorm.study.adaptive import Adaptive
 
 Result = Mapping[str, Any]
 Table = Mapping[str, Any]
@@ -96,6 +99,9 @@ class Study:
         on_test: Whether hyper-parameters are chosen on test images.
         reduced: The factor by which rounds, images and clients are fewer than the file says; None for the whole study.
         varied: Keys that the grid or a search varies, which are not reduced.
+        drawn: How configurations were drawn, a sentence; empty for every combination of lists.
+        adaptive: What proposes configurations as results come in; ``searches`` are then what it has proposed so far,
+            or would propose if it learned nothing.
     """
 
     name: str
@@ -109,6 +115,8 @@ class Study:
     on_test: bool = False
     reduced: float | None = None
     varied: frozenset[KeyPath] = frozenset()
+    drawn: str = ""
+    adaptive: Adaptive | None = field(default=None, compare=False)
     configs: tuple[RunConfig, ...] = field(init=False)
     """The runs that are reported; empty while hyper-parameters are to be chosen."""
 
@@ -124,7 +132,7 @@ class Study:
     def rule(self) -> str:
         """Return by what hyper-parameters are chosen; empty where nothing is."""
         kinds = dict.fromkeys(kind_of(config) for config in self.search_configs)
-        return " ".join(rule(kind, on_test=self.on_test) for kind in kinds)
+        return " ".join(rule(kind, on_test=self.on_test) for kind in kinds) + self.drawn
 
     @property
     def split(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fednorm.cards import UNIDENTIFIED
 from fednorm.config import IMMATERIAL, KeyPath, RunConfig, flatten, merge, nest, resolve
+from fednorm.config.adaptations import in_words
 from fednorm.errors import ConfigError
 from fednorm.limits import shown
 
@@ -231,8 +232,7 @@ def _label(config: RunConfig, flat: Mapping[KeyPath, Any], varied: Iterable[KeyP
     told = [_method(config)]
     for path in varied:
         if path in flat:
-            value = flat[path]
-            shown = f"{value:g}" if type(value) is float else ",".join(value) if isinstance(value, list) else str(value)
+            shown = in_words(flat[path])
             told.append(shown if path[-1] == "name" else f"{SHORT.get('.'.join(path), path[-1])} {shown}")
     return ", ".join(told + [f"seed {config.seed}"] * seed)
 

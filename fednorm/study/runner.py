@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -150,16 +150,16 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
 
 
 def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> StudyOutcome:
-    document = manifest.update(runs, study, (), study.configs)
+    planned = len(study.search_configs) + len(study.cases)
+    document = manifest.update(runs, study.adaptive.begun(study) if study.adaptive else study, (), study.configs)
     searched, failures, configs = Outcome([], [], interrupted=False), list[Failure](), list(study.configs)
     if study.searches:
-        known = _diverged_before(study, document)
-        pending = [config for config in study.search_configs if config.hash not in {failure.hash for failure in known}]
-        searched = run_study(pending, runs=runs, jobs=jobs, watcher=watcher, title="search")
-        failed = [*known, *searched.failures]
-        diverged = {failure.hash: failure.reason for failure in failed if failure.diverged}
-        choices = study.choices({result["hash"]: result for result in searched.results}, diverged)
-        failures = _of_consequence(study, {choice.method for choice in choices}, failed)
+        study, searched = _search(study, document, runs, jobs, watcher)
+        diverged = {failure.hash: failure.reason for failure in searched.failures if failure.diverged}
+        results = {result["hash"]: result for result in searched.results}
+        unfinished = study.adaptive is not None and searched.interrupted  # what is to be tried is not known yet
+        choices = [] if unfinished else study.choices(results, diverged)
+        failures = _of_consequence(study, {choice.method for choice in choices}, searched.failures)
         configs = study.resolved(choices)
         document = manifest.update(runs, study, choices, configs, diverged)
     outcome = Outcome([], [], interrupted=True, exit_code=searched.exit_code)
@@ -172,15 +172,37 @@ def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> St
         outcome.exit_code,
         manifest=document,
         selection_results=searched.results,
-        planned=len(study.search_configs) + len(study.cases),
+        planned=planned,
         finished=len(searched.results) + len(outcome.results),
     )
 
 
-def _diverged_before(study: Study, document: Mapping[str, Any]) -> list[Failure]:
+def _search(
+    study: Study, document: Mapping[str, Any], runs: Path, jobs: int, watcher: Watcher | None
+) -> tuple[Study, Outcome]:
+    """Make the runs that hyper-parameters are chosen by; return the study with what was tried, and what came of it."""
+
+    def run(configs: Sequence[RunConfig]) -> Outcome:
+        known = _diverged_before(configs, document)
+        pending = [config for config in configs if config.hash not in {failure.hash for failure in known}]
+        outcome = run_study(pending, runs=runs, jobs=jobs, watcher=watcher, title="search")
+        return replace(outcome, failures=[*known, *outcome.failures])
+
+    if study.adaptive is None:
+        return study, run(study.search_configs)
+    study, outcomes = study.adaptive.run(study, run)
+    return study, Outcome(
+        [result for outcome in outcomes for result in outcome.results],
+        [failure for outcome in outcomes for failure in outcome.failures],
+        interrupted=any(outcome.interrupted for outcome in outcomes),
+        exit_code=max((outcome.exit_code for outcome in outcomes), default=0),
+    )
+
+
+def _diverged_before(configs: Sequence[RunConfig], document: Mapping[str, Any]) -> list[Failure]:
     """Return the runs of a search that an earlier call has seen diverge: the same numbers would come again."""
     reasons = document["selection"]["diverged"]
-    names = zip(study.search_configs, labels(study.search_configs), strict=True)
+    names = zip(configs, labels(configs), strict=True)
     return [
         Failure(config.hash, name, reasons[config.hash], AggregationError.__name__)
         for config, name in names

@@ -45,7 +45,8 @@ memorization stream has no images to hold out and is scored by plasticity. The b
 makes the runs of the grid, scored on test images. ``--set select.KEY=VALUE`` changes the table ``[select]``; nothing
 else that is set reaches its keys or its seed, so that one choice serves all seeds.
 
-A file without ``[search]`` is a plain grid, whatever it is scored on.
+A file without ``[search]`` is a plain grid, whatever it is scored on. :mod:`fednorm.study.search` says how a search may
+draw from ranges (``method = "random"`` or ``"optuna"``, ``budget = 9``) in place of every combination of lists.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ from typing import Any
 from fednorm.config import KeyPath, RunConfig, flatten, merge, nest, read_config
 from fednorm.errors import ConfigError
 from fednorm.limits import require_plain, shown
+from fednorm.study.adaptive import Adaptive, Proposer
 from fednorm.study.cases import Candidate, Case, Choice, Study, smaller
 from fednorm.study.grid import (
     Axis,
@@ -70,6 +72,7 @@ from fednorm.study.grid import (
     without,
 )
 from fednorm.study.reduction import require_factor
+from fednorm.study.search import How, drawn, how_of, spaces_of
 from fednorm.study.sections import Table, about_study, paper_number, require_sections
 from fednorm.study.select import kind_of
 
@@ -139,6 +142,8 @@ def make_study(
         on_test=select_on_test,
         reduced=reduce,
         varied=plan.varied,
+        drawn=plan.how.sentence if searches else "",
+        adaptive=plan.adaptive(on_test=select_on_test) if searches and plan.how.method == "optuna" else None,
     )
     _require_baseline(study, where)
     if searches:
@@ -155,10 +160,12 @@ class _Plan:
         self.base: Table = document["base"]
         self.about = about_study(document.get("study", {}), self.base, where)
         points: Sequence[Table] = document.get("points", [{}])
-        self.shared: Table = document.get("search", {})
-        self.spaces = [_spaces(self.shared, point.get("search"), where) for point in points]
+        self.how, self.shared = how_of(document.get("search", {}), where)
+        self.spaces = [_spaces(self.how, self.shared, point.get("search"), where) for point in points]
         self.points = [{key: value for key, value in point.items() if key != "search"} for point in points]
         self.searching = any(self.spaces)
+        if "search" in document and not self.searching:
+            raise ConfigError(f"{where}: [search] names no key to choose. Give it a list or a range, or leave it out.")
         if not self.searching and (document.get("select") or select):
             raise ConfigError(f"{where} has [select], which says how hyper-parameters are chosen, and no [search].")
         if not isinstance(select, Mapping):
@@ -189,26 +196,58 @@ class _Plan:
 
     def searches(self, *, on_test: bool) -> tuple[tuple[Candidate, ...], ...]:
         """Return what each method may choose, all of it checked."""
-        select = dict(self.select)
-        written = select.pop("seed", self.base.get("seed", 1))
-        seeds = axes({"seed": written if isinstance(written, list) else [written]}, "select")[0].values
         planned: list[Planned] = []
         searches = []
-        spaces = [[without(space, self.overrides) for space in self.spaces[number]] for number, _ in self.methods]
-        require_few([space for of_method in spaces for space in of_method], len(seeds), self.where, "its search")
+        self._require_few()
         for (number, _), (_, own) in self.methods.items():
             candidates = []
             for keys in self._candidates(number):
-                values = merge(merge(merge(self.base, self.points[number]), nest(own)), self.overrides)
-                values = merge(merge(values, select), nest(keys))
-                configs = tuple(self._scored({**values, "seed": seed}, on_test) for seed in seeds)
+                candidates.append(self._candidate(number, own, keys, on_test))
                 said = origin(number, self.points, {**own, **keys})
-                planned += [Planned(config, f"{said} (search, seed {config.seed})") for config in configs]
-                candidates.append(Candidate(keys, configs))
+                planned += [Planned(run, f"{said} (search, seed {run.seed})") for run in candidates[-1].configs]
             searches.append(tuple(candidates))
         require_different(planned, self.overrides)
         self._require_equal_budgets(searches)
         return tuple(searches)
+
+    def adaptive(self, *, on_test: bool) -> Adaptive:
+        """Return the search whose configurations are proposed as results come in."""
+        methods = [(number, own) for (number, _), (_, own) in self.methods.items()]
+        spaces = [next(iter(self._open_spaces(number)), []) for number, _ in methods]
+
+        def make(method: int, keys: Mapping[KeyPath, Any]) -> Candidate:
+            number, own = methods[method]
+            return self._candidate(number, own, keys, on_test)
+
+        return Adaptive(self.how, tuple(map(tuple, spaces)), make, self.where)
+
+    def _select_seeds(self) -> tuple[Any, ...]:
+        """Return the seeds of the runs that configurations are judged by."""
+        written = self.select.get("seed", self.base.get("seed", 1))
+        return axes({"seed": written if isinstance(written, list) else [written]}, "select")[0].values
+
+    def _candidate(
+        self, point: int, own: Mapping[KeyPath, Any], keys: Mapping[KeyPath, Any], on_test: bool
+    ) -> Candidate:
+        """Return a configuration that a method may choose: its point, its values of the grid, hyper-parameters."""
+        select = {key: value for key, value in self.select.items() if key != "seed"}
+        values = merge(merge(merge(self.base, self.points[point]), nest(own)), self.overrides)
+        values = merge(merge(values, select), nest(keys))
+        configs = (self._scored({**values, "seed": seed}, on_test) for seed in self._select_seeds())
+        return Candidate(keys, tuple(configs))
+
+    def _open_spaces(self, point: int) -> list[list[Axis]]:
+        """Return what a point's methods choose from, keys left out that are set for all."""
+        return [without(space, self.overrides) for space in self.spaces[point]]
+
+    def _require_few(self) -> None:
+        seeds = len(self._select_seeds())
+        if self.how.method == "grid":
+            spaces = [space for number, _ in self.methods for space in self._open_spaces(number)]
+            require_few(spaces, seeds, self.where, "its search")
+            return
+        budget = [Axis(("budget",), tuple(range(self.how.budget)))]
+        require_few([budget] * len(self.methods), seeds, self.where, "its search")
 
     def _candidates(self, point: int) -> Iterable[dict[KeyPath, Any]]:
         """Yield the hyper-parameters that a point's methods may choose."""
@@ -221,7 +260,16 @@ class _Plan:
                     f"{self.where} has {key} in [grid] and in a search. A key is either reported for each of its "
                     "values ([grid]) or chosen ([search])."
                 )
-            yield from combinations(without(space, self.overrides))
+            yield from self._of(without(space, self.overrides))
+
+    def _of(self, space: list[Axis]) -> Iterable[dict[KeyPath, Any]]:
+        """Return the configurations of a space; of Optuna's those that it would propose if it learned nothing."""
+        if self.how.method == "grid":
+            return combinations(space)
+        if self.how.method == "random":
+            return drawn(self.how, space, self.where)
+        proposer = Proposer(self.how, space, self.where)
+        return [proposer.ask() for _ in range(self.how.budget if space else 1)]
 
     def _scored(self, values: Table, on_test: bool) -> RunConfig:
         """Return the configuration of a run that hyper-parameters are chosen by."""
@@ -270,14 +318,18 @@ class _Plan:
         )
 
 
-def _spaces(shared: Table, own: Any, where: str) -> list[list[Axis]]:
+def _spaces(how: How, shared: Table, own: Any, where: str) -> list[list[Axis]]:
     """Return the spaces that a point's methods choose from, lists each; none where nothing is chosen."""
     if own is None:
-        return [axes(shared, "search")] if shared else []
+        return [spaces_of(how, shared, where)] if shared else []
     if isinstance(own, Mapping):
-        return [axes(merge(shared, own), "search")]
+        return [spaces_of(how, _over(shared, own), where)]
     if isinstance(own, list) and own and all(isinstance(table, Mapping) and table for table in own):
-        return [axes(table, "search") for table in own]
+        if how.method != "grid":
+            raise ConfigError(
+                f'{where}: a point\'s search is one table where search.method is "{how.method}"; got {len(own)}.'
+            )
+        return [spaces_of(how, table, where) for table in own]
     raise ConfigError(f"{where}: a point's search is a table of lists, or several of them; got {shown(own)}.")
 
 
@@ -304,3 +356,13 @@ def _require_tested(study: Study, where: str) -> None:
                 f"{where} has a search, so its runs are reported on test images, and evaluate.split is "
                 f"{config.evaluate.split!r}. Leave it out: the search is scored on validation images by itself."
             )
+
+
+def _over(shared: Table, own: Table) -> dict[str, Any]:
+    """Return a point's search laid over the shared one; a list or range takes the place of the other."""
+    values = dict(shared)
+    for key, value in own.items():
+        nested = isinstance(value, Mapping) and not {"low", "high"} & value.keys()
+        before = values.get(key)
+        values[key] = _over(before, value) if nested and isinstance(before, Mapping) else value
+    return values

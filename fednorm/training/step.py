@@ -102,6 +102,25 @@ class TrainingStep:
         for change in self.after:
             change()
 
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Return the gradients of a loss and of the penalties of the forward passes since the last update.
+
+        For what is compared with the gradients of the coming update. Nothing is changed but that the penalties are
+        taken.
+
+        Args:
+            loss: A scalar.
+
+        Returns:
+            Those of the model's parameters that are trained at the moment, in the model's order; zeros where there is
+            none.
+        """
+        penalties, self._penalties = self._penalties, []
+        for penalty in penalties:
+            loss = loss + penalty
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return list(torch.autograd.grad(loss, trained, materialize_grads=True))
+
     def announce(self, tasks: Tensor | None, num_tasks: int, count: int, current: int | None = None) -> None:
         """Tell the layers with hooks the tasks of the coming batch of ``count`` images, and the one being learned.
 

@@ -6,7 +6,7 @@ where new weights come from. Who trains it with which images is a client's or a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,22 +21,16 @@ from fednorm.data.augment import Augmentation
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import Built, ModelSpec, chosen_model, describe_model
 from fednorm.norms import spec_of
-from fednorm.optim.agc import AdaptiveGradientClipping
-from fednorm.optim.clip_norm import ClipNorm
-from fednorm.optim.l2_init import L2Init
-from fednorm.optim.projection import WeightProjection
-from fednorm.optim.redo import ReDo
 from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.training.boundary import Boundary
+from fednorm.training.effects import Effect, adjusting, following
 from fednorm.training.precision import bf16_advice
 from fednorm.training.scale_init import draw_scales
 from fednorm.training.schedule import Schedule
 from fednorm.training.step import batch_coupled
 from fednorm.training.trainable import Trainable
-
-Effect = Callable[[], None]
 
 
 class Trainee:
@@ -49,13 +43,14 @@ class Trainee:
         image_size: Height and width of the images, in pixels.
 
     Attributes:
+        num_classes: K.
         device: Where all of it is.
         model: The network, in training mode, with the initial weights of the run's seed, or of ``model.weights``.
         about_model: What the record says of it.
         trainable: Which of its parameters are trained, and when.
         optimizer: Of all its parameters; those that are not trained have no gradient, and stay as they are.
-        adjust: Effects between backward pass and update, in order: L2-init, AGC, the clipping of the whole gradient.
-        after: Effects after the update, in order: ReDo, the projection.
+        adjust: Effects between backward pass and update, in order (:mod:`fednorm.training.effects`).
+        after: Effects after the update, in order.
         augmentation: What is done to the images of a training batch, before they are scaled.
         batch_coupled: Whether a batch of one cannot be trained on.
 
@@ -65,7 +60,7 @@ class Trainee:
 
     def __init__(self, config: RunConfig, norm: Norm, *, num_classes: int, image_size: int) -> None:
         self.config, self.norm = config, norm
-        self._num_classes, self._image_size = num_classes, image_size
+        self.num_classes, self._image_size = num_classes, image_size
         self.device = devices.device_of(config)
         built = self._built(config.model, config.seed)
         self.model = built.model
@@ -85,7 +80,8 @@ class Trainee:
             **train.of_optimizer(),
         )
         # Made on the initial weights, once: averaging shortens weights, and no round may take that for its measure.
-        self.adjust, self.after = self._effects()
+        self.adjust = adjusting(config, self.model)
+        self.after = following(config, norm, self.model, self.optimizer)
         devices.prepare(self.model, config)
         self.boundary = Boundary(self.model)
         # Every client counts its own updates: where the number decides what is done, no other client's may count.
@@ -97,7 +93,7 @@ class Trainee:
         return self._built(replace(self.config.model, weights=""), seed).model
 
     def _built(self, choice: ModelChoice[ModelSpec], seed: int) -> Built:
-        built = chosen_model(choice, self.norm, self._num_classes, self._image_size, seed)
+        built = chosen_model(choice, self.norm, self.num_classes, self._image_size, seed)
         if self.config.train.scale_init == "uniform":
             if choice.weights:
                 raise ConfigError(
@@ -107,24 +103,6 @@ class Trainee:
             draw_scales(built.model, seed)
         # oneDNN's convolutions are a tenth to a third faster in this layout.
         return replace(built, model=built.model.to(self.device).to(memory_format=torch.channels_last))
-
-    def _effects(self) -> tuple[tuple[Effect, ...], tuple[Effect, ...]]:
-        train, adjust, after = self.config.train, list[Effect](), list[Effect]()
-        if train.l2_init:
-            adjust.append(L2Init(self.model.parameters(), train.l2_init))
-        if train.agc:
-            adjust.append(AdaptiveGradientClipping(self.model, train.agc, layers=train.agc_on))
-        if train.clip_norm:
-            adjust.append(ClipNorm(self.model.parameters(), train.clip_norm))
-        if train.redo_every:
-            redo = ReDo(self.model, self.optimizer, every=train.redo_every, tau=train.redo_tau, seed=self.config.seed)
-            after.append(redo)
-        projection = self.norm.after_update(self.model)
-        if projection is not None:
-            after.append(projection)
-        elif train.project:
-            after.append(WeightProjection(self.model))
-        return tuple(adjust), tuple(after)
 
     @property
     def effects(self) -> tuple[Effect, ...]:

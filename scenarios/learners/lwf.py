@@ -19,7 +19,6 @@ statistics and drops units out; that is why this is not it.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,6 +31,7 @@ from fednorm.avalanche import strategies
 from fednorm.cards import Citation
 from fednorm.streams.buffer import Samples
 from fednorm.streams.learner import Learner, LearnerOptions, LearnerSpec, Tensors
+from fednorm.streams.teacher import frozen_copy, teacher_from, tensors_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,26 +101,16 @@ class LwFLearner(Learner):
         """Make the network the next experience's teacher."""
         assert self.source is not None
         self.old_classes[self.source.train.targets] = True
-        self.teacher = self._frozen_copy()
-
-    def _frozen_copy(self) -> nn.Module:
-        twin: nn.Module = copy.deepcopy(self.model)
-        return twin.eval().requires_grad_(False)
+        self.teacher = frozen_copy(self.model)
 
     def own_tensors(self) -> Tensors:
         """Return the classes seen, and the teacher."""
-        teacher = {} if self.teacher is None else self.teacher.state_dict()
-        return {"old_classes": self.old_classes} | {f"teacher/{key}": tensor for key, tensor in teacher.items()}
+        return {"old_classes": self.old_classes} | tensors_of(self.teacher)
 
     def load_own_tensors(self, tensors: Tensors) -> None:
         """Take both back."""
         self.old_classes = tensors["old_classes"].clone()
-        start = "teacher/"
-        weights = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        self.teacher = None
-        if weights:
-            self.teacher = self._frozen_copy()
-            self.teacher.load_state_dict(weights)
+        self.teacher = teacher_from(tensors, self.model)
 
 
 SPEC = LearnerSpec(

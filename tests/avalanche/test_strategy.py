@@ -22,7 +22,8 @@ from fednorm.streams.learner import Learner, LearnerSpec
 from fednorm.streams.passes import Passes
 
 NAMES = {"naive": "Naive", "joint": "Joint", "er": "ER", "er_ace": "ERACE", "derpp": "DERPP", "lwf": "LwF",
-         "ewc": "EWC", "gdumb": "GDumb"}  # fmt: skip
+         "ewc": "EWC", "gdumb": "GDumb", "si": "SI",
+         "a_gem": "AGEM", "mir": "MIR", "icarl": "ICaRL", "scr": "SCR"}  # fmt: skip
 STREAM = tiny_stream()
 
 

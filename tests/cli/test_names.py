@@ -38,7 +38,7 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     [
         (("federated", "--norm", "bach_norm"), "Did you mean 'batch_norm', 'batch_renorm', 'switch_norm'"),
         (("continual", "--set", "learner.name=er-ase"), "Did you mean 'er_ace'"),
-        (("data", "digit"), "Did you mean 'digits' or 'digits_mini'"),
+        (("data", "digit"), "Did you mean 'digits', 'digits_mini' or 'digits_five'"),
         (("compare", "digit-tuning"), "Did you mean 'digits_tuning'"),
         (("explain", "trian"), "Did you mean 'train'"),
     ],

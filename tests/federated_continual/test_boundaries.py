@@ -211,6 +211,10 @@ def test_drift_is_from_the_pooled_statistics_of_a_round(tmp_path: Any, monkeypat
         assert min(expected) > 0
     everything = [value for row in result["drift_tensor"] for value in row]
     assert result["final"]["drift"] == pytest.approx(math.fsum(everything) / 4)
+    table = grid_table([result])
+    assert float(dict(zip(table.columns, table.rows[0], strict=True))["drift"]) == pytest.approx(
+        result["final"]["drift"], rel=5e-3
+    )
 
 
 def test_drift_of_local_statistics_is_asked_for(tmp_path: Any) -> None:

@@ -87,6 +87,10 @@ def test_clients_come_and_go() -> None:
         ({"learner": {"name": "gdumb"}, "strategy": {"name": "scaffold"}}, r"gdumb trains a fresh network.*scaffold"),
         ({"learner": {"name": "gdumb"}, "strategy": {"name": "fedadam"}}, r"gdumb trains a fresh network.*fedadam"),
         ({"learner": {"name": "gdumb"}, "grid": {"norms": "freeze"}}, r"gdumb trains a fresh network.*Take 'keep'"),
+        (
+            {"learner": {"name": "er", "memory_size": 50, "memory_batch": 7}, "norm": {"name": "task_balanced_norm"}},
+            r"task_balanced_norm puts the memory's samples beside parts of the new ones.*Set learner\.memory_batch",
+        ),
         ({"grid": {"norms": "per_experience"}}, r"which\s+experience a test image is of is not known.*task_identity"),
         (
             {

@@ -263,6 +263,18 @@ def test_redo_counts_each_clients_own_updates(make_site: Any) -> None:
     assert counts == [3, 2, 6, 2, 4]
 
 
+@pytest.mark.parametrize("key", ["cbp_rate", "snr_eta"])
+def test_units_have_an_age_and_a_past_of_their_own_at_each_client(key: str, make_site: Any) -> None:
+    site = make_site(norm=NORM, train={key: 0.01})
+    (effect,) = site.bench.trainee.after
+    lived = []
+    for pid, server_round in ((0, 1), (1, 1), (0, 2), (2, 2), (1, 3)):
+        site.train(pid, server_round)
+        times = effect.ages[0] if key == "cbp_rate" else effect.past[0].sum(1) + effect.silent[0]
+        lived.append((effect.updates, int(times.max())))
+    assert lived == [(3, 3), (2, 2), (6, 6), (2, 2), (4, 4)]
+
+
 # How long a round is ---------------------------------------------------------------------------------------------
 
 
@@ -368,6 +380,7 @@ class Killer:
             marks=pytest.mark.slow,
         ),
         {"momentum": 0.9, "reset_optimizer": False, "augment": "jitter,crop_flip", "redo_every": 5},
+        {"optimizer": "upgd", "reset_optimizer": False, "sigma": 0.1, "cbp_rate": 0.05, "cbp_maturity": 2},
         {"optimizer": "adamp", "reset_optimizer": False, "weight_decay": 0.1, "delta": 9.0, "trainable": "norm,head"},
         pytest.param(
             {"optimizer": "sgdp", "momentum": 0.9, "reset_optimizer": False, "delta": 9.0, "linear_probe_rounds": 3},

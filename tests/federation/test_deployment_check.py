@@ -28,6 +28,7 @@ from fednorm.federation.deployment.check import Checked, _draw
 from fednorm.federation.deployment.folder import Deployment, write_deployment
 from fednorm.federation.deployment.sent import Sent, SentFile, read_sent
 from fednorm.federation.flower_private import ensure_task_identity
+from fednorm.federation.processes import is_alive
 from fednorm.federation.wire import pack
 from fednorm.federation.workbench import process_workbench
 
@@ -221,8 +222,11 @@ def command(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+def words_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 @pytest.mark.deployment
@@ -247,16 +251,18 @@ def test_a_folder_as_it_was_written_passes_and_is_left_as_it_was(tmp_path: Path)
 @pytest.mark.deployment
 @pytest.mark.slow
 def test_ctrl_c_ends_all_that_was_started(tmp_path: Path) -> None:
-    process = command(str(real_folder(tmp_path)))
-    started: list[psutil.Process] = []
-    until = time.monotonic() + 120
-    while not any("flower-supernode" in " ".join(one.cmdline()) for one in started if one.is_running()):
-        assert process.poll() is None
-        assert time.monotonic() < until
-        time.sleep(0.2)
-        started = family(process)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    with command(str(real_folder(tmp_path))) as process:
+        started: list[psutil.Process] = []
+        until = time.monotonic() + 240
+        try:
+            while not any("flower-supernode" in words_of(one) for one in started):
+                assert process.poll() is None
+                assert time.monotonic() < until
+                time.sleep(0.2)
+                started = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=240)
     assert (process.returncode, out) == (130, "")
     assert "What was started has ended, and" in " ".join(err.split())
-    assert [one for one in started if one.is_running() and one.status() != psutil.STATUS_ZOMBIE] == []
+    assert [one for one in started if is_alive(one)] == []

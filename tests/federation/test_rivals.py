@@ -360,6 +360,10 @@ def test_ditto_ends_at_the_minimum_of_the_personal_objective(make_site: Any) -> 
         ({"train": {"momentum": 0.9}}, "train.momentum=0.9"),
         ({"train": {"agc": 0.1}}, "train.agc=0.1"),
         ({"train": {"clip_norm": 10.0}}, "train.clip_norm=10.0"),
+        ({"train": {"weight_clip": 2.0}}, "train.weight_clip=2.0"),
+        ({"train": {"hyperspherical": True}}, "train.hyperspherical=True"),
+        ({"train": {"cbp_rate": 0.1}}, "train.cbp_rate=0.1"),
+        ({"train": {"snr_eta": 0.1}}, "train.snr_eta=0.1"),
         ({"norm": {"name": "nap"}}, "norm nap"),
     ],
 )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
-from fednorm.optim.redo import ReDo, chain
+from fednorm.optim.redo import ReDo
+from fednorm.optim.units import chain
 from fednorm.rng import torch_seeded
 from fednorm.training.diagnostics import dormant_units
 from fednorm.training.step import TrainingStep

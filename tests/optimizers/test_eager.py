@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fednorm.cards import OPTIMIZERS
 from fednorm.optimizers import _eager
+from fednorm.rng import torch_seeded
 
 SHAPES = ((3, 2, 3, 3), (3,), (4, 27), ())
 
@@ -33,7 +34,8 @@ def trained(optimizer: torch.optim.Optimizer, steps: int = 4) -> list[Tensor]:
             gradient = torch.randn(parameter.shape, generator=generator)
             if (place + step) % 5:
                 parameter.grad = gradient
-        optimizer.step()
+        with torch_seeded(3, "step", step):  # upgd draws noise
+            optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
     return [parameter.detach().clone() for parameter in places]

@@ -1,4 +1,4 @@
-"""Streams of toy data: the embedded digits, and tiny folders that look like CIFAR."""
+"""Streams of toy data: the embedded digits, and tiny folders that look like other data sets."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from fednorm.config import DataConfig
 from fednorm.streams.stream import Stream
 
 Make = Callable[..., Stream]
-CLASSES = {"cifar10": 10, "cifar100": 100}
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 20, "mini_imagenet": 20}
+DOMAINS = {  # of each split: its domains, of so many classes
+    "core50": (("s01", "s02", "s11"), ("test",), 50),
+    "clear10": (("bucket_01", "bucket_02"), ("bucket_01", "bucket_02"), 11),
+}
 
 
 @pytest.fixture(scope="session")
@@ -34,10 +38,15 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, num_classes in CLASSES.items():
         for split, each in (("train", 3), ("test", 2)):
             write(directory / name / f"{split}-00000-of-00001.parquet", np.arange(each * num_classes) % num_classes)
+    for name, (trained, tested, num_classes) in DOMAINS.items():
+        for split, domains in (("train", trained), ("test", tested)):
+            labels = np.arange(num_classes * len(domains)) % num_classes
+            path = directory / name / f"{split}-00000-of-00001.parquet"
+            write(path, labels, domain=np.repeat(domains, num_classes).tolist())
     return directory
 
 
-def write(path: Path, labels: np.ndarray, column: str = "label") -> None:
+def write(path: Path, labels: np.ndarray, column: str = "label", domain: list[str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(len(labels))
     rows = []
@@ -46,15 +55,17 @@ def write(path: Path, labels: np.ndarray, column: str = "label") -> None:
         Image.fromarray(array).save(buffer, "PNG")
         rows.append({"bytes": buffer.getvalue(), "path": None})
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    pq.write_table(pa.table({"img": pa.array(rows, kind), column: pa.array(labels.tolist())}), path)
+    columns = {"img": pa.array(rows, kind), column: pa.array(labels.tolist())}
+    pq.write_table(pa.table(columns | ({"domain": pa.array(domain)} if domain else {})), path)
 
 
 @pytest.fixture(scope="session")
 def make(cache: Path, toy_folder: Path) -> Make:
-    """Make a scenario's stream; CIFAR comes from the toy folder, all else from ``digits_mini``."""
+    """Make a scenario's stream; what is made of one data set comes from the toy folder, all else from digits_mini."""
 
     def make_stream(name: str, seed: int = 1, *, data: dict[str, Any] | None = None, **options: Any) -> Stream:
-        folder = {"dir": str(toy_folder)} if "cifar" in name else {}
+        of = SCENARIOS[name].data[:1]
+        folder = {"dir": str(toy_folder)} if of and of[0] in {*CLASSES, *DOMAINS} else {}
         config = DataConfig(**{**folder, **(data or {})})
         return SCENARIOS[name].stream(config, image_size=8, seed=seed, options=options, cache_dir=cache)
 

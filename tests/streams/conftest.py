@@ -30,6 +30,10 @@ LEARNER: dict[str, Values] = {
     "derpp": {"memory_size": 20},
     "ewc": {"fisher_samples": 3, "strength": 0.1},
     "gdumb": {"memory_size": 20, "memory_epochs": 3},
+    "a_gem": {"memory_size": 20},
+    "mir": {"memory_size": 20, "candidates": 6},
+    "icarl": {"memory_size": 20},
+    "scr": {"memory_size": 20, "projection": 8},
 }
 
 

@@ -46,6 +46,7 @@ METHODS: dict[str, tuple[str, str, Values]] = {
     "memory, generators, norm counters, psi": ("er_ace", "adab2n", {}),
     "stored logits": ("derpp", "batch_renorm", {"learner": {"passes": "separate"}}),
     "springs": ("ewc", "batch_norm", {"learner": {"mode": "separate"}}),
+    "projection, means for the evaluated": ("scr", "batch_norm", {}),
     "teacher": ("lwf", "batch_norm_corrected", {}),
     "balanced memory": ("gdumb", "batch_norm", {}),
     "balanced statistics": ("er", "task_balanced_norm", {"learner": {"statistics": "balanced"}}),
@@ -71,6 +72,13 @@ METHODS: dict[str, tuple[str, str, Values]] = {
     ),
     "frozen weights": ("er_ace", "adab2n", {"train": {"trainable": "norm"}}),
     "count of updates between resets": ("naive", "none", {"train": {"redo_every": 5, "redo_tau": 0.9}}),
+    "utilities and ages": ("er", "batch_norm", {"train": {"cbp_rate": 0.1, "cbp_maturity": 2, "cbp_decay": 0.9}}),
+    "silences": ("naive", "none", {"train": {"snr_eta": 0.3, "snr_longest": 4}}),
+    "utilities of weights, noise": (
+        "er",
+        "batch_norm",
+        {"train": {"optimizer": "upgd", "momentum": 0, "sigma": 0.1, "beta_utility": 0.9}},
+    ),
     "initial weights": ("naive", "layer_norm", {"train": {"l2_init": 0.1, "agc": 0.01}}),
     "what an experience begins with": (
         "er",

@@ -240,6 +240,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "weight_decay": {"weight_decay": 0.1},
     "agc": {"agc": 1e-4},
+    "agc_on": {"agc": 1e-4, "agc_on": "linear"},
     "augment": {"augment": "crop"},
     "rotate_degrees": {"augment": "rotate", "rotate_degrees": 90},
     "jitter": {"augment": "jitter", "jitter": 0.9},
@@ -256,11 +257,22 @@ TRAINING: dict[str, dict[str, Any]] = {
     "l2_init": {"l2_init": 1.0},
     "shrink": {"shrink": 0.5},
     "perturb": {"perturb": 0.5},
+    "l2_scales": {"l2_scales": 1.0},
+    "weight_clip": {"weight_clip": 0.5},
+    "hyperspherical": {"hyperspherical": True},
+    "cbp_rate": {"cbp_rate": 0.5, "cbp_maturity": 1},
+    "cbp_maturity": {"cbp_rate": 0.5, "cbp_maturity": 2},
+    "cbp_decay": {"cbp_rate": 0.5, "cbp_maturity": 1, "cbp_decay": 0.1},
+    "snr_eta": {"snr_eta": 0.6},
+    "snr_longest": {"snr_eta": 0.1, "snr_longest": 1},
+    "heads": {"heads": "task"},
     "redo_every": {"redo_every": 2, "redo_tau": 0.99},
     "redo_tau": {"redo_every": 2, "redo_tau": 0.9},
     "nesterov": {"momentum": 0.5, "nesterov": True},
     "wd_ratio": {"optimizer": "sgdp", "delta": 1.0, "weight_decay": 0.1, "wd_ratio": 1.0},
     "delta": {"optimizer": "sgdp", "delta": 1.0},
+    "beta_utility": {"optimizer": "upgd", "beta_utility": 0.5},
+    "sigma": {"optimizer": "upgd", "sigma": 0.1},
     "trainable": {"trainable": "norm"},
     "scale_init": {"scale_init": "uniform"},
     "head": {"trainable": "head", "head": "conv1"},
@@ -269,9 +281,13 @@ TRAINING: dict[str, dict[str, Any]] = {
 
 
 def test_every_key_of_training_reaches_the_training(toy: Any) -> None:
-    states = {"none": toy.run(toy.config())[1].model.state_dict()}
+    def state(norm: str, **train: Any) -> Any:
+        config = toy.config("split_digits", "naive", norm, train=train)
+        return {"conv1.weight": toy.run(config)[1].model.conv1.weight.detach()}
+
+    states = {"nothing": state("batch_norm"), "nothing, without a norm": state("none")}
     for key, train in TRAINING.items():
-        states[key] = toy.run(toy.config(train=train))[1].model.state_dict()
+        states[key] = state("none" if key.startswith("snr") else "batch_norm", **train)  # whose units may be silent
     alike = [
         (one, other)
         for place, one in enumerate(states)

@@ -200,6 +200,8 @@ def test_strategies_train_norms_and_head_and_probe(strategy: str) -> None:
         ({"train": {"trainable": "all,norm"}}, ConfigError, "and all alone"),
         ({"train": {"trainable": 3}}, ConfigError, "train.trainable must be a string"),
         ({"train": {"trainable": "norm", "redo_every": 5}}, ConfigError, "train.redo_every sets weights anew"),
+        ({"train": {"trainable": "norm", "cbp_rate": 0.1}}, ConfigError, "train.cbp_rate sets weights anew"),
+        ({"train": {"trainable": "head", "snr_eta": 0.1}}, ConfigError, "train.snr_eta sets weights anew"),
         ({"train": {"head": "fc3"}}, ConfigError, "and none of them is set"),
     ],
 )

@@ -48,6 +48,8 @@ def refusal(bench: Workbench) -> str:
 def _reasons(bench: Workbench) -> Iterator[str]:
     config, trainee = bench.config, bench.trainee
     train = config.train
+    if train.private_noise:
+        yield "private training (train.private_noise) takes the gradients of single images"
     if config.amp != "none" or config.compile:
         yield "a cohort computes in single precision without torch.compile (amp none, compile false)"
     if train.optimizer not in MAKERS:

@@ -49,6 +49,11 @@ def check_deployed(config: RunConfig) -> None:
         ConfigError: The configuration is one of these.
     """
     data, rounds = config.data, config.rounds
+    if config.kind == "federated" and config.train.private_noise:
+        raise ConfigError(
+            "Private training (train.private_noise) draws its noise from the run's seed, which the server knows and "
+            "could take away again: it is for simulations. Let real sites train with Opacus's own secure mode."
+        )
     if config.kind != "federated":
         raise ConfigError("A federation of streams runs in process or on Flower's simulation; sites are not asked yet.")
     config.require_importable("the sites' processes are others")
@@ -136,7 +141,8 @@ def gathered(config: RunConfig, roster: Roster) -> Workbench:
     learn()
     bench.strategy.nodes = roster.nodes()
     asking = [kind for kind in config.evaluate.kinds if kind in ASKING]
-    if "unseen" in config.evaluate.kinds and config.evaluate.fallback != "refuse":
+    adapts_unseen = bool(config.evaluate.adaptation) and bool(bench.federation.counts.held_out.any())
+    if ("unseen" in config.evaluate.kinds or adapts_unseen) and config.evaluate.fallback != "refuse":
         asking.append("unseen")
     if bench.plan.local and asking:
         roster.require_shown(f"evaluate.kinds = {', '.join(asking)}")

@@ -120,7 +120,7 @@ class SiteWorkbench(Workbench):
         (self._client,) = self.federation.clients
         disk = KeptOnDisk(Path(node.state_dir).expanduser(), self._client.domain) if node.state_dir else None
         self._keeping = Keeping(lambda _: disk)
-        self._sent = SentFile(Path(node.sent_file).expanduser()) if node.sent_file else None
+        self._sent_file = SentFile(Path(node.sent_file).expanduser()) if node.sent_file else None
 
     def _loaded(self, given: Federation | None) -> Federation:
         config = self.config
@@ -187,8 +187,8 @@ class SiteWorkbench(Workbench):
             RecordError: It cannot be written there.
         """
         self._keeping.after(kind, content, reply, context.state)
-        if self._sent:
-            self._sent.answered(kind, content, reply)
+        if self._sent_file:
+            self._sent_file.answered(kind, content, reply)
 
     def failed(self, kind: str, content: RecordDict, error: Exception) -> None:
         """Write down that an error goes back.
@@ -196,8 +196,8 @@ class SiteWorkbench(Workbench):
         Raises:
             RecordError: It cannot be written.
         """
-        if self._sent:
-            self._sent.failed(kind, content, error)
+        if self._sent_file:
+            self._sent_file.failed(kind, content, error)
 
 
 def plan_digest(plan: NormPlan) -> str:

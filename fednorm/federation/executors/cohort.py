@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fednorm.data.domain import Client, Split
 from fednorm.federation import undo
+from fednorm.federation.adapting import ADAPTATION
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, several
 from fednorm.federation.cohort.training import CohortTraining
@@ -219,7 +220,10 @@ class Cohort:
     # Evaluation -------------------------------------------------------------------------------------------------------
 
     def _can_evaluate(self, job: Job) -> bool:
-        mode = config_of(job.content).get("mode", "own")
+        config = config_of(job.content)
+        if ADAPTATION in config:  # each client's network becomes another
+            return False
+        mode = config.get("mode", "own")
         plain = self._local.before_evaluation is Local.before_evaluation
         return not self._apart and (mode == "given" or (mode == "own" and plain))
 

@@ -19,6 +19,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "derpp": {"memory_size": 30},
     "ewc": {"fisher_samples": 5},
     "gdumb": {"memory_size": 30, "memory_epochs": 2},
+    "a_gem": {"memory_size": 30},
+    "mir": {"memory_size": 30, "candidates": 12},
+    "icarl": {"memory_size": 30},
+    "scr": {"memory_size": 30, "projection": 8},
 }
 
 
