@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fednorm.adaptation import Adaptation
 from fednorm.adaptation._scoring import averaged, described, made_adaptations
 from fednorm.config import EvaluateConfig
-from fednorm.federation.adapting import ADAPTATION, LEARNING
+from fednorm.federation.client_adaptation import ADAPTATION, LEARNING
 from fednorm.federation.matrix import Base, EvaluationMatrix
 
 HELD_OUT, CLIENTS = "held-out clients", "clients"

@@ -7,7 +7,7 @@ Messages:
 * ``evaluate``: metrics on the client's share of its domain's test images. ``mode`` says under which local tensors:
   ``own`` (from the client's state), ``given`` (in the message) or ``reestimated`` (statistics estimated on ``images``
   unlabelled test images). With ``adaptation``, a number, the network adapts itself to the images that it is scored on
-  (:mod:`fednorm.federation.adapting`).
+  (:mod:`fednorm.federation.client_adaptation`).
 * ``query.describe``: partition id, domain, numbers of images; prints of the model's constants, where it has any. A
   site says besides what the server must know to fit it in (:mod:`fednorm.federation.deployment`).
 * ``query.local``: the client's local tensors, for an evaluation matrix that asks for other clients' statistics. FedBN
@@ -40,7 +40,7 @@ from torch.nn import functional
 
 from fednorm.data.domain import Client, Split
 from fednorm.device import wide
-from fednorm.federation import adapting, undo
+from fednorm.federation import client_adaptation, undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Turn, held
@@ -116,8 +116,8 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
     _take_network(bench, client, content, context)
-    if adapting.ADAPTATION in config:
-        return RecordDict({"metrics": MetricRecord(dict(adapting.scores(bench, client, content)))})
+    if client_adaptation.ADAPTATION in config:
+        return RecordDict({"metrics": MetricRecord(dict(client_adaptation.scores(bench, client, content)))})
     scores = _scores(bench, client, in_a_round="mode" not in config)
     return record_dict({"metrics": metric_record(scores)})
 
@@ -126,7 +126,7 @@ def _refined(bench: Workbench, content: RecordDict, context: Context) -> RecordD
     """Return what a client's images make of what an adaptation knows; nothing is kept."""
     client = bench.client(context)
     _take_network(bench, client, content, context)
-    return RecordDict({EXTRA: pack(adapting.refine(bench, client, content))})
+    return RecordDict({EXTRA: pack(client_adaptation.refine(bench, client, content))})
 
 
 def _take_network(bench: Workbench, client: Client, content: RecordDict, context: Context) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fednorm.data.domain import Client, Split
 from fednorm.federation import undo
-from fednorm.federation.adapting import ADAPTATION
+from fednorm.federation.client_adaptation import ADAPTATION
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, several
 from fednorm.federation.cohort.training import CohortTraining
