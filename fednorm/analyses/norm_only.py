@@ -48,18 +48,30 @@ def rows(setup: Setup, steps: int) -> Iterator[Row]:
 
 def _measure(setup: Setup, steps: int, train: Mapping[str, Any], only: str, chosen: list[float], seed: int) -> Values:
     if not chosen:
-        scores = {rate: _trained(setup, steps, {**train, "learning_rate": rate}, only, seed) for rate in RATES}
-        chosen.append(max(RATES, key=lambda rate: scores[rate]["validation"]))
-        return {**scores[chosen[0]], "rate": chosen[0]}
-    return {**_trained(setup, steps, {**train, "learning_rate": chosen[0]}, only, seed), "rate": chosen[0]}
+        scores = {rate: _validation(_trained(setup, steps, train, only, rate, seed)[0]) for rate in RATES}
+        chosen.append(max(RATES, key=lambda rate: scores[rate]))
+    trial, count = _trained(setup, steps, train, only, chosen[0], seed)
+    return {
+        "parameters": float(count),
+        "rate": chosen[0],
+        "accuracy": trial.accuracy(trial.images("test")),
+        "train": trial.accuracy(trial.images("train")),
+    }
 
 
-def _trained(setup: Setup, steps: int, train: Mapping[str, Any], only: str, seed: int) -> dict[str, float]:
+def _validation(trial: Trial) -> float:
+    return trial.accuracy(trial.images("validation"))
+
+
+def _trained(
+    setup: Setup, steps: int, train: Mapping[str, Any], only: str, rate: float, seed: int
+) -> tuple[Trial, int]:
+    """Return a trained network, and how many numbers were trained."""
     values = {
         "model": {"name": "resnet18", "width": 8},
         "norm": {"name": "batch_norm"},
         "data": {"validation": 0.2},
-        "train": {"momentum": 0.9, **train},
+        "train": {"momentum": 0.9, **train, "learning_rate": rate},
     }
     trial = Trial(setup, seed, values)
     adjust: tuple[Effect, ...] = ()
@@ -69,12 +81,7 @@ def _trained(setup: Setup, steps: int, train: Mapping[str, Any], only: str, seed
         count = int(sum(mask.sum().item() for mask in masks.values()))
         adjust = (partial(keep_only, trial.model, masks),)
     trial.fit(steps, trial.images("train"), adjust=adjust)
-    return {
-        "parameters": float(count),
-        "validation": trial.accuracy(trial.images("validation")),
-        "accuracy": trial.accuracy(trial.images("test")),
-        "train": trial.accuracy(trial.images("train")),
-    }
+    return trial, count
 
 
 def random_masks(model: nn.Module, seed: int, *, head: bool = False) -> dict[str, Tensor]:

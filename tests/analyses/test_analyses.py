@@ -181,7 +181,8 @@ def test_what_is_not_finite_is_not_a_number_of_the_document() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ANALYSES)
-def test_every_analysis_runs_and_repeats_itself(name: str) -> None:
+def test_every_analysis_runs_and_repeats_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_only, "RATES", (0.03,))
     setup = Setup(seeds=(1,), steps=1)
     document = analyse(name, setup)
     assert json.loads(json.dumps(document)) == document

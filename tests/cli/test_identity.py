@@ -104,7 +104,7 @@ def test_list_all_names_what_is_not_here_and_why(capsys: pytest.CaptureFixture[s
     document = json.loads(capsys.readouterr().out)
     assert {"norms", "strategies", "models", "data", "scenarios", "learners", "optimizers", "studies"} < set(document)
     names = [paper["name"] for paper in document["not_applicable"]]
-    expected = ["GMRT", "VacancySBERT", "SonicMaster", "dual-latent", "STARFlow", "ShiftQuant", "GBWBN"]
+    expected = ["GMRT", "VacancySBERT", "SonicMaster", "dual-latent", "STARFlow", "ShiftQuant"]
     assert all(any(name.startswith(start) for name in names) for start in expected)
     assert all(paper["why"] and paper["citation"]["arxiv"] for paper in document["not_applicable"])
     run_list("norms", every=True, as_json=False)

@@ -1,6 +1,6 @@
 """Sites on real nodes of Flower's, on loopback, with TLS and registered keys: what travels, and what becomes of faults.
 
-One SuperLink and its nodes serve all tests of this file, on one worker (``--dist loadgroup``), in their order. Every
+One SuperLink and its nodes serve all tests of this file, on one worker (``--dist loadfile``), in their order. Every
 process is ended by its id. What the nodes say passes through a relay that ends TLS with the SuperLink's own certificate
 and writes it down. Flower's nodes look for messages every 3 s and are taken for dead after 60 s; here, by the
 ``sitecustomize`` below, after 0.3 s and 20 s. The fault table of docs/how-to/deploy.md is made of what these tests have
@@ -41,7 +41,7 @@ from fednorm.federation.deployment.submit import deploy
 from fednorm.federation.processes import free_port, own_processes
 from fednorm.federation.simulate import simulate
 
-pytestmark = [pytest.mark.deployment, pytest.mark.slow, pytest.mark.xdist_group("deployment")]
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 SITES = ("siteA", "siteB", "siteC")
 OTHER = "siteD"
