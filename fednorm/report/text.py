@@ -35,7 +35,7 @@ def _written_out(character: str) -> str:
 
 def one_line(text: str) -> str:
     """Return text as :func:`printable` does, in one line."""
-    return printable(re.sub(r"\s*[\r\n]+\s*", " ", text))
+    return printable(re.sub(r"\s*[\r\n\x85\u2028\u2029]+\s*", " ", text))
 
 
 def in_markdown(text: str) -> str:

@@ -19,7 +19,16 @@ from fednorm.export import export
 from fednorm.models import Order, build_model, chosen_model
 from fednorm.norms import make_norm
 
-SMALL = {"digits_cnn": 8, "alexnet": 63, "resnet18": 32, "mobilenet_v2": 32, "mlp": 4, "cnn": 16, "vit": 32}
+SMALL = {
+    "digits_cnn": 8,
+    "alexnet": 63,
+    "resnet18": 32,
+    "mobilenet_v2": 32,
+    "mlp": 4,
+    "cnn": 16,
+    "vit": 32,
+    "spd_head": 8,
+}
 
 
 def built(name: str, norm: str = "none", *, feature_norm: bool, **more: Any) -> Any:

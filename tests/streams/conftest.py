@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,16 @@ LEARNER: dict[str, Values] = {
 }
 
 
-def write_images(path: Path, num_classes: int, each: int) -> None:
-    """Write random 8x8 images, as many of each class, in the columns of a data set of the hub."""
+CLASSES = {"cifar10": 10, "cifar100": 100, "tiny_imagenet": 20, "mini_imagenet": 20}
+DOMAINS = {  # of each split: its domains, of so many classes
+    "core50": ({"train": ("s01", "s02"), "test": ("test",)}, 50),
+    "clear10": ({"train": ("bucket_01", "bucket_02"), "test": ("bucket_01", "bucket_02")}, 11),
+}
+
+
+def write_images(path: Path, num_classes: int, each: int, domains: Sequence[str] = ()) -> None:
+    """Write random 8x8 images, as many of each class, of each domain, in the columns of a data set of the hub."""
+    each *= len(domains) or 1
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(num_classes + each)
     images = []
@@ -47,30 +55,34 @@ def write_images(path: Path, num_classes: int, each: int) -> None:
         Image.fromarray(array).save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
     labels = [row % num_classes for row in range(each * num_classes)]
-    pq.write_table(pa.table({"img": images, "label": labels}), path)
+    of = {"domain": [domains[row // num_classes % len(domains)] for row in range(len(labels))]} if domains else {}
+    pq.write_table(pa.table({"img": images, "label": labels, **of}), path)
 
 
 class Toy:
     """Runs that take some hundredths of a second: two experiences of 12 images, 8x8, in batches of 4 new ones.
 
     Args:
-        folder: Where tiny look-alikes of CIFAR and decoded arrays are kept.
+        folder: Where tiny look-alikes of data sets and decoded arrays are kept.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._streams: dict[str, Stream] = {}
         self._once: dict[str, tuple[dict[str, Any], ContinualWorkbench]] = {}
-        for name, num_classes in (("cifar10", 10), ("cifar100", 100)):
+        for name, num_classes in CLASSES.items():
             for split, each in (("train", 3), ("test", 2)):
                 write_images(folder / name / f"{split}-00000-of-00001.parquet", num_classes, each)
+        for name, (splits, num_classes) in DOMAINS.items():
+            for split, domains in splits.items():
+                write_images(folder / name / f"{split}-00000-of-00001.parquet", num_classes, 1, domains)
 
     def values(self, scenario: str = "split_digits", learner: str = "naive", norm: str = "batch_norm") -> Values:
         """Return what a user would write for one of the runs."""
         small = {"train_per_experience": 12, "test_per_experience": 6, "num_experiences": 2}
         options = {key: small[key] for key in small if key in SCENARIOS[scenario].options}
         own = {"name": learner, **LEARNER.get(learner, {})}
-        if scenario == "split_cifar100" and "memory_size" in own:
+        if scenario in ("split_cifar100", "split_core50", "domain_core50") and "memory_size" in own:
             own["memory_size"] = 100  # room for every class
         if norm == "task_balanced_norm" and learner == "derpp":
             own["memory_batch"] = 2  # two draws of them, as many as there are new samples
@@ -79,7 +91,7 @@ class Toy:
             "scenario": {"name": scenario, **options},
             "data": {
                 "image_size": 8,
-                "dir": str(self.folder) if "cifar" in scenario else "",
+                "dir": str(self.folder) if {*SCENARIOS[scenario].data[:1]} & {*CLASSES, *DOMAINS} else "",
                 "domains": ["scans", "photo"] if scenario == "domain_digits" else [],
             },
             "model": {"name": NORMS[norm].tried_on, "width": 16 if NORMS[norm].tried_on == "vit" else 4},
