@@ -47,20 +47,17 @@ def rows(setup: Setup, steps: int) -> Iterator[Row]:
 
 
 def _measure(setup: Setup, steps: int, train: Mapping[str, Any], only: str, chosen: list[float], seed: int) -> Values:
+    trained = {rate: _trained(setup, steps, train, only, rate, seed) for rate in chosen or RATES}
     if not chosen:
-        scores = {rate: _validation(_trained(setup, steps, train, only, rate, seed)[0]) for rate in RATES}
+        scores = {rate: trial.accuracy(trial.images("validation")) for rate, (trial, _) in trained.items()}
         chosen.append(max(RATES, key=lambda rate: scores[rate]))
-    trial, count = _trained(setup, steps, train, only, chosen[0], seed)
+    trial, count = trained[chosen[0]]
     return {
         "parameters": float(count),
         "rate": chosen[0],
         "accuracy": trial.accuracy(trial.images("test")),
         "train": trial.accuracy(trial.images("train")),
     }
-
-
-def _validation(trial: Trial) -> float:
-    return trial.accuracy(trial.images("validation"))
 
 
 def _trained(

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.device import wide
 from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, cut_outgoing, renew_incoming
+from fednorm.optim.units import Link, chain, replace_units
 
 METHOD = "Continual backprop"
 
@@ -120,20 +120,13 @@ class ContinualBackprop:
                 "it on the model that is trained, after any conversion or copy of it, and train in model.train() mode."
             )
         self.updates += 1
-        self.replaced = {}
         for index in active:
             self.ages[index] += 1
             self.utilities[index].lerp_(self._contribution(index, self.links[index]), 1 - self.decay)
         # Utilities of all layers are taken before anything changes.
         chosen = [(self.links[index], self._choose(index)) for index in active]
-        for link, units in chosen:
-            if units.any():
-                names = ("cbp", self.updates, link.path)
-                renew_incoming(link, units, self.optimizer, self.seed, *names, whole=True)
-                self.replaced[link.path] = units.nonzero().flatten().tolist()
-        for link, units in chosen:
-            if units.any():
-                cut_outgoing(link, units, self.optimizer)
+        replace_units(chosen, self.optimizer, self.seed, "cbp", self.updates, whole=True)
+        self.replaced = {link.path: units.nonzero().flatten().tolist() for link, units in chosen if units.any()}
         self._given.clear()
 
     @property

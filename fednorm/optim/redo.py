@@ -42,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 from fednorm import options
 from fednorm.device import wide
 from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, cut_outgoing, renew_incoming
+from fednorm.optim.units import Link, chain, replace_units
 
 
 class ReDo:
@@ -95,15 +95,9 @@ class ReDo:
         """
         self.updates += 1
         if self.updates % self.every == 0:
-            dormant = self._dormant()
-            for link, units in zip(self.links, dormant, strict=True):
-                if units.any():
-                    names = ("redo", self.updates // self.every, link.path)
-                    renew_incoming(link, units, self.optimizer, self.seed, *names)
-            for link, units in zip(self.links, dormant, strict=True):
-                if units.any():
-                    cut_outgoing(link, units, self.optimizer)
-            self.recycled = {link.path: int(units.sum()) for link, units in zip(self.links, dormant, strict=True)}
+            dormant = list(zip(self.links, self._dormant(), strict=True))
+            replace_units(dormant, self.optimizer, self.seed, "redo", self.updates // self.every)
+            self.recycled = {link.path: int(units.sum()) for link, units in dormant}
         self._watch()
 
     @property

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, cut_outgoing, renew_incoming
+from fednorm.optim.units import Link, chain, replace_units
 
 METHOD = "Self-normalized resets"
 
@@ -105,7 +105,6 @@ class SelfNormalizedResets:
                 "model.train() mode."
             )
         self.updates += 1
-        self.reset = {}
         for index in active:
             fired = self._fired[index]
             self._record(index, fired)
@@ -114,16 +113,11 @@ class SelfNormalizedResets:
         self._fired.clear()
         chosen = {index: self._implausible(index) for index in active}
         for index, units in chosen.items():
-            if units.any():
-                self._record(index, units)
-                self.silent[index][units] = 0
-                link = self.links[index]
-                names = ("snr", self.updates, link.path)
-                renew_incoming(link, units, self.optimizer, self.seed, *names, whole=True)
-                self.reset[link.path] = units.nonzero().flatten().tolist()
-        for index, units in chosen.items():
-            if units.any():
-                cut_outgoing(self.links[index], units, self.optimizer)
+            self._record(index, units)
+            self.silent[index][units] = 0
+        due = [(self.links[index], units) for index, units in chosen.items()]
+        replace_units(due, self.optimizer, self.seed, "snr", self.updates, whole=True)
+        self.reset = {link.path: units.nonzero().flatten().tolist() for link, units in due if units.any()}
 
     @property
     def counts(self) -> bool:

@@ -10,7 +10,7 @@ For networks in which each layer feeds the next one and nothing else; a residual
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,21 +79,35 @@ class Link:
         return self.following.groups if isinstance(self.following, nn.Conv2d) else 1
 
 
-@torch.no_grad()
-def renew_incoming(
-    link: Link, units: Tensor, optimizer: torch.optim.Optimizer, seed: int, *names: Name, whole: bool = False
+def replace_units(
+    chosen: Sequence[tuple[Link, Tensor]],
+    optimizer: torch.optim.Optimizer,
+    seed: int,
+    *names: Name,
+    whole: bool = False,
 ) -> None:
-    """Draw the units' incoming weights anew, and set their norms' scale and shift to 1 and 0.
+    """Make units new: their incoming weights are drawn anew, and then those outgoing are 0, of all layers.
 
     Args:
-        link: The layer.
-        units: Which of its units, bool, shape (units,).
+        chosen: Layers, and which of their units, bool, shape (units,).
         optimizer: Whose moments of all that is set begin anew.
-        seed: Of the fresh weights, which come from the stream ``names``.
-        names: The stream.
+        seed: Of the fresh weights, which come from the streams ``names`` and the layer's path.
+        names: See there.
         whole: As the reference code of continual backprop and of SNR: the bias is 0, and running statistics begin
             anew. If not, as ReDo: the bias is drawn as the layer draws it, and statistics stay.
     """
+    due = [(link, units) for link, units in chosen if units.any()]
+    for link, units in due:
+        _renew_incoming(link, units, optimizer, seed, *names, link.path, whole=whole)
+    for link, units in due:
+        _cut_outgoing(link, units, optimizer)
+
+
+@torch.no_grad()
+def _renew_incoming(
+    link: Link, units: Tensor, optimizer: torch.optim.Optimizer, seed: int, *names: Name, whole: bool
+) -> None:
+    """Draw the units' incoming weights anew, and set their norms' scale and shift to 1 and 0."""
     fresh = copy.deepcopy(link.layer)
     with torch_seeded(seed, *names):
         fresh.reset_parameters()
@@ -109,7 +123,7 @@ def renew_incoming(
 
 
 @torch.no_grad()
-def cut_outgoing(link: Link, units: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def _cut_outgoing(link: Link, units: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Set the units' outgoing weights and their moments to 0."""
     groups = link.groups
     cut = units.view(groups, 1, -1, 1)
