@@ -56,6 +56,7 @@ def covers(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     )
 
 
+@pytest.mark.few(3)
 @every_recipe
 def test_a_recipe_says_what_it_is_and_resolves(name: str) -> None:
     study = study_of(name)
@@ -198,6 +199,7 @@ def hours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "default_jobs", lambda: 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     command.run_recipes(None, None, with_cost=True, as_json=True)
@@ -213,6 +215,7 @@ def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["label_skew"]["basis"] == ["Not known: nobody knows"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -223,6 +226,7 @@ def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert captured.err == ""
 
 
+@pytest.mark.slow
 def test_recipes_are_listed_without_timing_anything(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +239,7 @@ def test_recipes_are_listed_without_timing_anything(
     assert "estimated time" not in captured.out
 
 
+@pytest.mark.few(2)
 @every_recipe
 def test_a_recipe_is_shown_whole(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -249,6 +254,7 @@ def test_a_recipe_is_shown_whole(
     assert "Data: " in told
 
 
+@pytest.mark.few(2)
 @every_recipe
 def test_compare_lists_a_recipes_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

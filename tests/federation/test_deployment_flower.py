@@ -131,6 +131,7 @@ def test_the_command_writes_a_folder_once(
     assert (code, "is there already and not empty" in error) == (2, True), error
 
 
+@pytest.mark.slow
 def test_a_superlink_that_is_not_there_is_an_error_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(AggregationError, match=r"did not complete: .*'never taken'(.|\n)*flower\.log"):
         deploy(resolve(run_of()), RunningSuperLink(f"127.0.0.1:{free_port()}"), runs=tmp_path / "runs", timeout=120)
