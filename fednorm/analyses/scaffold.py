@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fednorm.analyses.analysis import Analysis, Column, Row, Setup, Values
+from fednorm.cards import STRATEGIES
 from fednorm.config import merge, resolve
 from fednorm.errors import FedNormError
 from fednorm.federation.local import Turn
@@ -37,7 +38,6 @@ from fednorm.federation.strategy import Common
 from fednorm.federation.workbench import Workbench
 from fednorm.roles import Kind, Role
 from fednorm.training.trainee import Trainee
-from strategies.scaffold import Controlled, Scaffold
 
 RULES = ("averaged", "stepped", "controlled")
 
@@ -45,7 +45,10 @@ STATISTICS = "*.running_mean,*.running_var,*.num_batches_tracked"
 """What stays on its client by the rule ``local``."""
 
 
-class Watched(Controlled):
+Scaffold = STRATEGIES["scaffold"].make  # found by its name, since a strategy is nothing that fednorm imports
+
+
+class Watched(Scaffold.local):  # type: ignore[misc,name-defined]
     """SCAFFOLD's client under any rule for buffers and any optimizer; its strategy is told what it sees."""
 
     def check(self, trainee: Trainee) -> None:
@@ -87,7 +90,7 @@ class Watched(Controlled):
         self.strategy.lowest = min([self.strategy.lowest, *variances])
 
 
-class Ruled(Scaffold):
+class Ruled(Scaffold):  # type: ignore[misc,valid-type]
     """SCAFFOLD with a rule for running statistics.
 
     Args:
@@ -122,7 +125,7 @@ class Ruled(Scaffold):
 
     def server_update(self, old: Mapping[str, Tensor], mean: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move c, and the learned tensors by eta_g; the buffers by eta_g too, or to the average."""
-        updated = super().server_update(old, mean)
+        updated: dict[str, Tensor] = super().server_update(old, mean)
         far = 1.0 if self.buffers == "averaged" else self.server_learning_rate
         return updated | {key: old[key] + far * (mean[key] - old[key]) for key in self._moments}
 
