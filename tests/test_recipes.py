@@ -16,6 +16,7 @@ from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
+from fednorm.report.numbers import percent
 from fednorm.study import estimate
 from fednorm.study.cases import Study
 from fednorm.study.estimate import Estimate
@@ -38,7 +39,7 @@ RUNS: Mapping[str, tuple[int, str]] = {
 }
 """Studies of which records exist: how many runs, and SHA-256 of their hashes. They must be found again."""
 
-PAPERS = ("digits", "digits_five", "label_skew", "office", "office_small_batch")
+PAPERS = ("digits", "digits_five", "fedws", "label_skew", "office", "office_small_batch")
 """Studies whose paper's numbers are known."""
 
 every_recipe = pytest.mark.parametrize("name", recipe_names())
@@ -250,7 +251,7 @@ def test_a_recipe_is_shown_whole(
     for words in (study.title, " ".join(study.about.split()), f"Runs: {len(study.cases)}", f"fednorm compare {name}"):
         assert words in told
     for entry in study.paper:
-        assert f"{100 * entry['value']:.1f}" in told
+        assert percent(entry["value"]) in told
     assert "Data: " in told
 
 
