@@ -350,6 +350,23 @@ def test_a_late_reply_is_dropped_and_counted() -> None:
     assert events(result) == [(2, "street", "a reply of it came after its time, and was dropped")]
 
 
+def test_a_silent_node_is_told_that_its_training_was_not_used_and_nobody_waits_for_it_to_hear() -> None:
+    grid, asked = FakeGrid(values(), nodes()), list[tuple[str, int]]()
+    grid.nodes[10].fault = lambda message: asked.append((message.metadata.message_type, 10))
+    deployed = DeployedGrid(grid, timeout=0.02)
+    (reply,) = deployed.send_and_receive([Message(RecordDict(), 10, "train")])
+    assert "no reply came within 0.02 s" in reply.error.reason
+    pull = grid.pull_messages
+    grid.pull_messages = lambda _: pytest.fail("it waits")  # type: ignore[method-assign]
+    (reply,) = deployed.send_and_receive([Message(RecordDict(), 10, "query.undo")], timeout=60)
+    assert "told without waiting" in reply.error.reason
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    told = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    (other,) = deployed.send_and_receive([Message(told, 11, "query.undo")])
+    assert other.has_content(), "one that answers is heard"
+    assert (asked, deployed.late) == ([("train", 10), ("query.undo", 10)], [])
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_run_starts_with_its_fewest_and_later_sites_join_the_next_round(number: int) -> None:
     there, place = nodes(), 12 - number
