@@ -193,6 +193,26 @@ def test_sites_of_their_own_end_with_the_bits_of_one_process(
     assert (deployed["hash"], events(deployed), rejected(deployed)) == (ours["hash"], [], [])
 
 
+def test_the_server_scores_the_shared_model_on_images_of_its_own(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    for name in range(10):
+        (tmp_path / f"central/{name}").mkdir(parents=True)
+        Image.fromarray(draw.integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(tmp_path / f"central/{name}/0.png")
+    own = {"central": True, "central_dir": str(tmp_path / "central"), "diagnostics": False}
+    config = values(strategy={"name": "fedavg"}, evaluate=own)
+    result, ours = serve(FakeGrid(config, nodes())), simulate(resolve(config), runs=tmp_path / "ours")
+    assert result["final"]["central"] == ours["final"]["central"]
+    assert [line["central"] for line in result["rounds"]] == [line["central"] for line in ours["rounds"]]
+    for changed, message in (
+        ({"strategy": {"name": "fedbn"}}, "no whole model"),
+        ({"evaluate": {**own, "central_dir": str(tmp_path / "none")}}, "is no folder on the server's machine"),
+    ):
+        grid = FakeGrid({**config, **changed}, nodes())
+        with pytest.raises(FedNormError, match=message):
+            serve(grid)
+        assert not any(kind == "train" for kind, *_ in grid.wire)
+
+
 def test_no_image_no_label_and_no_local_tensor_travels() -> None:
     grid = FakeGrid(values(), nodes())
     serve(grid)

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError
+from fednorm.federation.central import require_folder
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.deployment.grid import DeployedGrid
 from fednorm.federation.deployment.roster import Roster
@@ -97,6 +98,7 @@ def serve_sites(grid: Grid, context: Context, record_of: RecordSource, observer:
     record = record_of(context, config)
     if record is not None and (finished := read_back(record, config)):
         return finished
+    require_folder(config.evaluate)  # before anybody is waited for
     torch.set_num_threads(config.threads)
     deployed = DeployedGrid(grid, timeout=config.rounds.timeout)
     roster = roster_of(config, deployed, record, f"{config.hash}-{context.run_id}")
