@@ -323,6 +323,8 @@ class _Journal:
         self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
             self._keep(self._record, line, arrays)
+        if self._simulated:
+            self._simulated.ended = report.server_round
         if self._observer:
             self._observer.round(line)
 
