@@ -306,17 +306,30 @@ class Killed(BaseException):
     """What ends a server in a test."""
 
 
-@pytest.mark.parametrize("phase", ["train", "evaluate"])
-def test_a_server_that_is_killed_goes_on_to_the_same_bits(phase: str, tmp_path: Path) -> None:
-    """Its nodes are started again too, under other ids; their tensors are on their disks."""
+@pytest.mark.parametrize("phase", ["train", "evaluate", "checkpoint"])
+def test_a_server_that_is_killed_goes_on_to_the_same_bits(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes are started again too, under other ids; their tensors are on their disks.
+
+    The line of a round may be there, and the checkpoint of it not.
+    """
+    save = RunRecord.save_checkpoint
+
+    def saved(record: RunRecord, checkpoint: Any) -> None:
+        if phase == "checkpoint" and checkpoint.ended == 2:
+            raise Killed
+        save(record, checkpoint)
 
     def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
         if (kind, grid.round, node_id) == (phase, 2, 11):
             raise Killed
 
     disk = {"state_dir": str(tmp_path / "state")}
-    with pytest.raises(Killed):
-        serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunRecord, "save_checkpoint", saved)
+        with pytest.raises(Killed):
+            serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
     again = FakeGrid(values(), {node_id + 30: node for node_id, node in nodes(**disk).items()})
     result, undisturbed = serve(again, tmp_path / "runs"), serve(FakeGrid(values(), nodes()), tmp_path / "other")
     models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, undisturbed)]

@@ -118,10 +118,13 @@ def roster_of(config: RunConfig, grid: DeployedGrid, record: RunRecord | None, r
         RecordError: The record cannot be read.
     """
     said = record.about().get("sites") if record is not None and record.has_checkpoint() else None
-    if record is None or not isinstance(said, dict):
+    checkpoint = record.load_checkpoint() if record is not None and isinstance(said, dict) else None
+    if record is None or checkpoint is None or not isinstance(said, dict):
         return Roster(config, grid, run)
     before = {name: (int(number), str(digest)) for name, (number, digest) in said["known"].items()}
-    last = {c["client"]: line["round"] for line in record.lines() for c in line["clients"]["train"]}
+    # A round whose line is there and whose checkpoint is not will be again: no site may count it as used.
+    lines = record.lines()[: checkpoint.ended]
+    last = {c["client"]: line["round"] for line in lines for c in line["clients"]["train"]}
     return Roster(config, grid, str(said["run"]), before, last)
 
 
