@@ -624,6 +624,7 @@ def test_an_evaluation_that_sites_do_not_allow_is_refused_before_training() -> N
         ({"data": {"domains": []}}, "must know whom it waits for"),
         ({"rounds": {"min_nodes": 4}}, "rounds.min_nodes is 4, and data.domains names 3 sites"),
         ({"strategy": {"name": "centralized"}}, "trains on the images of all sites at once"),
+        ({"evaluate": {"central": True}}, r"name their folder, on the server's machine, with evaluate\.central_dir"),
     ],
 )
 def test_what_no_federation_of_sites_can_run_is_refused(changed: dict[str, Any], message: str) -> None:

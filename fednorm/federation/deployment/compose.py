@@ -57,7 +57,17 @@ def compose(sites: Sequence[str], port: int, node_port: int) -> str:
         port: The SuperLink's port.
         node_port: The port of the first node's own processes; the others' follow.
     """
-    superlink = _service(
+    nodes = "".join(_node(name, port, node_port + k) for k, name in enumerate(sites))
+    return f"""# Written by fednorm deploy init: what the scripts start, in Flower's own images.
+#   docker compose up --build -d           the SuperLink, and a node for each site
+#   ./register.sh                          once: the sites' public keys
+#   docker compose run --rm submit         the run; its record is in runs
+services:
+{_superlink(port)}{nodes}{_submit(port)}"""
+
+
+def _superlink(port: int) -> str:
+    return _service(
         "superlink",
         "superlink",
         volumes=["./certificates:/app/certificates:ro", "./flower/superlink:/flower", "./runs:/app/runs"],
@@ -73,51 +83,42 @@ def compose(sites: Sequence[str], port: int, node_port: int) -> str:
         ],
         more={"ports": [f"127.0.0.1:{port}:{port}"]},
     )
-    nodes = "".join(
-        _service(
-            name.lower(),
-            "supernode",
-            volumes=[
-                _AUTHORITY,
-                f"./keys/{name}:/app/keys/{name}:ro",
-                f"./data/{name}:/data/{name}:ro",
-                f"./state/{name}:/state/{name}",
-                "./sent:/sent",
-                f"./flower/{name}:/flower",
-            ],
-            command=[
-                f"--superlink=superlink:{port}",
-                "--root-certificates=certificates/ca.crt",
-                f"--auth-supernode-private-key=keys/{name}",
-                "--host=127.0.0.1",
-                f"--port={node_port + k}",
-                f'--node-config=domain="{name}" data-dir="/data/{name}" state-dir="/state/{name}" '
-                f'sent-file="/sent/{name}.jsonl"',
-            ],
-            more={"depends_on": ["superlink"], "restart": "on-failure"},
-        )
-        for k, name in enumerate(sites)
+
+
+def _node(name: str, port: int, own_port: int) -> str:
+    config = f'domain="{name}" data-dir="/data/{name}" state-dir="/state/{name}" sent-file="/sent/{name}.jsonl"'
+    return _service(
+        name.lower(),
+        "supernode",
+        volumes=[
+            _AUTHORITY,
+            f"./keys/{name}:/app/keys/{name}:ro",
+            f"./data/{name}:/data/{name}:ro",
+            f"./state/{name}:/state/{name}",
+            "./sent:/sent",
+            f"./flower/{name}:/flower",
+        ],
+        command=[
+            f"--superlink=superlink:{port}",
+            "--root-certificates=certificates/ca.crt",
+            f"--auth-supernode-private-key=keys/{name}",
+            "--host=127.0.0.1",
+            f"--port={own_port}",
+            f"--node-config={config}",
+        ],
+        more={"depends_on": ["superlink"], "restart": "on-failure"},
     )
-    submit = _service(
+
+
+def _submit(port: int) -> str:
+    link = ["--superlink", f"superlink:{port}", "--root-certificates", "certificates/ca.crt", "--runs", "runs"]
+    return _service(
         "submit",
         "superlink",
         volumes=["./run.toml:/app/run.toml:ro", _AUTHORITY, "./flower/submit:/flower", "./runs:/app/runs"],
         command=[],
-        more={
-            "profiles": ["submit"],
-            "depends_on": ["superlink"],
-            "entrypoint": [
-                *SUBMIT, "--superlink", f"superlink:{port}",
-                "--root-certificates", "certificates/ca.crt", "--runs", "runs",
-            ],
-        },
-    )  # fmt: skip
-    return f"""# Written by fednorm deploy init: what the scripts start, in Flower's own images.
-#   docker compose up --build -d           the SuperLink, and a node for each site
-#   ./register.sh                          once: the sites' public keys
-#   docker compose run --rm submit         the run; its record is in runs
-services:
-{superlink}{nodes}{submit}"""
+        more={"profiles": ["submit"], "depends_on": ["superlink"], "entrypoint": [*SUBMIT, *link]},
+    )
 
 
 def _service(name: str, base: str, *, volumes: list[str], command: list[str], more: Mapping[str, object]) -> str:

@@ -58,6 +58,8 @@ def check_deployed(config: RunConfig) -> None:
     if config.kind != "federated":
         raise ConfigError("A federation of streams runs in process or on Flower's simulation; sites are not asked yet.")
     config.require_importable("the sites' processes are others")
+    if config.evaluate.central != bool(config.evaluate.central_dir):
+        require_folder(config.evaluate)  # of which the server's machine alone can say whether it is there
     if config.strategy.card.pooled:
         raise ConfigError(
             f"strategy {config.strategy.name} trains on the images of all sites at once: they would travel."
