@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,10 @@ class Clinic(Loopback):
     def kill(self, name: str) -> None:
         """Kill a script and all that it has started, without a word."""
         script = psutil.Process(self.scripts[name].pid)
+        script.suspend()  # it starts nothing more
         for process in [script, *script.children(recursive=True)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended by itself
+                process.kill()
         self.scripts[name].wait(10)
 
     def count(self, name: str, text: str) -> int:
