@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from fednorm.signals import raising, starting
+from fednorm.signals import raising, starting, unblock
 
 try:
     import typer
@@ -459,6 +459,7 @@ def main() -> None:
     """Run the command line."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     show_warnings()
+    unblock()
     with raising():
         try:
             app(standalone_mode=True)
