@@ -33,6 +33,11 @@ def pytest_sessionstart() -> None:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+    # The first backward pass of a process decides whether those forked off it can have one; a test that exports or
+    # compiles before it would take them their workers.
+    import torch
+
+    torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

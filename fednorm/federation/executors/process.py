@@ -159,6 +159,25 @@ class Process:
         return -signal.SIGKILL
 
 
+def forks_train() -> bool:
+    """Return whether a process that is forked off this one can compute gradients; it is tried.
+
+    At its first backward pass PyTorch starts a thread for every device that is there by its own account: a GPU, or
+    what torch.export and torch.compile pretend. From then on it refuses gradients in processes that are forked off.
+    """
+    with warnings.catch_warnings():  # of threads, as below
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
 def _named(place: str, records: RecordDict) -> list[Named]:
     return [(f"{place}/{name}", record) for name, record in records.items()]
 

@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 
 from fednorm.errors import FedNormError
 from fednorm.federation.executors import Answer, Failure, Job
-from fednorm.federation.executors.process import SLOTS, Broadcast, Done, Process
+from fednorm.federation.executors.process import SLOTS, Broadcast, Done, Process, forks_train
 from fednorm.federation.executors.sequential import Sequential, answer
 from fednorm.federation.wire import nbytes
 from fednorm.federation.workbench import Workbench
@@ -53,6 +53,7 @@ class Workers:
         self._carry = carry or partial(_lent, bench)
         self._broadcast = Broadcast()
         self._processes: list[Process] = []
+        self._forks_train: bool | None = None
 
     def run(self, jobs: Sequence[Job]) -> Iterator[Answer]:
         """Yield the answer to each job; see :class:`~fednorm.federation.executors.Executor`.
@@ -60,7 +61,8 @@ class Workers:
         Raises:
             FedNormError: No process can be started.
         """
-        if len(jobs) < 2 or jobs[0].kind in HERE or len({job.client for job in jobs}) < len(jobs):
+        several = len(jobs) > 1 and jobs[0].kind not in HERE and len({job.client for job in jobs}) == len(jobs)
+        if not several or not self._can():
             yield from self._here.run(jobs)
             return
         turns = _Turns(jobs, self._lengths(jobs), self._window(jobs))
@@ -83,6 +85,18 @@ class Workers:
         except BaseException:
             self.close()
             raise
+
+    def _can(self) -> bool:
+        """Return whether processes can do the work; where not, it is said once and done here, to the same bits."""
+        if self._forks_train is None:
+            with held():
+                self._forks_train = forks_train()
+            if not self._forks_train:
+                log.warning(
+                    "PyTorch has started threads for a device in this process, and computes no gradients in those that "
+                    "are forked off it: clients take their turns in this one. The numbers are the same."
+                )
+        return self._forks_train
 
     def close(self) -> None:
         """End the processes, in whatever they are."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -277,3 +278,36 @@ def test_a_grid_of_an_executor_puts_answers_into_flower_s_messages() -> None:
 def test_configurations_with_workers_have_the_hash_of_those_without() -> None:
     assert resolve({"workers": 2}).hash == resolve({}).hash
     assert resolve({"workers": 2}).to_dict() == resolve({}).to_dict()
+
+
+PRETENDED = """
+import sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from fednorm.federation.executors.process import forks_train
+
+if sys.argv[1] == "first":
+    torch.ones(1, requires_grad=True).sum().backward()
+with FakeTensorMode():
+    torch.ones(1)
+torch.ones(1, requires_grad=True).sum().backward()
+print(forks_train())
+"""
+
+
+@pytest.mark.parametrize(("order", "can"), [("first", "True"), ("later", "False")])
+def test_whether_forks_can_compute_gradients_is_tried(order: str, can: str) -> None:
+    """torch.export and torch.compile pretend that there is a GPU; PyTorch starts threads for it at its first pass."""
+    said = subprocess.run([sys.executable, "-c", PRETENDED, order], capture_output=True, text=True, check=True)
+    assert said.stdout.split()[-1] == can
+
+
+def test_where_forks_cannot_compute_gradients_clients_take_their_turns_here(
+    make_bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench, reference = (make_bench(strategy={"name": "fedbn"}) for _ in range(2))
+    monkeypatch.setattr("fednorm.federation.executors.workers.forks_train", lambda: False)
+    monkeypatch.setattr("fednorm.federation.executors.workers.Process", lambda *_: pytest.fail("it forked"))
+    with caplog.at_level("WARNING", "fednorm"):
+        Run(bench, Workers(bench, 2)).require_like(Run(reference, Sequential(reference)))
+    assert caplog.text.count("clients take their turns in this one") == 1
