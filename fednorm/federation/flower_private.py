@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -94,28 +95,37 @@ def array_record(arrays: dict[str, Array]) -> ArrayRecord:
     Args:
         arrays: By name; the dictionary becomes the record's.
     """
-    return _filled(ArrayRecord(), arrays)
+    return _filled(ArrayRecord, arrays)
 
 
 def metric_record(metrics: dict[str, float]) -> MetricRecord:
     """Return a record of plain numbers, under names that are; the dictionary becomes the record's."""
-    return _filled(MetricRecord(), metrics)
+    return _filled(MetricRecord, metrics)
 
 
 def record_dict(records: dict[str, Any]) -> RecordDict:
     """Return a dictionary of records that are known to be some; the dictionary becomes its own."""
-    return _filled(RecordDict(), records)
+    return _filled(RecordDict, records)
 
 
-def _filled(record: R, entries: dict[str, Any]) -> R:
-    """Fill a new record with entries that need not be looked at.
+@cache
+def _empty(kind: type[R]) -> dict[str, Any] | None:
+    """Return the attributes of an empty record; None where its entries are not in a dictionary called ``_data``."""
+    attributes = dict(kind().__dict__)
+    return attributes if attributes.pop("_data", None) == {} and all(map(callable, attributes.values())) else None
+
+
+def _filled(kind: type[R], entries: dict[str, Any]) -> R:
+    """Return a new record of entries that need not be looked at.
 
     Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
     training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
     """
-    if record.__dict__.get("_data") == {}:
-        record.__dict__["_data"] = entries
-        return record
+    if (attributes := _empty(kind)) is not None:
+        made = kind.__new__(kind)
+        made.__dict__.update(attributes, _data=entries)
+        return made
+    record = kind()
     for key, value in entries.items():
         record[key] = value
     return record

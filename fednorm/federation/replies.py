@@ -382,10 +382,10 @@ def _last_line(reason: str) -> str:
 
 def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> dict[str, Any]:
     """Return a reply's metrics, its number of examples checked."""
-    records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
+    records = [value for value in content.values() if type(value) is MetricRecord or isinstance(value, MetricRecord)]
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
-    record = dict(next(iter(records.values())).items())
+    record = dict(records[0].items())
     count = record.get("num-examples")
     if not _is_number(count) or not at_least <= count < math.inf:
         raise UnfitReply(f"expected the metric num-examples of {at_least} or more; got {count!r}", Cause.METRICS)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
 
@@ -24,6 +26,24 @@ NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
 
 CACHED = 2**16
 """Values of some rows that are worked on at a time."""
+
+FEW = 2**10
+"""Values of one client's tensor up to which it is laid beside others, to be worked on together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some floating-point tensors of a stack as one matrix.
+
+    Attributes:
+        keys: Of the tensors, whose values stand one after the other in each row.
+        lengths: How many values each has.
+        rows: A row a client.
+    """
+
+    keys: tuple[str, ...]
+    lengths: tuple[int, ...]
+    rows: Tensor
 
 
 class Stack:
@@ -46,6 +66,21 @@ class Stack:
         self._fits: tuple[NormPlan, Sequence[str], list[bool]] | None = None
         self._parts: dict[tuple[str, ...], Stack] = {}
         self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All floating-point tensors: each large one by itself, small ones of one type together."""
+        groups: dict[object, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.numel():
+                few = tensor.numel() <= FEW * self.count
+                groups.setdefault(tensor.dtype if few else key, []).append(key)
+        blocks = []
+        for keys in groups.values():
+            flat = [self.tensors[key].reshape(self.count, -1) for key in keys]
+            lengths = tuple(tensor.shape[1] for tensor in flat)
+            blocks.append(Block(tuple(keys), lengths, torch.cat(flat, 1) if len(flat) > 1 else flat[0]))
+        return blocks
 
     def part(self, keys: Sequence[str]) -> Stack:
         """Return the stack of some of the tensors, in the order of the keys; made once."""
@@ -98,10 +133,11 @@ class Stack:
             self._norms = (old, self._norms[1])
         if self._norms is None or self._norms[0] is not old:
             total = torch.zeros(self.count, dtype=torch.float64)
-            for key, tensor in self.tensors.items():
-                if key in old and tensor.is_floating_point() and tensor.numel():
-                    parts = [(part - old[key]).reshape(len(part), -1) for part in in_cache(tensor)]
-                    total += torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).double().square()
+            for block in self.blocks:
+                rows, before = _known(block, old)
+                if before is not None:
+                    parts = [torch.linalg.vector_norm(part - before, dim=1) for part in in_cache(rows)]
+                    total += torch.cat(parts).double().square()
             self._norms = (old, total.sqrt().tolist())
         return self._norms[1]
 
@@ -133,6 +169,18 @@ class StackRow(Mapping[str, Tensor]):
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
+
+
+def _known(block: Block, old: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return a block's rows and the old tensors beside them, flat: those of both."""
+    own = [key in old for key in block.keys]
+    before = [old[key].reshape(-1) for key in block.keys if key in old]
+    if not before:
+        return block.rows, None
+    if all(own):
+        return block.rows, torch.cat(before)
+    parts = torch.split(block.rows, block.lengths, 1)
+    return torch.cat([part for part, is_known in zip(parts, own, strict=True) if is_known], 1), torch.cat(before)
 
 
 def in_cache(tensor: Tensor) -> list[Tensor]:
