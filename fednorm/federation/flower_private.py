@@ -11,7 +11,7 @@ version breaks one file and one test. Read in the wheels of 1.39.0, 1.41.0 and 1
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ __all__ = [
     "array_record",
     "empty_run",
     "ensure_task_identity",
+    "fill",
     "metric_record",
     "quiet_flower_log",
     "record_dict",
@@ -121,14 +122,29 @@ def _filled(kind: type[R], entries: dict[str, Any]) -> R:
     Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
     training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
     """
-    if (attributes := _empty(kind)) is not None:
+    if _empty(kind) is not None:
         made = kind.__new__(kind)
-        made.__dict__.update(attributes, _data=entries)
+        fill(made, kind, entries)
         return made
     record = kind()
     for key, value in entries.items():
         record[key] = value
     return record
+
+
+def fill(record: R, kind: type[R], entries: Mapping[str, Any]) -> None:
+    """Make a record that has not been initialised one of a kind, whose entries are a mapping of ours.
+
+    Args:
+        record: Of the kind, or of a class below it.
+        kind: Flower's own.
+        entries: Its entries; they are not looked at.
+    """
+    attributes = _empty(kind)
+    if attributes is None:
+        kind.__init__(record)
+        attributes = {}
+    record.__dict__.update(attributes, _data=entries)
 
 
 @contextmanager

@@ -195,16 +195,39 @@ def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, 
     return {key: tensors[key] for key in keys}
 
 
+class Gathered:
+    """Several clients' tensors, of which rows of one stack are looked up together.
+
+    Args:
+        clients: Each one's, in order.
+    """
+
+    def __init__(self, clients: Sequence[Mapping[str, Tensor]]) -> None:
+        self._groups = [
+            (stack, list(group))
+            for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None)
+        ]
+        self._numbers = [[row.number for row in own if isinstance(row, StackRow)] for _, own in self._groups]
+
+    def have(self, key: str) -> bool:
+        """Return whether every client has a tensor."""
+        return all(
+            key in stack.tensors if stack is not None else all(key in tensors for tensors in own)
+            for stack, own in self._groups
+        )
+
+    def of_each(self, key: str) -> Tensor:
+        """Return one tensor of all clients, shape (k, ...)."""
+        parts = [
+            torch.stack([tensors[key] for tensors in own]) if stack is None else stack.rows(key, numbers)
+            for (stack, own), numbers in zip(self._groups, self._numbers, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def of_each(clients: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
     """Return one tensor of several clients, shape (k, ...); rows of one stack are looked up together."""
-    parts = []
-    for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None):
-        own = list(group)
-        if stack is None:
-            parts.append(torch.stack([tensors[key] for tensors in own]))
-        else:
-            parts.append(stack.rows(key, [row.number for row in own if isinstance(row, StackRow)]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Gathered(clients).of_each(key)
 
 
 class _Arrays(Mapping[str, Array]):

@@ -23,7 +23,7 @@ from fednorm.federation.cohort.optimizers import MAKERS, StackedOptimizer, where
 from fednorm.federation.local import Phase
 from fednorm.federation.workbench import Workbench
 from fednorm.optim.projection import WeightProjection
-from fednorm.rng import torch_stream
+from fednorm.rng import torch_streams
 from fednorm.roles import Role
 
 
@@ -108,9 +108,12 @@ class CohortTraining:
             adjust: What the strategy's clients do to the gradients, before all else.
         """
         trainee, device = self._trainee, self._trainee.device
-        names = [("client", client.partition_id, "round", server_round) for client in clients]
-        rows = [torch_stream(trainee.config.seed, *name, "batches") for name in names]
-        draws = [torch_stream(trainee.config.seed, *name, "augment") for name in names] if trainee.augmentation else []
+        numbers = [client.partition_id for client in clients]
+
+        def streams(of: str) -> list[torch.Generator]:
+            return torch_streams(trainee.config.seed, ("client",), numbers, ("round", server_round, of))
+
+        rows, draws = streams("batches"), streams("augment") if trainee.augmentation else []
         images = Images([client.train for client in clients], device)
         optimizer = MAKERS[trainee.config.train.optimizer](trainee.config.train)
         rate = self._bench.schedule.at(max(server_round, 1) - 1, 0, 1)
