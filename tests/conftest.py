@@ -35,6 +35,28 @@ def pytest_sessionstart() -> None:
             signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
 
 
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_were() -> Iterator[None]:
+    """Fail a test that leaves a signal blocked or met another way: what later tests start would inherit it."""
+    before = _signals()
+    yield
+    if (after := _signals()) != before:
+        for number, handler in before[0].items():
+            signal.signal(number, handler)
+        if BLOCKS:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before[1])
+        pytest.fail(f"signals were met so before: {before}, and now: {after}")
+
+
+BLOCKS = hasattr(signal, "pthread_sigmask")
+ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT") if hasattr(signal, name)]
+
+
+def _signals() -> tuple[dict[int, Any], set[Any]]:
+    handlers = {number: signal.getsignal(number) for number in ENDING}
+    return handlers, signal.pthread_sigmask(signal.SIG_BLOCK, ()) if BLOCKS else set()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the slow tier what ``@pytest.mark.cover(n)`` does not need of a product of parameters.

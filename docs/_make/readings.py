@@ -8,6 +8,7 @@ A reading in ``docs/results/readings.toml`` has places like ``{difference fedbn}
 ``{low METHOD}``, ``{high ...}``   the ends of that difference's interval, signed where below 0
 ``{of_seeds METHOD}``              the differences seed by seed, signed
 ``{of_seeds_behind METHOD}``       the same for one that is behind in all, without signs
+``{over A - B}``                   the paired difference of two methods, its interval, and the seeds in which A is ahead
 ``{paper A - B}``                  how far the paper's number of one method is above that of another
 ``{behind METHOD}``                how far a method is below the paper's number
 ``{without METHOD}``               the mean score without test-time adaptation of what was adapted
@@ -45,8 +46,10 @@ def reading(study: str) -> str:
         return ""
 
     def filled(place: re.Match[str]) -> str:
-        (comparison,) = results.compared(place[2] or study)
-        kind, method, key = place[1], place[3], place[4] or comparison.headline
+        kind, method = place[1], place[3]
+        against = method.partition(" - ")[2] if kind == "over" else ""
+        (comparison,) = results.compared(place[2] or study, against)
+        key = place[4] or comparison.headline
         return PLACES[kind](comparison, method, key)
 
     return PLACE.sub(filled, text).strip()
@@ -87,6 +90,11 @@ def _of_seeds_behind(comparison: Comparison, label: str, key: str) -> str:
     return f"{', '.join(first)} and {last}"
 
 
+def _over(comparison: Comparison, labels: str, key: str) -> str:
+    del key
+    return results.verdict(_method(comparison, labels.partition(" - ")[0]), comparison)[1]
+
+
 def _paper(comparison: Comparison, labels: str, key: str) -> str:
     one, other = (_method(comparison, label).paper[key].value for label in labels.split(" - "))
     return fixed(100 * (one - other))
@@ -125,6 +133,7 @@ PLACES: Mapping[str, Callable[[Comparison, str, str], str]] = {
     "high": _end("high"),
     "of_seeds": _of_seeds,
     "of_seeds_behind": _of_seeds_behind,
+    "over": _over,
     "paper": _paper,
     "behind": _behind,
     "without": _without,

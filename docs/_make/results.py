@@ -39,10 +39,10 @@ def summary(name: str) -> Loaded:
     return load([ROOT / ".records" / f"{name}.json"])
 
 
-def compared(name: str) -> list[Comparison]:
-    """Return the comparisons of a summary."""
+def compared(name: str, against: str = "") -> list[Comparison]:
+    """Return the comparisons of a summary, with the study's own baseline or another method's label."""
     loaded = summary(name)
-    return comparisons(loaded.results, studies=loaded.studies)
+    return comparisons(loaded.results, studies=loaded.studies, baseline=against or None)
 
 
 def tables_of(name: str, *, curve: bool = False) -> str:

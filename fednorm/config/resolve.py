@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -295,8 +296,7 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
         raise ConfigError(f"{section}.options is a table of options; got {shown(beside)}.")
     given = {**beside, **given}
     family = FAMILY[section]
-    default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
-    name = spelled(str(table.get("name", default.name)))
+    name = spelled(str(table["name"] if "name" in table else _default_name(kind, section)))
     card = family[name]
     of_every = ("width", "activation", "weights", "feature_norm") if section == "model" else ()
     general = {key: given.pop(key) for key in of_every if key in given}
@@ -305,6 +305,12 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
     if section == "model":
         return ModelChoice(name, family, options, **general)
     return Choice(name, family, options)
+
+
+@cache
+def _default_name(kind: Kind, section: str) -> str:
+    default: Choice[Any] = getattr(RunConfig.defaults(kind), section)
+    return default.name
 
 
 def checked_options(card: Card, section: str, given: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args, get_origin
 
@@ -81,13 +82,14 @@ class Section(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(_sentence(type(self), error.errors()[0])) from None
-        for name in type(self).model_fields:
-            _require_size(f"{self.path}.{name}", getattr(self, name))
+        for name, value in self.__dict__.items():
+            if isinstance(value, int | float):
+                _require_size(f"{self.path}.{name}", value)
 
     @classmethod
     def keys(cls, kind: Kind) -> tuple[str, ...]:
         """Return the keys that a kind of run has, in order."""
-        return tuple(name for name, info in cls.model_fields.items() if kind in kinds_of(info))
+        return _keys(cls, kind)
 
     @classmethod
     def for_kind(cls, kind: Kind, values: Any) -> Self:
@@ -101,7 +103,7 @@ class Section(BaseModel):
             ConfigError: It is no table, a key is unknown to that kind, or a value cannot be.
         """
         cls.require_keys(kind, values)
-        return cls(**{**cls._defaults(kind), **values})
+        return cls(**{**_defaults(cls, kind), **values})
 
     @classmethod
     def require_keys(cls, kind: Kind, values: Any) -> None:
@@ -117,18 +119,27 @@ class Section(BaseModel):
             if name not in known:
                 raise unknown_key(f"{cls.path}.{name}", name, known, _elsewhere(cls, name))
 
-    @classmethod
-    def _defaults(cls, kind: Kind) -> dict[str, Any]:
-        other = {name: _extra(info) for name, info in cls.model_fields.items()}
-        return {name: extra[kind] for name, extra in other.items() if kind in extra}
-
     def to_dict(self, kind: Kind) -> dict[str, Any]:
         """Return the keys that a kind of run has, as plain values for JSON."""
         return self.model_dump(mode="json", include=set(self.keys(kind)))
 
     def replace(self, **changes: Any) -> Self:
-        """Return this section with some keys changed, checked anew."""
+        """Return this section with some keys changed, checked anew; itself where nothing is."""
+        if all(type(value) is type(own := getattr(self, name)) and value == own for name, value in changes.items()):
+            return self
         return type(self)(**{**{name: getattr(self, name) for name in type(self).model_fields}, **changes})
+
+
+@cache  # a study's thousands of runs are resolved one by one, and a section's keys never change
+def _keys(section: type[Section], kind: Kind) -> tuple[str, ...]:
+    return tuple(name for name, info in section.model_fields.items() if kind in kinds_of(info))
+
+
+@cache
+def _defaults(section: type[Section], kind: Kind) -> Mapping[str, Any]:
+    """Return the keys whose default in a kind of run is another, with it."""
+    other = {name: _extra(info) for name, info in section.model_fields.items()}
+    return {name: extra[kind] for name, extra in other.items() if kind in extra}
 
 
 def _require_size(full: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from statistics import fmean, stdev
@@ -27,6 +27,11 @@ IMMATERIAL = frozenset({"seed", *(".".join(path) for path in IMMATERIAL_KEYS)})
 
 SHORT: Mapping[str, str] = {"train.learning_rate": "lr", "train.agc": "agc"}
 """How tables call settings that they name often."""
+
+FEW = 3
+"""So many settings a label has whole; of more it says what is unlike most."""
+
+_NOTHING = object()
 
 UNKNOWN = numbers.UNKNOWN
 """The cell of what was not measured."""
@@ -100,6 +105,9 @@ class Table:
 def by_method(results: Sequence[Result], name_of: Callable[[Result], str]) -> dict[str, list[Result]]:
     """Group results by everything but the seed; methods that share a name are told apart by what differs.
 
+    Where more than :data:`FEW` settings differ, what most of the methods share is not repeated: a label then says in
+    what a method is unlike them.
+
     Args:
         results: Results of finished runs.
         name_of: How a table calls a result's method.
@@ -118,8 +126,8 @@ def by_method(results: Sequence[Result], name_of: Callable[[Result], str]) -> di
     alike: dict[str, list[dict[str, Any]]] = {}
     for key, name in names.items():
         alike.setdefault(name, []).append(own[key])
-    odd = {name: varied(others) for name, others in alike.items() if len(others) > 1}
-    return {_label(names[key], own[key], odd.get(names[key])): group for key, group in groups.items()}
+    odd = {name: _telling(others) for name, others in alike.items() if len(others) > 1}
+    return {_label(names[key], own[key], odd.get(names[key], {})): group for key, group in groups.items()}
 
 
 def settings(result: Result) -> dict[str, Any]:
@@ -155,11 +163,20 @@ def varied(several: Sequence[Mapping[str, Any]]) -> set[str]:
     return {key for own in several for key in own.keys() | first.keys() if own.get(key) != first.get(key)}
 
 
-def _label(name: str, own: Mapping[str, Any], odd: Collection[str] | None) -> str:
+def _telling(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the keys in which methods of one name differ, each with the value that goes without saying."""
+    keys = varied(several)
+    if len(keys) <= FEW:
+        return dict.fromkeys(keys, _NOTHING)
+    values = {key: [own.get(key) for own in several] for key in keys}
+    common = {key: max(each, key=each.count) for key, each in values.items()}
+    return {key: usual if 2 * values[key].count(usual) > len(several) else _NOTHING for key, usual in common.items()}
+
+
+def _label(name: str, own: Mapping[str, Any], odd: Mapping[str, Any]) -> str:
     """Return a method's name, and the settings that tell it from others of the same name."""
-    if odd is None:
-        return name
-    return f"{name} {', '.join(f'{SHORT.get(key, key)} {_shown(value)}' for key, value in own.items() if key in odd)}"
+    told = [f"{SHORT.get(key, key)} {_shown(value)}" for key, value in own.items() if key in odd and value != odd[key]]
+    return f"{name} {', '.join(told)}" if told else name
 
 
 def _shown(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from fednorm.config import IMMATERIAL, MACHINE, KeyPath, RunConfig, flatten, nest
@@ -143,8 +144,12 @@ class Study:
 
     def drafts(self) -> list[RunConfig]:
         """Return the runs of the grid with the first hyper-parameters in place of the chosen ones."""
+        return list(self._drafts)
+
+    @cached_property
+    def _drafts(self) -> tuple[RunConfig, ...]:
         first = {number: search[0].keys for number, search in enumerate(self.searches)}
-        return [self._made(case, first.get(case.method, {})) for case in self.cases]
+        return tuple(self._made(case, first.get(case.method, {})) for case in self.cases)
 
     def _made(self, case: Case, keys: Mapping[KeyPath, Any]) -> RunConfig:
         return smaller((case.values, nest(keys), self.overrides), self.reduced, self.varied)

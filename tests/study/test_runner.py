@@ -413,6 +413,7 @@ def test_runs_at_the_same_time_share_the_cores(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "_exit", leave)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker.signal, "pthread_sigmask", lambda *_: set())
     monkeypatch.setattr(worker, "_outlive_no_parent", lambda: None)
     try:
         with pytest.raises(SystemExit):
