@@ -140,7 +140,7 @@ class Average:
         for block in stack.blocks:
             scale = SCALE if block.rows.dtype is torch.float64 else 1.0
             sums = _weighted_sum(weights * scale, block.rows if whole else block.rows[numbers])
-            for key, part in zip(block.keys, torch.split(sums, block.lengths), strict=True):
+            for key, part in zip(block.keys, torch.split(sums, list(block.lengths)), strict=True):
                 if key in self._types:
                     self._wide[key][0].view(-1).add_(part)
 

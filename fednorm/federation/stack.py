@@ -179,7 +179,7 @@ def _known(block: Block, old: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | No
         return block.rows, None
     if all(own):
         return block.rows, torch.cat(before)
-    parts = torch.split(block.rows, block.lengths, 1)
+    parts = torch.split(block.rows, list(block.lengths), 1)
     return torch.cat([part for part, is_known in zip(parts, own, strict=True) if is_known], 1), torch.cat(before)
 
 

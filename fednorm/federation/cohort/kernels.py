@@ -59,7 +59,9 @@ def together(tensor: Tensor, axis: int) -> Tensor | None:
 
 def each(tensor: Tensor, axis: int) -> Tensor:
     """Return a tensor of all clients, whose axis is given, as ``vmap`` shows it of each: the inverse of `together`."""
-    one: Tensor = functorch._add_batch_dim(tensor, axis, functorch.maybe_current_level())
+    level = functorch.maybe_current_level()
+    assert level is not None, "it is called within vmap"
+    one: Tensor = functorch._add_batch_dim(tensor, axis, level)
     return one
 
 
@@ -71,7 +73,8 @@ class StackedConv(nn.Conv2d):
         shift = None if bias is None else together(bias, 0)
         plain = self.padding_mode == "zeros" and input.ndim == 4
         if x is None or own is None or (bias is not None and shift is None) or not plain:
-            return super()._conv_forward(input, weight, bias)
+            y: Tensor = super()._conv_forward(input, weight, bias)
+            return y
         y = functional.conv2d(
             x.flatten(1, 2),
             own.flatten(0, 1),
@@ -81,7 +84,7 @@ class StackedConv(nn.Conv2d):
             self.dilation,
             self.groups * len(own),
         )
-        return each(y.unflatten(1, (len(own), -1)), 1)
+        return each(y.view(len(y), len(own), -1, *y.shape[2:]), 1)
 
 
 class StackedLinear(nn.Linear):
@@ -108,7 +111,7 @@ class StackedMaxPool(nn.MaxPool2d):
         y = functional.max_pool2d(
             x.flatten(-4, -3), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
         )
-        return each(y.unflatten(-3, x.shape[-4:-2]), y.ndim - 3)
+        return each(y.view(*y.shape[:-3], *x.shape[-4:-2], *y.shape[-2:]), y.ndim - 3)
 
 
 STACKED: Mapping[type[nn.Module], type[nn.Module]] = {

@@ -52,7 +52,7 @@ class StackedSGD:
         train: Momentum, weight decay and nesterov.
     """
 
-    parts = True
+    parts: ClassVar[bool] = True
 
     def __init__(self, train: TrainConfig) -> None:
         self.momentum, self.weight_decay, self.nesterov = train.momentum, train.weight_decay, train.nesterov
@@ -94,7 +94,7 @@ class StackedAdam:
         decoupled: Whether the weights decay by themselves (adamw) instead of through the gradient.
     """
 
-    parts = False
+    parts: ClassVar[bool] = False
     BETAS, EPS = (0.9, 0.999), 1e-8
 
     def __init__(self, train: TrainConfig, *, decoupled: bool) -> None:

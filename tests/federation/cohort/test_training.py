@@ -288,9 +288,9 @@ def test_normalization_of_whole_batches_is_that_of_the_formula(affine: bool, sha
     draw = torch.Generator().manual_seed(3)
     x = torch.randn(5, 2, 4, *shape, dtype=torch.float64, generator=draw).requires_grad_()
     weight, bias = (torch.randn(2, 4, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(2))
-    learned = (weight, bias) if affine else (None, None)
+    scale, shift = (weight, bias) if affine else (None, None)
     mask, n = torch.ones(2, 5, dtype=torch.float64), torch.full((2,), 5 * math.prod(shape))
-    formula, whole = normalized(x, mask, n, *learned, 1e-5), normalized_whole(x, *learned, 1e-5)
+    formula, whole = normalized(x, mask, n, scale, shift, 1e-5), normalized_whole(x, scale, shift, 1e-5)
     pull = torch.randn(whole[0].shape, dtype=torch.float64, generator=draw)
     wanted = (x, weight, bias) if affine else (x,)
     gradients = [torch.autograd.grad((y * pull).sum(), wanted) for y, _, _ in (formula, whole)]
