@@ -86,6 +86,17 @@ def _raise(signum: int) -> None:
         raise Terminated(signum)
 
 
+def unblock() -> None:
+    """Let this process hear the signals of :data:`ENDING`, also where the one that started it had blocked them.
+
+    A blocked signal is inherited like an ignored one. To ignore Ctrl-C is a wish (``nohup``, a shell's ``&``) and
+    stays; to have it blocked is nobody's: a thread that starts a command hands down what it needed for itself, and
+    Ctrl-C and a polite kill would wait for ever. For a command's own process; a program that calls us keeps its mask.
+    """
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+
+
 @contextmanager
 def raising() -> Iterator[None]:
     """Let every signal of :data:`ENDING` end a block by an exception: KeyboardInterrupt, or :class:`Terminated`.

@@ -13,19 +13,24 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fednorm.cards import DATA, LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
+from fednorm.adaptation import Adaptation, Adapter, Knowledge
+from fednorm.adaptation._scoring import fresh, refined, rows_in_order
+from fednorm.cards import ADAPTATIONS, DATA, LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.config import DataConfig, merge, resolve
 from fednorm.data.benchmarks import Reader
+from fednorm.data.domain import Split
+from fednorm.errors import FedNormError
 from fednorm.federation.plan import norm_plan
 from fednorm.models import make_model
 from fednorm.norm_contract import CHECKS as CHECKS_OF_LAYERS
 from fednorm.norm_contract import Case
+from fednorm.rng import torch_stream
 from fednorm.roles import RoleRule
 
 FEDERATED: Mapping[str, Any] = {
@@ -162,6 +167,92 @@ def check_data(data: Any) -> None:
     _check_runs({"data": {"name": reference}}, None)
 
 
+def check_adaptation(adaptation: Any) -> None:
+    """Check a method of test-time adaptation.
+
+    It gives finite logits without gradients for every batch, one image alone and a class at a time too, the same for
+    the same images; the trained network stays as it is, and no global random generator is drawn from. What it has
+    learned on training clients has the names and shapes that it began with. A card that asks for running statistics
+    refuses a network without any. A federation and a stream have the same numbers with it as without, and twice the
+    same scores under it.
+
+    Args:
+        adaptation: Its name, import path, class or card.
+
+    Raises:
+        AssertionError: Something is broken; the sentence says what.
+        FedNormError: fednorm refuses it.
+    """
+    reference = ADAPTATIONS.add(adaptation)
+    card = ADAPTATIONS[reference]
+    _check_card(card)
+    for batch_size, order, reset in (
+        (8, "shuffled", "each"),
+        (1, "class_sorted", "batch"),
+        (8, "class_sorted", "never"),
+    ):
+        _check_adapting(card, {"batch_size": batch_size, "order": order, "reset": reset})
+    if card.statistics:
+        model = make_model("cnn", NORMS["group_norm"].made(), num_classes=4, image_size=8, width=4)
+        try:
+            card.made().check(model)
+        except FedNormError:
+            pass
+        else:
+            raise AssertionError(
+                f"adaptation {card.name}: its card needs running statistics, and it takes a network without"
+            )
+    for base in (FEDERATED, CONTINUAL):
+        results = []
+        for methods in ([], [reference], [reference]):
+            with tempfile.TemporaryDirectory() as folder:
+                results.append(
+                    _run(merge(base, {"evaluate": {"adaptation": methods}}), Path(folder), also="adaptation")
+                )
+        without, once, again = (result or () for result in results)
+        assert once == again, f"adaptation {card.name}: one configuration and seed gave two results"
+        assert without[:2] == once[:2], f"adaptation {card.name}: a run has other numbers with it than without"
+
+
+def _check_adapting(card: Any, composition: Mapping[str, Any]) -> None:
+    """Check what an adaptation does to a small network, with batches of one composition."""
+    what, how = f"adaptation {card.name} ({', '.join(map(str, composition.values()))})", card.made(composition)
+    model = make_model("cnn", NORMS["batch_norm"].made(), num_classes=4, image_size=8, width=4, seed=1)
+    draw = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (21, 3, 8, 8), generator=draw, dtype=torch.uint8)
+    split = Split(images, torch.arange(21) % 4, torch.arange(21))
+    how.check(model)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state, knowledge = torch.get_rng_state(), how.initial(model)
+    if how.rounds_of_learning:
+        learned = refined(how, model, knowledge, split, 1, "contract")
+        shapes = [{key: tuple(tensor.shape) for key, tensor in each.items()} for each in (knowledge, learned)]
+        assert shapes[0] == shapes[1], f"{what}: it has learned other tensors than it began with"
+        knowledge = learned
+    once, again = (list(_predictions(how, model, knowledge, split)) for _ in range(2))
+    for logits in (*once, *again):
+        assert logits.ndim == 2, f"{what}: logits have the shape (images, classes); got {tuple(logits.shape)}"
+        assert logits.shape[1] == 4, f"{what}: logits of 4 classes have the shape {tuple(logits.shape)}"
+        assert logits.isfinite().all(), f"{what}: logits are not finite"
+        assert not logits.requires_grad, f"{what}: logits still hang on the graph of gradients; detach them"
+    sizes = [len(logits) for logits in once]
+    assert sum(sizes) == 21, f"{what}: of 21 images in batches of {how.batch_size} it gave logits of {sizes}"
+    pairs = zip(once, again, strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs), f"{what}: the same images gave two predictions"
+    changed = [key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])]
+    assert not changed, f"{what}: it changed the trained network ({', '.join(changed[:3])}), not its copy"
+    assert torch.equal(torch.get_rng_state(), state), f"{what}: it drew from PyTorch's global random generator"
+
+
+def _predictions(how: Adaptation, model: torch.nn.Module, knowledge: Knowledge, split: Split) -> Iterator[torch.Tensor]:
+    """Yield the logits of a split's batches, as an evaluation has them."""
+    adapter: Adapter | None = None
+    for rows in torch.split(rows_in_order(split, how.order, torch_stream(1, "contract")), how.batch_size):
+        if adapter is None or how.reset == "batch":
+            adapter = how.begin(fresh(model), knowledge)
+        yield adapter(split.inputs(rows)[0])
+
+
 CHECKS = {
     "norm": check_norm,
     "model": check_model,
@@ -169,6 +260,7 @@ CHECKS = {
     "learner": check_learner,
     "scenario": check_scenario,
     "data": check_data,
+    "adaptation": check_adaptation,
 }
 """The families' contracts by the noun that ``fednorm new`` takes."""
 
@@ -215,8 +307,15 @@ class _Stop:
     experience = round
 
 
-def _run(values: Mapping[str, Any], runs: Path, stop_after: int = 0) -> tuple[str, dict[str, Any]] | None:
-    """Run a configuration and return what identifies its final tensors and its final numbers."""
+def _run(values: Mapping[str, Any], runs: Path, stop_after: int = 0, also: str = "") -> tuple[Any, ...] | None:
+    """Run a configuration and return what identifies its final tensors, its final numbers, and what else is asked for.
+
+    Args:
+        values: The configuration.
+        runs: The folder of its record.
+        stop_after: Rounds or experiences after which it is stopped; 0 for never. Nothing is returned then.
+        also: A key of the result whose value is returned too.
+    """
     import hashlib
 
     from safetensors.torch import load_file
@@ -235,4 +334,4 @@ def _run(values: Mapping[str, Any], runs: Path, stop_after: int = 0) -> tuple[st
     for file in sorted(Path(result["run"]).glob("*.safetensors")):
         for key, tensor in sorted(load_file(file).items()):
             digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)} {tensor.flatten().tolist()}".encode())
-    return digest.hexdigest(), result["final"]
+    return digest.hexdigest(), result["final"], *([result.get(also)] if also else [])

@@ -15,7 +15,8 @@ of ``rounds.weighting``: with ``equal`` they are the paper's; with ``examples``,
 weighs every image alike. eta is the round's learning rate, and K counts the client's updates.
 
 Option II estimates the mean gradient from where K steps have led, which is right for plain SGD alone: other optimizers,
-momentum, clipping and projections are refused. Weight decay is part of the gradient.
+momentum, clipping and projections are refused. Weight decay is part of the gradient. What becomes of SCAFFOLD under
+other rules for buffers, and with Adam, is the analysis ``scaffold`` (``fednorm analyse scaffold``).
 """
 
 from __future__ import annotations

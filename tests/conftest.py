@@ -62,8 +62,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave to the slow tier what ``@pytest.mark.cover(n)`` does not need of a product of parameters.
 
     What stays in the default tier holds every n values of different parameters together: with 1 each value, with 2
-    each pair.
+    each pair. Of a test with ``@pytest.mark.few(n)`` n cases stay, evenly spread: each of them takes long.
     """
+    _leave_few(items)
     products: dict[str, list[Any]] = {}
     for item in items:
         if item.get_closest_marker("cover") and not item.get_closest_marker("slow"):
@@ -72,6 +73,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         (n,) = cases[0].get_closest_marker("cover").args
         for case in _beyond_a_covering(cases, n):
             case.add_marker(pytest.mark.slow)
+
+
+def _leave_few(items: list[pytest.Item]) -> None:
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for several in cases.values():
+        (n,) = several[0].get_closest_marker("few").args  # type: ignore[union-attr]
+        kept = {number * len(several) // n for number in range(n)}
+        for number, case in enumerate(several):
+            if number not in kept:
+                case.add_marker(pytest.mark.slow)
 
 
 def _beyond_a_covering(cases: list[Any], n: int) -> list[Any]:

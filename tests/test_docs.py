@@ -95,7 +95,8 @@ def test_no_score_is_typed_by_hand() -> None:
     for name, page in results.shown().items():
         text = re.sub(r"^<!-- (\S+) -->$.*?^<!-- /\1 -->$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
         text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        typed = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text + readings.readings().get(name, "")))
+        sentences = re.sub(readings.PLACE, "", readings.readings().get(name, ""))  # a method's label has its settings
+        typed = set(re.findall(r"(?<![\d.])\d+\.\d+(?![\d.])", text + sentences))
         assert typed <= allowed, f"{page.name}: {sorted(typed - allowed)}"
 
 

@@ -144,6 +144,7 @@ def runs_here(line: str) -> bool:
     return not any(part in line for part in needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in WHOLE if page.name in QUICK], ids=lambda page: page.stem)
 def test_a_quick_page_runs(page: Path, tmp_path: Path) -> None:
     run_page(page, tmp_path)

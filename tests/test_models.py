@@ -205,6 +205,7 @@ def test_digits_cnn_computes_the_published_network() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("train", [True, False])
 def test_resnet18_equals_torchvisions(train: bool) -> None:
     theirs = torchvision.models.resnet18(num_classes=7)
@@ -399,6 +400,7 @@ def test_cards_are_complete(name: str) -> None:
     assert MODELS[f" {name.replace('_', '-').upper()}"].name == name
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(quarter=st.integers(1, 9), classes=st.integers(1, 12), n=st.integers(1, 3))
 def test_digits_cnn_takes_every_multiple_of_4(quarter: int, classes: int, n: int) -> None:
@@ -549,7 +551,7 @@ def test_a_norm_without_a_place_is_refused(name: str, norm_name: str) -> None:
         small(name, make_norm(norm_name))
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "norm_name"), [pair for pair in PAIRS if has_a_place(*pair)])
 def test_contract_with_every_norm(name: str, norm_name: str) -> None:
     options: dict[str, Any] = {"num_groups": 4} if "group_norm" in norm_name else {}

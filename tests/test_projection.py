@@ -74,7 +74,7 @@ def norm_layers(model: nn.Module) -> list[Any]:
 # Training.
 
 
-@pytest.mark.cover(2)
+@pytest.mark.few(5)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("norm", ["nap", "batch_norm", "adab2n"])
 @pytest.mark.parametrize("name", SIZES)

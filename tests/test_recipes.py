@@ -16,6 +16,7 @@ from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
+from fednorm.report.numbers import percent
 from fednorm.study import estimate
 from fednorm.study.cases import Study
 from fednorm.study.estimate import Estimate
@@ -38,7 +39,7 @@ RUNS: Mapping[str, tuple[int, str]] = {
 }
 """Studies of which records exist: how many runs, and SHA-256 of their hashes. They must be found again."""
 
-PAPERS = ("digits", "digits_five", "label_skew", "office", "office_small_batch")
+PAPERS = ("digits", "digits_five", "fedws", "label_skew", "office", "office_small_batch")
 """Studies whose paper's numbers are known."""
 
 every_recipe = pytest.mark.parametrize("name", recipe_names())
@@ -56,6 +57,7 @@ def covers(wanted: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
     )
 
 
+@pytest.mark.few(3)
 @every_recipe
 def test_a_recipe_says_what_it_is_and_resolves(name: str) -> None:
     study = study_of(name)
@@ -198,6 +200,7 @@ def hours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "default_jobs", lambda: 2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     command.run_recipes(None, None, with_cost=True, as_json=True)
@@ -213,6 +216,7 @@ def test_recipes_in_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["label_skew"]["basis"] == ["Not known: nobody knows"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hours")
 def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
@@ -223,6 +227,7 @@ def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert captured.err == ""
 
 
+@pytest.mark.slow
 def test_recipes_are_listed_without_timing_anything(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -235,6 +240,7 @@ def test_recipes_are_listed_without_timing_anything(
     assert "estimated time" not in captured.out
 
 
+@pytest.mark.few(2)
 @every_recipe
 def test_a_recipe_is_shown_whole(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -245,10 +251,11 @@ def test_a_recipe_is_shown_whole(
     for words in (study.title, " ".join(study.about.split()), f"Runs: {len(study.cases)}", f"fednorm compare {name}"):
         assert words in told
     for entry in study.paper:
-        assert f"{100 * entry['value']:.1f}" in told
+        assert percent(entry["value"]) in told
     assert "Data: " in told
 
 
+@pytest.mark.few(2)
 @every_recipe
 def test_compare_lists_a_recipes_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

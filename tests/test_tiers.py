@@ -42,3 +42,21 @@ def test_values_take_turns(pytestconfig: pytest.Config) -> None:
 def test_a_case_alone_stays(pytestconfig: pytest.Config) -> None:
     """Whoever names one case on the command line gets it in any tier."""
     assert left(pytestconfig, product()[:1], 2) == product()[:1]
+
+
+@pytest.mark.parametrize(("n", "stay"), [(1, [0]), (2, [0, 4]), (3, [0, 2, 5]), (8, range(8)), (20, range(8))])
+def test_a_few_cases_stay_evenly_spread(n: int, stay: list[int], pytestconfig: pytest.Config) -> None:
+    class Case:
+        def __init__(self, number: int, *marks: Any) -> None:
+            self.nodeid, self.marks = f"test_x[{number}]", [pytest.mark.few(n).mark, *marks]
+
+        def get_closest_marker(self, name: str) -> Any:
+            return next((mark for mark in self.marks if mark.name == name), None)
+
+        def add_marker(self, mark: Any) -> None:
+            self.marks.append(mark.mark)
+
+    conftest = pytestconfig.pluginmanager.get_plugin(str(Path(__file__).with_name("conftest.py")))
+    cases = [Case(number) for number in range(8)]
+    conftest._leave_few([*cases, Case(8, pytest.mark.slow.mark)])
+    assert [number for number, case in enumerate(cases) if case.get_closest_marker("slow") is None] == list(stay)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fednorm.analyses import effective_rate, linear_probe, massive_activations, norm_only, residual_stream
+from fednorm.analyses import effective_rate, linear_probe, massive_activations, norm_only, residual_stream, scaffold
 from fednorm.analyses.analysis import Analysis, Setup
 from fednorm.errors import unknown_name
 from fednorm.threads import torch_threads
@@ -18,7 +18,7 @@ __all__ = ["ANALYSES", "Analysis", "Setup", "analyse", "analysis_of"]
 
 ANALYSES: Mapping[str, Analysis] = {
     module.ANALYSIS.name: module.ANALYSIS
-    for module in (effective_rate, residual_stream, norm_only, linear_probe, massive_activations)
+    for module in (effective_rate, residual_stream, norm_only, linear_probe, massive_activations, scaffold)
 }
 """The analyses by name."""
 

@@ -92,6 +92,7 @@ class Analysis:
         columns: What is measured.
         notes: What a reader of the table must know.
         steps: Updates of each training, unless the setup has its own number.
+        unit: What steps are called in the table, where they are not updates.
         rows: Makes the rows of a setup with a number of steps.
     """
 
@@ -103,6 +104,7 @@ class Analysis:
     notes: tuple[str, ...]
     steps: int
     rows: Callable[[Setup, int], Iterator[Row]] = field(repr=False)
+    unit: str = "steps"
 
     def run(self, setup: Setup, on_line: Callable[[str], None]) -> dict[str, Any]:
         """Return the analysis's document; see :func:`fednorm.analyses.analyse`."""
@@ -132,7 +134,7 @@ class Analysis:
             for row in document["rows"]
         )
         columns = (self.name.replace("_", " "), *(column.title for column in self.columns))
-        notes = (*self.notes, _seeds(document), *document["notes"])
+        notes = (*self.notes, _seeds(document, self.unit), *document["notes"])
         return Table(f"{self.title}: {document['data']}", columns, rows, notes)
 
 
@@ -141,8 +143,8 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _seeds(document: Mapping[str, Any]) -> str:
-    seeds, steps = document["seeds"], f"{document['steps']:,} steps"
+def _seeds(document: Mapping[str, Any], unit: str) -> str:
+    seeds, steps = document["seeds"], f"{document['steps']:,} {unit}"
     if len(seeds) < 2:
         return f"{steps}, seed {seeds[0]}: one seed, so no deviation."
     return f"{steps}, seeds {', '.join(map(str, seeds))} (n = {len(seeds)}): mean ± standard deviation with n − 1."

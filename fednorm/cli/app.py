@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-from fednorm.signals import raising, starting
+from fednorm.signals import raising, starting, unblock
 
 try:
     import typer
@@ -269,7 +269,7 @@ def continual(  # noqa: PLR0913 - one parameter an option
 
 
 @app.command()
-def compare(
+def compare(  # noqa: PLR0913 - one parameter an option
     study: StudyArgument,
     data_dir: DataDirOption = None,
     runs: Annotated[Path | None, typer.Option("--out", "--runs", help="Folder of the records; runs/STUDY.")] = None,
@@ -281,6 +281,8 @@ def compare(
         bool, typer.Option("--select-on-test", help="Choose by test images; every table will say so.")
     ] = False,
     reduce: ReduceOption = None,
+    log: LogOption = None,
+    log_dir: LogDirOption = Path("logs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs with their estimated time; stop.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
     details: DetailsOption = False,
@@ -304,6 +306,8 @@ def compare(
         settings=settings or [],
         select_on_test=select_on_test,
         reduce=reduce,
+        log=log or (),
+        log_dir=log_dir,
         dry_run=dry_run,
         markdown=markdown,
         depth=Depth(details, notes),
@@ -455,6 +459,7 @@ def main() -> None:
     """Run the command line."""
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
     show_warnings()
+    unblock()
     with raising():
         try:
             app(standalone_mode=True)

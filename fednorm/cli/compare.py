@@ -16,6 +16,7 @@ from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report._common import Table
+from fednorm.report.live import Logged, require_tools
 from fednorm.report.numbers import percent
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
@@ -24,9 +25,10 @@ from fednorm.study.grid import labels
 from fednorm.study.recipes import find_study
 from fednorm.study.runner import StudyOutcome, default_jobs, execute
 from fednorm.study.study import read_study
+from fednorm.study.worker import unlogged
 
 
-def run_compare(
+def run_compare(  # noqa: PLR0913 - one parameter an option
     study: str,
     *,
     data_dir: Path | None,
@@ -35,6 +37,8 @@ def run_compare(
     settings: Sequence[str],
     select_on_test: bool,
     reduce: float | None = None,
+    log: Sequence[str] = (),
+    log_dir: Path = Path("logs"),
     dry_run: bool,
     markdown: bool,
     depth: Depth | None = None,
@@ -53,6 +57,8 @@ def run_compare(
         settings: ``section.key=value`` each, laid over every run.
         select_on_test: Whether hyper-parameters are chosen on test images.
         reduce: A factor below 1 by which rounds, images and clients are fewer than the study's.
+        log: Tools that each run tells its numbers.
+        log_dir: The folder of what they write.
         dry_run: Whether to list the runs with their estimated time, and stop.
         markdown: Whether tables are printed in Markdown.
         depth: How much a terminal shows; Markdown has all of it.
@@ -63,6 +69,7 @@ def run_compare(
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs must be at least 1; got {jobs}.")
+    log_to = Logged(require_tools(log), log_dir) if log else unlogged
     path = find_study(study)
     overrides: dict[str, Any] = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}
     for setting in settings:
@@ -73,7 +80,7 @@ def run_compare(
     require_path(folder, "--out")
     if dry_run:
         return _show_plan(made, folder, at_a_time, markdown=markdown, as_json=as_json)
-    outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()))
+    outcome = execute(made, runs=folder, jobs=at_a_time, watcher=StudyProgress(err()), log_to=log_to)
     _show_outcome(outcome, folder, markdown=markdown, depth=depth or Depth(), as_json=as_json)
     return _leave(outcome)
 

@@ -76,7 +76,7 @@ def deploy_check(
 
 
 def new(
-    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data or model.")],
+    what: Annotated[str, typer.Argument(help="norm, strategy, learner, scenario, data, model or adaptation.")],
     name: Annotated[str, typer.Argument(help="Its name, and that of its file.")],
     folder: Annotated[Path, typer.Option("--folder", help="Where to write it.")] = Path(),
 ) -> None:

@@ -71,11 +71,10 @@ def run_federated(
     show_plan(document, out() if dry_run else err())
     if dry_run:
         return None
-    here = runtime == "in-process"
-    if here and (told := _earlier(config, runs)):
+    if runtime == "in-process" and (told := _earlier(config, runs)):
         err().print(told, markup=False, soft_wrap=True)
     tools = live or Live(())
-    with saying_what_stands(lambda: run_stands(config, runs, in_process=here)), RoundProgress(err()) as progress, tools:
+    with saying_what_stands(lambda: run_stands(config, runs)), RoundProgress(err()) as progress, tools:
         result = _run(config, bench, runs, runtime, Several(progress, tools))
         tools.end(result)
     return show_result(result, depth or Depth(), as_json=as_json)

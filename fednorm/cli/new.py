@@ -11,7 +11,7 @@ from fednorm.config import choose
 from fednorm.errors import ConfigError
 from fednorm.report.files import write_whole
 
-KINDS = ("norm", "strategy", "learner", "scenario", "data", "model")
+KINDS = ("norm", "strategy", "learner", "scenario", "data", "model", "adaptation")
 """What a file can be written of."""
 
 

@@ -44,13 +44,12 @@ def say_stopped(sentence: str, code: int) -> None:
         return
 
 
-def run_stands(config: RunConfig, runs: Path, *, in_process: bool = True) -> str:
+def run_stands(config: RunConfig, runs: Path) -> str:
     """Return what stands of a run that was stopped; empty if nothing does.
 
     Args:
         config: The run's configuration.
         runs: The folder of records.
-        in_process: Whether it ran in this process, which writes checkpoints.
     """
     record = RunRecord(runs, config)
     try:
@@ -63,9 +62,6 @@ def run_stands(config: RunConfig, runs: Path, *, in_process: bool = True) -> str
     if config.kind == "federated":
         parts = f"{done} of {config.rounds.num_rounds} rounds"
     finished = f"Finished and whole: {parts}, in {record.folder}."
-    if not in_process and config.kind != "federated":
-        again = "Flower's runtime keeps no checkpoint of it: the same command starts again from round 1."
-        return f"{finished} {again}" if done else ""
     if not (record.folder / CHECKPOINT).exists():
         return ""
     return f"{finished} Run the same command again to go on from the last checkpoint."

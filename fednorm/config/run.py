@@ -326,6 +326,7 @@ METHOD_SWITCHES = frozenset(
 IMMATERIAL = (
     ("data", "dir"),
     ("data", "download"),
+    ("evaluate", "central_dir"),
     ("model", "weights"),
     ("rounds", "checkpoint_every"),
     ("rounds", "min_answered"),

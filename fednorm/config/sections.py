@@ -419,6 +419,18 @@ class EvaluateConfig(Section, name="evaluate"):
         "that is best on them beside the last.",
         kinds=ROUNDS,
     )
+    central: bool = key(
+        False,
+        "Whether the server scores the shared model itself, on images of its own (evaluate.central_dir), after each "
+        "evaluated round. Not where the strategy keeps tensors on the clients: the server has no whole model then.",
+        kinds=ROUNDS,
+    )
+    central_dir: str = key(
+        "",
+        "The folder of the server's own images, on the server's machine: CLASS/*.png, all of which are scored, or "
+        "{train,test}/CLASS/*.png. Its classes are called as the run's are.",
+        kinds=ROUNDS,
+    )
     adaptation: Adaptations = key(
         (),
         "Test-time adaptations (`fednorm list adaptations`) under which the finished network is scored besides: names, "

@@ -20,6 +20,7 @@ from fednorm.errors import IncompleteError, RecordError
 from fednorm.federation.adaptation import adapted
 from fednorm.federation.answers import answers, enough, require_answered
 from fednorm.federation.best_round import best_round, held_back_scores
+from fednorm.federation.central import central_of
 from fednorm.federation.checkpoint import finished_table, in_table, kept, personal, restored, taken
 from fednorm.federation.cohort.engine import engine_of
 from fednorm.federation.contexts import SMALL
@@ -134,6 +135,7 @@ def check(bench: Workbench) -> None:
     config = bench.config
     check_evaluations(config.evaluate, bench.plan, bench.federation, config.strategy.name)
     require_adaptable(config.evaluate, bench.model)
+    bench.central = central_of(bench)
 
 
 def describe(bench: Workbench) -> Document:
@@ -159,6 +161,7 @@ def describe(bench: Workbench) -> Document:
             "clients": _held(federation.counts),
             "digest": federation.digest(),
         },
+        **({"central": bench.central.about()} if bench.central else {}),
         **bench.about(),
     }
 
@@ -261,6 +264,7 @@ class _Journal:
         self._simulated = grid if isinstance(grid, SimulatedGrid) else None
         self._here = self._simulated is None and self._sites is None
         self._data = data if self._sites is None else f"sites of {self._sites.run}"
+        self._data += f", central {bench.central.digest}" if bench.central else ""
         self._keeps = isinstance(grid, InProcessGrid) or not self._here
         self._pending: Checkpoint | None = None
         self.last: Checkpoint | None = None
@@ -293,7 +297,7 @@ class _Journal:
         """Return where the run goes on: its own last checkpoint, or the end of a shorter run's that has finished."""
         if self._here:
             _require_clients_here(record)
-            further.begin(record, self._data, (*SCORES, "diagnostics"))
+            further.begin(record, self._data, (*SCORES, "central", "diagnostics"))
         checkpoint = record.load_checkpoint(self._data)
         if checkpoint and self._here and checkpoint.ended == self._bench.num_rounds:
             self.last = checkpoint
@@ -306,6 +310,8 @@ class _Journal:
         config, beside = self._bench.config.evaluate, Document()
         if report.evaluate and config.diagnostics:
             beside["diagnostics"] = diagnose(self._bench, self._grid, report, arrays)
+        if report.evaluated and self._bench.central:
+            beside["central"] = self._bench.central.scores(self._bench, arrays)
         if self._bench.trainee.trainable.head:
             beside["head_norm"] = self._bench.trainee.trainable.head_norm(unpack(arrays))
         beside |= self._bench.after_round(self._grid, report.server_round, arrays)
@@ -317,6 +323,8 @@ class _Journal:
         self.lines.append({key: value for key, value in line.items() if key != "clients"} if large else line)
         if self._record:
             self._keep(self._record, line, arrays)
+        if self._simulated:
+            self._simulated.ended = report.server_round
         if self._observer:
             self._observer.round(line)
 
@@ -393,6 +401,7 @@ def _document(
         "final": {
             **own,
             **standing,
+            **({"central": last["central"]} if "central" in last else {}),
             "round": last["round"],
             "selection": f"last round, {bench.config.evaluate.split} images{of_which(bench.config.evaluate.clients)}",
             **({"best_round": best_round(lines)} if bench.config.evaluate.best_round else {}),
@@ -467,7 +476,8 @@ class _Log:
         log.info("fednorm: %s + %s from round %d", config.strategy.name, config.norm.name, first_round)
 
     def round(self, line: Mapping[str, Any]) -> None:
-        shown = {key: line[key] for key in ("train_loss", "per_domain", "mean", "worst", "missing") if key in line}
+        keys = ("train_loss", "per_domain", "mean", "worst", "central", "missing")
+        shown = {key: line[key] for key in keys if key in line}
         log.info("fednorm: round %d: %s", line["round"], shown)
 
 

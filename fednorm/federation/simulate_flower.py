@@ -14,7 +14,7 @@ from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RecordError
 from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.server import Observer, check, read_back
-from fednorm.federation.workbench import CLIENTS, Workbench
+from fednorm.federation.workbench import CLIENTS, Workbench, workbench_of
 from fednorm.records.record import RunRecord
 from fednorm.signals import Terminated, raising
 
@@ -29,7 +29,7 @@ def simulate_flower(
 
     The apps are those of the in-process runtime, and so are the numbers. A federation that was cut short goes on from
     the last round: the server has a checkpoint of its own tensors, and each client keeps its own in the record until
-    the run has finished (one of clients on streams starts again from round 1). The record is written by the ServerApp.
+    the run has finished. The record is written by the ServerApp.
 
     Args:
         config: The run's configuration.
@@ -58,7 +58,7 @@ def simulate_flower(
             f"device is {config.device!r}, and Flower's runtime deals GPUs out to its clients itself. Take device "
             "cuda, and say which ones it sees with CUDA_VISIBLE_DEVICES; or the in-process runtime."
         )
-    bench = Workbench(config)
+    bench = workbench_of(config)
     check(bench)
     with _launching(record):
         if finished := record.result():  # it has finished since
@@ -72,10 +72,10 @@ def simulate_flower(
 
 def _launch(record: RunRecord, bench: Workbench, observer: Observer | None, timeout: float) -> dict[str, Any]:
     clients = record.folder / CLIENTS
-    run_config = {"config": json.dumps(record.config.to_dict()), "runs": str(record.folder.parent)}
-    if record.config.kind == "federated":
-        clients.mkdir(exist_ok=True)
-        run_config["clients"] = str(clients)
+    clients.mkdir(exist_ok=True)
+    run_config = {
+        "config": json.dumps(record.config.to_dict()), "runs": str(record.folder.parent), "clients": str(clients)
+    }  # fmt: skip
     flower = record.folder / "flower"
     app = write_app(flower / "app", SERVERAPP, CLIENTAPP, run_config)
     if observer:

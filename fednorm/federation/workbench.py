@@ -42,6 +42,7 @@ from fednorm.training.footprint import require_footprint
 from fednorm.training.trainee import Trainee
 
 if TYPE_CHECKING:
+    from fednorm.federation.central import Central
     from fednorm.federation.cohort.engine import Engine
     from fednorm.federation.deployment.kept import Keeping
     from fednorm.federation.deployment.roster import Roster
@@ -77,6 +78,8 @@ class Workbench:
     """Who the nodes are, in a deployed run."""
     keeping: Keeping | None = None
     """How clients keep their state where their processes end before the run does, and no node of theirs does it."""
+    central: Central | None = None
+    """The images of the server's own, on the server, where it has any."""
 
     def __init__(self, config: RunConfig, federation: Federation | None = None) -> None:
         """Load the data (unless given) and build the model and the strategy.

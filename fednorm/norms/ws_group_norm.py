@@ -11,7 +11,9 @@ forward pass: gradients go through them. There is no gain and no 1 / sqrt(N): ou
 group normalization after the convolution is what takes that back. Linear layers stay plain. Train = eval; no buffers.
 
 Federated: the strongest non-federated normalization of FedWSQ's comparison (arXiv 2506.23516, "WS + GN"). The *raw*
-weights are sent and averaged. The group normalization's tensors are those of ``group_norm``.
+weights are sent and averaged. The group normalization's tensors are those of ``group_norm``. FedWS multiplies the
+standardized weights by rho = 1e-3, adds 1e-5 to the deviation, and has eps 1e-5 in the group normalization:
+``eps_on="deviation"`` and ``group_eps`` 1e-5 / rho^2 = 10 are the same function (the study ``fedws``).
 Continual: nothing is carried over but weights, scales and shifts.
 Differs: the authors' two public variants put eps under the root (``eps_on="variance"``, ImageNet code, our default)
 or add it to the root (``eps_on="deviation"``, DeepLab code). timm's StdConv2d has the biased variance

@@ -27,12 +27,13 @@ Differs:
 * The official code for linear networks adds to the next layer's bias what the replaced unit gave on average, which
   neither the paper's algorithm nor the code for convolutions does, nor this.
 * Adam's step count goes on; the official Adam counts steps of every weight by itself.
+* The official code for residual networks replaces units of the stream too (see :mod:`fednorm.optim.hidden_units`).
 * The utility is that of the last training forward pass of a step: where new and memory samples go through the network
   separately, of the last group.
 
 A layer whose incoming or outgoing weights are not trained at the moment (a linear probe, a frozen head) is left alone,
-and its units do not age. An effect after the update, and before a projection of the weights. For a chain of layers
-(:mod:`fednorm.optim.units`); a residual network is refused.
+and its units do not age. An effect after the update, and before a projection of the weights. In a residual
+network the units within the blocks are replaced, and those of the stream never are (:mod:`fednorm.optim.hidden_units`).
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.device import wide
 from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, replace_units
+from fednorm.optim.hidden_units import hidden_units
+from fednorm.optim.units import Link, replace_units
 
 METHOD = "Continual backprop"
 
 
 class ContinualBackprop:
-    """Replaces the least useful mature units of a chain of layers; called after every update.
+    """Replaces the least useful mature units of hidden layers; called after every update.
 
     It hears what units give to the next layer through hooks on the model.
 
@@ -73,7 +75,7 @@ class ContinualBackprop:
         replaced: Paths of the layers with the units replaced at the latest call.
 
     Raises:
-        ConfigError: An option is out of range, or the network is no such chain.
+        ConfigError: An option is out of range, or the network has no such units.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class ContinualBackprop:
         options.share("train", "cbp_decay", decay)
         if decay == 1:
             raise ConfigError("train.cbp_decay must be less than 1, or no utility would ever change; got 1.")
-        self.links = chain(model, METHOD)
+        self.links = hidden_units(model, METHOD)
         self.optimizer = optimizer
         self.rate, self.maturity, self.decay, self.seed = rate, maturity, decay, seed
         self.updates = 0

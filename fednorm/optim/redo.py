@@ -26,14 +26,14 @@ Differs:
   normalization.
 * A bias is drawn as the layer draws it; the official code's layers draw 0. Its moments are reset too.
 
-An effect after the update, and before a projection of the weights where there is one. For a chain of layers; a residual
-network is refused (the official code recycles the layers within its blocks).
+An effect after the update, and before a projection of the weights where there is one. In a residual network the units
+within the blocks are recycled, as in the official code, and those of the stream keep their weights
+(:mod:`fednorm.optim.hidden_units`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,19 +41,20 @@ from torch.utils.hooks import RemovableHandle
 
 from fednorm import options
 from fednorm.device import wide
-from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, replace_units
+from fednorm.errors import ConfigError
+from fednorm.optim.hidden_units import hidden_units
+from fednorm.optim.units import replace_units
 
 
 class ReDo:
-    """Recycles the dormant units of a chain of layers, every so many calls.
+    """Recycles the dormant units of hidden layers, every so many calls.
 
     Call it after every update. It sees the activations through hooks that are on the model only between the update
     before a recycling and the recycling itself.
 
     Args:
-        model: The network that is trained: nested ``nn.Sequential`` of linear layers and convolutions, each with a
-            nonlinearity before the next one.
+        model: The network that is trained: linear layers and convolutions, some of them with a nonlinearity and no
+            branching before the next one.
         optimizer: Of the network. Where training takes a new one, assign it to :attr:`optimizer`.
         every: Updates between recyclings, 1 or more; 1000 in the paper.
         tau: Largest score of a recycled unit, in [0, 1); 0.025 or 0.1 in the paper, and 0 takes only dead units.
@@ -65,7 +66,7 @@ class ReDo:
         recycled: Paths of the layers with the numbers of units recycled in the latest recycling.
 
     Raises:
-        ConfigError: An option is out of range, or the network is no such chain.
+        ConfigError: An option is out of range, or the network has no such units.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class ReDo:
         options.number("redo", "tau", tau)
         if not 0 <= tau < 1:
             raise ConfigError(f"redo.tau is a share of the layer's mean activation, in [0, 1); got {tau!r}.")
-        self.links = chain(model)
+        self.links = hidden_units(model, "ReDo")
         self.optimizer = optimizer
         self.every = every
         self.tau = tau
@@ -122,7 +123,7 @@ class ReDo:
         self._sizes.clear()
         if (self.updates + 1) % self.every == 0:
             for index, link in enumerate(self.links):
-                self._handles.append(link.activation.register_forward_hook(_measure(self._sizes, index, link)))
+                self._handles.append(link.listen(_measure(self._sizes, index), "ReDo"))
 
     def _dormant(self) -> list[Tensor]:
         """Return which units of each layer are dormant, bool of shape (units,)."""
@@ -136,18 +137,10 @@ class ReDo:
         return [size <= self.tau * size.mean() for size in sizes]
 
 
-def _measure(sizes: dict[int, Tensor], index: int, link: Link) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that keeps the mean size of each unit's activation in a training forward pass."""
+def _measure(sizes: dict[int, Tensor], index: int) -> Callable[[Tensor], None]:
+    """Return what keeps the mean size of each unit's activation."""
 
-    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
-        # A copy of the model carries the hook along; its activations are not ours.
-        if module is not link.activation or not module.training:
-            return
-        if output.ndim < 2 or output.shape[1] != link.units:
-            raise DataError(
-                f"ReDo expects the {link.units} units of layer {link.path!r} on axis 1 of its activations; got shape "
-                f"{tuple(output.shape)}. Give the network batches of images."
-            )
-        sizes[index] = output.detach().transpose(0, 1).flatten(1).to(wide(output.device)).abs().mean(1)
+    def hear(features: Tensor) -> None:
+        sizes[index] = features.to(wide(features.device)).abs().mean(1)
 
-    return hook
+    return hear

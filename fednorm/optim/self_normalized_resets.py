@@ -29,27 +29,28 @@ Differs:
 * A past inter-firing time beyond ``longest`` counts as ``longest``: such a silence ends in a reset anyway.
 
 A layer whose incoming or outgoing weights are not trained at the moment (a linear probe, a frozen head) is left alone,
-and its silences stand still. An effect after the update, and before a projection of the weights. For a chain of layers
-(:mod:`fednorm.optim.units`); a residual network is refused.
+and its silences stand still. An effect after the update, and before a projection of the weights. In a
+residual network the units within the blocks are reset, and those of the stream never are
+(:mod:`fednorm.optim.hidden_units`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fednorm import options
-from fednorm.errors import ConfigError, DataError
-from fednorm.optim.units import Link, chain, replace_units
+from fednorm.errors import ConfigError
+from fednorm.optim.hidden_units import hidden_units
+from fednorm.optim.units import replace_units
 
 METHOD = "Self-normalized resets"
 
 
 class SelfNormalizedResets:
-    """Resets the units of a chain of layers that are implausibly silent; called after every update.
+    """Resets the units of hidden layers that are implausibly silent; called after every update.
 
     Args:
         model: The network that is trained.
@@ -66,7 +67,7 @@ class SelfNormalizedResets:
         reset: Paths of the layers with the units reset at the latest call.
 
     Raises:
-        ConfigError: An option is out of range, or the network is no such chain.
+        ConfigError: An option is out of range, or the network has no such units.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class SelfNormalizedResets:
         if eta >= 1:
             raise ConfigError(f"train.snr_eta is a probability below 1; got {eta!r}.")
         options.whole("train", "snr_longest", longest, at_least=1)
-        self.links = chain(model, METHOD)
+        self.links = hidden_units(model, METHOD)
         self.optimizer = optimizer
         self.eta, self.longest, self.seed = eta, longest, seed
         self.updates = 0
@@ -87,7 +88,7 @@ class SelfNormalizedResets:
         self.reset: dict[str, list[int]] = {}
         self._fired: dict[int, Tensor] = {}
         for index, link in enumerate(self.links):
-            link.activation.register_forward_hook(_listen(self._fired, index, link))
+            link.listen(_hear(self._fired, index), METHOD, graded=True)
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -155,19 +156,11 @@ class SelfNormalizedResets:
         return (silent > 0) & ((chance <= self.eta) | (silent >= self.longest))
 
 
-def _listen(fired: dict[int, Tensor], index: int, link: Link) -> Callable[[nn.Module, Any, Tensor], None]:
-    """Return a hook that tells which units fire in the training forward passes since the last update."""
+def _hear(fired: dict[int, Tensor], index: int) -> Callable[[Tensor], None]:
+    """Return what tells which units fire in the training forward passes since the last update."""
 
-    def hook(module: nn.Module, _: Any, output: Tensor) -> None:
-        # A copy of the model carries the hook along; its activations are not ours.
-        if module is not link.activation or not module.training or not torch.is_grad_enabled():
-            return
-        if output.ndim < 2 or output.shape[1] != link.units:
-            raise DataError(
-                f"{METHOD} expect the {link.units} units of layer {link.path!r} on axis 1 of its activations; got "
-                f"shape {tuple(output.shape)}. Give the network batches of images."
-            )
-        now = (output.detach() > 0).transpose(0, 1).flatten(1).any(1)
+    def hear(features: Tensor) -> None:
+        now = (features > 0).any(1)
         fired[index] = now | fired[index] if index in fired else now
 
-    return hook
+    return hear

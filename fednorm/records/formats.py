@@ -78,6 +78,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "per_domain": dict,
     "validation": dict,
     "best_round": dict,
+    "central": dict,
     "diagnostics": dict,
     "between": dict,
     "accuracy": list,

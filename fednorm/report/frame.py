@@ -88,6 +88,7 @@ def numbers(result: Result) -> Iterator[Row]:
 def of_result(result: Result) -> Iterator[Row]:
     """Yield the numbers of a run as a whole."""
     yield from _scalars(("run", None), result["final"], ("round",))
+    yield from _of_central(("run", None), result["final"])
     yield from _scalars(("run", None), {key: result.get(key) for key in ("seconds", "parameters", "steps")}, ())
 
 
@@ -121,6 +122,7 @@ def _leading(result: Result, labels: Mapping[str, str]) -> dict[str, Any]:
 def _scores(result: Result) -> dict[str, Any]:
     final = {key: value for key, value in result["final"].items() if not isinstance(value, Mapping)}
     domains = {f"accuracy.{name}": value for name, value in result["final"].get("per_domain", {}).items()}
+    domains |= {"central": central["accuracy"]} if (central := result["final"].get("central")) else {}
     told = {"seconds": result["seconds"], "parameters": result.get("parameters"), "folder": result.get("run")}
     return {**final, **domains, **told}
 
@@ -186,7 +188,13 @@ def _of_round(line: Mapping[str, Any]) -> Iterator[Row]:
     yield from _scalars(at, line, ("round", "per_domain", "diagnostics"))
     for domain, share in (line.get("per_domain") or {}).items():
         yield *at, "accuracy", domain, None, None, None, float(share)
+    yield from _of_central(at, line)
     yield from _of_diagnostics(at, line.get("diagnostics") or {})
+
+
+def _of_central(at: tuple[str, int | None], scored: Mapping[str, Any]) -> Iterator[Row]:
+    """Yield what the shared model scores on the server's own images."""
+    yield from _scalars(at, {f"central_{key}": value for key, value in (scored.get("central") or {}).items()}, ())
 
 
 def _of_experience(line: Mapping[str, Any], accuracies: Sequence[Any]) -> Iterator[Row]:

@@ -1,6 +1,7 @@
 """A run told to TensorBoard, Weights & Biases or MLflow while it goes: ``--log tensorboard``, or an observer.
 
     fednorm federated --log tensorboard --log mlflow        # into the folder logs; --log-dir names another
+    fednorm compare STUDY --log tensorboard                 # each run of the study under its own name
     with fednorm.report.live.Live(["wandb"]) as live:
         live.end(fednorm.federated(strategy="fedbn", observer=live))
 
@@ -9,6 +10,10 @@ A round's or an experience's numbers have the names that ``fednorm report --tens
 is asked to: W&B writes its files offline (``wandb sync`` sends them later) unless ``WANDB_MODE`` says otherwise, MLflow
 writes to a folder unless ``MLFLOW_TRACKING_URI`` does. A tool that fails in the middle of a run is left out from there
 on, with a warning: the run and its record go on.
+
+A run that was cut short repeats what came after its last checkpoint, bit for bit. No tool has such a step twice:
+TensorBoard's files say where the run goes on, so that what they had beyond is hidden; MLflow's run is asked what it
+has, and for W&B, whose offline files are asked nothing, the last step is noted beside them.
 """
 
 from __future__ import annotations
@@ -16,16 +21,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, canonical
 from fednorm.report._common import flat
+from fednorm.report.curves import steps
 from fednorm.report.frame import of_line, of_result
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 Values = dict[str, float]
 
@@ -45,23 +56,34 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], run: str) -> None:
         del run
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self._writer, self._last = SummaryWriter(str(folder / "tensorboard" / name)), 0
-        self._writer.add_text("run", "    " + json.dumps(config, indent=1).replace("\n", "\n    "))
-        self._writer.flush()
+        self._folder, self._last = folder / "tensorboard" / name, 0
+        self._text = "    " + json.dumps(config, indent=1).replace("\n", "\n    ")
+        self._writer: SummaryWriter | None = None
 
     def log(self, values: Values, step: int) -> None:
+        writer = self._open(step)
         self._last = step
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
     def close(self, final: Values, *, finished: bool) -> None:
         del finished
+        if self._writer is None and not final:
+            return
+        writer = self._open(self._last)
         for name, value in final.items():
-            self._writer.add_scalar(name, value, self._last)
-        self._writer.close()
+            writer.add_scalar(name, value, self._last)
+        writer.close()
+
+    def _open(self, step: int) -> SummaryWriter:
+        """Return what writes; the first step that it is told hides what earlier files have from there on."""
+        if self._writer is None:
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=step)
+            self._writer.add_text("run", self._text)
+        return self._writer
 
 
 class _Wandb:
@@ -71,6 +93,8 @@ class _Wandb:
         import wandb
 
         (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        self._note, self._began = folder / "wandb" / f"fednorm-{run}.step", False
+        self._told = int(self._note.read_text()) if self._note.is_file() else 0
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fednorm"),
             dir=str(folder),
@@ -83,7 +107,12 @@ class _Wandb:
         )
 
     def log(self, values: Values, step: int) -> None:
-        self._run.log(values, step=step)
+        if not self._began and step == 1:  # a run from its beginning, whatever one of its name has told before
+            self._told = 0
+        self._began = True
+        if step > self._told:
+            self._run.log(values, step=step)
+            self._note.write_text(f"{step}\n")
 
     def close(self, final: Values, *, finished: bool) -> None:
         self._run.summary.update(final)
@@ -95,34 +124,53 @@ class _MLflow:
 
     _MOST_PARAMETER = 500
     """Characters of a parameter that every server takes."""
+    _PATIENCE = 0.5
+    """Seconds before what failed at the beginning is tried once more."""
 
     def __init__(self, folder: Path, name: str, config: Mapping[str, Any], run: str) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no database and no server
-        from mlflow.tracking import MlflowClient
-
-        place = folder / "mlruns"
-        self._client = MlflowClient(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or place.resolve().as_uri())
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "fednorm")
-        found = self._client.get_experiment_by_name(experiment)
-        number = found.experiment_id if found else self._client.create_experiment(experiment)
+        place, self._told = folder / "mlruns", dict[str, int]()
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or place.resolve().as_uri()
+        self._client, number = self._opened(uri, os.environ.get("MLFLOW_EXPERIMENT_NAME", "fednorm"))
         before = self._client.search_runs([number], f"tags.fednorm_run = '{run}'", max_results=1)
         if before:  # a run that was cut short and goes on
             self._id = before[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
+            for name in before[0].data.metrics:
+                self._told[name] = max(point.step for point in self._client.get_metric_history(self._id, name))
             return
         made = self._client.create_run(number, run_name=name, tags={"fednorm_run": run})
         self._id = made.info.run_id
         for key, value in flat(config).items():
             self._client.log_param(self._id, key, str(value)[: self._MOST_PARAMETER])
 
+    def _opened(self, uri: str, experiment: str) -> tuple[Any, str]:
+        """Return a client and the experiment's number; of several runs that begin at once one makes folder and it."""
+        from mlflow.tracking import MlflowClient
+
+        for again in (True, False):
+            try:
+                client = MlflowClient(tracking_uri=uri)
+                found = client.get_experiment_by_name(experiment)
+                return client, str(found.experiment_id if found else client.create_experiment(experiment))
+            except Exception:  # each of MLflow's stores has its own for what another run has made meanwhile
+                if not again:
+                    raise
+                time.sleep(self._PATIENCE)
+        raise AssertionError("unreachable")
+
     def log(self, values: Values, step: int) -> None:
         for name, value in values.items():
-            self._client.log_metric(self._id, _plain(name), value, step=step)
+            self._tell(_plain(name), value, step)
 
     def close(self, final: Values, *, finished: bool) -> None:
         for name, value in final.items():
-            self._client.log_metric(self._id, _plain(name), value)
+            self._tell(_plain(name), value, 0)
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+    def _tell(self, name: str, value: float, step: int) -> None:
+        if step > self._told.get(name, -1):
+            self._client.log_metric(self._id, name, value, step=step)
 
 
 def _plain(name: str) -> str:
@@ -178,6 +226,7 @@ class Live:
         self._names, self._folder = require_tools(names), Path(folder)
         self._sinks: dict[str, Sink] = {}
         self._result: Mapping[str, Any] | None = None
+        self._silent = True
 
     def __enter__(self) -> Self:
         """Return itself; the tools are opened as a run begins."""
@@ -188,6 +237,9 @@ class Live:
     ) -> None:
         """Close the tools, with the final scores where :meth:`end` told them."""
         final = _named(of_result(self._result), "final/") if self._result else {}
+        if self._result and self._silent and self._sinks and (lines := steps(self._result)):
+            number, line = lines[-1]  # cut after its last round: the final scores belong there
+            self._log(line, "round" if self._result["kind"] == "federated" else "experience", number)
         self._tell(lambda sink: sink.close(final, finished=self._result is not None))
         self._sinks.clear()
 
@@ -217,7 +269,7 @@ class Live:
         self._result = result
 
     def _log(self, line: Mapping[str, Any], what: str, step: int) -> None:
-        values = _named(of_line(line, what), "")
+        values, self._silent = _named(of_line(line, what), ""), False
         self._tell(lambda sink: sink.log(values, step))
 
     def _tell(self, tell: Callable[[Sink], None]) -> None:
@@ -237,6 +289,35 @@ class Live:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+@dataclass(frozen=True)
+class Logged:
+    """Tells tools of each run of a study, in the process that the run is made in.
+
+    Attributes:
+        names: The tools: keys of :data:`SINKS`.
+        folder: Where their files go.
+
+    Raises:
+        ConfigError: A tool is unknown or not installed.
+    """
+
+    names: Sequence[str]
+    folder: Path
+
+    def __post_init__(self) -> None:
+        require_tools(self.names)
+
+    @contextlib.contextmanager
+    def __call__(self, observer: Any) -> Iterator[tuple[Any, Callable[[Mapping[str, Any]], None]]]:
+        """Yield an observer that tells the tools too, and what takes the run's result.
+
+        Args:
+            observer: What else is told how the run goes.
+        """
+        with Live(self.names, self.folder) as live:
+            yield Several(observer, live), live.end
 
 
 class Several:

@@ -33,6 +33,7 @@ def accuracy_table(results: Sequence[Result]) -> Table:
     """
     groups = by_method(results, name_of)
     domains = list(dict.fromkeys(domain for result in results for domain in result["final"]["per_domain"]))
+    central = ("central",) if any(result["final"].get("central") for result in results) else ()
     rows = []
     for name, group in groups.items():
         cells = [percent([r["final"]["per_domain"].get(domain) for r in group]) for domain in domains]
@@ -42,11 +43,12 @@ def accuracy_table(results: Sequence[Result]) -> Table:
                 *cells,
                 percent([r["final"]["mean"] for r in group]),
                 percent([r["final"]["worst"] for r in group]),
+                *(percent([r["final"].get("central", {}).get("accuracy") for r in group]) for _ in central),
                 fixed(fmean(r["seconds"] for r in group), 0),
                 fixed(fmean(map(_bytes_per_round, group)) / 1e6, 2),
             )
         )
-    columns = ("method", *domains, "mean", "worst", "seconds", "MB a round")
+    columns = ("method", *domains, "mean", "worst", *central, "seconds", "MB a round")
     return Table(
         f"Accuracy (%): {results[0]['data']['title']}",
         columns,
@@ -54,7 +56,7 @@ def accuracy_table(results: Sequence[Result]) -> Table:
         _notes(results, groups),
         of_table(groups),
         warnings_of(groups),
-        ("mean", "worst"),
+        ("mean", "worst", *central),
     )
 
 
@@ -160,6 +162,7 @@ def _notes(results: Sequence[Result], groups: Mapping[str, Sequence[Result]]) ->
         f"{seeds(results, groups)}; accuracy after round {after} ({selection}); wall clock.",
         *incomplete(groups),
         *_best_rounds(groups),
+        *_central(results),
         *([f"Settings: {settings}."] if settings else []),
         *reconstructions(results),
         *results[0]["data"]["notes"],
@@ -177,6 +180,13 @@ def _best_rounds(groups: Mapping[str, Sequence[Result]]) -> list[str]:
                 f"{name}, best round by validation images ({chosen}): mean {percent([b['mean'] for b in best])}."
             )
     return sentences
+
+
+def _central(results: Sequence[Result]) -> list[str]:
+    """Return what the column of the server's own images is; nothing where there is none."""
+    counts = sorted({result["final"]["central"]["images"] for result in results if result["final"].get("central")})
+    images = " or ".join(f"{count:,}" for count in counts)
+    return [f"central: the shared model on the server's own {images} images (evaluate.central_dir)."] if counts else []
 
 
 def evaluations(evaluation: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -19,7 +19,7 @@ from fednorm.signals import Terminated, exit_code, raising
 from fednorm.study import manifest
 from fednorm.study.cases import Study
 from fednorm.study.grid import labels
-from fednorm.study.worker import Ended, Progress, Worker, attempt, context_for
+from fednorm.study.worker import Ended, Log, Progress, Worker, attempt, context_for, unlogged
 
 __all__ = [
     "Failure",
@@ -127,7 +127,9 @@ def default_jobs() -> int:
     return usable_cores()
 
 
-def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = None) -> StudyOutcome:
+def execute(
+    study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = None, log_to: Log = unlogged
+) -> StudyOutcome:
     """Run a whole study: choose hyper-parameters, if it has a search, then make the runs of its grid.
 
     What has finished before is read back; ``study.json`` in the folder tells of it all the while. A configuration of
@@ -139,6 +141,7 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
         runs: The folder of records.
         jobs: Runs at a time.
         watcher: Is told how it goes.
+        log_to: Who is told of each run, in its process.
 
     Raises:
         ConfigError: The folder holds another study, or ``jobs`` is less than 1.
@@ -146,15 +149,15 @@ def execute(study: Study, *, runs: Path, jobs: int, watcher: Watcher | None = No
     """
     _require_jobs(jobs)
     with manifest.taken_back_if_empty(runs):
-        return _execute(study, runs, jobs, watcher)
+        return _execute(study, runs, jobs, watcher, log_to)
 
 
-def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> StudyOutcome:
+def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None, log_to: Log) -> StudyOutcome:
     planned = len(study.search_configs) + len(study.cases)
     document = manifest.update(runs, study.adaptive.begun(study) if study.adaptive else study, (), study.configs)
     searched, failures, configs = Outcome([], [], interrupted=False), list[Failure](), list(study.configs)
     if study.searches:
-        study, searched = _search(study, document, runs, jobs, watcher)
+        study, searched = _search(study, document, runs, jobs, watcher, log_to)
         diverged = {failure.hash: failure.reason for failure in searched.failures if failure.diverged}
         results = {result["hash"]: result for result in searched.results}
         unfinished = study.adaptive is not None and searched.interrupted  # what is to be tried is not known yet
@@ -164,7 +167,7 @@ def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> St
         document = manifest.update(runs, study, choices, configs, diverged)
     outcome = Outcome([], [], interrupted=True, exit_code=searched.exit_code)
     if not searched.interrupted:
-        outcome = run_study(configs, runs=runs, jobs=jobs, watcher=watcher)
+        outcome = run_study(configs, runs=runs, jobs=jobs, watcher=watcher, log_to=log_to)
     return StudyOutcome(
         outcome.results,
         [*failures, *outcome.failures],
@@ -178,14 +181,14 @@ def _execute(study: Study, runs: Path, jobs: int, watcher: Watcher | None) -> St
 
 
 def _search(
-    study: Study, document: Mapping[str, Any], runs: Path, jobs: int, watcher: Watcher | None
+    study: Study, document: Mapping[str, Any], runs: Path, jobs: int, watcher: Watcher | None, log_to: Log
 ) -> tuple[Study, Outcome]:
     """Make the runs that hyper-parameters are chosen by; return the study with what was tried, and what came of it."""
 
     def run(configs: Sequence[RunConfig]) -> Outcome:
         known = _diverged_before(configs, document)
         pending = [config for config in configs if config.hash not in {failure.hash for failure in known}]
-        outcome = run_study(pending, runs=runs, jobs=jobs, watcher=watcher, title="search")
+        outcome = run_study(pending, runs=runs, jobs=jobs, watcher=watcher, title="search", log_to=log_to)
         return replace(outcome, failures=[*known, *outcome.failures])
 
     if study.adaptive is None:
@@ -223,7 +226,13 @@ def _of_consequence(study: Study, chosen: Collection[int], failures: Iterable[Fa
 
 
 def run_study(
-    configs: Sequence[RunConfig], *, runs: Path, jobs: int, watcher: Watcher | None = None, title: str = "runs"
+    configs: Sequence[RunConfig],
+    *,
+    runs: Path,
+    jobs: int,
+    watcher: Watcher | None = None,
+    title: str = "runs",
+    log_to: Log = unlogged,
 ) -> Outcome:
     """Run configurations, several at a time; finished ones are read back, cut ones go on.
 
@@ -236,13 +245,14 @@ def run_study(
         jobs: Runs at a time.
         watcher: Is told how they go.
         title: What they are for, told to the watcher.
+        log_to: Who is told of each run, in its process.
 
     Raises:
         ConfigError: ``jobs`` is less than 1.
         FedNormError: No process could be started.
     """
     _require_jobs(jobs)
-    queue = _Queue(configs, runs, watcher or _Nobody())
+    queue = _Queue(configs, runs, watcher or _Nobody(), log_to)
     code = 0
     with raising():
         try:
@@ -274,8 +284,8 @@ def _require_jobs(jobs: int) -> None:
 class _Queue:
     """The runs of a study and what has come of them so far."""
 
-    def __init__(self, configs: Sequence[RunConfig], runs: Path, watcher: Watcher) -> None:
-        self.configs, self.runs, self.watcher = configs, runs, watcher
+    def __init__(self, configs: Sequence[RunConfig], runs: Path, watcher: Watcher, log_to: Log) -> None:
+        self.configs, self.runs, self.watcher, self.log_to = configs, runs, watcher, log_to
         self.names = dict(zip([config.hash for config in configs], labels(configs), strict=True))
         self.results: dict[str, dict[str, Any]] = {}
         self.failures: list[Failure] = []
@@ -314,7 +324,7 @@ def _run_here(queue: _Queue, missing: Sequence[RunConfig]) -> None:
     """Run configurations one after the other in this process."""
     for config in missing:
         queue.watcher.started(config.hash)
-        queue.close(config, attempt(config, queue.runs, partial(queue.watcher.progress, config.hash)))
+        queue.close(config, attempt(config, queue.runs, partial(queue.watcher.progress, config.hash), queue.log_to))
 
 
 def _run_apart(queue: _Queue, missing: Sequence[RunConfig], jobs: int) -> None:
@@ -327,7 +337,7 @@ def _run_apart(queue: _Queue, missing: Sequence[RunConfig], jobs: int) -> None:
             idle = [worker for worker in workers if worker.config is None]
             while waiting and (idle or len(workers) < jobs):
                 if not idle:
-                    idle.append(Worker(context, queue.runs, jobs))
+                    idle.append(Worker(context, queue.runs, jobs, queue.log_to))
                     workers.append(idle[-1])
                 _begin(queue, idle.pop(), waiting.popleft())
             for worker in _speaking(workers):

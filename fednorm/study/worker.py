@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
@@ -76,6 +76,17 @@ class Ready:
 
 Tell = Callable[[Progress], None]
 
+Log = Callable[[Any], AbstractContextManager[tuple[Any, Callable[[Mapping[str, Any]], None]]]]
+"""What tells others of a run: of the observer of one it makes a context, with the observer that the run is given and
+what takes its result. It is called in the run's process, so it can be pickled."""
+
+
+@contextmanager
+def unlogged(observer: Any) -> Iterator[tuple[Any, Callable[[Mapping[str, Any]], None]]]:
+    """Tell nobody else of a run."""
+    yield observer, lambda _: None
+
+
 Context: TypeAlias = "SpawnContext | ForkServerContext"
 
 
@@ -100,31 +111,38 @@ def context_for(kinds: Collection[str]) -> Context:
 _SIMULATE: Mapping[str, str] = {"continual": "fednorm.streams.simulate", "federated": "fednorm.federation.simulate"}
 
 
-def attempt(config: RunConfig, runs: Path, tell: Tell) -> Ended:
+def attempt(config: RunConfig, runs: Path, tell: Tell, log_to: Log = unlogged) -> Ended:
     """Run one configuration, or go on with it; what fails is a reason, not an exception.
 
     Args:
         config: The run.
         runs: The folder of records.
         tell: Is told how it goes.
+        log_to: Who else is told.
     """
     try:
-        return Ended(_simulate(config, runs, tell))
+        return Ended(_simulate(config, runs, tell, log_to))
     except FedNormError as error:
         return Ended(None, str(error), type(error).__name__)
     except Exception as error:  # a mistake of ours: the other runs go on
         return Ended(None, f"{type(error).__name__}: {error}", type(error).__name__, traceback.format_exc())
 
 
-def _simulate(config: RunConfig, runs: Path, tell: Tell) -> dict[str, Any]:
+def _simulate(config: RunConfig, runs: Path, tell: Tell, log_to: Log) -> dict[str, Any]:
     """Run a configuration of either kind; what trains is imported only here, in the run's own process."""
     if config.kind == "continual":
         from fednorm.streams.simulate import simulate as simulate_stream
 
-        return simulate_stream(config, runs=runs, observer=_Steps(tell))
+        with log_to(_Steps(tell)) as (observer, end):
+            result = simulate_stream(config, runs=runs, observer=observer)
+            end(result)
+            return result
     from fednorm.federation.simulate import simulate
 
-    return simulate(config, runs=runs, observer=_Rounds(tell))
+    with log_to(_Rounds(tell)) as (observer, end):
+        result = simulate(config, runs=runs, observer=observer)
+        end(result)
+        return result
 
 
 class _Rounds:
@@ -177,6 +195,7 @@ class Worker:
         context: Starts processes: that of :func:`context_for`.
         runs: The folder of records.
         among: How many workers share the cores.
+        log_to: Who is told of the runs beside this process.
 
     Attributes:
         connection: Readable when the worker has something to say, or has ended.
@@ -188,12 +207,12 @@ class Worker:
     PATIENCE = 10.0
     """Seconds in which a worker that was asked to end may put its files in order."""
 
-    def __init__(self, context: Context, runs: Path, among: int = 1) -> None:
+    def __init__(self, context: Context, runs: Path, among: int = 1, log_to: Log = unlogged) -> None:
         self.connection, far = context.Pipe()
         self.config: RunConfig | None = None
         self.ready = self.dead = False
         with _for_children():
-            arguments = (far, runs, among, dict(os.environ))
+            arguments = (far, runs, among, dict(os.environ), log_to)
             self._process = context.Process(target=serve, args=arguments, daemon=True, name="fednorm worker")
             try:
                 self._process.start()
@@ -308,7 +327,9 @@ def _for_children() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what came meanwhile is raised here, the rest being in order
 
 
-def serve(connection: Connection, runs: Path, among: int, environment: Mapping[str, str]) -> None:
+def serve(
+    connection: Connection, runs: Path, among: int, environment: Mapping[str, str], log_to: Log = unlogged
+) -> None:
     """Be a worker: take configurations from the pipe, run them, tell how they go; end when the pipe is closed.
 
     Args:
@@ -316,6 +337,7 @@ def serve(connection: Connection, runs: Path, among: int, environment: Mapping[s
         runs: The folder of records.
         among: How many workers share the cores.
         environment: The parent's environment variables; the process that this one was forked off may have older ones.
+        log_to: Who is told of the runs beside the parent.
     """
     share_cores(among)
     signal.pthread_sigmask(signal.SIG_BLOCK, OF_THE_TERMINAL)
@@ -327,7 +349,7 @@ def serve(connection: Connection, runs: Path, among: int, environment: Mapping[s
     try:
         connection.send(Ready())
         while True:
-            connection.send(attempt(connection.recv(), runs, connection.send))
+            connection.send(attempt(connection.recv(), runs, connection.send, log_to))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)  # files are closed; taking all of torch down in order would keep the user waiting
     except _Terminated:

@@ -7,6 +7,7 @@ defined by PyTorch's compiler, and the first imports it (1.6 CPU-seconds and 140
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -163,6 +164,8 @@ def require_footprint(
 ) -> None:
     """Refuse a run whose model, or a batch of it, does not fit this machine.
 
+    In private training a batch has the gradient of each image beside what others have.
+
     Args:
         config: The run's configuration, of either kind.
         norm: Its norm.
@@ -187,13 +190,31 @@ def require_footprint(
         "Lower model.width or data.image_size.",
     )
     train, test = min(config.train.batch_size, train_images), min(config.evaluate.batch_size, test_images)
-    image = 4 * 3 * image_size**2
-    for key, images, each in (
-        ("train.batch_size", train, takes.kept + image),
-        ("evaluate.batch_size", test, takes.largest + image),
+    image, trained, beside = 4 * 3 * image_size**2, takes.kept, ""
+    if config.train.private_noise:  # of every image the gradient of every parameter, in single precision
+        train, trained = largest_draw(train, train_images), trained + 4 * takes.parameters
+        beside = f", with a gradient of its {takes.parameters:,} parameters for each (train.private_noise),"
+    for key, images, each, more in (
+        ("train.batch_size", train, trained + image, beside),
+        ("evaluate.batch_size", test, takes.largest + image, ""),
     ):
         require_memory(
-            copies * takes.state + images * each,
-            f"{model} on {images:,} images of {image_size} x {image_size} pixels at a time",
+            int(copies * takes.state + images * each),
+            f"{model} on {images:,} images of {image_size} x {image_size} pixels at a time{more}",
             f"Lower {key}, data.image_size or model.width.",
         )
+
+
+def largest_draw(batch_size: int, count: int) -> int:
+    """Return how many images a batch of private training has at most, but for one in thousands.
+
+    Poisson sampling draws B images in the mean; four standard deviations more are B + 4 sqrt(B (1 - B / n)), and there
+    are no more than n.
+
+    Args:
+        batch_size: B.
+        count: n, the client's images.
+    """
+    if not count:
+        return 0
+    return min(count, math.ceil(batch_size + 4 * math.sqrt(batch_size * max(0.0, 1 - batch_size / count))))

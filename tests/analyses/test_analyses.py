@@ -147,6 +147,7 @@ def test_the_largest_activation_is_told_against_the_median() -> None:
 # Documents and tables ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_document_is_plain_and_its_table_has_means_and_deviations() -> None:
     setup = Setup(seeds=(1, 2))
     told: list[str] = []

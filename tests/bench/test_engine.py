@@ -213,6 +213,7 @@ def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
 BUSY = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass\n"
 
 
+@pytest.mark.slow
 def test_watch_counts_a_grandchild_and_nothing_older() -> None:
     older = subprocess.Popen([sys.executable, "-c", BUSY.format(seconds=30)])
     try:

@@ -9,6 +9,7 @@ import pytest
 FLAGS = ("--optimizer", "adam", "--schedule", "cosine", "--augment", "flip, rotate", "--local-epochs", "0.5")
 
 
+@pytest.mark.slow
 def test_a_federations_training_has_options_of_its_own(call: Any) -> None:
     train = call("federated", "--dry-run", "--json", *FLAGS).document["config"]["train"]
     keys = ("optimizer", "schedule", "augment", "local_epochs")

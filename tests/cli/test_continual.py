@@ -174,6 +174,7 @@ def test_explain_tells_of_the_stream_s_keys_too(section: str, words: str, call: 
 # Mistakes -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -256,6 +257,7 @@ def test_random_labels_have_no_union_and_no_validation(call: Call, refused: Refu
     refused(call("continual", *few, "--set", "evaluate.split=validation"), "evaluate.split")
 
 
+@pytest.mark.slow
 def test_groups_of_continual_norm_that_do_not_divide_20_channels(call: Call, refused: Refused) -> None:
     slim = ("--model", "resnet18", "--set", "model.width=20", "--norm", "continual_norm")
     groups = ("--set", "norm.num_groups=32")  # the official class-incremental runs have them
@@ -268,6 +270,7 @@ def test_nap_finds_no_layer_to_normalize() -> None:
         fednorm.convert(nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), "nap")
 
 
+@pytest.mark.slow
 def test_a_task_that_is_absent_from_the_batch_is_the_documented_behaviour(call: Call) -> None:
     """Naive batches have the present task alone: AdaB2N's weights sum to less than 1, the corrected ones to 1."""
     documents = [
@@ -351,12 +354,14 @@ def test_a_folder_without_permission_is_named(call: Call, tmp_path: Path, refuse
     refused(call("continual", *SMALL, "--runs", tmp_path / "locked" / "runs"), "Permission denied", "--runs")
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_named(call: Call, refused: Refused) -> None:
     folder = Path(call("continual", *SMALL, "--json").document["run"])
     (folder / "result.json").write_text('{"kind": "continual", "final": ')
     refused(call("continual", *SMALL), str(folder / "result.json"), "is not a result")
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_loses_nothing(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = call("continual", *SMALL, "--runs", "whole", "--json").document
     train = Learner._train_on

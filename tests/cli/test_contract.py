@@ -104,6 +104,7 @@ def test_list_names_everything(what: str, names: list[str], call: Call) -> None:
         assert all(row["summary"] for row in document[what])
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", [*NORMS.names, *STRATEGIES.names, *MODELS.names, *DATA.names, *SECTIONS])
 def test_explain_explains_every_name(name: str, call: Call) -> None:
     card = call("explain", name.replace("_", "-"), "--json").document
@@ -176,6 +177,7 @@ def process(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_the_console_script_s_exit_codes_and_streams(process: Call) -> None:
     good = process("--help")
     assert (good.returncode, good.stderr) == (0, "")
@@ -229,6 +231,7 @@ def test_verify_golden_fails_on_a_trace_it_does_not_reproduce(call: Call, tmp_pa
     assert "broken.npz" in outcome.err
 
 
+@pytest.mark.slow
 def test_workers_are_as_many_as_can_be_and_give_the_same_numbers(
     call: Call, refused: Refused, monkeypatch: pytest.MonkeyPatch, small: Small
 ) -> None:
@@ -243,6 +246,7 @@ def test_workers_are_as_many_as_can_be_and_give_the_same_numbers(
     assert "workers does nothing" in call("continual", "--workers", "2", "--dry-run").err
 
 
+@pytest.mark.slow
 def test_verify_determinism_compares_bit_for_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("--set", "model.width=4", "--set", "data.train_per_client=16", "--set", "rounds.num_rounds=2")
     outcome = call("verify", "determinism", "--json", *settings)

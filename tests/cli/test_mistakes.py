@@ -48,6 +48,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,4 +1,4 @@
-"""Six changes, a file each, outside the package: written by ``fednorm new``, checked by contract, run by path."""
+"""Seven changes, a file each, outside the package: written by ``fednorm new``, checked by contract, run by path."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("what", RUNS)
 def test_a_new_file_runs_through_the_command_line(
     what: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -49,8 +50,26 @@ def test_a_new_file_runs_through_the_command_line(
     assert {key: value for key, value in again.document["final"].items() if key != "round"} == plain
 
 
+def test_a_new_adaptation_runs_through_the_command_line(
+    call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call("new", "adaptation", "my-adaptation").code == 0
+    path = "my_adaptation:SPEC"
+    words = ("--set", f"evaluate.adaptation.name={path}", "--set", "evaluate.adaptation.strength=2.0", "--json")
+    outcome = call("federated", *SMALL, "--held-out", "photo", "--runs", tmp_path / "runs", *words)
+    assert outcome.code == 0, outcome.err
+    (told,) = outcome.document["adaptation"]["methods"]
+    assert (told["name"], told["options"]["strength"]) == (path, 2.0)
+    assert 0 <= told["mean"] <= 1
+    plain = call("federated", *SMALL, "--held-out", "photo", "--set", f"evaluate.adaptation={path}", "--json")
+    assert [row["name"] for row in plain.document["adaptation"]["methods"]] == [path]
+    assert plain.document["final"]["per_domain"] == outcome.document["final"]["per_domain"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("what", RUNS)
+@pytest.mark.parametrize("what", [*RUNS, "adaptation"])
 def test_a_new_file_keeps_its_contract(what: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -62,7 +81,7 @@ def test_a_new_file_keeps_its_contract(what: str, call: Any, tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("nrom", "x"), "what must be one of norm, strategy, learner, scenario, data, model; got 'nrom'. Did you mean"),
+        (("nrom", "x"), "what must be one of norm, strategy, learner, scenario, data, model, adaptation; got 'nrom'."),
         (("norm", "my norm"), "letters, digits and '_', lower case; got 'my norm'"),
         (("norm", "class"), "got 'class'"),
     ],

@@ -252,6 +252,22 @@ def test_what_is_ignored_or_somebody_else_s_stays_so() -> None:
             signal.signal(number, handler)
 
 
+BLOCKED = """
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+from fednorm.cli import app
+app.app = lambda **_: (os.kill(os.getpid(), signal.SIG{0}), time.sleep(30))
+app.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["INT", "TERM"])
+def test_a_signal_that_was_blocked_by_whoever_started_the_command_ends_it(name: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", BLOCKED.format(name)], timeout=60, check=False, capture_output=True)
+    assert ended.returncode == 128 + signal.Signals[f"SIG{name}"], ended.stderr
+
+
 def test_outside_the_main_thread_nothing_is_touched() -> None:
     seen = []
 
@@ -273,5 +289,3 @@ def test_what_stands_is_counted_in_the_kind_s_own_parts(kind: str, words: str, t
     assert run_stands(config, tmp_path) == ""
     (folder / CHECKPOINT).touch()
     assert f"Finished and whole: {words}{folder}. Run the same command again" in run_stands(config, tmp_path)
-    on_flower = run_stands(config, tmp_path, in_process=False)
-    assert on_flower == (run_stands(config, tmp_path) if kind == "federated" else "")

@@ -51,6 +51,7 @@ def markdown(text: str) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_compare_runs_a_grid_reads_it_back_and_report_makes_its_tables(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +95,7 @@ def test_compare_runs_a_grid_reads_it_back_and_report_makes_its_tables(
     assert {r["hash"] for r in best} == {r["hash"] for r in results}  # seeds are no hyper-parameters
 
 
+@pytest.mark.slow
 def test_methods_that_share_a_name_are_told_apart_and_none_is_lost(
     call: Call, tmp_path: Path, refused: Refused
 ) -> None:
@@ -157,6 +159,7 @@ def smaller(make: Callable[..., Values]) -> Callable[..., Values]:
     return values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_demo_ends_in_a_short_table_a_world_and_the_path_of_the_page(
     whole: bool, call: Call, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch

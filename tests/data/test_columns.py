@@ -343,6 +343,7 @@ _FEATURES = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(columns=_COLUMNS, features=_FEATURES, good=st.sets(st.sampled_from(["image", "label"])))
 def test_any_schema_is_read_or_refused(

@@ -137,6 +137,7 @@ def test_a_run_s_seed_does_not_change_the_data(shared_cache: Path, monkeypatch: 
     assert any("not Digits-Five" in note for note in first.notes)
 
 
+@pytest.mark.slow
 def test_another_size_is_resized_from_28(source: Source, tmp_path: Path) -> None:
     other = read_digits_mini(20, tmp_path).images
     original = Image.fromarray(source.images[1234].transpose(1, 2, 0))

@@ -404,6 +404,7 @@ def test_the_split_depends_on_its_own_seed_alone_and_is_said() -> None:
     assert resized[-1] == "Images of 6 x 6 were resized to 4 x 4 pixels (data.image_size)."
 
 
+@pytest.mark.slow
 def test_a_split_seed_deals_apart_from_the_run_seed() -> None:
     def dealt(seed: int, split_seed: int) -> list[list[int]]:
         config = DataConfig(clients_per_domain=3, partition="dirichlet", validation=0.2, split_seed=split_seed)

@@ -78,6 +78,7 @@ def assert_alike(one: Any, other: Any) -> None:
         assert one == (pytest.approx(other, rel=1e-3, abs=1e-6) if isinstance(other, float) else other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", some_quick(ROUNDS, "silobn"))
 def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: SimpleNamespace) -> None:
     del away
@@ -89,6 +90,7 @@ def test_a_federation_on_a_device_is_that_on_the_cpu(strategy: str, away: Simple
     assert there["hash"] != here["hash"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", some_quick(STREAMS, "er_ace"))
 def test_a_stream_on_a_device_is_that_on_the_cpu(learner: str, away: SimpleNamespace, tmp_path: Path) -> None:
     del away

@@ -104,6 +104,7 @@ class Cut:
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_own_orders_with_local_tensors_and_gdumb_go_on_to_the_same_bits(tmp_path: Any) -> None:
     values = per_experience(
         strategy={"name": "fedbn"},

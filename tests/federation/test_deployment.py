@@ -193,6 +193,26 @@ def test_sites_of_their_own_end_with_the_bits_of_one_process(
     assert (deployed["hash"], events(deployed), rejected(deployed)) == (ours["hash"], [], [])
 
 
+def test_the_server_scores_the_shared_model_on_images_of_its_own(tmp_path: Path) -> None:
+    draw = np.random.default_rng(3)
+    for name in range(10):
+        (tmp_path / f"central/{name}").mkdir(parents=True)
+        Image.fromarray(draw.integers(0, 255, (28, 28, 3), dtype=np.uint8)).save(tmp_path / f"central/{name}/0.png")
+    own = {"central": True, "central_dir": str(tmp_path / "central"), "diagnostics": False}
+    config = values(strategy={"name": "fedavg"}, evaluate=own)
+    result, ours = serve(FakeGrid(config, nodes())), simulate(resolve(config), runs=tmp_path / "ours")
+    assert result["final"]["central"] == ours["final"]["central"]
+    assert [line["central"] for line in result["rounds"]] == [line["central"] for line in ours["rounds"]]
+    for changed, message in (
+        ({"strategy": {"name": "fedbn"}}, "no whole model"),
+        ({"evaluate": {**own, "central_dir": str(tmp_path / "none")}}, "is no folder on the server's machine"),
+    ):
+        grid = FakeGrid({**config, **changed}, nodes())
+        with pytest.raises(FedNormError, match=message):
+            serve(grid)
+        assert not any(kind == "train" for kind, *_ in grid.wire)
+
+
 def test_no_image_no_label_and_no_local_tensor_travels() -> None:
     grid = FakeGrid(values(), nodes())
     serve(grid)
@@ -286,17 +306,30 @@ class Killed(BaseException):
     """What ends a server in a test."""
 
 
-@pytest.mark.parametrize("phase", ["train", "evaluate"])
-def test_a_server_that_is_killed_goes_on_to_the_same_bits(phase: str, tmp_path: Path) -> None:
-    """Its nodes are started again too, under other ids; their tensors are on their disks."""
+@pytest.mark.parametrize("phase", ["train", "evaluate", "checkpoint"])
+def test_a_server_that_is_killed_goes_on_to_the_same_bits(
+    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its nodes are started again too, under other ids; their tensors are on their disks.
+
+    The line of a round may be there, and the checkpoint of it not.
+    """
+    save = RunRecord.save_checkpoint
+
+    def saved(record: RunRecord, checkpoint: Any) -> None:
+        if phase == "checkpoint" and checkpoint.ended == 2:
+            raise Killed
+        save(record, checkpoint)
 
     def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
         if (kind, grid.round, node_id) == (phase, 2, 11):
             raise Killed
 
     disk = {"state_dir": str(tmp_path / "state")}
-    with pytest.raises(Killed):
-        serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
+    with monkeypatch.context() as patched:
+        patched.setattr(RunRecord, "save_checkpoint", saved)
+        with pytest.raises(Killed):
+            serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
     again = FakeGrid(values(), {node_id + 30: node for node_id, node in nodes(**disk).items()})
     result, undisturbed = serve(again, tmp_path / "runs"), serve(FakeGrid(values(), nodes()), tmp_path / "other")
     models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, undisturbed)]
@@ -348,6 +381,23 @@ def test_a_late_reply_is_dropped_and_counted() -> None:
     result = serve(grid)
     assert [(r, c) for r, c, _ in rejected(result)] == [(1, 2)]
     assert events(result) == [(2, "street", "a reply of it came after its time, and was dropped")]
+
+
+def test_a_silent_node_is_told_that_its_training_was_not_used_and_nobody_waits_for_it_to_hear() -> None:
+    grid, asked = FakeGrid(values(), nodes()), list[tuple[str, int]]()
+    grid.nodes[10].fault = lambda message: asked.append((message.metadata.message_type, 10))
+    deployed = DeployedGrid(grid, timeout=0.02)
+    (reply,) = deployed.send_and_receive([Message(RecordDict(), 10, "train")])
+    assert "no reply came within 0.02 s" in reply.error.reason
+    pull = grid.pull_messages
+    grid.pull_messages = lambda _: pytest.fail("it waits")  # type: ignore[method-assign]
+    (reply,) = deployed.send_and_receive([Message(RecordDict(), 10, "query.undo")], timeout=60)
+    assert "told without waiting" in reply.error.reason
+    grid.pull_messages = pull  # type: ignore[method-assign]
+    told = RecordDict({"config": ConfigRecord({"server-round": 1})})
+    (other,) = deployed.send_and_receive([Message(told, 11, "query.undo")])
+    assert other.has_content(), "one that answers is heard"
+    assert (asked, deployed.late) == ([("train", 10), ("query.undo", 10)], [])
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -574,6 +624,7 @@ def test_an_evaluation_that_sites_do_not_allow_is_refused_before_training() -> N
         ({"data": {"domains": []}}, "must know whom it waits for"),
         ({"rounds": {"min_nodes": 4}}, "rounds.min_nodes is 4, and data.domains names 3 sites"),
         ({"strategy": {"name": "centralized"}}, "trains on the images of all sites at once"),
+        ({"evaluate": {"central": True}}, r"name their folder, on the server's machine, with evaluate\.central_dir"),
     ],
 )
 def test_what_no_federation_of_sites_can_run_is_refused(changed: dict[str, Any], message: str) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
 
 from fednorm.cli import app as cli
 from fednorm.config import resolve
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federation import flower_runtime
+from fednorm.federation.deployment import folder as folders
 from fednorm.federation.deployment.folder import Deployment, write_deployment
 from fednorm.federation.deployment.submit import deploy, superlink_of
 from fednorm.federation.flower_runtime import RunningSuperLink
@@ -97,6 +102,113 @@ def test_a_run_whose_launcher_is_interrupted_is_stopped_or_it_is_said_how(
     assert re.search(sentence, told), told
 
 
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("composed") / "clinic"
+    write_deployment(made, Deployment(SITES, port=8123))
+    return made
+
+
+@pytest.fixture
+def services(composed: Path) -> dict[str, Any]:
+    document = yaml.safe_load((composed / "docker-compose.yml").read_text())
+    assert set(document) == {"services"}
+    found: dict[str, Any] = document["services"]
+    return found
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    """Return a command's options and their values, however these are written; an empty text where one has none."""
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    return {
+        word: split[k + 1] if k + 1 < len(split) and not split[k + 1].startswith("--") else ""
+        for k, word in enumerate(split)
+        if word.startswith("--")
+    }
+
+
+def started(folder: Path, script: str, command: str) -> dict[str, str]:
+    """Return the options with which a script starts a command."""
+    text = (folder / script).read_text().replace("\\\n", " ")
+    (line,) = (line for line in text.splitlines() if line.strip().removeprefix("exec ").startswith(command))
+    return flags([word for word in shlex.split(line) if word not in ("&", "$@")])
+
+
+def test_compose_s_services_are_whole(services: dict[str, Any], composed: Path) -> None:
+    """By the rules of Compose's own schema that matter here; no text of ours is taken for a number or a key."""
+    assert list(services) == ["superlink", "sitea", "siteb", "sitec", "submit"]
+    known = {"build", "user", "ports", "environment", "volumes", "command", "depends_on", "restart", "profiles"}
+    for name, service in services.items():
+        assert set(service) <= known | {"entrypoint"}
+        assert re.fullmatch(r"[a-zA-Z0-9._-]+", name)
+        assert service["build"]["context"] == "."
+        assert service["user"] == "${FEDNORM_USER:?is in .env}"
+        lists = [
+            service.get(key, []) for key in ("command", "entrypoint", "volumes", "ports", "depends_on", "profiles")
+        ]
+        assert all(isinstance(text, str) for each in lists for text in each)
+        assert all(isinstance(value, str) for value in service["environment"].values())
+        assert set(service.get("depends_on", [])) <= set(services)
+        for volume in service["volumes"]:
+            source, target, *mode = volume.split(":")
+            assert mode in ([], ["ro"])
+            assert target.startswith("/")
+            assert (composed / source).exists(), "what is missing, Docker makes, as root"
+    assert services["superlink"]["ports"] == ["127.0.0.1:8123:8123"]
+    assert (composed / ".env").read_text().splitlines()[-1] == f"FEDNORM_USER={os.getuid()}:{os.getgid()}"
+
+
+def test_compose_starts_what_the_scripts_start(services: dict[str, Any], composed: Path) -> None:
+    own, theirs = flags(services["superlink"]["command"]), started(composed, "superlink.sh", "flower-superlink")
+    assert (own.pop("--host"), theirs.pop("--host")) == ("0.0.0.0", "127.0.0.1")
+    assert (own.pop("--database"), theirs.pop("--database")) == ("/flower/state.db", "$FLWR_HOME/state.db")
+    assert own == theirs
+    for name in SITES:
+        own, theirs = flags(services[name.lower()]["command"]), started(composed, f"{name}.sh", "flower-supernode")
+        assert (own.pop("--superlink"), theirs.pop("--superlink")) == ("superlink:8123", "127.0.0.1:8123")
+        assert theirs.pop("--node-config") == "$node_config"
+        text = "".join(re.findall(r"^node_config\+?=\"(.*)\"", (composed / f"{name}.sh").read_text(), re.MULTILINE))
+        assert own.pop("--node-config") == text.replace('\\"', '"').replace("$PWD", "")
+        assert own == theirs
+        mounted = {volume.split(":")[1] for volume in services[name.lower()]["volumes"]}
+        assert {f"/data/{name}", f"/state/{name}", "/sent", "/flower", f"/app/keys/{name}"} <= mounted
+        assert not any(other in volume for other in SITES if other != name for volume in mounted)
+    entry = services["submit"]["entrypoint"]
+    own, theirs = flags(entry[2:]), started(composed, "submit.sh", "fednorm federated")
+    assert (own.pop("--superlink"), theirs.pop("--superlink")) == ("superlink:8123", "127.0.0.1:8123")
+    assert (entry[:2], own) == (["fednorm", "federated"], theirs)
+    exported = dict(re.findall(r"(FLWR_\w+)=(\S+)", (composed / "superlink.sh").read_text()))
+    for service in services.values():
+        shared = {key: value for key, value in service["environment"].items() if key in exported and key != "FLWR_HOME"}
+        assert shared == {key: value for key, value in exported.items() if key != "FLWR_HOME"}
+
+
+def test_compose_s_images_are_flower_s_of_the_version_that_is_here(services: dict[str, Any], composed: Path) -> None:
+    """Pinned, and on Ubuntu; the version is one that fednorm declares."""
+    (line,) = (line for line in (composed / "Dockerfile").read_text().splitlines() if line.startswith("FROM "))
+    assert line == f"FROM flwr/${{BASE}}:{version('flwr')}-py3.13-ubuntu24.04"
+    (declared,) = (
+        Requirement(text) for text in requires("fednorm") or () if re.match(r"flwr\W", text) and "extra" not in text
+    )
+    assert declared.specifier.contains(version("flwr"))
+    assert {service["build"]["args"]["BASE"] for service in services.values()} == {"superlink", "supernode"}
+
+
+@pytest.mark.parametrize("name", ["superlink", "Submit", "keys"])
+def test_a_site_is_not_called_as_what_the_folder_has_already(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"--sites names {name}, which the folder has another"):
+        Deployment(("siteA", name))
+
+
+def test_a_site_that_is_called_as_a_number_or_a_word_of_yaml_s_is_none_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folders, "_made_keys", lambda _: [])
+    write_deployment(tmp_path / "made", Deployment(("123", "on", "null")))
+    services = yaml.safe_load((tmp_path / "made/docker-compose.yml").read_text())["services"]
+    assert list(services) == ["superlink", "123", "on", "null", "submit"]
+
+
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["fednorm", *arguments])
     with pytest.raises(SystemExit) as ended:
@@ -131,6 +243,7 @@ def test_the_command_writes_a_folder_once(
     assert (code, "is there already and not empty" in error) == (2, True), error
 
 
+@pytest.mark.slow
 def test_a_superlink_that_is_not_there_is_an_error_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(AggregationError, match=r"did not complete: .*'never taken'(.|\n)*flower\.log"):
         deploy(resolve(run_of()), RunningSuperLink(f"127.0.0.1:{free_port()}"), runs=tmp_path / "runs", timeout=120)

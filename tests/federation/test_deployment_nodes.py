@@ -2,9 +2,9 @@
 
 One SuperLink and its nodes serve all tests of this file, on one worker (``--dist loadfile``), in their order. Every
 process is ended by its id. What the nodes say passes through a relay that ends TLS with the SuperLink's own certificate
-and writes it down. Flower's nodes look for messages every 3 s and are taken for dead after 60 s; here, by the
-``sitecustomize`` below, after 0.3 s and 20 s. The fault table of docs/how-to/deploy.md is made of what these tests have
-seen; with ``FEDNORM_RECORD=1`` they write it down.
+and writes it down. Flower's processes begin with ``tests/support/quick_flower``, which makes them wait less, and lets a
+test hold up what a node is asked: no test hopes to be quicker than a node. The fault table of docs/how-to/deploy.md is
+made of what these tests have seen; with ``FEDNORM_RECORD=1`` they write it down.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,22 +50,8 @@ OTHER = "siteD"
 
 RECORD = Path(__file__).resolve().parents[2] / "docs/how-to/deploy-faults.json"
 
-QUICKER = """
-import os, sys, time
-import flwr.common.constant
-flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL = 10
-if any("flower-supernode" in word for word in sys.orig_argv):
-    _sleep = time.sleep
-    time.sleep = lambda seconds: _sleep(min(seconds, 0.3))
-
-class Slow:
-    def find_spec(self, name, path=None, target=None):
-        while name == "fednorm.federation.client" and os.path.exists(os.environ["FLWR_HOME"] + "/slow"):
-            time.sleep(0.1)
-
-sys.meta_path.insert(0, Slow())
-"""
-"""What Flower's processes begin with: see above; and where a file says so, a client's process takes its time."""
+QUICK = Path(__file__).resolve().parents[1] / "support/quick_flower"
+"""What Flower's processes begin with."""
 
 
 class Relay:
@@ -130,20 +117,35 @@ class Clinic(Loopback):
 
     def up(self, *names: str) -> None:
         """Start nodes, and wait until they are there."""
+        before = {name: self.count(name, "SuperNode ID") for name in names}
         for name in names:
-            before = self.count(name, "SuperNode ID")
             self.scripts[name] = self.start(name)
-            self.wait(lambda name=name, before=before: self.count(name, "SuperNode ID") > before, f"{name} is up")
+        for name in names:
+            self.wait(lambda name=name: self.count(name, "SuperNode ID") > before[name], f"{name} is up")
 
     def ready(self) -> None:
-        """Start the nodes of sites that are not running."""
+        """Start the nodes of sites that are not running, and hold up nothing."""
+        self.go_on()
         self.up(*(name for name in SITES if name not in self.scripts or self.scripts[name].poll() is not None))
+
+    def go_on(self) -> None:
+        """Hold up nothing any more."""
+        for path in self.folder.glob("flower/*/hold.*"):
+            path.unlink(missing_ok=True)
+
+    def hold(self, name: str, kind: str, server_round: int) -> Callable[[], None]:
+        """Let a node wait before it does what it is asked in a round; return what lets it go on."""
+        path = self.folder / "flower" / name / f"hold.{kind}.{server_round}"
+        path.touch()
+        return lambda: path.unlink(missing_ok=True)
 
     def kill(self, name: str) -> None:
         """Kill a script and all that it has started, without a word."""
         script = psutil.Process(self.scripts[name].pid)
+        script.suspend()  # it starts nothing more
         for process in [script, *script.children(recursive=True)]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # it has ended by itself
+                process.kill()
         self.scripts[name].wait(10)
 
     def count(self, name: str, text: str) -> int:
@@ -166,6 +168,7 @@ class Clinic(Loopback):
                     act()
             except BaseException as error:
                 errors.append(error)
+                self.go_on()
 
         player = threading.Thread(target=play, daemon=True)
         player.start()
@@ -177,44 +180,37 @@ class Clinic(Loopback):
         assert result is not None
         return result
 
-    def on(self, name: str, what: str, act: Callable[[], None], times: int = 1) -> Callable[[], None]:
+    def says(self, name: str, what: str, times: int = 1) -> Callable[[], None]:
         """Return an act that waits for a node to say something so many times from now on."""
         until = self.count(name, what) + times
+        return lambda: self.wait(lambda: self.count(name, what) >= until, f"{name} says {what!r} {times} times")
 
-        def wait_and_act() -> None:
-            self.wait(lambda: self.count(name, what) >= until, f"{name} says {what!r}")
-            act()
-
-        return wait_and_act
-
-    def ended(self, count: int, act: Callable[[], None], **sections: Any) -> Callable[[], None]:
+    def ended(self, count: int, **sections: Any) -> Callable[[], None]:
         """Return an act that waits for a run to have so many rounds in its record."""
         config = run_of(**sections)
 
-        def wait_and_act() -> None:
-            def lines() -> int:
-                found = list((self.folder / "runs").glob(f"*{config.hash}*/rounds.jsonl"))
-                return found[0].read_text().count("\n") if found else 0
+        def lines() -> int:
+            found = list((self.folder / "runs").glob(f"*{config.hash}*/rounds.jsonl"))
+            return found[0].read_text().count("\n") if found else 0
 
-            self.wait(lambda: lines() >= count, f"{count} rounds")
-            act()
-
-        return wait_and_act
+        return lambda: self.wait(lambda: lines() >= count, f"{count} rounds")
 
 
-def run_of(seed: int = 1, rounds: dict[str, Any] | None = None, **sections: Any) -> Any:
-    return resolve(
-        {
-            "strategy": {"name": "fedbn"},
-            "data": {"name": "image_folders", "domains": list(SITES)},
-            "model": {"width": 4},
-            "train": {"batch_size": 6},
-            "evaluate": {"diagnostics": False},
-            "seed": seed,
-            "rounds": {"num_rounds": 3, "wait": 180.0, "timeout": 300.0, "min_answered": 0.0} | (rounds or {}),
-            **sections,
-        }
-    )
+def values_of(seed: int = 1, rounds: dict[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
+    return {
+        "seed": seed,
+        "strategy": {"name": "fedbn"},
+        "data": {"name": "image_folders", "domains": list(SITES)},
+        "model": {"width": 4},
+        "train": {"batch_size": 6},
+        "evaluate": {"diagnostics": False},
+        "rounds": {"num_rounds": 3, "wait": 180.0, "timeout": 300.0, "min_answered": 0.0} | (rounds or {}),
+        **sections,
+    }
+
+
+def run_of(**sections: Any) -> Any:
+    return resolve(values_of(**sections))
 
 
 def draw_images(folder: Path) -> None:
@@ -237,9 +233,7 @@ def clinic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clinic]:
     draw_images(made / "data")
     copy_to(copy, made, (*SITES, OTHER), port)
     with Relay(copy, port) as relay, own_processes(scratch) as (tree, environment):
-        (scratch / "quicker").mkdir()
-        (scratch / "quicker/sitecustomize.py").write_text(QUICKER)
-        environment["PYTHONPATH"] = f"{scratch / 'quicker'}{os.pathsep}{environment['PYTHONPATH']}"
+        environment["PYTHONPATH"] = f"{QUICK}{os.pathsep}{environment['PYTHONPATH']}"
         for name in (*SITES, OTHER):
             script = copy / f"{name}.sh"
             text = re.sub(r"(?<=--superlink )\S+", f"127.0.0.1:{relay.port}", script.read_text())
@@ -349,23 +343,32 @@ def test_what_was_on_the_wire_is_what_the_sites_wrote_down(clinic: Clinic) -> No
         assert not sent["evaluate"].tensors
 
 
-FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 6, "evaluate_every": 6}}
+TRAIN, EVALUATE = "Receiving: train message", "Receiving: evaluate message"
+
+FAULTY: dict[str, Any] = {"seed": 2, "rounds": {"num_rounds": 4, "evaluate_every": 4}}
 
 
 @pytest.fixture(scope="module")
 def faulty(clinic: Clinic) -> dict[str, Any]:
-    """A run of which nodes are killed in training, between rounds and in evaluation; two are started again."""
+    """A run of which nodes are killed between rounds, in training and in evaluation; the first two are started again.
+
+    In round 3, which one node trains in alone, it is held up until they are back.
+    """
     clinic.ready()
-    train, evaluate = "Receiving: train message", "Receiving: evaluate message"
-
-    def kill_and_start() -> None:
-        clinic.kill("siteB")
-        clinic.scripts["siteA"], clinic.scripts["siteB"] = clinic.start("siteA"), clinic.start("siteB")
-
+    trains, goes_on = clinic.hold("siteB", "train", 2), clinic.hold("siteC", "train", 3)
+    scores = clinic.hold("siteC", "evaluate", 4)
     return clinic.run(
-        clinic.ended(1, lambda: clinic.kill("siteA"), **FAULTY),
-        clinic.on("siteB", train, kill_and_start, times=2),
-        clinic.on("siteC", evaluate, lambda: clinic.kill("siteC")),
+        clinic.ended(1, **FAULTY),
+        lambda: clinic.kill("siteA"),
+        clinic.says("siteB", TRAIN, 2),
+        lambda: clinic.kill("siteB"),
+        trains,
+        clinic.says("siteC", TRAIN, 3),
+        lambda: clinic.up("siteA", "siteB"),
+        goes_on,
+        clinic.says("siteC", EVALUATE),
+        lambda: clinic.kill("siteC"),
+        scores,
         **FAULTY,
     )
 
@@ -373,8 +376,7 @@ def faulty(clinic: Clinic) -> dict[str, Any]:
 def test_a_node_killed_in_training_costs_its_own_update(faulty: dict[str, Any]) -> None:
     (reason,) = rejected(faulty, 2, 1)
     row("a node is killed in training", f"siteB: {reason}")
-    assert len(faulty["rounds"]) == 6
-    assert trained(faulty)[:2] == [{0, 1, 2}, {2}]
+    assert trained(faulty) == [{0, 1, 2}, {2}, {2}, {0, 1, 2}]
 
 
 def test_a_node_killed_between_rounds_costs_its_own_update(faulty: dict[str, Any]) -> None:
@@ -385,7 +387,6 @@ def test_a_node_killed_between_rounds_costs_its_own_update(faulty: dict[str, Any
 def test_killed_nodes_that_are_started_again_go_on_with_their_state(faulty: dict[str, Any], clinic: Clinic) -> None:
     back = {site: events(faulty, site) for site in SITES}
     assert back["siteA"] == back["siteB"] == ["its node has left", "its node has come back"]
-    assert trained(faulty)[-1] == {0, 1, 2}
     for client, site in enumerate(SITES):
         tensors = kept(clinic, site, run_of(**FAULTY))
         (steps,) = {int(tensor) for key, tensor in tensors.items() if "num_batches" in key}
@@ -399,43 +400,89 @@ def test_killed_nodes_that_are_started_again_go_on_with_their_state(faulty: dict
 def test_a_node_killed_in_evaluation_is_missing_from_it(faulty: dict[str, Any]) -> None:
     assert faulty["final"]["missing"] == {"clients": [2], "domains": ["siteC"]}
     assert sorted(faulty["final"]["per_domain"]) == ["siteA", "siteB"]
-    (reason,) = rejected(faulty, 6, 2)
+    (reason,) = rejected(faulty, 4, 2)
     row("a node is killed in evaluation", f"siteC: {reason}", "the result says that siteC is missing from it")
 
 
-def test_a_killed_superlink_s_run_goes_on_from_the_last_round(clinic: Clinic, tmp_path: Path) -> None:
-    sections: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 2, "evaluate_every": 2}}
+CUT: dict[str, Any] = {"seed": 3, "rounds": {"num_rounds": 3, "evaluate_every": 3}}
+
+HEARS = """
+import runpy, signal, sys
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.argv[0] = "fednorm"
+runpy.run_module("fednorm", run_name="__main__")
+"""
+"""The command, deaf to no signal, whatever whoever started the tests was."""
+
+
+@pytest.fixture(scope="module")
+def cut(clinic: Clinic, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, str, dict[str, Any]]:
+    """A run that is interrupted in round 2, and loses its SuperLink in round 3: how the first command ended, and it."""
     clinic.ready()
+    ended = interrupted(clinic, tmp_path_factory.mktemp("cut") / "run.toml")
     with pytest.raises(AggregationError, match="did not complete"):
-        clinic.run(clinic.ended(1, lambda: clinic.kill("superlink"), **sections), **sections)
+        clinic.run(clinic.ended(2, **CUT), lambda: clinic.kill("superlink"), **CUT)
     clinic.scripts["superlink"] = clinic.start_server()
-    result, ours = clinic.run(**sections), in_process(clinic, tmp_path, **sections)
+    return *ended, clinic.run(**CUT)
+
+
+def interrupted(clinic: Clinic, path: Path) -> tuple[int, str]:
+    """Hand in a run by its command and interrupt that in round 2; return its exit code and what it has said."""
+    tables = {name: table for name, table in values_of(**CUT).items() if isinstance(table, dict)}
+    lines = [f"seed = {CUT['seed']}"]
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines) + "\n")
+    arguments = ["--config", str(path), "--runtime", "deployment", "--runs", str(clinic.folder / "runs")]
+    link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
+    call, said = [sys.executable, "-c", HEARS, "federated", *arguments, *link], list[str]()
+    goes_on = clinic.hold("siteA", "train", 2)
+    with subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stderr
+        reader = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+        reader.start()
+
+        def shows(what: str) -> bool:
+            assert process.poll() is None, "".join(said)
+            return any(what in line for line in said)
+
+        clinic.wait(lambda: shows("round 1:"), "the command shows round 1")
+        process.send_signal(signal.SIGINT)
+        process.wait(240)
+        reader.join(10)
+    goes_on()
+    return process.returncode, " ".join("".join(said).split())
+
+
+def test_a_killed_superlink_s_run_goes_on_from_the_last_round(
+    cut: tuple[int, str, dict[str, Any]], clinic: Clinic, tmp_path: Path
+) -> None:
+    result, ours = cut[2], in_process(clinic, tmp_path, **CUT)
     assert all(tensor.equal(model(result)[key]) for key, tensor in model(ours).items())
     assert result["final"]["per_domain"] == ours["final"]["per_domain"]
+    assert trained(result) == [{0, 1, 2}] * 3
     row("the SuperLink is killed, and started again", "the same command goes on from the last round, to the same bits")
 
 
 @pytest.mark.usefixtures("first")
 def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
     clinic.ready()
-    timeout = round(max(15.0, *(1.5 * seconds for seconds in clinic.seconds)))  # this machine may have much else to do
+    timeout = round(max(6.0, *(1.5 * seconds for seconds in clinic.seconds)))  # this machine may have much else to do
     sections: dict[str, Any] = {
         "seed": 4,
         "data": {"name": "image_folders"},
         "rounds": {"num_rounds": 2, "timeout": float(timeout), "min_nodes": 3, "evaluate_every": 2},
     }
     strangers(clinic)
-    slow = clinic.folder / "flower/siteB/slow"
+    goes_on = clinic.hold("siteB", "train", 1)
 
     def quicken() -> None:
-        time.sleep(timeout + 2)
-        slow.unlink()
+        time.sleep(timeout + 1)
+        goes_on()
 
-    result = clinic.run(
-        clinic.on("siteB", "Sending: query.describe message", slow.touch),
-        clinic.on("siteB", "Receiving: train message", quicken),
-        **sections,
-    )
+    result = clinic.run(clinic.says("siteB", TRAIN), quicken, **sections)
     (reason,) = rejected(result, 1, 1)
     assert f"no reply came within {timeout} s" in reason
     reason = reason.replace(f"{timeout} s", "… s")
@@ -448,36 +495,18 @@ def test_strangers_and_slow_nodes_hold_nobody_up(clinic: Clinic) -> None:
     assert {"siteA", "siteC"} <= set(result["final"]["per_domain"])
 
 
-RUN = """
-seed = 5
-data = { name = "image_folders", domains = ["siteA", "siteB", "siteC"] }
-strategy = { name = "fedbn" }
-model = { width = 4 }
-train = { batch_size = 6 }
-rounds = { num_rounds = 2, wait = 180.0 }
-"""
-
-
-def test_ctrl_c_stops_the_run_on_the_superlink(clinic: Clinic, tmp_path: Path) -> None:
-    clinic.ready()
-    (tmp_path / "run.toml").write_text(RUN)
-    arguments = ["--config", str(tmp_path / "run.toml"), "--runtime", "deployment", "--runs", str(tmp_path / "runs")]
-    link = ["--superlink", clinic.superlink.address, "--root-certificates", str(clinic.superlink.root_certificates)]
-    before = clinic.count("siteA", "Receiving: train message")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    call = [sys.executable, "-m", "fednorm", "federated", *arguments, *link]
-    with subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        clinic.wait(lambda: clinic.count("siteA", "Receiving: train message") > before, "siteA trains")
-        process.send_signal(signal.SIGINT)
-        _, text = process.communicate(timeout=240)
-    assert process.returncode == 130
-    assert re.search(r"stopped\. Run \d+ on the SuperLink at 127\.0\.0\.1:\d+ was stopped\.", " ".join(text.split()))
+def test_ctrl_c_stops_the_run_on_the_superlink(cut: tuple[int, str, dict[str, Any]]) -> None:
+    code, said, result = cut
+    assert code == 130, said
+    assert re.search(r"stopped\. Run \d+ on the SuperLink at 127\.0\.0\.1:\d+ was stopped\.", said)
+    assert re.search(r"Finished and whole: 1 of 3 rounds, in .* Run the same command again to go on", said)
+    assert [line["round"] for line in result["rounds"]] == [1, 2, 3]
     row("the launcher is interrupted (Ctrl-C)", "the run is stopped on the SuperLink; the same command goes on")
 
 
 def strangers(clinic: Clinic) -> None:
     """Start a node of other classes; one with a key that nobody has registered and one without any are refused."""
-    clinic.up(OTHER)
+    clinic.scripts[OTHER] = clinic.start(OTHER)
     key, text = clinic.folder / "keys/stranger", (clinic.folder / "siteA.sh").read_text()
     subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-b", "384", "-N", "", "-f", str(key)], check=True)
     port = re.search(r"--port (\d+)", text)
@@ -497,6 +526,7 @@ def strangers(clinic: Clinic) -> None:
         clinic.wait(lambda name=name, refusal=refusal: clinic.count(name, refusal) > 0, f"{name} is refused")
         assert not clinic.count(name, "SuperNode ID")
         clinic.kill(name)
+    clinic.wait(lambda: clinic.count(OTHER, "SuperNode ID") > 0, f"{OTHER} is up")
     row("a node has a key that nobody has registered", f"the SuperLink refuses it: {refusals['stranger']}")
     row("a node has no key", f"the SuperLink refuses it: {refusals['nameless']}")
 

@@ -307,6 +307,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_a_tree_ends_deaf_and_orphaned_descendants_but_no_stranger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,7 @@ def test_the_server_s_model_of_fedavg_is_tested_on_the_unseen_domain() -> None:
     assert run.result["bytes_of_locals_for_evaluation"] == 0
 
 
+@pytest.mark.slow
 def test_the_data_tells_the_evaluations_apart() -> None:
     """Without this, a matrix that scored one model five times could pass."""
     run = trained()

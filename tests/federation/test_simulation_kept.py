@@ -30,7 +30,7 @@ from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.server import serve
 from fednorm.federation.simulate import simulate
 from fednorm.federation.simulate_flower import simulate_flower
-from fednorm.federation.workbench import CLIENTS, Workbench
+from fednorm.federation.workbench import CLIENTS, workbench_of
 from fednorm.records.record import RunRecord
 
 VALUES: dict[str, Any] = {
@@ -62,9 +62,9 @@ class Foreign(AddressedGrid):
 
 def run(config: Any, runs: Path, hook: Callable[[Message], None] = lambda _: None) -> dict[str, Any]:
     """Serve a run to clients whose contexts are new."""
-    bench, record = Workbench(config), RunRecord(runs, config)
+    bench, record = workbench_of(config), RunRecord(runs, config)
     bench.keeping = keeping_in(str(record.folder / CLIENTS))
-    grid = InProcessGrid(make_client_app(lambda _: bench), 3, {})
+    grid = InProcessGrid(make_client_app(lambda _: bench), len(bench.federation.clients), {})
     return serve(Foreign(grid, hook), bench, record, None)
 
 
@@ -96,6 +96,57 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bits(strategy: str, phase: st
     assert len(trained) == 4, "two rounds of two clients were left"
 
 
+STREAMS: dict[str, Any] = {
+    "kind": "federated_continual",
+    "seed": 26,
+    "scenario": {"name": "split_digits", "num_experiences": 3, "train_per_experience": 45, "test_per_experience": 20},
+    "model": {"width": 4},
+    "norm": {"name": "batch_norm"},
+    "strategy": {"name": "fedavg"},
+    "learner": {"name": "lwf"},
+    "grid": {"clients": 3, "norms": "per_experience"},
+    "rounds": {"per_experience": 2, "fraction": 0.4},
+    "train": {"batch_size": 8, "learning_rate": 0.05},
+    "evaluate": {"task_identity": True},
+}
+"""Clients 0, 1, 0, 2, 1, 2 train: at every boundary two have not trained before it, and client 1 rests for a while."""
+
+
+def at(kind: str, number: int) -> Callable[[Message], None]:
+    """Return what kills a server before it sends a message of a kind, counted over the whole run from 1."""
+    seen: list[int] = []
+
+    def hook(message: Message) -> None:
+        if message.metadata.message_type == kind:
+            seen.append(message.metadata.dst_node_id)
+            if len(seen) == number:
+                raise Killed
+
+    return hook
+
+
+def test_a_federation_of_streams_that_was_killed_again_and_again_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    """Before a training, twice at a boundary that is then crossed anew, at the next one, and right after that."""
+    config = resolve(STREAMS)
+    ours = simulate(config, runs=tmp_path / "ours")
+    ended = []
+    for kind, number in [("train", 2), *[("query.boundary", 3)] * 2, ("query.boundary", 6), ("train", 2)]:
+        with pytest.raises(Killed):
+            run(config, tmp_path / "runs", at(kind, number))
+        ended.append(len(RunRecord(tmp_path / "runs", config).lines()))
+    again = run(config, tmp_path / "runs")
+    models = [load_file(Path(result["run"]) / "model.safetensors") for result in (again, ours)]
+    assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
+    for key in ("accuracy_tensor", "own_accuracy_tensor", "temporal_forgetting"):
+        assert again[key] == ours[key]
+    shown, expected = (
+        [{key: value for key, value in line.items() if key != "seconds"} for line in result["rounds"]]
+        for result in (again, ours)
+    )
+    assert shown == expected, "no client has lost anything"
+    assert ended == [1, 1, 1, 3, 4]
+
+
 def is_train(message: Message) -> bool:
     return message.metadata.message_type == "train"
 
@@ -125,11 +176,16 @@ simulate_flower(resolve(json.loads(sys.argv[1])), runs=Path(sys.argv[2]), timeou
 """
 
 
+LONG = ({**VALUES, "rounds": {"num_rounds": 40}}, {**STREAMS, "rounds": {"per_experience": 14}})
+"""Enough rounds to be at it still when the signal comes."""
+
+
 @pytest.mark.flower
 @pytest.mark.slow
-def test_flower_s_own_simulation_goes_on_after_ctrl_c(tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", LONG, ids=["images", "streams"])
+def test_flower_s_own_simulation_goes_on_after_ctrl_c(values: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Flower's simulation runtime needs ray")
-    config = resolve({**VALUES, "rounds": {"num_rounds": 40}})  # enough to be at it still when the signal comes
+    config = resolve(values)
     record = RunRecord(tmp_path / "runs", config)
     call = [sys.executable, "-c", COMMAND, json.dumps(config.to_dict()), str(tmp_path / "runs")]
     with subprocess.Popen(call, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as process:

@@ -50,6 +50,7 @@ def test_with_batch_norm_it_is_the_librarys_own_function(name: str) -> None:
     assert MODELS[name].input_size == (176 if "10t" in name else 224)
 
 
+@pytest.mark.slow
 def test_it_is_converted_and_takes_the_constructors_arguments() -> None:
     result = built("timm:resnet10t", "group_norm", options={"stem_width": 8, "act_layer": "silu"})
     twin = theirs("timm:resnet10t", 7, stem_width=8)
@@ -86,6 +87,7 @@ def test_unknown_names_come_with_the_nearest(name: str, error: type[Exception], 
         MODELS[name]
 
 
+@pytest.mark.slow
 def test_a_size_that_it_does_not_take_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cannot take images of shape \(2, 3, 8, 8\).*e.g. 224"):
         built("torchvision:alexnet", "none", image_size=8)
@@ -196,6 +198,7 @@ def plain_module() -> nn.Module:
     return nn.Linear(2, 2)
 
 
+@pytest.mark.slow
 def test_pretrained_comes_from_the_caches_and_from_nowhere_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

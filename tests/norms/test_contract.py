@@ -78,6 +78,7 @@ ELSEWHERE = [name for name in NORMS.names if getattr(NORMS[name], "tried_on", "d
 """Norms that act on what a plain network has not: attention, residual branches."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in (*ELSEWHERE, "batch_norm") else pytest.mark.slow) for name in NORMS.names],
@@ -149,6 +150,7 @@ def test_a_norm_of_ones_own_keeps_the_contract(check: str) -> None:
     CHECKS[check](broken_case(""))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(
     ("broken", "check", "words"),
     [
@@ -190,6 +192,7 @@ def test_a_tensor_that_is_not_declared_is_seen() -> None:
         CHECKS["roles"](Case(NORMS["group_norm"], Undeclared(), (3, 8, 3, 4)))
 
 
+@pytest.mark.slow
 def test_facts_that_are_not_so_are_seen() -> None:
     with pytest.raises(AssertionError, match="set exact_backward=True"):
         CHECKS["gradient"](broken_case("", exact_backward=False))

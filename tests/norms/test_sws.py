@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fednorm.errors import ConfigError
@@ -113,3 +114,25 @@ def test_gain_is_a_gain_and_the_rest_are_weights() -> None:
         "gain": Kind.GAIN,
     }
     assert not spec.normalizes
+
+
+def test_fedws_s_scaled_weights_are_a_larger_eps_of_the_group_normalization() -> None:
+    """FedWS: GN(conv(x, rho w_hat)) with rho = 1e-3 and eps 1e-5, written out; and the gradient of the raw weight."""
+    rho, eps, generator = 1e-3, 1e-5, torch.Generator().manual_seed(4)
+    images = torch.randn(5, 3, 6, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, 3, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    flat = weight.flatten(1)
+    standardized = (flat - flat.mean(1, keepdim=True)) / (flat.std(1, keepdim=True) + eps)
+    maps = F.conv2d(images, rho * standardized.view_as(weight))
+    groups = maps.reshape(5, 2, -1)
+    variance = groups.var(2, unbiased=False, keepdim=True)
+    expected = ((groups - groups.mean(2, keepdim=True)) / (variance + eps).sqrt()).view_as(maps)
+    norm = make_norm("ws_group_norm", {"num_groups": 2, "eps_on": "deviation", "group_eps": eps / rho**2})
+    conv, layer = norm.conv(3, 4, 3, bias=False).double(), norm.layer(4, 2).double()
+    conv.weight.data.copy_(weight.detach())
+    actual = layer(conv(images))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+    (wanted,) = torch.autograd.grad(expected.pow(3).sum(), weight)
+    (got,) = torch.autograd.grad(actual.pow(3).sum(), conv.weight)
+    torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
+    assert float((variance < 1e-4).double().mean()) > 0.5  # where eps counts

@@ -278,8 +278,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -
 
 
 def test_what_is_no_chain_or_no_batch_of_images_is_refused() -> None:
-    model = make_model("resnet18", make_norm("batch_norm"), num_classes=3, image_size=8, width=4, seed=2)
-    with pytest.raises(ConfigError, match=r"Continual backprop works on a chain of layers.*train without Continual"):
+    model = make_model("mobilenet_v2", make_norm("batch_norm"), num_classes=3, image_size=8, width=8, seed=2)
+    with pytest.raises(ConfigError, match=r"Continual backprop follows units .*depthwise .*train without Continual"):
         ContinualBackprop(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=0.1)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     ContinualBackprop(model, torch.optim.SGD(model.parameters(), lr=0.1), rate=0.1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from fednorm.errors import ConfigError, DataError
 from fednorm.models import make_model
 from fednorm.norms import make_norm
+from fednorm.optim.hidden_units import hidden_units
 from fednorm.optim.redo import ReDo
-from fednorm.optim.units import chain
 from fednorm.rng import torch_seeded
 from fednorm.training.diagnostics import dormant_units
 from fednorm.training.step import TrainingStep
@@ -50,7 +50,7 @@ def uneven(model: nn.Module) -> nn.Module:
     """Shift the units apart, so that some of every layer fire less than others; after a norm they would not."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for link in chain(model):
+        for link in hidden_units(model, "ReDo"):
             noise = torch.randn(link.units, generator=generator)
             for shift in [m.bias for m in (*link.norms, link.layer) if m.bias is not None][:1]:
                 shift.add_(noise)  # type: ignore[operator]
@@ -205,7 +205,7 @@ def test_dormant_is_what_the_diagnostics_call_dormant(tau: float) -> None:
 def with_dead_units(name: str, norm: str) -> nn.Module:
     model = built(name, norm)
     with torch.no_grad():
-        for link in chain(model)[:2]:
+        for link in hidden_units(model, "ReDo")[:2]:
             shift = link.norms[0].bias if norm != "none" else link.layer.bias
             shift[:2] = -1e3  # type: ignore[index]
     return model
@@ -217,10 +217,10 @@ def test_dead_units_are_recycled_without_a_change_of_the_function(name: str, nor
     model, images = with_dead_units(name, norm), batch(4)[0]
     redo = ReDo(model, torch.optim.SGD(model.parameters(), lr=0.0), every=1, tau=0.0)
     before = model(images)
-    layers = [copy.deepcopy(link.layer) for link in chain(model)]
+    layers = [copy.deepcopy(link.layer) for link in hidden_units(model, "ReDo")]
     redo()
     assert list(redo.recycled.values())[:2] >= [2, 2]
-    for old, link in zip(layers[:2], chain(model)[:2], strict=True):
+    for old, link in zip(layers[:2], hidden_units(model, "ReDo")[:2], strict=True):
         assert not torch.equal(link.layer.weight[:2], old.weight[:2])
     # Layer normalization pools the units, so the others see the new weights: what NaP's authors found.
     assert torch.allclose(model(images), before, rtol=1e-5, atol=1e-5) is same
@@ -348,8 +348,6 @@ RELU = nn.ReLU()
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda: built("resnet18", width=4), r"'layer1\.0' \(BasicBlock\) is not an nn\.Sequential.*mlp, cnn"),
-        (lambda: built("mobilenet_v2", width=8), r"'features\.1' \(InvertedResidual\) is not an nn\.Sequential"),
         (lambda: built("cnn", "sws"), r"layer 'conv1' \(SWSConv2d\) does not compute with its raw weight"),
         (of(nn.Linear(2, 2)), "hidden layers, and Sequential has none"),
         (of(nn.Linear(2, 3), nn.Linear(3, 2)), "none between layers '0' and '1'"),
@@ -364,7 +362,7 @@ RELU = nn.ReLU()
         ),
     ],
 )
-def test_what_is_no_chain_is_refused_by_the_layers_name(build: Callable[[], nn.Module], words: str) -> None:
+def test_what_is_no_chain_of_units_is_refused_by_the_layers_name(build: Callable[[], nn.Module], words: str) -> None:
     model = build()
     with pytest.raises(ConfigError, match=words):
         ReDo(model, torch.optim.SGD(model.parameters(), lr=0.1), every=1, tau=0.1)
@@ -395,7 +393,7 @@ def test_activations_without_an_axis_of_units_are_explained() -> None:
 @pytest.mark.parametrize("name", ["mlp", "cnn", "digits_cnn"])
 def test_fednorms_chains_are_found_whole(name: str) -> None:
     model = built(name, width=4)
-    links = chain(model)
+    links = hidden_units(model, "ReDo")
     layers = [path for path, _ in weighted(model)]
     assert [link.path for link in links] == layers[:-1]
     assert [link.following for link in links] == [m for _, m in weighted(model)][1:]

@@ -209,8 +209,8 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], words: str) -
 
 
 def test_what_is_no_chain_or_no_batch_of_images_is_refused() -> None:
-    model = built("resnet18", "batch_norm")
-    with pytest.raises(ConfigError, match="Self-normalized resets works on a chain of layers"):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Softmax(1), nn.Linear(3, 2))
+    with pytest.raises(ConfigError, match=r"'1' \(Softmax\) stands where Self-normalized resets"):
         SelfNormalizedResets(model, torch.optim.SGD(model.parameters(), lr=0.1), eta=0.1)
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     SelfNormalizedResets(model, torch.optim.SGD(model.parameters(), lr=0.1), eta=0.1)

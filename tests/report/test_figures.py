@@ -157,6 +157,7 @@ def test_methods_are_told_apart_without_colour() -> None:
     assert len({one["color"] for one in looks}) == len(COLOURS) == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("figure_format", ["svg", *(pytest.param(f, marks=pytest.mark.slow) for f in ("pdf", "png"))])
 def test_files_are_whole_the_same_each_time_and_leave_matplotlib_alone(
     figure_format: str, stream_result: Make, tmp_path: Path

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import time
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +143,16 @@ def test_unknown_and_missing_tools_are_told_before_anything_runs(monkeypatch: py
 # Each tool ------------------------------------------------------------------------------------------------------------
 
 
-def tell(tool: str, folder: Path) -> None:
-    """Tell a tool of a run of two rounds."""
+def tell(tool: str, folder: Path, rounds: Sequence[int] = (1, 2), *, cut: bool = False) -> None:
+    """Tell a tool of a run of two rounds, or of some of its rounds."""
     config = resolve({"strategy": {"name": "fedbn"}})
     with Live([tool], folder) as told:
-        told.begin(types.SimpleNamespace(config=config), 1)
-        for number, mean in ((1, 0.25), (2, 0.5)):
+        told.begin(types.SimpleNamespace(config=config), rounds[0])
+        for number in rounds:
+            mean = number / 4
             told.round({"round": number, "mean": mean, "per_domain": {"mnist-m (a)": mean}, "seconds": 1.0})
-        told.end({"final": {"mean": 0.5, "per_domain": {}}, "seconds": 2.0})
+        if not cut:
+            told.end({"final": {"mean": 0.5, "per_domain": {}}, "seconds": 2.0})
 
 
 def test_tensorboard_reads_it_while_it_goes(tmp_path: Path) -> None:
@@ -162,6 +165,51 @@ def test_tensorboard_reads_it_while_it_goes(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("mean")] == [(1, 0.25), (2, 0.5)]
     assert [event.value for event in events.Scalars("final/mean")] == [0.5]
     assert "accuracy/mnist-m (a)" in events.Tags()["scalars"]
+
+
+def points(folder: Path, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
+
+
+def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
+    """It was cut after round 5 and goes on from its checkpoint after round 3; then all of it is run anew."""
+    tell("tensorboard", tmp_path, (1, 2, 3, 4, 5), cut=True)
+    time.sleep(1)  # TensorBoard orders files by the second
+    tell("tensorboard", tmp_path, (4, 5, 6))
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert points(folder, "mean") == [(number, number / 4) for number in range(1, 7)]
+    assert points(folder, "final/mean") == [(6, 0.5)]
+    time.sleep(1)
+    tell("tensorboard", tmp_path, (1, 2))
+    assert points(folder, "mean") == [(1, 0.25), (2, 0.5)]
+    assert points(folder, "final/mean") == [(2, 0.5)]
+
+
+@pytest.mark.parametrize("last", [3, 4])
+def test_a_run_cut_in_earnest_goes_on_without_doubled_steps(last: int, tmp_path: Path) -> None:
+    class Cut:
+        def begin(self, *_: Any) -> None: ...
+
+        def round(self, line: Mapping[str, Any]) -> None:
+            if line["round"] == last:
+                raise KeyboardInterrupt
+
+    config = {**SMALL, "rounds": {"num_rounds": 4, "checkpoint_every": 2}}
+    with pytest.raises(KeyboardInterrupt), Live(["tensorboard"], tmp_path) as told:
+        fednorm.federated(config=config, runs=tmp_path / "runs", observer=Several(told, Cut()))
+    time.sleep(1)  # TensorBoard orders files by the second
+    with Live(["tensorboard"], tmp_path) as told:
+        result = fednorm.federated(config=config, runs=tmp_path / "runs", observer=told)
+        told.end(result)
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert len(list(folder.iterdir())) == 2
+    means = [(line["round"], pytest.approx(line["mean"])) for line in result["rounds"]]
+    assert points(folder, "mean") == means
+    assert [step for step, _ in points(folder, "final/mean")] == [4]
 
 
 def test_wandb_is_offline_and_goes_on_under_the_run_s_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +247,12 @@ def test_wandb_is_offline_and_goes_on_under_the_run_s_hash(tmp_path: Path, monke
     assert calls["log"] == [(1, 0.25), (2, 0.5)]
     assert calls["summary"]["final/mean"] == 0.5
     assert calls["exit"] == 0
+    calls["log"].clear()
+    tell("wandb", tmp_path, (2, 3))  # it goes on from a checkpoint after round 1
+    assert calls["log"] == [(3, 0.75)]
+    calls["log"].clear()
+    tell("wandb", tmp_path)  # from its beginning: the record was deleted, say
+    assert calls["log"] == [(1, 0.25), (2, 0.5)]
     monkeypatch.setenv("WANDB_MODE", "online")
     tell("wandb", tmp_path)
     assert calls["init"]["mode"] == "online"
@@ -227,7 +281,8 @@ class FakeClient:
 
     def create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
         assert experiment == "7"
-        made = types.SimpleNamespace(info=types.SimpleNamespace(run_id=f"r{len(FakeClient.runs)}"))
+        info, data = types.SimpleNamespace(run_id=f"r{len(FakeClient.runs)}"), types.SimpleNamespace(metrics={})
+        made = types.SimpleNamespace(info=info, data=data)
         FakeClient.runs[made.info.run_id] = {"made": made, "tags": tags, "name": run_name, "params": {}, "metrics": []}
         return made
 
@@ -239,6 +294,11 @@ class FakeClient:
 
     def log_metric(self, run: str, key: str, value: float, step: int = 0) -> None:
         FakeClient.runs[run]["metrics"].append((key, step, value))
+        FakeClient.runs[run]["made"].data.metrics[key] = value
+
+    def get_metric_history(self, run: str, name: str) -> list[Any]:
+        metrics = FakeClient.runs[run]["metrics"]
+        return [types.SimpleNamespace(step=step) for key, step, _ in metrics if key == name]
 
     def set_terminated(self, run: str, status: str) -> None:
         FakeClient.runs[run]["status"] = status
@@ -260,8 +320,40 @@ def test_mlflow_s_run_is_found_again_by_its_hash(tmp_path: Path, monkeypatch: py
     assert ("accuracy/mnist-m _a_", 1, 0.25) in run["metrics"]
     assert ("final/mean", 0, 0.5) in run["metrics"]
     assert run["status"] == "FINISHED"
+    told = list(run["metrics"])
     tell("mlflow", tmp_path)
     assert len(FakeClient.runs) == 1
+    assert run["metrics"] == told
+    tell("mlflow", tmp_path, (2, 3))
+    assert [step for key, step, _ in run["metrics"] if key == "mean"] == [1, 2, 3]
+
+
+def test_of_runs_that_begin_at_once_one_makes_mlflow_s_experiment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(FakeClient):
+        """Another run makes the experiment between this one's looking for it and its making it."""
+
+        made = False
+
+        def get_experiment_by_name(self, name: str) -> Any:
+            assert name == "fednorm"
+            return types.SimpleNamespace(experiment_id="7") if Late.made else None
+
+        def create_experiment(self, name: str) -> str:
+            Late.made = True
+            raise RuntimeError(f"{name} exists")
+
+    FakeClient.runs = {}
+    package, tracking = types.ModuleType("mlflow"), types.ModuleType("mlflow.tracking")
+    package.__spec__ = importlib.util.spec_from_loader("mlflow", None)
+    tracking.MlflowClient = Late  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "mlflow", package)
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", tracking)
+    monkeypatch.setattr(live._MLflow, "_PATIENCE", 0.0)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    tell("mlflow", tmp_path)
+    assert [run["status"] for run in FakeClient.runs.values()] == ["FINISHED"]
 
 
 @pytest.mark.slow
@@ -295,3 +387,49 @@ def test_the_command_line_logs_as_it_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(list((tmp_path / "logs/tensorboard").glob("fedavg-*/events.out.tfevents.*"))) == 1
     with pytest.raises(ConfigError, match="--log takes"):
         app([*words, "--log", "nope", *less], standalone_mode=False)
+
+
+# A study ------------------------------------------------------------------------------------------------------------
+
+STUDY = """\
+[base]
+kind = "federated"
+data = { train_per_client = 8, test_per_domain = 4, domains = ["scans", "photo"] }
+model.width = 4
+rounds.num_rounds = 2
+[[points]]
+strategy.name = "fedavg"
+[[points]]
+strategy.name = "fedbn"
+"""
+
+
+def compare(folder: Path, *words: str) -> dict[str, Any]:
+    from fednorm.cli.app import app
+
+    (folder / "study.toml").write_text(STUDY, encoding="utf-8")
+    app(["compare", str(folder / "study.toml"), "--out", str(folder / "runs"), *words], standalone_mode=False)
+    return {path.name.split("-")[0]: path for path in (folder / "logs/tensorboard").iterdir()}
+
+
+@pytest.mark.parametrize("jobs", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_each_run_of_a_study_is_told_under_its_own_name(
+    jobs: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = compare(tmp_path, "--jobs", jobs, "--log", "tensorboard", "--json")
+    assert sorted(told) == ["fedavg", "fedbn"]
+    for folder in told.values():
+        assert [step for step, _ in points(folder, "mean")] == [1, 2]
+        assert len(points(folder, "final/mean")) == 1
+    compare(tmp_path, "--jobs", jobs, "--log", "tensorboard", "--json")  # all are finished: nothing is told again
+    assert [len(list(folder.iterdir())) for folder in told.values()] == [1, 1]
+
+
+def test_a_study_with_a_tool_that_is_missing_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"--log mlflow needs the package mlflow"):
+        compare(tmp_path, "--log", "mlflow")
+    with pytest.raises(ConfigError, match="--log takes tensorboard"):
+        compare(tmp_path, "--log", "nope", "--dry-run")
+    assert not (tmp_path / "runs").exists()

@@ -163,6 +163,7 @@ def reader(chromium: Any, page: Path) -> Iterator[Reader]:
     assert log == []  # of whatever the test did
 
 
+@pytest.mark.slow
 def test_it_opens_draws_every_chart_and_asks_the_network_for_nothing(reader: Reader) -> None:
     for tab in reader.all("[role=tab]"):
         tab.click()
@@ -235,6 +236,7 @@ def test_a_method_that_is_not_chosen_is_in_no_chart_and_stays_in_the_table(reade
     assert "No method is chosen" in reader.one("#study-learning .note").text
 
 
+@pytest.mark.slow
 def test_every_number_leads_to_its_run(reader: Reader) -> None:
     body = next(b for b in reader.all("#study .comparison tbody") if b.text.startswith("■") or "fedbn" in b.text)
     button = body.find_element("css selector", ".seeds")
@@ -403,6 +405,7 @@ def test_a_keyboard_reaches_everything(reader: Reader) -> None:
     assert reader.js(unnamed) == 0
 
 
+@pytest.mark.slow
 def test_tabs_have_addresses_and_the_back_button_goes_back(reader: Reader) -> None:
     shown = "return document.querySelector('[role=tab][aria-selected=true]').textContent"
     assert [tab.text for tab in reader.all("[role=tab]")][1] == "Split CIFAR-10"

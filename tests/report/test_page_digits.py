@@ -29,6 +29,7 @@ PAGES: dict[str, Callable[[float], str]] = {
 """What the page's scripts call, and what tables do."""
 
 
+@pytest.mark.slow
 def test_the_page_rounds_as_the_tables_do(chromium: Any) -> None:
     drawn = np.random.default_rng(0)
     ties = [k / 2000 for k in range(-40, 2200, 7)] + [sum(k / 1000 for k in (a, a + 1)) / 2 for a in range(800, 900)]

@@ -85,6 +85,7 @@ def test_the_command_line_lists_and_explains_it(name: str, capsys: pytest.Captur
     assert card["about"].startswith(f"{name}: ")
 
 
+@pytest.mark.few(3)
 @every_scenario
 def test_the_same_seed_gives_the_same_stream(name: str, make: Make) -> None:
     assert make(name, 1).digest() == make(name, 1).digest()

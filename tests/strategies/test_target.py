@@ -211,6 +211,7 @@ def run(tmp_path: Any, configuration: dict[str, Any], **more: Any) -> tuple[dict
     return read_tensors(RunRecord(tmp_path, config).folder / "model.safetensors", config.hash)[0], result
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Any) -> None:
     """Before the images are drawn, just after, and in the middle of the experience that has them."""
     whole, result = run(tmp_path / "whole", values())

@@ -62,6 +62,7 @@ def test_every_two_of_scenarios_learners_and_norms_meet() -> None:
     assert {(s, norm) for s, _, norm in triples} == set(itertools.product(SCENARIOS.names, NORMS.names))
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(("scenario", "learner", "norm"), _triples())
 def test_it_trains_and_measures(scenario: str, learner: str, norm: str, toy: Any) -> None:
     # What is measured inside the network costs as much again as the rest, and does not depend on the scenario.
@@ -143,6 +144,7 @@ def test_groups_that_do_not_divide_are_refused_before_training(learner: str, nor
         toy.bench(toy.config("split_digits", learner, norm, norm={"num_groups": 3}))
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("norm", NORMS.names)
 def test_a_batch_of_one_is_refused_where_it_has_no_variance(norm: str, toy: Any) -> None:
     alone = toy.config("split_digits", "naive", norm, train={"batch_size": 1})
@@ -169,7 +171,7 @@ def test_controls_of_statistics_are_refused_where_there_are_none(norm: str, opti
 # The same again -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "batch_renorm", "nap"])
 def test_the_same_seed_gives_the_same_bits(learner: str, norm: str, toy: Any) -> None:
@@ -302,7 +304,7 @@ def refused(toy: Any, scenario: str, learner: str) -> None:
         toy.bench(toy.config(scenario, learner, "task_balanced_norm", learner={"passes": "separate"}))
 
 
-@pytest.mark.cover(2)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("scenario", ["split_digits", "domain_digits"])
 @pytest.mark.parametrize("norm", ["adab2n", "task_balanced_norm"])
 @pytest.mark.parametrize(("learner", "passes"), [*SIZES, ("gdumb", "")])
@@ -336,7 +338,7 @@ def test_every_learner_with_a_memory_is_in_the_table() -> None:
     assert {name for name, passes in SIZES if passes} == set(REPLAY)
 
 
-@pytest.mark.cover(2)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("learner", REPLAY)
 @pytest.mark.parametrize("norm", STATEFUL)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
@@ -381,7 +383,7 @@ def test_the_balanced_pass_is_batch_normalization_s_update(toy: Any) -> None:
     torch.testing.assert_close(bench.model.norm1.running_var.double(), var, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("learner", REPLAY)
 @pytest.mark.parametrize("norm", STATEFUL)
 def test_recalibration_is_for_evaluation_alone(learner: str, norm: str, toy: Any) -> None:

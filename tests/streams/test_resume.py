@@ -146,6 +146,7 @@ def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
 # Anywhere -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("place", "n", "first"),
     [
@@ -182,6 +183,7 @@ OF_LEARNERS = ("stored logits", "springs", "teacher", "balanced memory", "all ex
 KILLS = (("in the step", 8, 6), ("after the step", 12, 12))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "place", "n", "first"),
     [
@@ -201,6 +203,7 @@ def test_every_kind_of_state_is_restored(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 def test_a_memory_that_was_being_learned_is_learned_again(
     small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -213,6 +216,7 @@ def test_a_memory_that_was_being_learned_is_learned_again(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_again_and_again(
     small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -236,6 +240,7 @@ def test_an_interrupted_run_goes_on_in_the_same_process(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 def test_how_often_checkpoints_are_taken_changes_nothing_and_may_change(
     small: Any, whole: Any, written: Any, tmp_path: Path, toy: Any
 ) -> None:
@@ -266,6 +271,7 @@ LOST = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("method", "lost"),
     [
@@ -296,6 +302,7 @@ def test_the_comparison_would_notice_lost_state(
         assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_plain_tensors_and_json(small: Any, launcher: Any, tmp_path: Path, toy: Any) -> None:
     launcher.run(small(), tmp_path, "in the step", 8)
     path = next(tmp_path.iterdir()) / "checkpoint.safetensors"
@@ -353,6 +360,7 @@ def damage(path: Path, how: str) -> None:
         reseal(path, tensors, version=None if how == "no version" else how)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["cut short", "half a state", *slow(("empty",), ("something else",), ("no state",))])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     how: str, cut: Any, whole: Any, written: Any, tmp_path: Path
@@ -369,6 +377,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("found", [str(TABLE_VERSION + 1), *slow(("0",), ("no version",))])
 def test_a_checkpoint_of_another_version_is_refused_and_its_remedy_works(
     found: str, cut: Any, whole: Any, written: Any, tmp_path: Path
@@ -425,7 +434,7 @@ PARTS = {
 }
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("how", ["is lost", "has another shape"])
 @pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
 def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_not_used(
@@ -494,6 +503,7 @@ def test_lost_lines_are_noticed(lost: str, cut: Any, tmp_path: Path) -> None:
 # Other processes, other times -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_processes_never_write_to_one_record(
     small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:
@@ -515,6 +525,7 @@ def test_two_processes_never_write_to_one_record(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(
     small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:

@@ -98,6 +98,7 @@ def document(toy: Any) -> dict[str, Any]:
     return toy.run(toy.config(**FIVE))[0]
 
 
+@pytest.mark.slow
 def test_every_accuracy_is_that_of_plain_pytorch(document: dict[str, Any], toy: Any) -> None:
     plain, everything = Plain(), list(range(10))
     stream = toy.bench(toy.config(**FIVE)).stream
@@ -221,7 +222,7 @@ EVALUATION = {
 }
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("key", EVALUATION)
 @pytest.mark.parametrize("learner", ["er_ace", "gdumb"])
 def test_evaluation_leaves_training_alone(key: str, learner: str, toy: Any) -> None:
@@ -280,6 +281,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 def test_every_key_of_training_reaches_the_training(toy: Any) -> None:
     def state(norm: str, **train: Any) -> Any:
         config = toy.config("split_digits", "naive", norm, train=train)
@@ -397,6 +399,7 @@ def test_what_begins_with_an_experience_begins_with_all_but_the_first(learner: s
     assert begun == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_the_norm_is_fitted_to_the_stream_and_the_learner(toy: Any) -> None:
     many = {"scenario": {"num_experiences": 25}, "train": {"batch_size": 12}}
     found, bench = toy.run(toy.config("permuted_pixels", "naive", "adab2n", **many))

@@ -296,6 +296,7 @@ def any_damage(made: Callable[[str], Made], kind: str, state: str, file: float, 
     check(runs, state, names[int(file * len(names))], *how)
 
 
+@pytest.mark.slow
 @property_of(8)
 def test_a_damaged_file_is_named_or_changes_nothing(
     made: Callable[[str], Made], kind: str, state: str, file: float, how: tuple[str, Any]

@@ -638,6 +638,7 @@ LEAVES: dict[str, Any] = {
     "evaluate.batch_size": 32,
     "evaluate.diagnostics": False,
     "evaluate.best_round": True,
+    "evaluate.central": True,
     "evaluate.adaptation": [{"name": "tent"}],
 }
 
@@ -656,6 +657,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 ELSEWHERE: dict[str, Any] = {
     "data.dir": "/elsewhere",
     "data.download": True,
+    "evaluate.central_dir": "/elsewhere",
     "rounds.checkpoint_every": 7,
     "rounds.min_answered": 0.5,
     "rounds.min_nodes": 2,

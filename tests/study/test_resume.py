@@ -76,6 +76,7 @@ def go_on(values: dict[str, Any], runs: Path) -> tuple[Path, Watch]:
     return Path(simulate(resolve(values), runs=runs, observer=watch)["run"]), watch
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_anywhere_goes_on(
     place: str, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
@@ -90,7 +91,7 @@ def test_a_run_killed_anywhere_goes_on(
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "client's local tensors"])
 @pytest.mark.parametrize("place", ["in a client's training", "after the round"])
 def test_every_kind_of_state_is_restored(

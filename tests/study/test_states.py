@@ -179,6 +179,7 @@ for ended in range(1, 100000):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_moment_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     moment = random.Random(5)
     process = subprocess.Popen(
@@ -342,6 +343,7 @@ def test_what_clients_reported_is_in_columns(tmp_path: Path, monkeypatch: pytest
         simulate(config, runs=tmp_path / "table")
 
 
+@pytest.mark.slow
 def test_a_lost_file_of_columns_is_named(cut: Path, large: Left, tmp_path: Path) -> None:
     path = cut / "clients" / "round-000002.parquet"
     path.unlink()
@@ -412,6 +414,7 @@ def test_a_client_s_model_is_read_from_the_table(tmp_path: Path, monkeypatch: py
         assert same(one, two)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [

@@ -12,17 +12,20 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from fednorm.config import resolve
 from fednorm.errors import ConfigError
+from fednorm.federation.deployment.compose import SUBMIT, compose, dockerfile, environment
 from fednorm.federation.flower_app import write_app
 from fednorm.federation.simulate_flower import CLIENTAPP, SERVERAPP
 from fednorm.federation.workbench import DEPLOYMENT
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
 """What a site is called: its name becomes that of files and of a service of Docker's."""
+
+TAKEN = ("superlink", "register", "submit", "make-keys", "keys")
+"""What no site can be called, in lower case: other scripts, services and folders of Flower's."""
 
 NODE_PORT = 9200
 """The port of the first site's node for its own processes, on 127.0.0.1; the others' follow."""
@@ -54,6 +57,8 @@ class Deployment:
                 "--sites are names with commas between, of letters, digits, '-' and '_', e.g. siteA,siteB,siteC"
                 f"{f'; got {odd!r}' if odd else ''}."
             )
+        if taken := next((name for name in self.sites if name.lower() in TAKEN), None):
+            raise ConfigError(f"--sites names {taken}, which the folder has another script or service of. Rename it.")
         lower = [name.lower() for name in self.sites]
         if twice := next((name for name in self.sites if lower.count(name.lower()) > 1), None):
             raise ConfigError(f"--sites names {twice} more than once, as a file system may see it.")
@@ -97,8 +102,9 @@ def write_deployment(folder: Path, deployment: Deployment) -> list[str]:
         "superlink.sh": _superlink(deployment),
         "register.sh": _register(deployment),
         "submit.sh": _submit(deployment),
-        "docker-compose.yml": _compose(deployment),
-        "Dockerfile": _dockerfile(),
+        "docker-compose.yml": compose(deployment.sites, deployment.port, NODE_PORT),
+        "Dockerfile": dockerfile(),
+        ".env": environment(),
         ".gitignore": "keys/\ncertificates/*.key\n",
         **{f"{name}.sh": _node(deployment, k) for k, name in enumerate(deployment.sites)},
     }
@@ -107,8 +113,11 @@ def write_deployment(folder: Path, deployment: Deployment) -> list[str]:
         path.write_text(text, encoding="utf-8")
         if name.endswith(".sh"):
             path.chmod(0o755)
+    for name in ("runs", "sent", "flower/superlink", "flower/submit"):
+        (folder / name).mkdir(parents=True)
     for site in deployment.sites:
-        (folder / "data" / site).mkdir(parents=True)
+        for name in ("data", "state", "flower"):  # what containers find missing, Docker makes as root
+            (folder / name / site).mkdir(parents=True)
     return _made_keys(folder)
 
 
@@ -215,57 +224,11 @@ printf 'root-certificates = "%s"\\n' "$PWD/certificates/ca.crt" >> "$FLWR_HOME/c
 
 
 def _submit(deployment: Deployment) -> str:
-    command = ["fednorm", "federated", "--config", "run.toml", "--runtime", DEPLOYMENT]
-    command += ["--superlink", f"127.0.0.1:{deployment.port}", "--root-certificates", "certificates/ca.crt"]
+    command = [*SUBMIT, "--superlink", f"127.0.0.1:{deployment.port}", "--root-certificates", "certificates/ca.crt"]
     return (
         _head("Hands the run to the SuperLink; its exit status is the run's.", "submit")
         + f'exec {shlex.join(command)} --runs runs "$@"\n'
     )
-
-
-def _dockerfile() -> str:
-    return f"""# Flower's image with fednorm in it; put a wheel of your own in place of the name where you have one.
-ARG BASE=superlink
-FROM flwr/${{BASE}}:{version("flwr")}
-RUN python -m pip install --no-cache-dir fednorm
-"""
-
-
-def _compose(deployment: Deployment) -> str:
-    nodes = "".join(
-        f"""  {name.lower()}:
-    build: {{context: ., args: {{BASE: supernode}}}}
-    depends_on: [superlink]
-    environment: {{FLWR_TELEMETRY_ENABLED: "0"}}
-    volumes:
-      - ./certificates/ca.crt:/app/ca.crt:ro
-      - ./keys/{name}:/app/key:ro
-      - ./data/{name}:/data:ro
-      - ./state/{name}:/state
-    command:
-      - --superlink=superlink:{deployment.port}
-      - --root-certificates=/app/ca.crt
-      - --auth-supernode-private-key=/app/key
-      - --node-config=domain="{name}" data-dir="/data" state-dir="/state"
-"""
-        for name in deployment.sites
-    )
-    return f"""# Written by fednorm deploy init: the SuperLink and one node a site, in Flower's own images.
-services:
-  superlink:
-    build: {{context: ., args: {{BASE: superlink}}}}
-    environment: {{FLWR_TELEMETRY_ENABLED: "0"}}
-    ports: ["127.0.0.1:{deployment.port}:{deployment.port}"]
-    volumes: ["./certificates:/app/certificates:ro", "./runs:/app/runs"]
-    command:
-      - --host=0.0.0.0
-      - --port={deployment.port}
-      - --ssl-certfile=certificates/server.pem
-      - --ssl-keyfile=certificates/server.key
-      - --ssl-ca-certfile=certificates/ca.crt
-      - --enable-supernode-auth
-      - --disable-runtime-dependency-installation
-{nodes}"""
 
 
 def _readme(deployment: Deployment) -> str:
@@ -293,6 +256,13 @@ data, and nothing else; `superlink.sh`, `make-keys.sh` and the sites' scripts sa
 `certificates/ca.key` and the private keys where nobody else reads them, and take a certificate authority of your own
 for anything but a test.
 
-`docker-compose.yml` and `Dockerfile` do the same in Flower's images (`docker compose up`). No test of fednorm's runs
-them.
+`docker-compose.yml`, `Dockerfile` and `.env` do the same in Flower's images, as whoever owns this folder:
+
+```bash
+docker compose up --build -d
+./register.sh                       # once
+docker compose run --rm submit
+```
+
+No test of fednorm's runs them; that they are whole, and start what the scripts start, is tested.
 """

@@ -3,7 +3,9 @@
 A SuperLink answers for a node that it has lost, with an error whose source is itself; a node that is slow is not
 answered for at all. Here each message of a call is answered exactly once, under the name of the node that it went to:
 by the node's reply, by the SuperLink's error, or, when time is up, by an error of our own. A reply that comes later is
-fetched, dropped and counted (:attr:`DeployedGrid.late`), so that no later round takes it for its own.
+fetched, dropped and counted (:attr:`DeployedGrid.late`), so that no later round takes it for its own. Where a node has
+let its time go by, it is told that its training was not used (``query.undo``), and nobody waits for it to say that it
+has heard: a silent node holds up a round by ``rounds.timeout``, and by no more.
 """
 
 from __future__ import annotations
@@ -22,6 +24,9 @@ NO_ANSWER = 2
 
 POLL_SECONDS = 0.2
 """Between two looks for replies."""
+
+UNDO = "query.undo"
+"""What a node whose training was not used is told."""
 
 
 class AddressedGrid(Grid):
@@ -91,22 +96,27 @@ class DeployedGrid(AddressedGrid):
         super().__init__(grid)
         self._timeout = timeout
         self._overdue: dict[str, int] = {}
+        self._unawaited: set[str] = set()
         self.late: list[int] = []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages, and yield one reply to each as it comes; errors stand in for those that do not come in time.
 
-        A message to a node that is not there is not sent.
+        A message to a node that is not there is not sent. One that says to a silent node that its training was not used
+        is sent, and not waited for.
         """
         seconds = min(self._timeout, timeout or self._timeout)
         until = time.monotonic() + seconds
-        there = set(self._grid.get_node_ids())
+        there, silent = set(self._grid.get_node_ids()), set(self._overdue.values())
         awaited: dict[str, Message] = {}
         for message in messages:
             self._address(message)
             number = next(iter(self._grid.push_messages([message])), None) if _node(message) in there else None
             if number is None:
                 yield _stand_in(message, "the node is not there")
+            elif message.metadata.message_type == UNDO and _node(message) in silent:
+                self._unawaited.add(number)
+                yield _stand_in(message, "it is silent, and was told without waiting for its answer")
             else:
                 awaited[number] = message
         while awaited:
@@ -120,8 +130,9 @@ class DeployedGrid(AddressedGrid):
 
     def _come(self, awaited: dict[str, Message]) -> Iterator[Message]:
         """Yield what has come of the awaited replies, and take it off them; what is overdue is counted and dropped."""
-        for reply in self._grid.pull_messages([*awaited, *self._overdue]):
+        for reply in self._grid.pull_messages([*awaited, *self._overdue, *self._unawaited]):
             number = reply.metadata.reply_to_message_id
+            self._unawaited.discard(number)
             if (node := self._overdue.pop(number, None)) is not None:
                 if reply.has_content():  # else the SuperLink answers for a node that is gone
                     self.late.append(node)

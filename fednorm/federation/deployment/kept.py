@@ -7,6 +7,10 @@ record: one file a run and client, a safetensors file, whole or not there, with 
 
 A server that goes on from a checkpoint says with every message of which round it has used the client's training last
 (:data:`SITE`). A client that has trained since, and was never told that it was in vain, goes back by that training.
+
+At an experience's end (``query.boundary``) a client's state changes too, and the server may have to ask for that again.
+What the client keeps then is a second file beside the first, with the round; it holds once the server says that so many
+rounds have ended (``ended``), and until then the first does.
 """
 
 from __future__ import annotations
@@ -38,6 +42,17 @@ LOST = "lost-state-of-round"
 RECORDS = (*KEPT, BEFORE_RECORD)
 """The records of a client's state that outlive its node."""
 
+BOUNDARY = "query.boundary"
+"""What a client is told at an experience's end, by a server that says how many rounds have ended before."""
+
+CROSSED = "crossed"
+"""Of a client's state: the round at whose end it has crossed a boundary since it trained last, or 0."""
+
+_NUMBERS = ("round", "before", CROSSED)
+
+_BESIDE = ".boundary"
+"""How the name of the second file ends, before its suffix."""
+
 
 class KeptOnDisk:
     """The state of one site on its disk.
@@ -48,11 +63,11 @@ class KeptOnDisk:
     """
 
     def __init__(self, folder: Path, site: str) -> None:
-        self._folder, self._name = folder, f"{quote(site, safe='')}.safetensors"
+        self._folder, self._name = folder, quote(site, safe="")
 
-    def path(self, run: str) -> Path:
-        """Return the file of a run."""
-        return self._folder / quote(run, safe="") / self._name
+    def path(self, run: str, beside: str = "") -> Path:
+        """Return the file of a run, or the second one beside it."""
+        return self._folder / quote(run, safe="") / f"{self._name}{beside}.safetensors"
 
     def save(self, state: RecordDict, run: str, numbers: ConfigRecord) -> None:
         """Write what a client keeps, in the place of what it kept before.
@@ -65,7 +80,28 @@ class KeptOnDisk:
         Raises:
             RecordError: It cannot be written; what was there is whole.
         """
-        path = self.path(run)
+        self._write(self.path(run), state, numbers)
+        self.path(run, _BESIDE).unlink(missing_ok=True)
+
+    def save_crossed(self, state: RecordDict, run: str, numbers: ConfigRecord, *, again: bool) -> None:
+        """Write what a client keeps after a boundary, beside what it kept before it.
+
+        Args:
+            state: As for :meth:`save`.
+            run: The run.
+            numbers: As for :meth:`save`, :data:`CROSSED` among them.
+            again: Whether what it kept before it is what it kept after an earlier one, not having trained in between.
+
+        Raises:
+            RecordError: It cannot be written; what was there is whole.
+        """
+        beside = self.path(run, _BESIDE)
+        if again and beside.is_file():
+            beside.replace(self.path(run))
+        self._write(beside, state, numbers)
+
+    @staticmethod
+    def _write(path: Path, state: RecordDict, numbers: ConfigRecord) -> None:
         if not any(name in state for name in RECORDS) and not path.exists():
             return  # there is nothing to lose
         tensors = {
@@ -85,13 +121,27 @@ class KeptOnDisk:
                 "(state-dir in its node-config), or make room there."
             ) from error
 
-    def load(self, state: RecordDict, run: str) -> dict[str, int] | None:
+    def load(self, state: RecordDict, run: str, ended: int = 0) -> dict[str, int] | None:
         """Give a client's state what the disk has of a run; None where it has nothing.
 
+        Args:
+            state: The client's ``Context.state``.
+            run: The run.
+            ended: The rounds that have ended: a boundary at the end of a later one has never been.
+
         Raises:
-            RecordError: The file is damaged.
+            RecordError: A file is damaged.
         """
-        path = self.path(run)
+        beside = RecordDict()
+        crossed = self._read(self.path(run, _BESIDE), beside)
+        if crossed is None or not 0 < crossed.get(CROSSED, 0) <= ended:
+            return self._read(self.path(run), state)
+        for name, record in beside.items():
+            state[name] = record
+        return crossed
+
+    @staticmethod
+    def _read(path: Path, state: RecordDict) -> dict[str, int] | None:
         if not path.is_file():
             return None
         records: dict[str, dict[str, Tensor]] = {}
@@ -137,7 +187,7 @@ class Keeping:
         if said is None:
             return
         run, number = str(said["run"]), int(str(said["partition-id"]))
-        numbers = self._numbers(state, run, number)
+        numbers = self._numbers(state, run, number, int(str(said.get("ended", 0))))
         if kind == "train":
             last = int(str(said["last-round"]))
             if numbers["round"] > last and BEFORE_RECORD in state:  # trained, and never heard that it was in vain
@@ -146,18 +196,18 @@ class Keeping:
             self._lost = last if numbers["round"] != last else 0
         state[SITE] = ConfigRecord({"run": run, "partition-id": number, **numbers})
 
-    def _numbers(self, state: RecordDict, run: str, number: int) -> dict[str, int]:
+    def _numbers(self, state: RecordDict, run: str, number: int, ended: int) -> dict[str, int]:
         """Return the round of what the client keeps, and of what it kept before; from its disk where it has nothing."""
         known = state.config_records.get(SITE)
         if known is not None and known["run"] == run:
-            return {key: int(str(known[key])) for key in ("round", "before")}
+            return {key: int(str(known.get(key, 0))) for key in _NUMBERS}
         undo.forget(state)
         for name in KEPT:
             if name in state:
                 del state[name]
         disk = self._disk(number)
-        found = (disk.load(state, run) if disk else None) or {}
-        return {key: found.get(key, 0) for key in ("round", "before")}
+        found = (disk.load(state, run, ended) if disk else None) or {}
+        return {key: found.get(key, 0) for key in _NUMBERS}
 
     def after(self, kind: str, content: RecordDict, reply: RecordDict, state: RecordDict) -> None:
         """Keep a client's state on its disk where it has changed, and say so where something of it was lost.
@@ -171,15 +221,21 @@ class Keeping:
         Raises:
             RecordError: It cannot be written there.
         """
-        if SITE not in content or kind not in ("train", "query.undo"):
+        if SITE not in content or kind not in ("train", "query.undo", BOUNDARY):
             return
         known = state.config_records[SITE]
+        disk = self._disk(int(str(known["partition-id"])))
+        if kind == BOUNDARY:
+            again, known[CROSSED] = bool(known[CROSSED]), int(str(content.config_records[SITE].get("ended", 0))) + 1
+            if disk:
+                disk.save_crossed(state, str(known["run"]), known, again=again)
+            return
         current = int(str(content.config_records["config"]["server-round"]))
         if kind == "train":
-            known["before"], known["round"] = known["round"], current
+            known["before"], known["round"], known[CROSSED] = known["round"], current, 0
             if self._lost and undo.kept_now(state):
                 reply.metric_records["metrics"][LOST] = self._lost
         elif known["round"] == current:
             known["round"] = known["before"]
-        if disk := self._disk(int(str(known["partition-id"]))):
+        if disk:
             disk.save(state, str(known["run"]), known)

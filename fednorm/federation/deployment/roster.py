@@ -165,18 +165,21 @@ class Roster:
         until = time.monotonic() + self._config.rounds.wait
         while True:
             self._see_who_left()
-            self._ask_newcomers(until)
+            # Newcomers are not waited for longer than it takes to describe oneself, while others could go on.
+            self._ask_newcomers(time.monotonic() if self._trainer_is_there() else until)
             self._take_on(self._candidates)
             self._candidates = {}
-            nodes = self.nodes()
-            if any(node.trains and not node.held_out for node in nodes):
-                return nodes
+            if self._trainer_is_there():
+                return self.nodes()
             if time.monotonic() >= until:
                 raise IncompleteError(
                     f"No site that trains is there any more, and none came within {self._config.rounds.wait:g} s "
                     "(rounds.wait). The record keeps the last good round."
                 )
             time.sleep(LOOK_SECONDS)
+
+    def _trainer_is_there(self) -> bool:
+        return any(node.trains and not node.held_out for node in self.nodes())
 
     def nodes(self) -> tuple[Node, ...]:
         """Return the nodes that are there, in the order of their numbers."""

@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from fednorm.config import RunConfig, resolve
 from fednorm.data.domain import Federation
 from fednorm.errors import ConfigError
+from fednorm.federation.central import require_folder
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.deployment.grid import DeployedGrid
 from fednorm.federation.deployment.roster import Roster
@@ -57,6 +58,8 @@ def check_deployed(config: RunConfig) -> None:
     if config.kind != "federated":
         raise ConfigError("A federation of streams runs in process or on Flower's simulation; sites are not asked yet.")
     config.require_importable("the sites' processes are others")
+    if config.evaluate.central != bool(config.evaluate.central_dir):
+        require_folder(config.evaluate)  # of which the server's machine alone can say whether it is there
     if config.strategy.card.pooled:
         raise ConfigError(
             f"strategy {config.strategy.name} trains on the images of all sites at once: they would travel."
@@ -97,6 +100,7 @@ def serve_sites(grid: Grid, context: Context, record_of: RecordSource, observer:
     record = record_of(context, config)
     if record is not None and (finished := read_back(record, config)):
         return finished
+    require_folder(config.evaluate)  # before anybody is waited for
     torch.set_num_threads(config.threads)
     deployed = DeployedGrid(grid, timeout=config.rounds.timeout)
     roster = roster_of(config, deployed, record, f"{config.hash}-{context.run_id}")
@@ -116,10 +120,13 @@ def roster_of(config: RunConfig, grid: DeployedGrid, record: RunRecord | None, r
         RecordError: The record cannot be read.
     """
     said = record.about().get("sites") if record is not None and record.has_checkpoint() else None
-    if record is None or not isinstance(said, dict):
+    checkpoint = record.load_checkpoint() if record is not None and isinstance(said, dict) else None
+    if record is None or checkpoint is None or not isinstance(said, dict):
         return Roster(config, grid, run)
     before = {name: (int(number), str(digest)) for name, (number, digest) in said["known"].items()}
-    last = {c["client"]: line["round"] for line in record.lines() for c in line["clients"]["train"]}
+    # A round whose line is there and whose checkpoint is not will be again: no site may count it as used.
+    lines = record.lines()[: checkpoint.ended]
+    last = {c["client"]: line["round"] for line in lines for c in line["clients"]["train"]}
     return Roster(config, grid, str(said["run"]), before, last)
 
 

@@ -1,7 +1,7 @@
 """Clients of Flower's own simulation whose state outlives its processes: a run that was cut short there goes on.
 
 Each client keeps its state in the run's record, as a site keeps its own on its disk (:mod:`.kept`), and the server says
-with every message of which round it has used the client's training last.
+with every message of which round it has used the client's training last, and how many rounds have ended.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ class SimulatedGrid(AddressedGrid):
         grid: Flower's own.
         bench: The run's workbench, whose strategy knows the nodes.
         record: The run's record, whose lines say who was trained before.
+
+    Attributes:
+        ended: How many rounds have ended: what the record has of them is not undone any more.
     """
 
     def __init__(self, grid: Grid, bench: Workbench, record: RunRecord | None) -> None:
         super().__init__(grid)
         self._bench, self._record = bench, record
+        self.ended = 0
         self._last: dict[int, int] = {}
         self._known: tuple[tuple[Node, ...], dict[int, int]] = ((), {})
         self.addressed = self._said
@@ -52,6 +56,7 @@ class SimulatedGrid(AddressedGrid):
         Args:
             ended: How many rounds there are.
         """
+        self.ended = ended
         for line in self._record.lines()[:ended] if self._record else ():
             self._last |= {client["client"]: line["round"] for client in line["clients"]["train"]}
 
@@ -66,4 +71,9 @@ class SimulatedGrid(AddressedGrid):
         number = self._known[1].get(node_id)
         if number is None:
             return None
-        return {"run": self._bench.config.hash, "partition-id": number, "last-round": self._last.get(number, 0)}
+        return {
+            "run": self._bench.config.hash,
+            "partition-id": number,
+            "last-round": self._last.get(number, 0),
+            "ended": self.ended,
+        }

@@ -156,14 +156,15 @@ def _of_tiers() -> list[Any]:
     ]
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("norm", _of_tiers())
 def test_a_client_of_a_cohort_computes_what_it_computes_alone(norm: str, make_federation: MakeFederation) -> None:
     require_alike(workbench(make_federation, norm=norm, train={"momentum": 0.9}), relative=1e-9)
 
 
+@pytest.mark.few(7)
 @pytest.mark.parametrize("norm", ["batch_norm", "nap", "group_norm"])
 @pytest.mark.parametrize("option", TRAIN)
-@pytest.mark.cover(1)
 def test_every_option_of_training_means_the_same(option: str, norm: str, make_federation: MakeFederation) -> None:
     if norm == "nap" and "trainable" in TRAIN[option]:
         pytest.skip("there is no hidden weight to project")
@@ -191,6 +192,7 @@ def test_in_single_precision_a_step_is_the_same_up_to_rounding(norm: str, make_f
     require_alike(bench, relative=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(2, 11), min_size=1, max_size=5), size=st.integers(3, 6), seed=st.integers(0, 99))
 def test_whatever_the_shapes_a_cohort_is_its_clients(
