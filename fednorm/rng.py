@@ -7,7 +7,7 @@ No code of fednorm draws from a process-wide generator of its own accord. Where 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,6 +22,10 @@ def stream_seed(seed: int, *names: Name) -> int:
     Derived by hashing, so adding one stream never disturbs another, and every stream depends on ``seed``.
     """
     path = "\x1f".join([str(int(seed)), *(f"{type(name).__name__}:{name}" for name in names)])
+    return _hashed(path)
+
+
+def _hashed(path: str) -> int:
     return int.from_bytes(hashlib.blake2b(path.encode(), digest_size=8).digest(), "big") >> 1
 
 
@@ -30,10 +34,22 @@ def stream(seed: int, *names: Name) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(stream_seed(seed, *names)))
 
 
+def torch_streams(
+    seed: int, before: Sequence[Name], names: Iterable[Name], after: Sequence[Name]
+) -> list[torch.Generator]:
+    """Return a :func:`torch_stream` for each of some names, called ``before``, the name, ``after``."""
+    first, last = ("".join(f"\x1f{type(name).__name__}:{name}" for name in part) for part in (before, after))
+    return [_generator(_hashed(f"{int(seed)}{first}\x1f{type(name).__name__}:{name}{last}")) for name in names]
+
+
 def torch_stream(seed: int, *names: Name) -> torch.Generator:
     """Return an independent PyTorch CPU generator for the stream called ``names``."""
+    return _generator(stream_seed(seed, *names))
+
+
+def _generator(value: int) -> torch.Generator:
     generator = torch.Generator()
-    generator.manual_seed(stream_seed(seed, *names))
+    generator.manual_seed(value)
     return generator
 
 
@@ -45,6 +61,14 @@ def torch_seeded(seed: int, *names: Name) -> Iterator[None]:
     """
     on_mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()  # to count takes its time
+    if on_mps is None and not devices:  # the same as below, which takes as long as a small client's optimizer
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(stream_seed(seed, *names))
+        try:
+            yield
+        finally:
+            torch.default_generator.set_state(before)
+        return
     with torch.random.fork_rng(devices=devices):
         reseed(stream_seed(seed, *names))
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -133,14 +134,15 @@ class Average:
         stack, numbers = rows[0][0].stack, [row.number for row, _ in rows]
         weights = torch.tensor([weight for _, weight in rows], dtype=torch.float64)
         whole = numbers == list(range(stack.count))
-        for key, dtype in self._types.items():
-            values = stack.tensors[key] if whole else stack.tensors[key][numbers]
-            total, scale = self._wide[key] if key in self._wide else self._made_wide(key, values[0], dtype)
-            if total.numel():
-                whole_sum, parts = total.view(-1), in_cache(values)
-                shares = torch.split(weights * scale, [len(part) for part in parts])
-                for part, share in zip(parts, shares, strict=True):
-                    whole_sum += share @ part.reshape(len(part), -1).double()
+        for key in self._types:
+            if key not in self._wide:
+                self._made_wide(key, stack.tensors[key][0], self._types[key])
+        for block in stack.blocks:
+            scale = SCALE if block.rows.dtype is torch.float64 else 1.0
+            sums = _weighted_sum(weights * scale, block.rows if whole else block.rows[numbers])
+            for key, part in zip(block.keys, torch.split(sums, list(block.lengths)), strict=True):
+                if key in self._types:
+                    self._wide[key][0].view(-1).add_(part)
 
     def _made_wide(self, key: str, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
         """Go over to float64 with one tensor; return its sum so far, and what weights are multiplied by."""
@@ -201,6 +203,22 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _products(tensors: Mapping[str, Tensor], keys: Sequence[str], weight: float) -> list[Tensor]:
     return list(torch._foreach_mul([tensors[key] for key in keys], weight)) if keys else []
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor) -> Tensor:
+    """Return sum_k n_k w_k over the rows of a matrix, float64.
+
+    Rows in single precision are summed in it, at the speed at which memory gives them out, unless a sum leaves its
+    range: what that rounds, of a few hundred rows, is less than what rows of one after the other are rounded.
+    """
+    if rows.dtype is torch.float32:
+        power = 2.0 ** math.frexp(float(weights.max()))[1]  # shares of at most 1, of as many bits
+        total = ((weights / power).float() @ rows).double()
+        if total.isfinite().all():
+            return total.mul_(power)
+    parts = in_cache(rows)
+    shares = torch.split(weights, [len(part) for part in parts])
+    return torch.stack([share @ part.double() for part, share in zip(parts, shares, strict=True)]).sum(0)
 
 
 def _largest(tensor: Tensor) -> float:

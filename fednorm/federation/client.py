@@ -96,15 +96,15 @@ def carry_out(bench: Workbench, kind: str, content: RecordDict, context: Context
 
 def _trained(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
     """Train as the message's round has it; keep what is the client's own, and return what is sent."""
-    client, config = bench.client(context), config_of(content)
-    bench.receive(arrays_of(content, "arrays"), context.state)
-    bench.begin_turn(context.state)
+    client, config, state = bench.client(context), config_of(content), context.state
+    bench.receive(arrays_of(content, "arrays"), state)
+    bench.begin_turn(state)
     turn = bench.turn(client, _int(config, "server-round"), content, context)
     metrics = fit(bench, client, server_round=turn.server_round, turn=turn)
-    before = undo.kept_now(context.state)
-    bench.keep_local(context.state, turn.state)
-    undo.remember(context.state, before, turn.server_round)
-    reply = record_dict({"arrays": pack(bench.read(bench.plan.sent)), "metrics": metric_record(metrics)})
+    before = undo.kept_now(state)
+    bench.keep_local(state, turn.state)
+    undo.remember(state, before, turn.server_round)
+    reply = record_dict({"arrays": bench.read_sent(), "metrics": metric_record(metrics)})
     if turn.reply:  # only then: a record that nobody asked for makes a reply unfit
         reply[EXTRA] = pack(turn.reply)
     return reply

@@ -24,7 +24,7 @@ from fednorm.federation.plan import NormPlan
 from fednorm.federation.pooling import pool_moments
 from fednorm.federation.replies import read_statistics
 from fednorm.federation.round_report import RoundReport
-from fednorm.federation.stack import of_each
+from fednorm.federation.stack import Gathered
 from fednorm.federation.wire import unpack
 from fednorm.roles import Role
 from fednorm.training.diagnostics import Moments, Optimizer, rates_of_norms, wasserstein_drifts, weight_layers
@@ -87,13 +87,16 @@ def drift_by_domain(clients: Iterable[ClientStatistics], plan: NormPlan) -> dict
         An empty dictionary where there are no running statistics.
     """
     clients = list(clients)
+    everyone = Gathered([client.tensors for client in clients])
     drifts: dict[str, dict[str, list[float]]] = {}
     for mean_key, var_key in plan.moments():
-        having = [client for client in clients if mean_key in client.tensors and var_key in client.tensors]
+        having, gathered = clients, everyone
+        if not (everyone.have(mean_key) and everyone.have(var_key)):
+            having = [client for client in clients if mean_key in client.tensors and var_key in client.tensors]
+            gathered = Gathered([client.tensors for client in having])
         if not having:
             continue
-        each = [client.tensors for client in having]
-        moments = Moments(of_each(each, mean_key), of_each(each, var_key))
+        moments = Moments(gathered.of_each(mean_key), gathered.of_each(var_key))
         joint = pool_moments(moments.mean, moments.var, [client.examples for client in having])
         layer = plan.by_key[mean_key].layer
         for client, drift in zip(having, wasserstein_drifts(moments, Moments(*joint)), strict=True):

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping
 from fednorm.data.clients import Counts
 from fednorm.federation.replies import Expected
 
+LASTING = 2**13
+"""Clients up to which what is known of them, once put together, lasts."""
+
 
 class ExpectedClients(Mapping[int, Expected]):
     """What a run knows of its clients, by partition id; each put together when it is asked for.
@@ -23,9 +26,18 @@ class ExpectedClients(Mapping[int, Expected]):
         self._domain, self._held_out, self._train = (
             values.tolist() for values in (counts.domain, counts.held_out, counts.train)
         )
+        self._made: dict[int, Expected] = {}
         self._scored = (counts.validation if split == "validation" else counts.test).tolist()
 
     def __getitem__(self, partition_id: int) -> Expected:
+        known = self._made.get(partition_id)
+        if known is None:
+            known = self._put_together(partition_id)
+            if len(self._made) < LASTING:
+                self._made[partition_id] = known
+        return known
+
+    def _put_together(self, partition_id: int) -> Expected:
         if not 0 <= partition_id < len(self._train):
             raise KeyError(partition_id)
         return Expected(

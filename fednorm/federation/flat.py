@@ -42,3 +42,26 @@ def unflattened(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]
             tensors[key] = torch.empty_like(tensor).copy_(part)
             at += tensor.numel()
     return tensors
+
+
+def copied_flat(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]] | None:
+    """Return what :func:`flattened` makes of tensors, and copies of them: the floating-point ones are its parts.
+
+    None where it makes nothing of them, or they are not on the CPU.
+    """
+    floats, lengths = [], []
+    for tensor in tensors.values():
+        if not tensor.is_cpu:
+            return None
+        if tensor.is_floating_point():
+            if tensor.dtype is not torch.float32:
+                return None
+            floats.append(tensor)
+            lengths.append(tensor.numel())
+    if not 0 < sum(lengths) <= FLAT:
+        return None
+    vector = torch.empty(sum(lengths))
+    parts = [part.view(like.shape) for part, like in zip(torch.split(vector, lengths), floats, strict=True)]
+    torch._foreach_copy_(parts, floats)
+    each = iter(parts)
+    return vector, {k: next(each) if t.is_floating_point() else t.clone() for k, t in tensors.items()}

@@ -11,8 +11,9 @@ version breaks one file and one test. Read in the wheels of 1.39.0, 1.41.0 and 1
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
@@ -23,6 +24,7 @@ __all__ = [
     "array_record",
     "empty_run",
     "ensure_task_identity",
+    "fill",
     "metric_record",
     "quiet_flower_log",
     "record_dict",
@@ -94,31 +96,55 @@ def array_record(arrays: dict[str, Array]) -> ArrayRecord:
     Args:
         arrays: By name; the dictionary becomes the record's.
     """
-    return _filled(ArrayRecord(), arrays)
+    return _filled(ArrayRecord, arrays)
 
 
 def metric_record(metrics: dict[str, float]) -> MetricRecord:
     """Return a record of plain numbers, under names that are; the dictionary becomes the record's."""
-    return _filled(MetricRecord(), metrics)
+    return _filled(MetricRecord, metrics)
 
 
 def record_dict(records: dict[str, Any]) -> RecordDict:
     """Return a dictionary of records that are known to be some; the dictionary becomes its own."""
-    return _filled(RecordDict(), records)
+    return _filled(RecordDict, records)
 
 
-def _filled(record: R, entries: dict[str, Any]) -> R:
-    """Fill a new record with entries that need not be looked at.
+@cache
+def _empty(kind: type[R]) -> dict[str, Any] | None:
+    """Return the attributes of an empty record; None where its entries are not in a dictionary called ``_data``."""
+    attributes = dict(kind().__dict__)
+    return attributes if attributes.pop("_data", None) == {} and all(map(callable, attributes.values())) else None
+
+
+def _filled(kind: type[R], entries: dict[str, Any]) -> R:
+    """Return a new record of entries that need not be looked at.
 
     Entry by entry, a record looks at each key and each value: for a small network that is as long as a step of its
     training. Where a record does not keep its entries in a dictionary called ``_data``, it is filled that way.
     """
-    if record.__dict__.get("_data") == {}:
-        record.__dict__["_data"] = entries
-        return record
+    if _empty(kind) is not None:
+        made = kind.__new__(kind)
+        fill(made, kind, entries)
+        return made
+    record = kind()
     for key, value in entries.items():
         record[key] = value
     return record
+
+
+def fill(record: R, kind: type[R], entries: Mapping[str, Any]) -> None:
+    """Make a record that has not been initialised one of a kind, whose entries are a mapping of ours.
+
+    Args:
+        record: Of the kind, or of a class below it.
+        kind: Flower's own.
+        entries: Its entries; they are not looked at.
+    """
+    attributes = _empty(kind)
+    if attributes is None:
+        kind.__init__(record)
+        attributes = {}
+    record.__dict__.update(attributes, _data=entries)
 
 
 @contextmanager

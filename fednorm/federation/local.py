@@ -202,7 +202,7 @@ class Turn:
             "loss": lambda logits, labels: local.loss(self, logits, labels),
         }
         if not private:
-            return TrainingStep(trainee.model, trainee.optimizer, **effects)
+            return TrainingStep(trainee.model, trainee.optimizer, hooked=trainee.hooked, **effects)
         from fednorm.training.private import PrivateStep  # the one run that needs it has an extra installed
 
         noise = torch.Generator(trainee.device).manual_seed(stream_seed(trainee.config.seed, *self.names, "private"))

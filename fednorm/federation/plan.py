@@ -96,7 +96,7 @@ class NormPlan:
         """Return the shape and type of every entry, by key."""
         return {entry.key: (entry.shape, getattr(torch, entry.dtype)) for entry in self.entries}
 
-    @property
+    @cached_property
     def bytes_sent(self) -> int:
         """Return the bytes of tensors one client receives in a round; it sends back as many."""
         return sum(self.by_key[key].nbytes for key in self.sent)

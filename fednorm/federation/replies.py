@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
 from fednorm.federation.flat import flattened
-from fednorm.federation.messages import sender_of
+from fednorm.federation.messages import Answered, sender_of
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.stack import RowRecord
-from fednorm.federation.wire import MemoryArray, Undecodable, decode, nbytes
+from fednorm.federation.wire import FlatRecord, MemoryArray, Undecodable, decode, nbytes
 from fednorm.roles import Kind, Role
 
 if TYPE_CHECKING:
@@ -209,7 +209,9 @@ def read_update(
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
     arrays = next(iter(records.values()))
     tensors, flat = _tensors(arrays, plan.sent, plan)
-    size = nbytes(arrays.values()) + sum(tensor.nbytes for tensor in beside.values())
+    size = (plan.bytes_sent if flat is not None else nbytes(arrays.values())) + sum(
+        tensor.nbytes for tensor in beside.values()
+    )
     return Update(tensors, _sound(metrics, required, shares), size, beside, flat)
 
 
@@ -363,6 +365,8 @@ def _partition(reply: Message, known: Mapping[int, Node]) -> int | None:
 
 
 def _content(reply: Message) -> RecordDict:
+    if type(reply) is Answered and reply.has_content():
+        return reply.content
     if reply.has_error():
         whole = str(reply.error.reason or "")
         reason = one_line(_last_line(whole)) or f"error code {reply.error.code}"
@@ -382,10 +386,10 @@ def _last_line(reason: str) -> str:
 
 def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: str) -> dict[str, Any]:
     """Return a reply's metrics, its number of examples checked."""
-    records = {key: value for key, value in content.items() if isinstance(value, MetricRecord)}
+    records = [value for value in content.values() if type(value) is MetricRecord or isinstance(value, MetricRecord)]
     if len(records) != 1:
         raise UnfitReply(f"expected one MetricRecord; got {len(records)}", Cause.METRICS)
-    record = dict(next(iter(records.values())).items())
+    record = dict(records[0].items())
     count = record.get("num-examples")
     if not _is_number(count) or not at_least <= count < math.inf:
         raise UnfitReply(f"expected the metric num-examples of {at_least} or more; got {count!r}", Cause.METRICS)
@@ -398,7 +402,9 @@ def _metrics(content: RecordDict, *, at_least: int, examples: int | None, verb: 
 
 def _sound(record: Mapping[str, Any], required: Collection[str], shares: bool) -> dict[str, float]:
     """Return the numbers among a reply's metrics; those that are averaged or shown must be sound."""
-    for name in ("loss", "accuracy"):
+    loss, accuracy = record.get("loss"), record.get("accuracy")
+    usual = type(loss) is type(accuracy) is float and math.isfinite(loss) and 0 <= accuracy <= 1
+    for name in () if usual else ("loss", "accuracy"):
         if name in required or name in record:
             _require_sound(name, record, shares)
     return {
@@ -441,7 +447,7 @@ def _tensors(
         whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
         raise UnfitReply(what + whole, Cause.KEYS)
     tensors = _held(arrays, keys, plan) or {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
-    flat = flattened(tensors)
+    flat = arrays.whole(tensors) if isinstance(arrays, FlatRecord) else flattened(tensors)
     if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
         for key, tensor in tensors.items():
             if not all_finite([tensor]):

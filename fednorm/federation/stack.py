@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
 
@@ -24,6 +26,24 @@ NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
 
 CACHED = 2**16
 """Values of some rows that are worked on at a time."""
+
+FEW = 2**10
+"""Values of one client's tensor up to which it is laid beside others, to be worked on together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Some floating-point tensors of a stack as one matrix.
+
+    Attributes:
+        keys: Of the tensors, whose values stand one after the other in each row.
+        lengths: How many values each has.
+        rows: A row a client.
+    """
+
+    keys: tuple[str, ...]
+    lengths: tuple[int, ...]
+    rows: Tensor
 
 
 class Stack:
@@ -46,6 +66,21 @@ class Stack:
         self._fits: tuple[NormPlan, Sequence[str], list[bool]] | None = None
         self._parts: dict[tuple[str, ...], Stack] = {}
         self._norms: tuple[Mapping[str, Tensor], list[float]] | None = None
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All floating-point tensors: each large one by itself, small ones of one type together."""
+        groups: dict[object, list[str]] = {}
+        for key, tensor in self.tensors.items():
+            if tensor.is_floating_point() and tensor.numel():
+                few = tensor.numel() <= FEW * self.count
+                groups.setdefault(tensor.dtype if few else key, []).append(key)
+        blocks = []
+        for keys in groups.values():
+            flat = [self.tensors[key].reshape(self.count, -1) for key in keys]
+            lengths = tuple(tensor.shape[1] for tensor in flat)
+            blocks.append(Block(tuple(keys), lengths, torch.cat(flat, 1) if len(flat) > 1 else flat[0]))
+        return blocks
 
     def part(self, keys: Sequence[str]) -> Stack:
         """Return the stack of some of the tensors, in the order of the keys; made once."""
@@ -98,10 +133,11 @@ class Stack:
             self._norms = (old, self._norms[1])
         if self._norms is None or self._norms[0] is not old:
             total = torch.zeros(self.count, dtype=torch.float64)
-            for key, tensor in self.tensors.items():
-                if key in old and tensor.is_floating_point() and tensor.numel():
-                    parts = [(part - old[key]).reshape(len(part), -1) for part in in_cache(tensor)]
-                    total += torch.cat([torch.linalg.vector_norm(part, dim=1) for part in parts]).double().square()
+            for block in self.blocks:
+                rows, before = _known(block, old)
+                if before is not None:
+                    parts = [torch.linalg.vector_norm(part - before, dim=1) for part in in_cache(rows)]
+                    total += torch.cat(parts).double().square()
             self._norms = (old, total.sqrt().tolist())
         return self._norms[1]
 
@@ -135,6 +171,18 @@ def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(tensor is other[key] for key, tensor in one.items())
 
 
+def _known(block: Block, old: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Return a block's rows and the old tensors beside them, flat: those of both."""
+    own = [key in old for key in block.keys]
+    before = [old[key].reshape(-1) for key in block.keys if key in old]
+    if not before:
+        return block.rows, None
+    if all(own):
+        return block.rows, torch.cat(before)
+    parts = torch.split(block.rows, list(block.lengths), 1)
+    return torch.cat([part for part, is_known in zip(parts, own, strict=True) if is_known], 1), torch.cat(before)
+
+
 def in_cache(tensor: Tensor) -> list[Tensor]:
     """Return rows of a stack's tensor, so many at a time that the processor's cache holds what is made of them."""
     return list(torch.split(tensor, max(1, CACHED * len(tensor) // max(tensor.numel(), 1))))
@@ -147,16 +195,39 @@ def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, 
     return {key: tensors[key] for key in keys}
 
 
+class Gathered:
+    """Several clients' tensors, of which rows of one stack are looked up together.
+
+    Args:
+        clients: Each one's, in order.
+    """
+
+    def __init__(self, clients: Sequence[Mapping[str, Tensor]]) -> None:
+        self._groups = [
+            (stack, list(group))
+            for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None)
+        ]
+        self._numbers = [[row.number for row in own if isinstance(row, StackRow)] for _, own in self._groups]
+
+    def have(self, key: str) -> bool:
+        """Return whether every client has a tensor."""
+        return all(
+            key in stack.tensors if stack is not None else all(key in tensors for tensors in own)
+            for stack, own in self._groups
+        )
+
+    def of_each(self, key: str) -> Tensor:
+        """Return one tensor of all clients, shape (k, ...)."""
+        parts = [
+            torch.stack([tensors[key] for tensors in own]) if stack is None else stack.rows(key, numbers)
+            for (stack, own), numbers in zip(self._groups, self._numbers, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def of_each(clients: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
     """Return one tensor of several clients, shape (k, ...); rows of one stack are looked up together."""
-    parts = []
-    for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None):
-        own = list(group)
-        if stack is None:
-            parts.append(torch.stack([tensors[key] for tensors in own]))
-        else:
-            parts.append(stack.rows(key, [row.number for row in own if isinstance(row, StackRow)]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return Gathered(clients).of_each(key)
 
 
 class _Arrays(Mapping[str, Array]):

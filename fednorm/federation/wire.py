@@ -13,6 +13,7 @@ name ``bfloat16``, and rounded back where it is read.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any, cast
@@ -24,7 +25,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fednorm.federation.flower_private import array_record
+from fednorm.federation.flat import flattened
+from fednorm.federation.flower_private import array_record, fill
 
 BFLOAT16 = "bfloat16"
 
@@ -85,8 +87,7 @@ class LazyRecord(ArrayRecord):
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         """Take the arrays by key."""
-        super().__init__()
-        self.__dict__["_data"] = arrays
+        fill(self, ArrayRecord, arrays)
 
 
 # Flower writes a record's class name into its serialized form and looks it up on the other side.
@@ -96,6 +97,35 @@ LazyRecord.__qualname__ = ArrayRecord.__qualname__
 def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """Return a record of tensors that will not be written to again; what is on another device is copied to the CPU."""
     return array_record({key: MemoryArray(_at_rest(tensor)) for key, tensor in tensors.items()})
+
+
+class FlatRecord(ArrayRecord):
+    """A record whose floating-point tensors are parts of one vector, as long as nobody puts others in their place.
+
+    Attributes:
+        flat: What :func:`~fednorm.federation.flat.flattened` makes of them.
+        parts: The tensors, by key.
+    """
+
+    flat: Tensor
+    parts: Mapping[str, Tensor]
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """Return what ``flattened`` makes of the record's tensors: the vector, where they are still its parts."""
+        parts = self.__dict__.get("parts", {})  # Flower's copies of a record have its arrays alone
+        same = len(tensors) == len(parts) and all(map(operator.is_, tensors.values(), parts.values()))
+        return self.flat if same and parts else flattened(tensors)
+
+
+FlatRecord.__qualname__ = ArrayRecord.__qualname__
+
+
+def pack_flat(flat: Tensor, tensors: Mapping[str, Tensor]) -> FlatRecord:
+    """Return a record of tensors of which the floating-point ones are parts of a vector, one after the other."""
+    record = FlatRecord.__new__(FlatRecord)
+    fill(record, ArrayRecord, {key: MemoryArray(tensor) for key, tensor in tensors.items()})
+    record.__dict__.update(flat=flat, parts=tensors)
+    return record
 
 
 def _at_rest(tensor: Tensor) -> Tensor:

@@ -29,11 +29,12 @@ from fednorm.federation.contexts import AT_ONCE, SMALL
 from fednorm.federation.contexts import LOCAL_RECORD as LOCAL_RECORD
 from fednorm.federation.contexts import STATE_RECORD as STATE_RECORD
 from fednorm.federation.contexts import TRAINEE_RECORD as TRAINEE_RECORD
+from fednorm.federation.flat import copied_flat
 from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import Common, NormStrategy
-from fednorm.federation.wire import arrays_of, config_of, pack, unpack
+from fednorm.federation.wire import arrays_of, config_of, pack, pack_flat, unpack
 from fednorm.memory import require_memory
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
@@ -396,6 +397,13 @@ class Workbench:
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return copies of some of the model's tensors, on the CPU; its own, where the workbench :attr:`lends` them."""
         return {key: self._state[key].to("cpu", copy=not self.lends) for key in keys}
+
+    def read_sent(self) -> ArrayRecord:
+        """Return what a client sends of the model: of a small one, copied into one vector, which is averaged whole."""
+        tensors = {key: self._state[key] for key in self.plan.sent}
+        if not self.lends and (copies := copied_flat(tensors)):
+            return pack_flat(*copies)
+        return pack(self.read(self.plan.sent))
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""

@@ -108,7 +108,9 @@ class SWSConv2d(nn.Conv2d):
     def standardized_weight(self) -> Tensor:
         """Return w_hat, shape (C_out, C_in / groups, k_h, k_w)."""
         centred, length = centre(widened(self.weight))
-        energy = length.square() * (self.fan_in / (self.fan_in - int(self.unbiased)))
+        energy = length.square()
+        if self.unbiased:
+            energy = energy * (self.fan_in / (self.fan_in - 1))
         energy = energy.clamp_min(self.eps) if self.floor == "max" else energy + self.eps * self.fan_in
         scale = energy.rsqrt()
         if self.gain is not None:

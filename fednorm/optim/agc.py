@@ -55,7 +55,7 @@ def clip_gradients(
     options.number("agc", "clipping", clipping, above=0)
     options.number("agc", "eps", eps, above=0)
     options.one_of("agc", "units", units, ("deepmind", "timm"))
-    _clip([parameter for parameter in parameters if parameter.grad is not None], clipping, eps, units)
+    _clip(*_parted([parameter for parameter in parameters if parameter.grad is not None], units), clipping, eps)
 
 
 class AdaptiveGradientClipping:
@@ -104,11 +104,13 @@ class AdaptiveGradientClipping:
                 "does nothing. Leave train.agc_on at all."
             )
 
+        self._by_row, self._whole = _parted(self.parameters, units)
+
     @torch.no_grad()
     def __call__(self) -> None:
         """Clip the gradients that the parameters have now, in place."""
-        trained = [parameter for parameter in self.parameters if parameter.grad is not None]
-        _clip(trained, self.clipping, self.eps, self.units)
+        by_row, whole = ([p for p in some if p.grad is not None] for some in (self._by_row, self._whole))
+        _clip(by_row, whole, self.clipping, self.eps)
 
 
 def _parameters(model: nn.Module, layers: Layers) -> Iterable[Tensor]:
@@ -140,10 +142,15 @@ def has_rows(parameter: Tensor, units: Units) -> bool:
     return len(shape) > 1
 
 
-def _clip(parameters: list[Tensor], clipping: float, eps: float, units: Units) -> None:
+def _parted(parameters: list[Tensor], units: Units) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the parameters each of whose rows is a unit, and those that are one unit each."""
+    rows = [has_rows(parameter, units) for parameter in parameters]
+    by_row = [parameter for parameter, by_row in zip(parameters, rows, strict=True) if by_row]
+    return by_row, [parameter for parameter, by_row in zip(parameters, rows, strict=True) if not by_row]
+
+
+def _clip(by_row: list[Tensor], whole: list[Tensor], clipping: float, eps: float) -> None:
     """Clip in place. All units of all tensors are compared at once: a small model's time goes into calls, not sums."""
-    by_row = [parameter for parameter in parameters if has_rows(parameter, units)]
-    whole = [parameter for parameter in parameters if not has_rows(parameter, units)]
     ordered = by_row + whole
     if not ordered:
         return
@@ -156,11 +163,12 @@ def _clip(parameters: list[Tensor], clipping: float, eps: float, units: Units) -
         return
     factors = torch.where(exceeds, bound / norms.clamp_min(_SMALLEST_NORM), 1.0)
     sizes = [len(parameter) for parameter in by_row] + [1] * len(whole)
-    for gradient, factor, clipped in zip(
-        gradients, torch.split(factors, sizes), torch.split(exceeds, sizes), strict=True
-    ):
-        if clipped.device.type != "cpu" or clipped.any():
-            gradient.mul_(factor.view([-1] + [1] * (gradient.ndim - 1)) if gradient.ndim else factor[0])
+    every = zip(gradients, torch.split(factors, sizes), strict=True)
+    # A factor of 1 changes no bit, and to ask for each tensor whether it needs one takes longer.
+    shaped = [
+        factor.view([-1] + [1] * (gradient.ndim - 1)) if gradient.ndim else factor[0] for gradient, factor in every
+    ]
+    torch._foreach_mul_(gradients, shaped)
 
 
 def _unit_norms(by_row: list[Tensor], whole: list[Tensor]) -> Tensor:

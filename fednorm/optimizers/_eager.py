@@ -9,16 +9,37 @@ be done is to compile the optimizer itself, or to differentiate through its step
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+_GLOBAL_HOOKS = (_global_optimizer_pre_hooks, _global_optimizer_post_hooks)
 
 
 def unguarded(method: Callable[..., Any]) -> Any:
     """Return a method of PyTorch's inside its guards; the method itself where this PyTorch has none around it."""
     return inspect.unwrap(method)
+
+
+def _without_profile(step: Callable[..., Any]) -> Any:
+    """Return a step that is not entered in a profile, which takes as long as the update of a small network.
+
+    PyTorch puts that, and the hooks before and after a step, around every optimizer's step; here it is there where
+    somebody has such a hook.
+    """
+    whole = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def plain(self: Any, *args: Any, **kwargs: Any) -> Any:
+        anybody = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks or any(_GLOBAL_HOOKS)
+        return (whole if anybody else step)(self, *args, **kwargs)
+
+    plain.hooked = True  # type: ignore[attr-defined]  # or PyTorch wraps it again
+    return plain
 
 
 class Eager(torch.optim.Optimizer):
@@ -41,16 +62,16 @@ class Eager(torch.optim.Optimizer):
 class SGD(Eager, torch.optim.SGD):
     """PyTorch's SGD, never compiled."""
 
-    step = torch.no_grad()(unguarded(torch.optim.SGD.step))
+    step = _without_profile(torch.no_grad()(unguarded(torch.optim.SGD.step)))
 
 
 class Adam(Eager, torch.optim.Adam):
     """PyTorch's Adam, never compiled."""
 
-    step = torch.no_grad()(unguarded(torch.optim.Adam.step))
+    step = _without_profile(torch.no_grad()(unguarded(torch.optim.Adam.step)))
 
 
 class AdamW(Eager, torch.optim.AdamW):
     """PyTorch's AdamW, never compiled."""
 
-    step = torch.no_grad()(unguarded(torch.optim.AdamW.step))
+    step = _without_profile(torch.no_grad()(unguarded(torch.optim.AdamW.step)))

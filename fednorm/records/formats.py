@@ -100,7 +100,7 @@ def finite(value: Any) -> Any:
     kind = type(value)
     if kind is str or kind is int:
         return value
-    if isinstance(value, float):
+    if kind is float or isinstance(value, float):
         return value if math.isfinite(value) else None
     if kind is dict or isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}

@@ -12,6 +12,11 @@ from fednorm.errors import DataError
 from fednorm.spec import HookedLayer, NormSpec
 
 
+def hooked_layers(model: nn.Module) -> tuple[HookedLayer, ...]:
+    """Return a model's layers that take part in the step, in module order."""
+    return tuple(module for module in model.modules() if isinstance(module, HookedLayer))
+
+
 class TrainingStep:
     """One step of training on one batch.
 
@@ -20,7 +25,8 @@ class TrainingStep:
     (each may change the parameters: a projection).
 
     Attributes:
-        model: The model; it must be in training mode. Its layers are looked through once, here.
+        model: The model; it must be in training mode. Its layers are looked through once, here, unless it is given
+            which of them take part.
         optimizer: Updates the parameters.
         adjust: Called between backward and update.
         after: Called after the update.
@@ -36,13 +42,14 @@ class TrainingStep:
         adjust: Sequence[Callable[[], None]] = (),
         after: Sequence[Callable[[], None]] = (),
         loss: Callable[[Tensor, Tensor], Tensor] = functional.cross_entropy,
+        hooked: Sequence[HookedLayer] | None = None,
     ) -> None:
         self.model = model
         self.loss = loss
         self.optimizer = optimizer
         self.adjust = tuple(adjust)
         self.after = tuple(after)
-        self.hooked = tuple(module for module in model.modules() if isinstance(module, HookedLayer))
+        self.hooked = hooked_layers(model) if hooked is None else tuple(hooked)
         self._penalties: list[Tensor] = []
 
     def __call__(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from fednorm.models import Built, ModelSpec, chosen_model, describe_model
 from fednorm.norms import spec_of
 from fednorm.optim.shrink_and_perturb import shrink_and_perturb
 from fednorm.rng import stream_seed
-from fednorm.spec import Norm
+from fednorm.spec import HookedLayer, Norm
 from fednorm.training.boundary import Boundary
 from fednorm.training.effects import Effect, adjusting, following
 from fednorm.training.precision import bf16_advice
 from fednorm.training.scale_init import draw_scales
 from fednorm.training.schedule import Schedule
-from fednorm.training.step import batch_coupled
+from fednorm.training.step import batch_coupled, hooked_layers
 from fednorm.training.trainable import Trainable
 
 
@@ -103,6 +104,11 @@ class Trainee:
             draw_scales(built.model, seed)
         # oneDNN's convolutions are a tenth to a third faster in this layout.
         return replace(built, model=built.model.to(self.device).to(memory_format=torch.channels_last))
+
+    @cached_property
+    def hooked(self) -> tuple[HookedLayer, ...]:
+        """The model's layers that take part in a training step, looked for once: every turn of a client asks."""
+        return hooked_layers(self.model)
 
     @property
     def effects(self) -> tuple[Effect, ...]:

@@ -129,3 +129,12 @@ def test_no_optimizer_of_ours_imports_the_compiler() -> None:
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_hooks_around_a_step_are_called() -> None:
+    """Where there is none, a step goes without what PyTorch puts around it for them."""
+    optimizer, called = _eager.SGD(parameters(), lr=0.1), []
+    optimizer.register_step_pre_hook(lambda *_: called.append("before"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after"))
+    trained(optimizer, 1)
+    assert called == ["before", "after"]

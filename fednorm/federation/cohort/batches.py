@@ -202,6 +202,9 @@ class Images:
         Returns:
             Images as a network is given them, shape (n, C, H, W), and labels, shape (n,).
         """
+        if len(self._groups) == 1 and len(self._splits) > 1:  # as most federations are: one look-up, nothing sorted
+            (group,) = self._groups
+            return self._at(group, rows + group.begins[owners, 0])
         parts = []
         groups = self.group_of[owners]
         for number, group in enumerate(self._groups):
@@ -214,10 +217,14 @@ class Images:
                 continue
             begins = torch.zeros(len(self._splits), dtype=torch.int64)
             begins[group.places] = group.begins[:, 0]
-            where = group.index[(rows[of_group] + begins[owners[of_group]]).to(self._device)]
-            parts.append((first.scaling(first.images[where]), first.labels[where]))
+            parts.append(self._at(group, rows[of_group] + begins[owners[of_group]]))
         images, labels = (torch.cat([part[i] for part in parts]) for i in (0, 1))
         return images, labels
+
+    def _at(self, group: _Group, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images at some places of a group's rows, as a network is given them, and their labels."""
+        first, where = self._splits[group.places[0]], group.index[places.to(self._device)]
+        return first.scaling(first.images[where]), first.labels[where]
 
     def _pixels(self, group: _Group, rows: Tensor) -> tuple[Tensor, Tensor]:
         first = self._splits[group.places[0]]

@@ -3,9 +3,10 @@
 ``vmap`` makes one convolution of K groups of K convolutions: of images whose channels are last in memory, position by
 position all channels of all clients, PyTorch's grouped convolutions are about twice as fast on a CPU, and what goes
 elementwise keeps that order (:func:`channels_last`). Pooling would not: ``vmap`` takes the clients for more images,
-and copies. So :class:`Pooled` pools K times as many channels.
+and copies. So :class:`StackedMaxPool` pools K times as many channels, and :class:`StackedConv` and
+:class:`StackedLinear` add their bias where the product is made.
 
-:class:`Normalized` is batch normalization over the images of padded batches, with its gradient written out:
+:func:`normalized` is batch normalization over the images of padded batches, with its gradient written out:
 
     w_i  = mask_i / n,    mean = sum_i w_i x_i,    c_i = x_i - mean,    var = sum_i w_i c_i^2
     y_i  = s c_i + bias,  s = weight / sqrt(var + eps)
@@ -14,14 +15,15 @@ and copies. So :class:`Pooled` pools K times as many channels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._C import _functorch as functorch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn import functional
-
-Dims = Sequence[int | None]
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -39,61 +41,135 @@ def channels_last(images: Tensor) -> Tensor:
     return last
 
 
-class Pooled(torch.autograd.Function):
-    """Max-pooling of each of several clients' maps; see :func:`torch.nn.functional.max_pool2d`."""
+def together(tensor: Tensor, axis: int) -> Tensor | None:
+    """Return what ``vmap`` shows of each client as one tensor of all clients; None for what is not a client's own.
 
-    @staticmethod
-    def forward(x: Tensor, options: tuple[Any, ...]) -> Tensor:
-        """Pool one client's maps."""
-        pooled: Tensor = functional.max_pool2d(x, *options)
-        return pooled
+    To compute on that and give the result back by :func:`each` takes microseconds, where a function of its own with a
+    rule for ``vmap`` takes half a millisecond a call.
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Do nothing: it is always computed for several clients."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Dims, x: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, int]:
-        """Pool the maps of several clients."""
-        del info
-        assert in_dims[0] is not None, "the images are a client's own"
-        maps = x.movedim(in_dims[0], -4)  # (..., K, C, H, W)
-        pooled = functional.max_pool2d(maps.flatten(-4, -3), *options)
-        return pooled.unflatten(-3, maps.shape[-4:-2]), x.ndim - 4
-
-
-class Normalized(torch.autograd.Function):
-    """Batch normalization of each of several clients' padded batches.
-
-    Its arguments are ``x``, shape (B, C, ...), the mask, shape (B,), the number of values behind each moment, a
-    scalar, the weight and the bias, shape (C,) or None, and eps. It returns y, and the mean and the biased variance,
-    shape (C,), which no gradient comes from.
+    Args:
+        tensor: As a layer is given it within ``vmap``.
+        axis: Where the clients' axis is to be.
     """
+    if not functorch.is_batchedtensor(tensor):
+        return None
+    whole: Tensor = functorch.get_unwrapped(tensor)
+    return whole.movedim(functorch.maybe_get_bdim(tensor), axis)
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalize one client's batch."""
-        x, mask, n, weight, bias, eps = inputs
-        one = (None if v is None else v[None] for v in (mask, n, weight, bias))
-        y, mean, var = _Norm.apply(x[:, None], *one, eps)
-        return y[:, 0], mean[0], var[0]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Do nothing: it is always computed for several clients."""
+def each(tensor: Tensor, axis: int) -> Tensor:
+    """Return a tensor of all clients, whose axis is given, as ``vmap`` shows it of each: the inverse of `together`."""
+    level = functorch.maybe_current_level()
+    assert level is not None, "it is called within vmap"
+    one: Tensor = functorch._add_batch_dim(tensor, axis, level)
+    return one
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int, int]]:
-        """Normalize the batches of several clients."""
-        del info
-        x, mask, n, weight, bias, eps = inputs
-        x = x.movedim(in_dims[0], 1)
-        rest = (_in_front(v, dim) for v, dim in zip((mask, n, weight, bias), in_dims[1:5], strict=True))
-        return _Norm.apply(x, *rest, eps), (1, 0, 0)
+
+class StackedConv(nn.Conv2d):
+    """K convolutions as one of K times the groups, the bias included, in whatever order in memory the maps come."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, own = together(input, 1), together(weight, 0)
+        shift = None if bias is None else together(bias, 0)
+        plain = self.padding_mode == "zeros" and input.ndim == 4
+        if x is None or own is None or (bias is not None and shift is None) or not plain:
+            y: Tensor = super()._conv_forward(input, weight, bias)
+            return y
+        y = functional.conv2d(
+            x.flatten(1, 2),
+            own.flatten(0, 1),
+            None if shift is None else shift.flatten(),
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups * len(own),
+        )
+        return each(y.view(len(y), len(own), -1, *y.shape[2:]), 1)
+
+
+class StackedLinear(nn.Linear):
+    """K products of matrices as one batched product, which adds the bias too."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the product."""
+        x, own = together(input, 0), together(self.weight, 0)
+        shift = None if self.bias is None else together(self.bias, 0)
+        if x is None or own is None or shift is None or x.ndim != 3:
+            return super().forward(input)
+        return each(torch.baddbmm(shift[:, None], x, own.mT), 0)
+
+
+class StackedMaxPool(nn.MaxPool2d):
+    """Max-pooling that does not mix the memory of the clients' maps up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the pooled maps."""
+        x = together(input, -4) if input.ndim in (3, 4) else None  # (..., K, C, H, W)
+        if x is None or self.return_indices:
+            whole: Tensor = super().forward(input)
+            return whole
+        y = functional.max_pool2d(
+            x.flatten(-4, -3), self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode
+        )
+        return each(y.view(*y.shape[:-3], *x.shape[-4:-2], *y.shape[-2:]), y.ndim - 3)
+
+
+STACKED: Mapping[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: StackedConv,
+    nn.Linear: StackedLinear,
+    nn.MaxPool2d: StackedMaxPool,
+}
+"""Layers that compute in another way than ``vmap`` would: by the very type, its descendants may differ."""
+
+
+def normalized(
+    x: Tensor, mask: Tensor, n: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize each client's padded batch by its images' moments.
+
+    Args:
+        x: Shape (B, K, C, ...).
+        mask: 1 for an image and 0 for padding, float, shape (K, B).
+        n: The number of values behind each moment, shape (K,).
+        weight: Shape (K, C), or (1, C) where all have one, or None.
+        bias: Likewise.
+        eps: Is added to the variance.
+
+    Returns:
+        y, and the mean and the biased variance, shape (K, C), which no gradient comes from.
+    """
+    # A function with a gradient of its own may not be called within ``vmap``, and need not be: these are plain tensors.
+    with temporarily_pop_interpreter_stack() if functorch.maybe_current_level() else nullcontext():
+        y, mean, var = _Norm.apply(x, mask, n, weight, bias, eps)
+    return y, mean, var
+
+
+def normalized_whole(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize each client's batch, all rows of which are images: PyTorch's own batch normalization of K C channels.
+
+    Args:
+        x: Shape (B, K, C, ...).
+        weight: Shape (K, C), or None.
+        bias: Likewise.
+        eps: Is added to the variance.
+
+    Returns:
+        As of :func:`normalized`.
+    """
+    clients, channels = x.shape[1:3]
+    n = x[:, 0, 0].numel()
+    mean, unbiased = (torch.zeros(clients * channels, dtype=x.dtype, device=x.device) for _ in range(2))
+    scale, shift = (None if v is None else v.expand(clients, -1).reshape(-1) for v in (weight, bias))
+    # Running moments of momentum 1 are the batch's own.
+    y = functional.batch_norm(x.flatten(1, 2), mean, unbiased, scale, shift, True, 1.0, eps)
+    var = unbiased * ((n - 1) / n)  # a new tensor: the backward pass looks at the other
+    return y.view(x.shape), mean.view(clients, channels), var.view(clients, channels)
 
 
 class _Norm(torch.autograd.Function):
-    """:class:`Normalized` with the clients' axis in place: x of shape (B, K, C, ...), all else with K in front."""
+    """:func:`normalized`, with its gradient."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,12 +200,6 @@ class _Norm(torch.autograd.Function):
             dx.sub_(_as_maps(share * (scale * total), dy))
         dweight = None if weight is None else with_centred * root
         return dx, None, None, dweight, total if ctx.biased else None, None
-
-
-def _in_front(value: Tensor | None, dim: int | None) -> Tensor | None:
-    if value is None:
-        return None
-    return value[None] if dim is None else value.movedim(dim, 0)
 
 
 def _over_positions(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fednorm.federation.cohort.kernels import Normalized, Pooled
+from fednorm.federation.cohort.kernels import STACKED, each, normalized, normalized_whole, together
 from fednorm.norms._batch import BatchLayer, per_channel
 from fednorm.norms.batch_channel_norm import BatchChannelNormLayer
 from fednorm.norms.batch_norm_corrected import CorrectedBatchNorm
@@ -35,11 +35,13 @@ class Padding:
     Attributes:
         mask: 1 for an image and 0 for padding, float, shape (B,).
         count: How many are images, a scalar.
+        whole: Whether every row of every client's is one.
         made: New values of buffers, by their keys.
     """
 
     mask: Tensor | None = None
     count: Tensor | None = None
+    whole: bool = False
     made: dict[str, Tensor] = field(default_factory=dict)
 
     def now(self) -> tuple[Tensor, Tensor]:
@@ -81,20 +83,35 @@ class MaskedBatchNorm(nn.Module):
         """Return the normalized input, of the shape of ``x``, (B, C) or (B, C, ...)."""
         if not self.training and self.running_mean is not None:
             return self.evaluated(x)
-        if type(self).scaled is MaskedBatchNorm.scaled:
-            return self._normalized(x)
+        if type(self).scaled is MaskedBatchNorm.scaled and (whole := together(x, 1)) is not None:
+            return self._normalized(whole)
         mean, var, centred, n = self._moments(x)
         self.track(mean.detach(), var.detach(), n)
         return self.scaled(x, centred, var)
 
     def _normalized(self, x: Tensor) -> Tensor:
-        """Return what :meth:`scaled` makes of the batch's moments, computed at once."""
-        mask, count = self.padding.now()
-        n = count * (x[0].numel() // x.shape[1])
-        y, mean, var = Normalized.apply(x, mask, n, self.weight, self.bias, self.eps)
-        self.track(mean, var, n)
-        normalized: Tensor = y
-        return normalized
+        """Return what :meth:`scaled` makes of the batches' moments, of all clients at once; x is of (B, K, C, ...)."""
+        mask, count = (together(value, 0) for value in self.padding.now())
+        assert mask is not None, "a batch is its client's own"
+        assert count is not None, "a batch is its client's own"
+        n = count * (x[0, 0].numel() // x.shape[2])
+        weight, bias = (None if v is None else _of_clients(v) for v in (self.weight, self.bias))
+        if self.padding.whole:
+            y, mean, var = normalized_whole(x, weight, bias, self.eps)
+        else:
+            y, mean, var = normalized(x, mask, n, weight, bias, self.eps)
+        if type(self).rate is MaskedBatchNorm.rate and self.momentum is not None and self.running_mean is not None:
+            self._track_together(mean, var, n, self.momentum)
+        else:
+            self.track(each(mean, 0), each(var, 0), each(n, 0))
+        return each(y, 1)
+
+    def _track_together(self, mean: Tensor, var: Tensor, n: Tensor, momentum: float) -> None:
+        """Do what :meth:`track` does for all clients at once, (K, C) and (K,): ``vmap`` takes longer."""
+        unbiased = var * (n / (n - 1).clamp_min_(1))[:, None]
+        for name, value in (("running_mean", mean), ("running_var", unbiased)):
+            self.note(name, each(torch.lerp(_of_clients(self.now(name)), value, momentum), 0))
+        self.note("num_batches_tracked", each(_of_clients(self.now("num_batches_tracked")) + 1, 0))
 
     def evaluated(self, x: Tensor) -> Tensor:
         """Return the input normalized by the running moments."""
@@ -249,19 +266,6 @@ TWINS: Mapping[type[nn.Module], Twin] = {
 """The twin of each type of layer that takes moments from the batch: of the type itself, its descendants may differ."""
 
 
-class StackedMaxPool(nn.Module):
-    """Max-pooling that does not mix the memory of the clients' maps up."""
-
-    def __init__(self, layer: nn.MaxPool2d) -> None:
-        super().__init__()
-        self.options = (layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.ceil_mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the pooled maps."""
-        pooled: Tensor = Pooled.apply(x, self.options)
-        return pooled
-
-
 def with_twins(network: nn.Module, padding: Padding) -> nn.Module:
     """Replace, in place, the layers of a network that have twins; one that stands in two places has one twin.
 
@@ -274,9 +278,9 @@ def with_twins(network: nn.Module, padding: Padding) -> nn.Module:
         if make is not None:
             assert isinstance(module, _BatchNorm)
             twin = made.setdefault(id(module), make(module, path, padding))
-        elif type(module) is nn.MaxPool2d and not module.return_indices:
-            twin = made.setdefault(id(module), StackedMaxPool(module))
         else:
+            if type(module) in STACKED:
+                module.__class__ = STACKED[type(module)]  # of the same tensors and options
             continue
         twin.train(module.training)
         if not path:
@@ -284,6 +288,12 @@ def with_twins(network: nn.Module, padding: Padding) -> nn.Module:
         parent, _, name = path.rpartition(".")
         setattr(network.get_submodule(parent), name, twin)
     return network
+
+
+def _of_clients(values: Tensor) -> Tensor:
+    """Return values with the clients' axis in front, of size 1 where all have the same."""
+    own = together(values, 0)
+    return values[None] if own is None else own
 
 
 def _summed(x: Tensor) -> Tensor:

@@ -7,19 +7,27 @@ begins anew with every round, as it does for one client, and is a stack of its o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from fednorm.config import TrainConfig
 from fednorm.device import wide
+from fednorm.federation.cohort.network import is_shared
 
 Tensors = dict[str, Tensor]
 
 
 class StackedOptimizer(Protocol):
-    """Updates stacked parameters in place."""
+    """Updates stacked parameters in place.
+
+    Attributes:
+        parts: Whether parameters that clients still share may be given to a step of all clients: it puts each
+            client's own in their place.
+    """
+
+    parts: ClassVar[bool]
 
     def __call__(
         self, parameters: Tensors, gradients: Mapping[str, Tensor], rate: float, active: Tensor | None = None
@@ -44,6 +52,8 @@ class StackedSGD:
         train: Momentum, weight decay and nesterov.
     """
 
+    parts: ClassVar[bool] = True
+
     def __init__(self, train: TrainConfig) -> None:
         self.momentum, self.weight_decay, self.nesterov = train.momentum, train.weight_decay, train.nesterov
         self._velocity: Tensors = {}
@@ -59,7 +69,10 @@ class StackedSGD:
             torch._foreach_add_(steps, values, alpha=self.weight_decay)
         if self.momentum:
             steps = self._with_momentum(keys, steps, active)
-        torch._foreach_add_(values, steps, alpha=-rate)
+        if any(map(is_shared, values)):
+            parameters |= zip(keys, torch._foreach_add(values, steps, alpha=-rate), strict=True)
+        else:
+            torch._foreach_add_(values, steps, alpha=-rate)
 
     def _with_momentum(self, keys: list[str], steps: list[Tensor], active: Tensor | None) -> list[Tensor]:
         # A velocity of zeros gives the first step what PyTorch gives it: the gradient itself.
@@ -81,6 +94,7 @@ class StackedAdam:
         decoupled: Whether the weights decay by themselves (adamw) instead of through the gradient.
     """
 
+    parts: ClassVar[bool] = False
     BETAS, EPS = (0.9, 0.999), 1e-8
 
     def __init__(self, train: TrainConfig, *, decoupled: bool) -> None:

@@ -18,12 +18,12 @@ from fednorm.data.domain import Client
 from fednorm.device import wide
 from fednorm.federation.cohort.batches import Draws, Images, Plan
 from fednorm.federation.cohort.effects import ADJUST, Adjust, After, StackedProjection, keys_by_identity
-from fednorm.federation.cohort.network import StackedNetwork, Tensors
+from fednorm.federation.cohort.network import StackedNetwork, Tensors, own
 from fednorm.federation.cohort.optimizers import MAKERS, StackedOptimizer, where
 from fednorm.federation.local import Phase
 from fednorm.federation.workbench import Workbench
 from fednorm.optim.projection import WeightProjection
-from fednorm.rng import torch_stream
+from fednorm.rng import torch_streams
 from fednorm.roles import Role
 
 
@@ -57,6 +57,14 @@ def rows_of(bench: Workbench) -> int:
     return min(bench.config.train.batch_size, int(counts.train[counts.trains].max(initial=1)))
 
 
+def is_whole(bench: Workbench) -> bool:
+    """Return whether every batch that a run trains on has as many images as the largest, so that none is padded."""
+    counts, rows = bench.federation.counts, rows_of(bench)
+    last = counts.train[counts.trains] % min(bench.config.train.batch_size, rows)
+    none = (last == 0) | ((last == 1) if bench.trainee.batch_coupled else False)
+    return rows > 1 and bool(none.all()) and bool((counts.train[counts.trains] >= rows).all())
+
+
 class CohortTraining:
     """Trains cohorts of a run's clients.
 
@@ -73,6 +81,7 @@ class CohortTraining:
         self._bench, self._trainee = bench, trainee
         self.network = StackedNetwork(bench.model, bench.plan.keys(Role.CONSTANT))
         self.rows = rows_of(bench)
+        self._whole = is_whole(bench)
         keys = keys_by_identity(bench.model, self.network.parameters)
         self._adjust: list[Adjust] = [ADJUST[type(effect)](effect, keys) for effect in trainee.adjust]
         self._after: list[After] = [
@@ -92,15 +101,19 @@ class CohortTraining:
 
         Args:
             clients: K clients; one may be there more than once, as padding.
-            tensors: What each has before, by stacked key, shape (K, ...); they are changed.
+            tensors: What each has before, by stacked key, shape (K, ...); they are changed, and replaced where clients
+                share one (:func:`~fednorm.federation.cohort.network.alike`).
             server_round: The round.
             phases: Each client's, alike but for how long they are.
             adjust: What the strategy's clients do to the gradients, before all else.
         """
         trainee, device = self._trainee, self._trainee.device
-        names = [("client", client.partition_id, "round", server_round) for client in clients]
-        rows = [torch_stream(trainee.config.seed, *name, "batches") for name in names]
-        draws = [torch_stream(trainee.config.seed, *name, "augment") for name in names] if trainee.augmentation else []
+        numbers = [client.partition_id for client in clients]
+
+        def streams(of: str) -> list[torch.Generator]:
+            return torch_streams(trainee.config.seed, ("client",), numbers, ("round", server_round, of))
+
+        rows, draws = streams("batches"), streams("augment") if trainee.augmentation else []
         images = Images([client.train for client in clients], device)
         optimizer = MAKERS[trainee.config.train.optimizer](trainee.config.train)
         rate = self._bench.schedule.at(max(server_round, 1) - 1, 0, 1)
@@ -111,17 +124,18 @@ class CohortTraining:
             self.network.modes_of(trainee.model)
             active = trainee.trainable.active
         every = [*([adjust] if adjust else []), *self._adjust]
-        for phase, own in _phase_by_phase(phases):
+        for phase, each in _phase_by_phase(phases):
             keys = phase.parameters
             if keys is not None and not keys & active:
                 continue
             trained = [key for key in self.network.parameters if key in active and (keys is None or key in keys)]
-            step = _Step(self.network, trained, every, self._after, optimizer, rate, self._smoothing)
-            plan = self._planned(clients, rows, own)
+            step = _Step(self.network, trained, every, self._after, optimizer, rate, self._smoothing, self._whole)
+            plan = self._planned(clients, rows, each)
             for number in range(plan.steps):
                 counts = plan.counts[:, number]
                 batch = images.read(plan.rows[:, number], counts, trainee.augmentation, draws)
                 step(tensors, *batch, counts, seen)
+        own(tensors, tensors)
         return Trained(tensors, seen.loss / seen.images, seen.hits / seen.images)
 
     @property
@@ -154,6 +168,7 @@ class _Step:
     optimizer: StackedOptimizer
     rate: float
     smoothing: float
+    whole: bool
 
     def __call__(self, tensors: Tensors, images: Tensor, labels: Tensor, counts: Tensor, seen: _Seen) -> None:
         """Take it: change the tensors, and add what was seen.
@@ -171,22 +186,24 @@ class _Step:
         size = images.shape[1]
         count = torch.where(counts > 0, counts, size).to(device)
         mask = torch.arange(size, device=device) < count[:, None]
-        own = {key: tensors[key].detach() for key in self.network.parameters}
+        values = {key: tensors[key].detach() for key in self.network.parameters}
         for key in self.trained:
-            own[key].requires_grad_()
+            values[key].requires_grad_()
         buffers = {key: tensors[key].clone() for key in self.network.buffers}
-        logits, made = self.network.train({**own, **buffers}, images, mask.to(images.dtype), count.to(images.dtype))
+        logits, made = self.network.train(
+            {**values, **buffers}, images, mask.to(images.dtype), count.to(images.dtype), whole=self.whole
+        )
         losses = functional.cross_entropy(
             logits.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=self.smoothing
         ).view(labels.shape)
         loss = torch.where(mask, losses, 0).sum(1) / count
-        grads = torch.autograd.grad(loss.sum(), [own[key] for key in self.trained], allow_unused=True)
+        grads = torch.autograd.grad(loss.sum(), [values[key] for key in self.trained], allow_unused=True)
         with torch.no_grad():
             gradients = {k: grad for k, grad in zip(self.trained, grads, strict=True) if grad is not None}
             for key in self.trained:
-                own[key].requires_grad_(False)
+                values[key].requires_grad_(False)
             for change in self.adjust:
-                change(own, gradients)
+                change(values, gradients)
             self._update(tensors, gradients, active)
             for key, value in {**buffers, **made}.items():
                 tensors[key] = value if active is None else where(active, value, tensors[key])
@@ -199,6 +216,10 @@ class _Step:
             seen.images = seen.images + weight
 
     def _update(self, tensors: Tensors, gradients: Mapping[str, Tensor], active: Tensor | None) -> None:
+        if active is not None or not self.optimizer.parts:
+            own(tensors, gradients)
+        if self.after:
+            own(tensors, [key for key in self.network.parameters if key not in gradients])
         if active is None:
             self.optimizer(tensors, gradients, self.rate)
             for change in self.after:

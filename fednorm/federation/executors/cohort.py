@@ -19,7 +19,7 @@ from fednorm.data.domain import Client, Split
 from fednorm.federation import undo
 from fednorm.federation.client_adaptation import ADAPTATION
 from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
-from fednorm.federation.cohort.network import Tensors, several
+from fednorm.federation.cohort.network import Tensors, alike, several
 from fednorm.federation.cohort.training import CohortTraining
 from fednorm.federation.executors import Answer, Failure, Job
 from fednorm.federation.executors.sequential import answer
@@ -32,8 +32,8 @@ from fednorm.norms import spec_of
 
 log = logging.getLogger("fednorm")
 
-IMAGES = 512
-"""Images of a pass where all clients have one network."""
+IMAGES, PIXELS = 1024, 2**19
+"""The most images, and pixels of them, of a pass where all clients have one network; 64 images there may be always."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ class Cohort:
             if own and (key not in sent or key in bench.plan.counters) and own.anybody(key):
                 stacked[key] = own.stacked(key, first.cpu()).to(device)
             else:
-                stacked[key] = several(first.to(device), len(jobs))
+                stacked[key] = alike(first.to(device), len(jobs))
         return stacked
 
     def _answer(self, turn: _Turn, result: _Result, number: int) -> Answer:
@@ -266,7 +266,8 @@ class Cohort:
         mine = [key for key in network.keys if key in bench.plan.local and key not in sent]
         if not mine:  # the model holds what all of them have
             bench.trainee.trainable.evaluation_mode()
-            return scored_alike(bench.model, splits, IMAGES, device)
+            size = max(64, min(IMAGES, PIXELS // bench.federation.image_size**2))
+            return scored_alike(bench.model, splits, size, device)
         shared = {
             key: (sent[key] if key in sent else bench.initial[key]).to(device)
             for key in network.keys

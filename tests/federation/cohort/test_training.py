@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm.config import TrainConfig, resolve
@@ -18,8 +19,9 @@ from fednorm.data.domain import Client, Federation
 from fednorm.data.scaling import Scaling
 from fednorm.federation.client import fit
 from fednorm.federation.cohort.batches import Draws, Plan
-from fednorm.federation.cohort.kernels import Normalized
-from fednorm.federation.cohort.training import CohortTraining, Trained
+from fednorm.federation.cohort.kernels import STACKED, normalized, normalized_whole
+from fednorm.federation.cohort.network import alike
+from fednorm.federation.cohort.training import CohortTraining, Trained, is_whole
 from fednorm.federation.local import Phase, rows_of_phase
 from fednorm.federation.workbench import Workbench
 from fednorm.rng import torch_stream
@@ -263,10 +265,9 @@ def test_normalization_written_out_has_the_formula_s_values_and_gradients(shape:
     mask = (torch.arange(5) < counts[:, None]).double()
     n = counts * math.prod(shape)
 
-    def one(x: torch.Tensor, mask: torch.Tensor, n: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> Any:
-        return Normalized.apply(x, mask, n, w, b, 1e-5)
-
-    y, mean, var = torch.func.vmap(one)(x, mask, n, weight, bias)
+    y, mean, var = (t.movedim(*axes) for t, axes in zip(
+        normalized(x.movedim(0, 1), mask, n, weight, bias, 1e-5), ((1, 0), (0, 0), (0, 0)), strict=True
+    ))  # fmt: skip
     pull = torch.randn(y.shape, dtype=torch.float64, generator=draw) * mask.view(2, 5, *[1] * (1 + len(shape)))
     found = torch.autograd.grad((y * pull).sum(), (x, weight, bias))
     for client, count in enumerate(counts.tolist()):
@@ -281,3 +282,89 @@ def test_normalization_written_out_has_the_formula_s_values_and_gradients(shape:
             rows = (client, slice(count)) if ours is found[0] else client
             torch.testing.assert_close(ours[rows], formula[rows])
     assert not found[0][1, 3:].any(), "padding has no gradient"
+
+
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_normalization_of_whole_batches_is_that_of_the_formula(affine: bool, shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(5, 2, 4, *shape, dtype=torch.float64, generator=draw).requires_grad_()
+    weight, bias = (torch.randn(2, 4, dtype=torch.float64, generator=draw).requires_grad_() for _ in range(2))
+    scale, shift = (weight, bias) if affine else (None, None)
+    mask, n = torch.ones(2, 5, dtype=torch.float64), torch.full((2,), 5 * math.prod(shape))
+    formula, whole = normalized(x, mask, n, scale, shift, 1e-5), normalized_whole(x, scale, shift, 1e-5)
+    pull = torch.randn(whole[0].shape, dtype=torch.float64, generator=draw)
+    wanted = (x, weight, bias) if affine else (x,)
+    gradients = [torch.autograd.grad((y * pull).sum(), wanted) for y, _, _ in (formula, whole)]
+    for expected, found in zip((*formula, *gradients[0]), (*whole, *gradients[1]), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+LAYERS: Mapping[str, Callable[[], nn.Module]] = {
+    "conv": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "conv groups stride": lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2, bias=False),
+    "conv same": lambda: nn.Conv2d(4, 6, 3, padding="same", dilation=2),
+    "conv reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "linear": lambda: nn.Linear(5, 3),
+    "linear without bias": lambda: nn.Linear(5, 3, bias=False),
+    "linear of tokens": lambda: nn.Linear(5, 3),
+    "pool": lambda: nn.MaxPool2d(2),
+    "pool overlapping": lambda: nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",)])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_stacked_layer_computes_what_each_client_s_does(layer: str, frozen: tuple[str, ...]) -> None:
+    """Also where clients have one weight, or one bias, in common."""
+    one = LAYERS[layer]().double()
+    shape = (3, 7, 5) if "tokens" in layer else (3, 5) if "linear" in layer else (3, 4, 6, 5)
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(2, *shape, dtype=torch.float64, generator=draw)
+    own = {
+        name: torch.randn(2, *p.shape, dtype=torch.float64, generator=draw).requires_grad_()
+        for name, p in one.named_parameters() if name not in frozen
+    }  # fmt: skip
+    stacked = copy.deepcopy(one)
+    stacked.__class__ = STACKED[type(one)]
+    y = torch.func.vmap(lambda own, x: torch.func.functional_call(stacked, own, (x,)))(own, x)
+    pull = torch.randn(y.shape, dtype=torch.float64, generator=draw)
+    found = torch.autograd.grad((y * pull).sum(), list(own.values())) if own else ()
+    for client in range(2):
+        alone = {name: p[client].detach().requires_grad_() for name, p in own.items()}
+        expected = torch.func.functional_call(one, alone, (x[client],))
+        torch.testing.assert_close(y[client], expected)
+        gradients = torch.autograd.grad((expected * pull[client]).sum(), list(alone.values())) if alone else ()
+        for ours, theirs in zip(found, gradients, strict=True):
+            torch.testing.assert_close(ours[client], theirs)
+
+
+@pytest.mark.parametrize("norm", ["batch_norm", "batch_norm_corrected", "batch_renorm"])
+def test_clients_whose_batches_are_all_whole_compute_what_they_compute_alone(
+    norm: str, make_federation: MakeFederation
+) -> None:
+    """Eight images are two batches of four, nine too, whose last one is left out."""
+    bench = workbench(make_federation, (8, 4, 9, 12), norm=norm, train={"momentum": 0.9})
+    assert is_whole(bench)
+    assert not is_whole(workbench(make_federation, (8, 4, 10, 12), norm=norm))
+    assert not is_whole(workbench(make_federation, (8, 9), norm="group_norm"))
+    require_alike(bench, relative=1e-9)
+
+
+@pytest.mark.parametrize("option", ["plain", "momentum", "agc", "head"])
+@pytest.mark.parametrize("norm", ["batch_norm", "nap"])
+def test_clients_that_begin_with_one_tensor_in_common_end_where_those_with_copies_do(
+    option: str, norm: str, make_federation: MakeFederation
+) -> None:
+    if (norm, option) == ("nap", "head"):
+        pytest.skip("there is no hidden weight to project")
+    bench = workbench(make_federation, (8, 8, 5), norm=norm, train=TRAIN[option])
+    before = {key: tensor.clone() for key, tensor in bench.model.state_dict().items()}
+    _, expected = trained(bench, bench.federation.clients)
+    training = CohortTraining(bench)
+    shared = {key: alike(before[key], 3) for key in training.network.keys}
+    found = training.train(bench.federation.clients, shared, server_round=2, phases=[(Phase(),)] * 3)
+    for key, tensor in expected.tensors.items():
+        assert torch.equal(found.tensors[key], tensor), key
+        assert found.tensors[key].is_contiguous(), key
+    assert all(torch.equal(bench.model.state_dict()[key], tensor) for key, tensor in before.items())
