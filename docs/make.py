@@ -1,4 +1,4 @@
-"""Write what the documentation does not type: the README's blocks, tables of docs/results, docs/trust and docs/how-to.
+"""Write what nobody types: the README's blocks, tables of docs/results, docs/trust and docs/how-to, recipes' index.
 
     python docs/make.py            # write them
     python docs/make.py --check    # say what is not as it would be written; exit code 1
@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import sys
 
-from _make import deployment, readme, results, trust
+from _make import deployment, readme, recipes, results, trust
 from _make.blocks import COMMAND, ROOT
 
 
 def main(arguments: list[str]) -> int:
     """Write or check; return the exit code."""
     stale = []
-    for path, text in [(readme.README, readme.page()), *results.pages(), *trust.pages(), *deployment.pages()]:
-        if path.read_text(encoding="utf-8") == text:
+    for path, text in [
+        (readme.README, readme.page()),
+        *results.pages(),
+        *trust.pages(),
+        *deployment.pages(),
+        recipes.index(),
+    ]:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         stale.append(path)
         if "--check" not in arguments:

@@ -14,13 +14,14 @@ import pytest
 from fednorm.cards import NORMS
 from fednorm.cli import recipes as command
 from fednorm.cli.compare import run_compare
+from fednorm.cli.recipe_list import run_list
 from fednorm.data.sets.digits import DIGITS, DIGITS_FIVE
 from fednorm.errors import ConfigError, DataError, UnknownNameError
 from fednorm.report.numbers import percent
 from fednorm.study import estimate
 from fednorm.study.cases import Study
 from fednorm.study.estimate import Estimate
-from fednorm.study.recipes import RECIPES, find_study, recipe_names
+from fednorm.study.recipes import RECIPES, find_study, outlines, recipe_names
 from fednorm.study.study import read_study
 
 SUMMARIES = Path(__file__).parents[1] / ".records"
@@ -227,17 +228,24 @@ def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     assert captured.err == ""
 
 
-@pytest.mark.slow
-def test_recipes_are_listed_without_timing_anything(
+def test_recipes_are_listed_without_resolving_anything(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(command, "estimate_seconds", lambda _: pytest.fail("it timed"))
-    command.run_recipes(None, None, with_cost=False, as_json=False)
+    monkeypatch.setattr("fednorm.study.grid.resolve", lambda _: pytest.fail("it resolved a run"))
+    run_list()
     captured = capsys.readouterr()
-    for words in ("Digits, 5 to 50 clients", "15 of FedWon", "42 + 84", "--cost"):
+    for words in ("Digits, 5 to 50 clients", "15 of FedWon", "42 + 84", "--cost", *recipe_names()):
         assert words in captured.out
     assert "estimated time" not in captured.out
+
+
+@pytest.mark.few(4)
+@every_recipe
+def test_the_index_says_what_the_files_say(name: str) -> None:
+    rows = {row["name"]: row for row in outlines()}
+    assert list(rows) == recipe_names(), "run: python docs/make.py"
+    assert rows[name] == command.outline(find_study(name)), "run: python docs/make.py"
 
 
 @pytest.mark.few(2)

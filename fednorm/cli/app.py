@@ -332,6 +332,12 @@ def recipes(
 
     if name is not None:
         find_study(name)
+    elif not (cost or as_json or reduce or data_dir):
+        with starting():
+            from fednorm.cli.recipe_list import run_list
+
+        run_list()
+        return
     with starting():
         from fednorm.cli.recipes import run_recipes
 

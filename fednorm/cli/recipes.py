@@ -10,9 +10,10 @@ from typing import Any
 
 from fednorm.cards import DATA
 from fednorm.cli.console import err, out, print_json
+from fednorm.cli.recipe_list import cells, list_of
 from fednorm.config import RunConfig
 from fednorm.errors import FedNormError
-from fednorm.report._common import UNKNOWN, Table, flat
+from fednorm.report._common import Table, flat
 from fednorm.report.numbers import percent
 from fednorm.report.study_progress import duration
 from fednorm.study.cases import Study
@@ -67,7 +68,7 @@ def run_recipes(
         return print_json({"jobs": jobs, "recipes": rows})
     if name is not None:
         return _show(rows[0], study)
-    return out().print((_table(rows, jobs) if with_cost else _list(rows)).rich())
+    return out().print((_table(rows, jobs) if with_cost else list_of(rows)).rich())
 
 
 def _show(row: Mapping[str, Any], study: Study) -> None:
@@ -136,6 +137,16 @@ def cost(study: Study, jobs: int) -> Cost:
     return Cost(seconds, tuple(dict.fromkeys(estimate.basis for estimate in (*searched, *reported))))
 
 
+OUTLINE = ("name", "title", "runs", "selection_runs", "paper")
+"""What of a study a list of them says."""
+
+
+def outline(path: Path) -> dict[str, Any]:
+    """Return what a list of the studies says of one."""
+    document = _document(read_study(path), path, None, 1)
+    return {key: document[key] for key in OUTLINE}
+
+
 def _document(study: Study, path: Path, its_cost: Cost | None, jobs: int) -> dict[str, Any]:
     return {
         "name": study.name,
@@ -165,38 +176,10 @@ def _method(config: RunConfig) -> str:
     return f"{trained} + {config.norm.name}"
 
 
-def _cells(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
-    cells = []
-    for row in rows:
-        searched, seconds = row["selection_runs"], row["estimated_seconds"]
-        cells.append(
-            (
-                row["name"],
-                row["title"],
-                f"{row['runs']} + {searched}" if searched else str(row["runs"]),
-                UNKNOWN if seconds is None else duration(seconds),
-                "; ".join(f"{count} of {source}" for source, count in row["paper"].items()) or "none",
-            )
-        )
-    return cells
-
-
 def _table(rows: Sequence[Mapping[str, Any]], jobs: int) -> Table:
     """Return the table of the studies, in the order of their names."""
     head = ("name", "study", "runs", "estimated time", "paper's numbers beside ours")
-    return Table("Studies that ship", head, tuple(_cells(rows)), _notes(rows, jobs), texts=(head[1], head[4]))
-
-
-def _list(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return the table of the studies without what they would cost."""
-    notes = (
-        "Runs: those reported + those of a search for hyper-parameters. 'fednorm recipes NAME' says what a study does, "
-        "'fednorm recipes --cost' how long each would take here, 'fednorm compare NAME' makes its runs.",
-    )
-    head = ("name", "study", "runs", "paper's numbers beside ours")
-    return Table(
-        "Studies that ship", head, tuple((*row[:3], row[4]) for row in _cells(rows)), notes, texts=(head[1], head[3])
-    )
+    return Table("Studies that ship", head, tuple(cells(rows)), _notes(rows, jobs), texts=(head[1], head[4]))
 
 
 def _notes(rows: Sequence[Mapping[str, Any]], jobs: int) -> tuple[str, ...]:

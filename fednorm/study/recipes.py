@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from fednorm.errors import ConfigError, canonical, unknown_name
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+INDEX = RECIPES / "index.json"
 
 
 def recipe_names() -> list[str]:
     """Return the names of the studies that ship, sorted."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def outlines() -> list[dict[str, Any]]:
+    """Return what a list of the studies says of each, as ``python docs/make.py`` has written it down.
+
+    To count the runs of a study, each is resolved: of all studies that takes seconds, and a list should not.
+    """
+    rows: list[dict[str, Any]] = json.loads(INDEX.read_text(encoding="utf-8"))
+    return rows
 
 
 def find_study(study: str) -> Path:
