@@ -123,7 +123,8 @@ class Proposer:
         if space:
             require_enough(how, space, where)
         self.space = tuple(space)
-        self._optuna, self._seen, self._trial = optuna, set[str](), None
+        self._optuna, self._seen = optuna, set[str]()
+        self._trial: Any = None
         self._fallback = optuna.samplers.RandomSampler(seed=stream_seed(how.seed, "search", "optuna") % 2**32)
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self._study = optuna.create_study(
