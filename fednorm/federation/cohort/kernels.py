@@ -16,14 +16,13 @@ and copies. So :class:`StackedMaxPool` pools K times as many channels, and :clas
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _functorch as functorch
-from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch.nn import functional
+
+from fednorm.federation.cohort.torch_private import each, outside, together
 
 
 def channels_last(images: Tensor) -> Tensor:
@@ -39,30 +38,6 @@ def channels_last(images: Tensor) -> Tensor:
         return images
     last: Tensor = images.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2)
     return last
-
-
-def together(tensor: Tensor, axis: int) -> Tensor | None:
-    """Return what ``vmap`` shows of each client as one tensor of all clients; None for what is not a client's own.
-
-    To compute on that and give the result back by :func:`each` takes microseconds, where a function of its own with a
-    rule for ``vmap`` takes half a millisecond a call.
-
-    Args:
-        tensor: As a layer is given it within ``vmap``.
-        axis: Where the clients' axis is to be.
-    """
-    if not functorch.is_batchedtensor(tensor):
-        return None
-    whole: Tensor = functorch.get_unwrapped(tensor)
-    return whole.movedim(functorch.maybe_get_bdim(tensor), axis)
-
-
-def each(tensor: Tensor, axis: int) -> Tensor:
-    """Return a tensor of all clients, whose axis is given, as ``vmap`` shows it of each: the inverse of `together`."""
-    level = functorch.maybe_current_level()
-    assert level is not None, "it is called within vmap"
-    one: Tensor = functorch._add_batch_dim(tensor, axis, level)
-    return one
 
 
 class StackedConv(nn.Conv2d):
@@ -139,7 +114,7 @@ def normalized(
         y, and the mean and the biased variance, shape (K, C), which no gradient comes from.
     """
     # A function with a gradient of its own may not be called within ``vmap``, and need not be: these are plain tensors.
-    with temporarily_pop_interpreter_stack() if functorch.maybe_current_level() else nullcontext():
+    with outside():
         y, mean, var = _Norm.apply(x, mask, n, weight, bias, eps)
     return y, mean, var
 

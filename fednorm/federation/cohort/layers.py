@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fednorm.federation.cohort.kernels import STACKED, each, normalized, normalized_whole, together
+from fednorm.federation.cohort.kernels import STACKED, normalized, normalized_whole
+from fednorm.federation.cohort.torch_private import each, together
 from fednorm.norms._batch import BatchLayer, per_channel
 from fednorm.norms.batch_channel_norm import BatchChannelNormLayer
 from fednorm.norms.batch_norm_corrected import CorrectedBatchNorm
