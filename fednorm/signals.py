@@ -48,6 +48,21 @@ def name_of(code: int) -> str:
         return f"signal {code - 128}"
 
 
+def stop_within(error: BaseException | None) -> BaseException | None:
+    """Return the signal's exception in the middle of which another one was raised; None where there is none.
+
+    What puts things in order while a run is being stopped may fail itself: the disk is full. The failure takes the
+    place of the stop then, which must not be forgotten for it.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
+
+
 @dataclass
 class _State:
     """How a signal is met at present; one for the process, as signals are.
@@ -114,6 +129,8 @@ def raising() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if before:  # what nobody has met by now is of a block that is over
+            _state.waiting = 0
 
 
 @contextmanager
@@ -131,9 +148,11 @@ def starting() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """Let signals wait until a block has put things in order; the first is raised after it, unless the block fails.
+    """Let signals wait until a block has put things in order; the first is raised after it.
 
-    Use it within :func:`raising`; elsewhere, and outside the main thread, it does nothing.
+    Where the block fails, its error goes first, and the signal is raised after the next one: of a study, the run has
+    failed, and no other is begun. Use it within :func:`raising`; elsewhere, and outside the main thread, it does
+    nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -143,6 +162,6 @@ def held() -> Iterator[None]:
         yield
     finally:
         _state.held = before
-        signum, _state.waiting = (_state.waiting, _state.waiting) if before else (_state.waiting, 0)
-    if signum and not before:
+    if _state.waiting and not before:
+        signum, _state.waiting = _state.waiting, 0
         _raise(signum)

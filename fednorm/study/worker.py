@@ -25,6 +25,7 @@ from fednorm.cards import NORMS
 from fednorm.config import RunConfig
 from fednorm.cores import share_cores
 from fednorm.errors import FedNormError
+from fednorm.signals import stop_within
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -119,12 +120,19 @@ def attempt(config: RunConfig, runs: Path, tell: Tell, log_to: Log = unlogged) -
         runs: The folder of records.
         tell: Is told how it goes.
         log_to: Who else is told.
+
+    Raises:
+        KeyboardInterrupt: The study is being stopped; also where that made the run fail.
+        Terminated: Likewise.
     """
     try:
         return Ended(_simulate(config, runs, tell, log_to))
-    except FedNormError as error:
-        return Ended(None, str(error), type(error).__name__)
-    except Exception as error:  # a mistake of ours: the other runs go on
+    except Exception as error:
+        if (stop := stop_within(error)) is not None:
+            raise stop from error
+        if isinstance(error, FedNormError):
+            return Ended(None, str(error), type(error).__name__)
+        # A mistake of ours: the other runs go on.
         return Ended(None, f"{type(error).__name__}: {error}", type(error).__name__, traceback.format_exc())
 
 

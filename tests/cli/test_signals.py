@@ -237,6 +237,18 @@ def test_a_signal_waits_until_things_are_in_order(monkeypatch: pytest.MonkeyPatc
         pass
 
 
+def test_a_signal_outlasts_the_failure_of_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study's run fails at its checkpoint (a full disk) while somebody stops the study: no other run is begun."""
+    monkeypatch.setattr(signals, "_state", signals._State())
+    with pytest.raises(KeyboardInterrupt), signals.raising():  # noqa: PT012
+        with pytest.raises(OSError, match="full"), signals.held():  # noqa: PT012
+            signal.raise_signal(signal.SIGINT)
+            raise OSError("full")
+        with signals.held():
+            pass
+        pytest.fail("another run was begun")
+
+
 def test_what_is_ignored_or_somebody_else_s_stays_so() -> None:
     mine: Callable[..., Any] = lambda *_: None  # noqa: E731
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}

@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 
 from fednorm import cores
 from fednorm.config import RunConfig, merge, resolve
-from fednorm.errors import ConfigError, FedNormError
+from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.federation.simulate import simulate
+from fednorm.signals import Terminated
 from fednorm.study import runner, worker
 from fednorm.study.grid import expand
 from fednorm.study.runner import Failure, Progress, default_jobs, execute, run_study
@@ -473,3 +474,21 @@ def test_a_failure_of_the_user_s_making_is_a_reason(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("fednorm.federation.simulate.simulate", fail)
     config = resolve(merge({}, {}))
     assert worker.attempt(config, tmp_path, lambda _: None) == worker.Ended(None, "because", "FedNormError")
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Terminated(signal.SIGTERM)])
+def test_a_run_that_fails_while_it_is_stopped_is_stopped(
+    stop: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written when a run is stopped finds no disk: the study is stopped all the same."""
+
+    def simulate(*_: object) -> None:
+        try:
+            raise stop
+        finally:
+            raise RecordError("Cannot write checkpoint.safetensors")
+
+    monkeypatch.setattr(worker, "_simulate", simulate)
+    with pytest.raises(type(stop)) as caught:
+        worker.attempt(resolve({}), tmp_path, lambda _: None)
+    assert caught.value is stop
