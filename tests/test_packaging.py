@@ -63,6 +63,6 @@ def test_the_wheel_holds_nothing_else(names: list[str]) -> None:
         assert not {"tests", "shared", "runs", "golden", "__pycache__"} & set(name.split("/"))
         assert (
             ".dist-info/" in name
-            or name.endswith((".py", ".toml", ".js", ".css", ".j2", "py.typed"))
+            or name.endswith((".py", ".toml", ".js", ".css", ".j2", "py.typed", "recipes/index.json"))
             or "/templates/" in name
         )
