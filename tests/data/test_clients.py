@@ -19,12 +19,13 @@ CONFIG = DataConfig(
 )
 
 
-@pytest.fixture
-def both(monkeypatch: pytest.MonkeyPatch) -> tuple[Federation, Federation]:
+@pytest.fixture(scope="module")
+def both() -> tuple[Federation, Federation]:
     """The same federation with a tuple of clients, and with clients that are made when asked for."""
     plain = dealing.load_federation(CONFIG, image_size=8, seed=3)
-    monkeypatch.setattr(dealing, "SMALL", 3)
-    lazy = dealing.load_federation(CONFIG, image_size=8, seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dealing, "SMALL", 3)
+        lazy = dealing.load_federation(CONFIG, image_size=8, seed=3)
     assert isinstance(plain.clients, tuple)
     assert isinstance(lazy.clients, Clients)
     return plain, lazy

@@ -295,6 +295,7 @@ print(forks_train())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "can"), [("first", "True"), ("later", "False")])
 def test_whether_forks_can_compute_gradients_is_tried(order: str, can: str) -> None:
     """torch.export and torch.compile pretend that there is a GPU; PyTorch starts threads for it at its first pass."""
