@@ -104,6 +104,7 @@ def test_only_the_chosen_weights_move() -> None:
         assert bool(moved.any()) == (key in masks), key
 
 
+@pytest.mark.slow
 def test_a_probe_moves_no_feature_and_fine_tuning_does() -> None:
     rows = {row.name: row for row in linear_probe.rows(Setup(), 2)}
     probe, tuned = rows["linear probe"].measure(1), rows["fine-tuning"].measure(1)

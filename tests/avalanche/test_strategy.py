@@ -52,6 +52,7 @@ def test_every_learner_has_a_strategy_in_its_module() -> None:
 QUICK = ("er_ace",)  # a memory and a mask
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

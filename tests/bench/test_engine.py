@@ -44,6 +44,7 @@ def test_engine_and_bare_loop_reach_the_same_bits(case: Case) -> None:
     assert len(bare.cpu) == len(ours.cpu) == case.rounds
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux alone")
 def test_a_small_version_of_each_case_runs_in_every_engine_to_the_same_bits(
@@ -233,6 +234,7 @@ def test_watch_counts_a_grandchild_and_nothing_older() -> None:
     assert 2e6 < watch.memory < 200e6
 
 
+@pytest.mark.slow
 def test_watch_of_this_process_sees_its_own_memory_and_time() -> None:
     with ProcessWatch(descendants=False) as watch:
         end = time.process_time() + 0.3

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fednorm.analyses import ANALYSES
 
 
+@pytest.mark.slow
 def test_the_command_lists_makes_keeps_and_shows(call: Any, tmp_path: Path) -> None:
     listed = call("analyse", "--json").document["analyses"]
     assert [about["name"] for about in listed] == list(ANALYSES)

@@ -71,6 +71,7 @@ def test_a_federation_in_bf16() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_model_that_is_compiled_has_the_same_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs: list[Any] = []
 

@@ -133,7 +133,7 @@ def test_a_grid_of_two_is_what_plain_pytorch_makes_of_it(tmp_path: Any) -> None:
         torch.testing.assert_close(tensor, expected[key], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedbn", "scaffold", "fedprox"])
 def test_a_run_that_was_cut_goes_on_to_the_same_bits(tmp_path: Any, strategy: str) -> None:
     """In the middle of an experience, and just before its boundary."""

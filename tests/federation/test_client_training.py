@@ -371,6 +371,7 @@ class Killer:
             raise Killed
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "train",
     [

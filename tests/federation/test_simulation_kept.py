@@ -125,6 +125,7 @@ def at(kind: str, number: int) -> Callable[[Message], None]:
     return hook
 
 
+@pytest.mark.slow
 def test_a_federation_of_streams_that_was_killed_again_and_again_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     """Before a training, twice at a boundary that is then crossed anew, at the next one, and right after that."""
     config = resolve(STREAMS)

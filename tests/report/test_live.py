@@ -175,6 +175,7 @@ def points(folder: Path, tag: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(tmp_path: Path) -> None:
     """It was cut after round 5 and goes on from its checkpoint after round 3; then all of it is run anew."""
     tell("tensorboard", tmp_path, (1, 2, 3, 4, 5), cut=True)
@@ -189,6 +190,7 @@ def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(tmp_path: Path) ->
     assert points(folder, "final/mean") == [(2, 0.5)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("last", [3, 4])
 def test_a_run_cut_in_earnest_goes_on_without_doubled_steps(last: int, tmp_path: Path) -> None:
     class Cut:

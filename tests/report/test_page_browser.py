@@ -271,6 +271,7 @@ def test_an_address_with_a_run_opens_that_run(reader: Reader, page: Path) -> Non
     assert reader.one(f"#run-{run}").get_attribute("open") is not None
 
 
+@pytest.mark.slow
 def test_text_of_records_does_nothing(reader: Reader) -> None:
     for run in reader.all("#study-runs .run"):
         reader.js("arguments[0].open = true", run)

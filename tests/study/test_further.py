@@ -54,7 +54,7 @@ def lines_of(folder: str) -> list[dict[str, Any]]:
 QUICK = ("clients' momentum", "optimizer of the server", "evaluation each second round")
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS])
 def test_more_rounds_end_with_the_bits_of_as_many_at_once(method: str, small: Any, tmp_path: Path) -> None:
     values = METHODS[method]

@@ -76,7 +76,7 @@ def go_on(values: dict[str, Any], runs: Path) -> tuple[Path, Watch]:
     return Path(simulate(resolve(values), runs=runs, observer=watch)["run"]), watch
 
 
-@pytest.mark.few(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_run_killed_anywhere_goes_on(
     place: str, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
@@ -110,6 +110,7 @@ def test_every_kind_of_state_is_restored(
     assert written(folder) == reference
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_again_and_again(
     small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path
 ) -> None:

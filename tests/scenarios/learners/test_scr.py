@@ -27,6 +27,7 @@ def test_the_loss_is_avalanches(temperature: float) -> None:
     torch.testing.assert_close(ours.float(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 @pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
 def test_each_step_contrasts_two_views(
