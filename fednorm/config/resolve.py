@@ -296,7 +296,7 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
         raise ConfigError(f"{section}.options is a table of options; got {shown(beside)}.")
     given = {**beside, **given}
     family = FAMILY[section]
-    name = spelled(str(table["name"] if "name" in table else _default_name(kind, section)))
+    name = spelled(str(table.get("name", _default_name(kind, section))))
     card = family[name]
     of_every = ("width", "activation", "weights", "feature_norm") if section == "model" else ()
     general = {key: given.pop(key) for key in of_every if key in given}

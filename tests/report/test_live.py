@@ -306,13 +306,18 @@ class FakeClient:
         FakeClient.runs[run]["status"] = status
 
 
-def test_mlflow_s_run_is_found_again_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    FakeClient.runs = {}
+def have_mlflow(monkeypatch: pytest.MonkeyPatch, client: type[FakeClient]) -> None:
+    """Let MLflow be installed, with a client that is ours."""
     package, tracking = types.ModuleType("mlflow"), types.ModuleType("mlflow.tracking")
     package.__spec__ = importlib.util.spec_from_loader("mlflow", None)
-    tracking.MlflowClient = FakeClient  # type: ignore[attr-defined]
+    tracking.MlflowClient = client  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mlflow", package)
     monkeypatch.setitem(sys.modules, "mlflow.tracking", tracking)
+
+
+def test_mlflow_s_run_is_found_again_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeClient.runs = {}
+    have_mlflow(monkeypatch, FakeClient)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     tell("mlflow", tmp_path)
@@ -347,11 +352,7 @@ def test_of_runs_that_begin_at_once_one_makes_mlflow_s_experiment(
             raise RuntimeError(f"{name} exists")
 
     FakeClient.runs = {}
-    package, tracking = types.ModuleType("mlflow"), types.ModuleType("mlflow.tracking")
-    package.__spec__ = importlib.util.spec_from_loader("mlflow", None)
-    tracking.MlflowClient = Late  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "mlflow", package)
-    monkeypatch.setitem(sys.modules, "mlflow.tracking", tracking)
+    have_mlflow(monkeypatch, Late)
     monkeypatch.setattr(live._MLflow, "_PATIENCE", 0.0)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     tell("mlflow", tmp_path)
