@@ -48,19 +48,23 @@ def name_of(code: int) -> str:
         return f"signal {code - 128}"
 
 
-def stop_within(error: BaseException | None) -> BaseException | None:
-    """Return the signal's exception in the middle of which another one was raised; None where there is none.
+def raise_stop(error: BaseException) -> None:
+    """Raise the signal's exception in the middle of which an error was raised, if there is one.
 
     What puts things in order while a run is being stopped may fail itself: the disk is full. The failure takes the
-    place of the stop then, which must not be forgotten for it.
+    place of the stop then. Whoever takes failures for a run's, or a client's, and goes on, must not forget the stop.
+
+    Raises:
+        KeyboardInterrupt: There is one.
+        Terminated: Likewise.
     """
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, KeyboardInterrupt | Terminated):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    within: BaseException | None = error
+    while within is not None and id(within) not in seen:
+        if isinstance(within, KeyboardInterrupt | Terminated):
+            raise within from error
+        seen.add(id(within))
+        within = within.__cause__ or within.__context__
 
 
 @dataclass

@@ -18,6 +18,7 @@ from fednorm.federation.contexts import FIRST, Contexts
 from fednorm.federation.executors import Executor, Failure, Job
 from fednorm.federation.flower_private import Run, empty_run, ensure_task_identity
 from fednorm.federation.messages import Answered, Asked, asked_of
+from fednorm.signals import raise_stop
 
 log = logging.getLogger("fednorm")
 
@@ -123,5 +124,6 @@ class InProcessGrid(Grid):
         try:
             return self._app(message, self.contexts[message.metadata.dst_node_id])
         except Exception as error:  # a failing client must not end the round, as on Flower's runtimes
+            raise_stop(error)
             log.debug("client of node %d failed", message.metadata.dst_node_id, exc_info=True)
             return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -25,7 +25,7 @@ from fednorm.cards import NORMS
 from fednorm.config import RunConfig
 from fednorm.cores import share_cores
 from fednorm.errors import FedNormError
-from fednorm.signals import stop_within
+from fednorm.signals import raise_stop
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext, SpawnContext
@@ -128,8 +128,7 @@ def attempt(config: RunConfig, runs: Path, tell: Tell, log_to: Log = unlogged) -
     try:
         return Ended(_simulate(config, runs, tell, log_to))
     except Exception as error:
-        if (stop := stop_within(error)) is not None:
-            raise stop from error
+        raise_stop(error)
         if isinstance(error, FedNormError):
             return Ended(None, str(error), type(error).__name__)
         # A mistake of ours: the other runs go on.

@@ -29,6 +29,7 @@ from fednorm.federation.stack import RowRecord, Stack, StackRow
 from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
 from fednorm.norms import spec_of
+from fednorm.signals import raise_stop
 
 log = logging.getLogger("fednorm")
 
@@ -137,6 +138,7 @@ class Cohort:
         try:
             return self._trained(places, turns)
         except Exception as error:  # as of one client's turn
+            raise_stop(error)
             log.debug("the cohort of client %d failed", turns[places[0]].job.client, exc_info=True)
             return Failure(f"the client's cohort failed: {type(error).__name__}: {error}")
 

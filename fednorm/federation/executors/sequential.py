@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from fednorm.federation.client import carry_out
 from fednorm.federation.executors import Answer, Failure, Job
 from fednorm.federation.workbench import Workbench
+from fednorm.signals import raise_stop
 
 log = logging.getLogger("fednorm")
 
@@ -36,5 +37,6 @@ def answer(bench: Workbench, job: Job) -> Answer:
     try:
         return carry_out(bench, job.kind, job.content, job.context)
     except Exception as error:  # a failing client must not end the round, as on Flower's runtimes
+        raise_stop(error)
         log.debug("client %d failed", job.client, exc_info=True)
         return Failure(f"{type(error).__name__}: {error}")

@@ -312,3 +312,18 @@ def test_where_forks_cannot_compute_gradients_clients_take_their_turns_here(
     with caplog.at_level("WARNING", "fednorm"):
         Run(bench, Workers(bench, 2)).require_like(Run(reference, Sequential(reference)))
     assert caplog.text.count("clients take their turns in this one") == 1
+
+
+def test_a_client_that_fails_while_the_run_is_stopped_stops_it(
+    make_bench: Callable[..., Workbench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def carry_out(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise ValueError("what is put in order fails")
+
+    bench = make_bench()
+    monkeypatch.setattr("fednorm.federation.executors.sequential.carry_out", carry_out)
+    with pytest.raises(KeyboardInterrupt):
+        Run(bench, Sequential(bench))
