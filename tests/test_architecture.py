@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
-    ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),
+    ("fednorm.spec", "fednorm.blocks", "fednorm.chain", "fednorm.options", "fednorm.config"),
     ("fednorm.recognition",),
     ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers"),
     ("fednorm.conversion",),
