@@ -400,6 +400,59 @@ def test_a_silent_node_is_told_that_its_training_was_not_used_and_nobody_waits_f
     assert (asked, deployed.late) == ([("train", 10), ("query.undo", 10)], [])
 
 
+class Clock:
+    """A clock that goes on where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("wakes", [False, True], ids=["it stays so", "it answers late, in the evaluation"])
+def test_a_node_that_is_silent_in_training_holds_up_its_round_once(
+    wakes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds 2 and 3 of three; each is evaluated in two ways at the end, and the others answer at once."""
+    clock, asked = Clock(), list[str]()
+    monkeypatch.setattr(deployed_grid, "time", clock)
+    monkeypatch.setattr(deployed_grid, "POLL_SECONDS", 1.0)
+    kinds = {"kinds": ["own", "reestimated"], "diagnostics": False}
+    grid = FakeGrid(values(rounds={"min_answered": 0.0, "timeout": 100.0}, evaluate=kinds), nodes())
+    trains: list[Message] = []
+
+    def fault(message: Message) -> Any:
+        kind = message.metadata.message_type
+        asked.append(f"{kind} {grid.round}")
+        if kind == "train" and grid.round == 2:
+            trains.append(message)
+        if kind == "evaluate" and grid.round == 2 and wakes:
+            late = trains.pop()
+            grid.held[late.metadata.message_id] = Message(RecordDict(), reply_to=late)
+            grid.waiting[message.metadata.message_id] = message
+            grid.nodes[10].fault = None
+            return None
+        return None if grid.round >= 2 else ...
+
+    grid.nodes[10].fault = fault
+    result = serve(grid)
+    if wakes:
+        assert rejected(result) == [(2, 2, "no reply came within 100 s (rounds.timeout is 100 s)")]
+        assert result["rounds"][1]["per_domain"].keys() == set(DOMAINS), "it is waited for, once it has answered"
+        assert clock.now == 100 + 1
+        return
+    silent, spent = "no reply came within 100 s (rounds.timeout is 100 s)", f"evaluation failed: {deployed_grid.SPENT}"
+    assert rejected(result) == [(2, 2, silent), (2, 2, spent), (3, 2, silent), (3, 2, spent)]
+    every = [f"{kind} {number}" for number in (2, 3) for kind in ("train", "query.undo", "evaluate")]
+    assert sorted(asked) == sorted(["query.describe 0", "train 1", "evaluate 1", *every, "evaluate 3"])
+    assert clock.now == 2 * 100
+    assert result["final"]["missing"] == {"clients": [2], "domains": ["street"]}
+
+
 @pytest.mark.parametrize("number", [1, 2])
 def test_a_run_starts_with_its_fewest_and_later_sites_join_the_next_round(number: int) -> None:
     there, place = nodes(), 12 - number
