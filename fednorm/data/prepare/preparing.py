@@ -111,7 +111,8 @@ def _checked(path: Path, md5: str) -> dict[str, Any]:
 def _explained(error: DataError, recipe: Recipe) -> DataError:
     """Return an error with what the source should hold."""
     text = str(error).rstrip(".")
-    return error if recipe.source in text else DataError(f"{text}. {recipe.expected}")
+    end = "" if text.endswith("?") else "."
+    return error if recipe.source in text else DataError(f"{text}{end} {recipe.expected}")
 
 
 def _moved(written: Written, directory: Path) -> Written:
