@@ -439,6 +439,8 @@ def test_members_with_names_that_lead_elsewhere_write_nothing(source: Path, out:
 def test_unknown_names_and_parts_that_are_none(source: Path, out: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"No recipe prepares 'office-home'\. Did you mean 'officehome'"):
         prepare("office-home", source, out)
+    with pytest.raises(UnknownNameError, match="'cifar10-c' needs no preparing: fednorm explain cifar10-c says"):
+        prepare("cifar10-c", source, out)
     with pytest.raises(DataError, match="Tiny-ImageNet has no domains to choose among"):
         prepare("tiny-imagenet", source, out, domains=["a"])
     with pytest.raises(DataError, match="CORe50 is prepared with all of its classes"):

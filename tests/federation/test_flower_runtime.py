@@ -259,20 +259,32 @@ def test_a_terminated_launcher_ends_all_it_started(toy: Path, tmp_path: Path) ->
     witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flwr-simulation")
 
 
-@pytest.mark.flower
-@pytest.mark.slow
+BINDS = """#!{python}
+import socket, sys, time
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = socket.create_server(("127.0.0.1", port))
+time.sleep(60)
+"""
+
+
 def test_a_port_taken_meanwhile_is_not_mistaken_for_our_superlink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without Flower: what stands for its SuperLink listens where it is told, or ends."""
+    command = tmp_path / "superlink"
+    command.write_text(BINDS.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setattr(flower_runtime, "command_of", lambda _: str(command))
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         free = processes.free_port
         offers = iter([stranger.getsockname()[1]])
         monkeypatch.setattr(flower_runtime, "free_port", lambda: next(offers, None) or free())
         with processes.own_processes(tmp_path) as (tree, environment):
-            flower_runtime._start_superlink(tree, tmp_path, environment)
+            own = flower_runtime._start_superlink(tree, tmp_path, environment)
             address = tomllib.loads((tmp_path / "flwr" / "config.toml").read_text())["superlink"]["own"]["address"]
             assert address != f"127.0.0.1:{stranger.getsockname()[1]}"
             assert next(offers, None) is None
+            assert tree.listens(own, int(address.rpartition(":")[2]))
 
 
 FAMILY = """
