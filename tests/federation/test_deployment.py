@@ -213,9 +213,15 @@ def test_the_server_scores_the_shared_model_on_images_of_its_own(tmp_path: Path)
         assert not any(kind == "train" for kind, *_ in grid.wire)
 
 
-def test_no_image_no_label_and_no_local_tensor_travels() -> None:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeGrid, dict[str, Any]]:
+    """A run in which nothing happens, and its grid."""
     grid = FakeGrid(values(), nodes())
-    serve(grid)
+    return grid, serve(grid, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_no_image_no_label_and_no_local_tensor_travels(undisturbed: tuple[FakeGrid, dict[str, Any]]) -> None:
+    grid, _ = undisturbed
     local = sites.site_workbench(Context(7, 10, grid.nodes[10].config, RecordDict(), grid.run_config)).plan.local
     assert local
     asked = {kind for kind, *_ in grid.wire}
@@ -253,7 +259,9 @@ def test_a_killed_node_is_reported_and_comes_back_with_its_state(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["on its disk", "nowhere"])
-def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(kept: bool, tmp_path: Path) -> None:
+def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(
+    kept: bool, undisturbed: tuple[FakeGrid, dict[str, Any]], tmp_path: Path
+) -> None:
     disk = {"state_dir": str(tmp_path / "state")} if kept else {}
 
     def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
@@ -264,9 +272,7 @@ def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(kept: bool, tmp
     grid = FakeGrid(values(rounds={"min_answered": 0.0}), nodes(**disk), hook)
     result = serve(grid)
     last = unpack(grid.nodes[99].state.array_records[LOCAL_RECORD])
-    undisturbed = FakeGrid(values(), nodes())
-    serve(undisturbed)
-    expected = unpack(undisturbed.nodes[10].state.array_records[LOCAL_RECORD])
+    expected = unpack(undisturbed[0].nodes[10].state.array_records[LOCAL_RECORD])
     assert all(torch.equal(last[key], tensor) for key, tensor in expected.items()) is kept
     lost = [(3, "street", "it has lost what it kept in round 2, and began anew")]
     assert events(result) == [
@@ -308,7 +314,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("phase", ["train", "evaluate", "checkpoint"])
 def test_a_server_that_is_killed_goes_on_to_the_same_bits(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, undisturbed: tuple[FakeGrid, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its nodes are started again too, under other ids; their tensors are on their disks.
 
@@ -331,10 +337,10 @@ def test_a_server_that_is_killed_goes_on_to_the_same_bits(
         with pytest.raises(Killed):
             serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
     again = FakeGrid(values(), {node_id + 30: node for node_id, node in nodes(**disk).items()})
-    result, undisturbed = serve(again, tmp_path / "runs"), serve(FakeGrid(values(), nodes()), tmp_path / "other")
-    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, undisturbed)]
+    result, expected = serve(again, tmp_path / "runs"), undisturbed[1]
+    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, expected)]
     assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
-    assert result["final"]["per_domain"] == undisturbed["final"]["per_domain"]
+    assert result["final"]["per_domain"] == expected["final"]["per_domain"]
     assert [line["round"] for line in result["rounds"]] == [1, 2, 3]
     assert events(result) == []
     assert {kind for kind, *_ in again.wire} == {"query.describe", "train", "evaluate"}
