@@ -122,8 +122,9 @@ QUESTIONS = (
     Question("Photographs (Office-Caltech-10): does FedBN beat FedAvg?", "office_small", "fedbn"),
     Question(
         "Batches of 2: does FedWon beat FedAvg with GroupNorm?",
-        "digits_small_batch",
-        "fedwon lr 0.03, train.batch_size 2",
+        "answer_digits_small_batch",
+        "fedwon",
+        "fedavg + group_norm (num_groups=8)",
     ),
     Question("Online split CIFAR-10, ER-ACE: does AdaB²N beat BatchNorm?", "online_cifar10", "er_ace + adab2n"),
     Question(
