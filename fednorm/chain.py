@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class Chain(nn.Sequential):
         return hidden
 
 
-def in_order(module: nn.Module) -> bool:
+def in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Return whether a module runs its children one after the other, in the order of their registration.
 
     A subclass of ``nn.Sequential`` with a forward pass of its own may do something else.
