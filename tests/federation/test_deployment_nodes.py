@@ -549,9 +549,8 @@ def strangers(clinic: Clinic) -> None:
 
 
 def test_the_table_of_the_documentation_is_what_happened() -> None:
+    if len(ROWS) < len(json.loads(RECORD.read_text(encoding="utf-8"))):
+        pytest.skip("the other tests of this file have not all run")
     if os.environ.get("FEDNORM_RECORD"):
         RECORD.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    recorded = json.loads(RECORD.read_text(encoding="utf-8"))
-    if len(ROWS) < len(recorded):
-        pytest.skip("the other tests of this file have not all run")
-    assert recorded == ROWS
+    assert json.loads(RECORD.read_text(encoding="utf-8")) == ROWS
