@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from rich.padding import Padding
@@ -31,10 +32,32 @@ def explained(name: str, *, as_json: bool) -> bool:
         _print(_one(find_key(asked)), as_json)
     elif asked == "config":
         _print(_all(), as_json)
+    elif keys := _keys_called(asked):
+        _print(_several(keys), as_json)
     else:
         _require_known(name)
         return False
     return True
+
+
+def _keys_called(name: str) -> list[Key]:
+    """Return the keys of any section that have a name, which no method has."""
+    if any(name in family.names for family in FAMILIES.values()):
+        return []
+    return [key for section in section_names() for key in keys_of(section) if key.name == name]
+
+
+def _several(keys: Sequence[Key]) -> dict[str, Any]:
+    """Return what is told of keys of one name: of one alone as if its section had been named."""
+    told = [_one(key) for key in keys]
+    if len(told) == 1:
+        return told[0]
+    return {
+        "what": "keys of the configuration",
+        "name": keys[0].name,
+        "keys": [{key: value for key, value in one.items() if key != "text"} for one in told],
+        "text": "\n\n".join(one["text"] for one in told),
+    }
 
 
 def _require_known(name: str) -> None:

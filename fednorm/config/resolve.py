@@ -30,7 +30,7 @@ from fednorm.config.run import DEFAULT_NORM, MACHINE, SECTIONS, Choice, ModelCho
 from fednorm.config.schema import KINDS, Kind, Section, choose, nearest, unknown_key
 from fednorm.config.sections import DataConfig, EvaluateConfig, GridConfig, RoundConfig, TrainConfig
 from fednorm.config.values import merge
-from fednorm.errors import ConfigError, canonical
+from fednorm.errors import ConfigError, UnknownNameError, canonical
 from fednorm.limits import INTEGER, MOST_DEPTH, require_float, require_plain, shown
 
 C = TypeVar("C", bound=Card)
@@ -52,6 +52,9 @@ VALUES: Mapping[str, type[Section]] = {
     "evaluate": EvaluateConfig,
 }
 """The sections that are values."""
+
+OF_EVERY_MODEL = ("width", "activation", "weights", "feature_norm")
+"""Keys of section ``model`` that are no option of one model alone."""
 
 LEADING: Mapping[Kind, tuple[str, ...]] = {
     "federated": ("strategy",),
@@ -113,10 +116,30 @@ def _require_words(kind: Kind, values: Mapping[str, Any]) -> None:
         table = values.get(section, {}) if section in SECTIONS[kind] else {}
         name = table.get("name") if isinstance(table, Mapping) else None
         if isinstance(name, str) and name and not (section == "norm" and canonical(name) == "auto"):
-            family.require(name)
+            _require_name(kind, family, name)
     train = values.get("train", {})
     if isinstance(optimizer := train.get("optimizer"), str):
         OPTIMIZERS.require(optimizer)
+
+
+def _require_name(kind: Kind, family: Family[Any], name: str) -> None:
+    """Refuse a name that no method has; one that a key has is told as that.
+
+    Raises:
+        UnknownNameError: It is one of these.
+    """
+    asked = canonical(name)
+    keys = [f"{part}.{asked}" for part in SECTIONS[kind] if part in VALUES and asked in VALUES[part].model_fields]
+    keys += [f"model.{asked}"] if asked in OF_EVERY_MODEL else []
+    try:
+        family.require(name)
+    except UnknownNameError as error:
+        if not keys:
+            raise
+        raise UnknownNameError(
+            f"There is no {family.noun} named {name!r}; it is a key of the configuration: --set {keys[0]}=VALUE. "
+            f"fednorm explain {keys[0]} tells what it takes."
+        ) from error
 
 
 def _benchmark(name: str) -> str:
@@ -298,7 +321,7 @@ def _choice(section: str, kind: Kind, table: Any) -> Choice[Any]:
     family = FAMILY[section]
     name = spelled(str(table.get("name", _default_name(kind, section))))
     card = family[name]
-    of_every = ("width", "activation", "weights", "feature_norm") if section == "model" else ()
+    of_every = OF_EVERY_MODEL if section == "model" else ()
     general = {key: given.pop(key) for key in of_every if key in given}
     options = checked_options(card, section, given)
     card.check(options)

@@ -25,8 +25,8 @@ import psutil
 from fednorm.errors import ConfigError
 from fednorm.signals import held, raising
 
-START_SECONDS = 30.0
-"""Time for a server to listen."""
+START_SECONDS = 120.0
+"""Time for a server to listen; on a busy machine the imports of Flower take most of a minute."""
 
 POLITE_SECONDS = 3.0
 """Time for processes to end after each request, of which the last is no request any more."""

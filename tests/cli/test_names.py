@@ -99,6 +99,23 @@ def test_every_key_is_explained_with_its_runs(call: Callable[..., Any]) -> None:
     assert "epochs = 5    [streams; an integer, at least 1]" in call("explain", "train").out
 
 
+def test_a_key_is_explained_without_its_section(call: Callable[..., Any]) -> None:
+    told = call("explain", "feature-norm")
+    assert (told.code, "model.feature_norm (key of the configuration)" in told.out) == (0, True)
+    assert told.out == call("explain", "model.feature_norm").out
+    several = call("explain", "checkpoint_every").out
+    assert "train.checkpoint_every (key" in several
+    assert "rounds.checkpoint_every (key" in several
+    assert "momentum = 0    [all runs" in call("explain", "momentum").out
+    assert "batch_norm (norm)" in call("explain", "batch_norm").out, "a method comes before a key"
+
+
+def test_a_key_that_is_taken_for_a_method_is_told_as_a_key(call: Callable[..., Any]) -> None:
+    told = call("federated", "--norm", "feature-norm", "--dry-run")
+    assert told.code == 2
+    assert "no norm named 'feature-norm'; it is a key of the configuration: --set model.feature_norm=VALUE" in told.err
+
+
 def test_a_key_is_explained_by_what_people_call_it(call: Callable[..., Any]) -> None:
     told = call("explain", "train.lr")
     assert told.out.startswith("train.learning_rate (key of the configuration)\n")

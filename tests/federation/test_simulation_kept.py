@@ -179,7 +179,7 @@ simulate_flower(resolve(json.loads(sys.argv[1])), runs=Path(sys.argv[2]), timeou
 """
 
 
-LONG = {**STREAMS, "strategy": {"name": "fedbn"}, "rounds": {"per_experience": 14, "fraction": 0.4}}
+LONG = {**STREAMS, "strategy": {"name": "fedbn"}, "rounds": {"per_experience": 14}}
 """Enough rounds to be at it still when the signal comes; clients keep tensors and a learner's memory."""
 
 
