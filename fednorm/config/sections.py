@@ -400,6 +400,20 @@ class EvaluateConfig(Section, name="evaluate"):
         "under its own normalization tensors where they are kept per experience (grid.norms).",
         kinds=BOTH,
     )
+    infer_task: Literal["none", "entropy", "statistics"] = key(
+        "none",
+        "How the experience of a test image is inferred where its normalization tensors are kept per experience and "
+        "it is not given (task_identity): entropy, that under whose tensors the network's answer is surest; "
+        "statistics, that whose running moments the first layer's input fits best; none, not at all. The image is "
+        "then scored as if that one had been given.",
+        kinds=BOTH,
+    )
+    infer_task_per: Literal["image", "batch"] = key(
+        "image",
+        "Whether the experience is inferred for each image, or for each batch (batch_size), whose images are then "
+        "taken to be of the same.",
+        kinds=BOTH,
+    )
     every_steps: int = key(
         0,
         "Steps between two evaluations on the experiences seen so far (anytime evaluation); 0 for none.",
@@ -450,5 +464,15 @@ class EvaluateConfig(Section, name="evaluate"):
         del context
         for kind in self.kinds:
             choose("evaluate.kinds", kind, EVALUATIONS)
+        if self.infer_task == "none" and self.infer_task_per == "batch":
+            raise ConfigError(
+                "evaluate.infer_task_per = 'batch' says for how many images together an experience is inferred, and "
+                "evaluate.infer_task is 'none'. Set that to 'entropy' or 'statistics', or leave both out."
+            )
+        if self.infer_task != "none" and self.task_identity:
+            raise ConfigError(
+                f"evaluate.infer_task = {self.infer_task!r} infers the experience of a test image, and with "
+                "evaluate.task_identity = true it is given. Leave one of the two out."
+            )
         if self.probe_images == 1:
             raise ConfigError("evaluate.probe_images must be 0 or at least 2, to estimate a variance; got 1.")

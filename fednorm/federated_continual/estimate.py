@@ -39,16 +39,21 @@ def work(config: RunConfig, stream: Stream) -> Work:
     held, again = (sum(len(cell.train) for cell in some) for some in (cells, later))
     tests = [len(split_of(experience, config.evaluate.split)) for experience in stream]
     scored = sum(
-        tests[number]
+        sum(tests[number] for number in met) * _passes(config.evaluate.infer_task, len(met))
         for client in range(len(grid.cells))
         for time in range(grid.num_times)
-        for number in grid.scored(client, time)
+        if (met := grid.scored(client, time))
     )
     return Work(
         trained=share * passes * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
         scored=2 * scored + len(grid.cells) * sum(tests),
         turns=COPIES * share * rounds * len(cells) + len(grid.cells) * (grid.num_times + 1),
     )
+
+
+def _passes(infer_task: str, candidates: int) -> int:
+    """Return how often an image is scored that may be of any of some experiences."""
+    return {"none": 1, "entropy": candidates, "statistics": candidates + 1}[infer_task]
 
 
 def cost(bench: GridWorkbench) -> Work:
