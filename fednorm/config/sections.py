@@ -154,6 +154,15 @@ class TrainConfig(Section, name="train"):
     perturb: float = key(
         0.0, "Factor of the freshly initialised parameters that are then added; 0 for none.", ge=0, kinds=CONTINUAL
     )
+    norms: Literal["keep", "reset", "freeze", "per_experience"] = key(
+        "keep",
+        "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
+        "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
+        "they are from then on, running statistics too; per_experience: they go on, and as they were at an "
+        "experience's end they are used for its test images, where the task is given (task_accuracy) or inferred "
+        "(evaluate.infer_task).",
+        kinds=CONTINUAL,
+    )
     trainable: Parts = key(
         "all",
         "What is trained: all, norm (the learned tensors of normalization layers), head, or norm,head; the rest stays "
@@ -403,16 +412,16 @@ class EvaluateConfig(Section, name="evaluate"):
     infer_task: Literal["none", "entropy", "statistics"] = key(
         "none",
         "How the experience of a test image is inferred where its normalization tensors are kept per experience and "
-        "it is not given (task_identity): entropy, that under whose tensors the network's answer is surest; "
+        "it is not given: entropy, that under whose tensors the network's answer is surest; "
         "statistics, that whose running moments the first layer's input fits best; none, not at all. The image is "
         "then scored as if that one had been given.",
-        kinds=BOTH,
+        kinds=(*CONTINUAL, *BOTH),
     )
     infer_task_per: Literal["image", "batch"] = key(
         "image",
         "Whether the experience is inferred for each image, or for each batch (batch_size), whose images are then "
         "taken to be of the same.",
-        kinds=BOTH,
+        kinds=(*CONTINUAL, *BOTH),
     )
     every_steps: int = key(
         0,

@@ -12,6 +12,7 @@ from fednorm.federation.client import score
 from fednorm.federation.estimate import COPIES, SCORED, first
 from fednorm.streams.evaluation import split_of
 from fednorm.streams.stream import Stream
+from fednorm.streams.task_inference import passes
 from fednorm.streams.workbench import stream_of as load
 from fednorm.training.work import Work, timed
 
@@ -32,28 +33,23 @@ def work(config: RunConfig, stream: Stream) -> Work:
     """
     grid = make_grid(stream, config.grid, config.data.split_seed or config.seed)
     rounds, share = config.rounds.per_experience, config.rounds.fraction
-    passes = int(config.train.local_epochs) * rounds
+    trainings = int(config.train.local_epochs) * rounds
     cells = [cell for client in range(len(grid.cells)) for _, cell in grid.row(client)]
     adds = config.strategy.card.make.local.passes(config.strategy.values)
     later = [cell for client in range(len(grid.cells)) for time, cell in grid.row(client) if time]
     held, again = (sum(len(cell.train) for cell in some) for some in (cells, later))
     tests = [len(split_of(experience, config.evaluate.split)) for experience in stream]
     scored = sum(
-        sum(tests[number] for number in met) * _passes(config.evaluate.infer_task, len(met))
+        sum(tests[number] for number in met) * passes(config.evaluate.infer_task, len(met))
         for client in range(len(grid.cells))
         for time in range(grid.num_times)
         if (met := grid.scored(client, time))
     )
     return Work(
-        trained=share * passes * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
+        trained=share * trainings * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
         scored=2 * scored + len(grid.cells) * sum(tests),
         turns=COPIES * share * rounds * len(cells) + len(grid.cells) * (grid.num_times + 1),
     )
-
-
-def _passes(infer_task: str, candidates: int) -> int:
-    """Return how often an image is scored that may be of any of some experiences."""
-    return {"none": 1, "entropy": candidates, "statistics": candidates + 1}[infer_task]
 
 
 def cost(bench: GridWorkbench) -> Work:

@@ -66,21 +66,6 @@ def _require_tasks(config: RunConfig) -> None:
         )
 
 
-def require_sure_answers(config: RunConfig, grid: Grid) -> None:
-    """Refuse to tell experiences by how sure answers are, where an answer among one class is always sure.
-
-    Raises:
-        ConfigError: It is so.
-    """
-    alone = [experience.number for experience in grid.stream if len(experience.classes) == 1]
-    if config.evaluate.infer_task == "entropy" and config.train.heads == "task" and alone:
-        raise ConfigError(
-            "evaluate.infer_task = 'entropy' takes the experience among whose classes the network is surest, with "
-            f"train.heads = 'task', and experience {alone[0] + 1} has one class, of which it is always sure: every "
-            "image would be of that one. Take 'statistics', train.heads = 'one', or experiences of more classes."
-        )
-
-
 def require_plain_training(strategy: NormStrategy, config: RunConfig) -> None:
     """Refuse a strategy whose clients train in a way of their own, which a learner has too.
 

@@ -28,12 +28,7 @@ from fednorm.federated_continual import measures
 from fednorm.federated_continual.between import BetweenExperiences, Boundary, Images, local_of
 from fednorm.federated_continual.cells import Grid, make_grid
 from fednorm.federated_continual.norms import NormBoundary
-from fednorm.federated_continual.refusals import (
-    require_fit,
-    require_norms,
-    require_plain_training,
-    require_sure_answers,
-)
+from fednorm.federated_continual.refusals import require_fit, require_norms, require_plain_training
 from fednorm.federated_continual.turn import (
     GridTurn,
     Norms,
@@ -89,8 +84,7 @@ class GridWorkbench(Workbench):
         self._first = {key: tensor.clone() for key, tensor in fresh.items()}
         require_plain_training(self.strategy, config)
         require_norms(self.norms, self.plan, self.grid, config)
-        require_sure_answers(config, self.grid)
-        self._inference = self._made_inference()
+        self._inference = TaskInference.of(config, self.model, self.grid.stream, self.norms.wearing)
         self.trainee.require_batches(
             (f"Client {client} in experience {cell.number + 1}", len(cell.train))
             for client in range(len(self.grid.cells))
@@ -254,21 +248,6 @@ class GridWorkbench(Workbench):
                 numbers[f"{name}-{number}"] = measured.among_own if evaluate.task_identity else measured.overall
         self.model.train()
         return numbers
-
-    def _made_inference(self) -> TaskInference | None:
-        """Return what infers the experience of a test image; None where nothing does."""
-        evaluate, first = self.config.evaluate, self.grid.stream.experiences[0].train
-        if evaluate.infer_task == "none":
-            return None
-        return TaskInference(
-            self.model,
-            evaluate.infer_task,
-            per_batch=evaluate.infer_task_per == "batch",
-            batch_size=evaluate.batch_size,
-            own_classes=self.config.train.heads == "task",
-            wearing=self.norms.wearing,
-            images=first.inputs(torch.arange(min(2, len(first))))[0],
-        )
 
     # An experience's end ----------------------------------------------------------------------------------------------
 

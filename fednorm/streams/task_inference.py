@@ -1,9 +1,9 @@
 """Which experience a test image is of, where nobody says: the one whose normalization tensors fit the image best.
 
-Normalization tensors that are kept per experience (``grid.norms = "per_experience"``; domain-specific batch
-normalization, Chang et al., arXiv 1906.03950) ask for the experience of every test image. Without it each image x gets
-a misfit under each experience e that the client has met, with that experience's tensors in the network, and the least
-one decides; of equal ones, the experience that was met first. ``evaluate.infer_task`` names the misfit.
+Normalization tensors that are kept per experience (``grid.norms = "per_experience"``, of a stream ``train.norms``;
+domain-specific batch normalization, Chang et al., arXiv 1906.03950) ask for the experience of every test image. Without
+it each image x gets a misfit under each experience e that was met, with that experience's tensors in the network, and
+the least one decides; of equal ones, the experience that was met first. ``evaluate.infer_task`` names the misfit.
 
 ``entropy``, by how sure the network is of its answer:
 
@@ -25,8 +25,9 @@ This distance is ours. Segu et al. (batch normalization embeddings, arXiv 2011.1
 every layer, and weigh the experiences by it instead of choosing one; the likelihood is the same whatever a channel's
 scale, and needs no variance of its own where an image has one number a channel.
 
-With ``evaluate.infer_task_per = "batch"`` the images of each batch of ``evaluate.batch_size``, which are of one
-experience here, are taken for the same: their misfits are averaged.
+An image that may be of one experience only is of that one. With ``evaluate.infer_task_per = "batch"`` the images of
+each batch of ``evaluate.batch_size``, which are of one experience here, are taken for the same: their misfits are
+averaged.
 
 Then the image is answered as if the experience that was inferred had been given: under its tensors, among its classes.
 """
@@ -36,16 +37,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fednorm.adaptation._layers import MOMENTS, is_plain, running
+from fednorm.config import RunConfig
 from fednorm.data.domain import Split
 from fednorm.device import wide
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
+from fednorm.streams.stream import Stream
 
 Tensors = Mapping[str, Tensor]
 
@@ -116,6 +120,11 @@ def choices(misfits: Tensor, batch_size: int | None = None) -> Tensor:
     return known.argmin(0)
 
 
+def passes(infer_task: str, candidates: int) -> int:
+    """Return how often a network sees an image that may be of any of some experiences, for an estimate of its time."""
+    return {"none": 1, "entropy": candidates, "statistics": candidates + 1}[infer_task]
+
+
 class TaskInference:
     """Scores a network on images of which nobody says the experience.
 
@@ -147,8 +156,49 @@ class TaskInference:
         self._wearing = wearing
         self._first = _first_layer(model, images) if how == "statistics" else None
 
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        model: nn.Module,
+        stream: Stream,
+        wearing: Callable[[Tensors | None], AbstractContextManager[None]],
+    ) -> Self | None:
+        """Return what a run's configuration asks for; None where nothing is inferred.
+
+        Args:
+            config: The run's configuration.
+            model: Its network.
+            stream: What it is scored on.
+            wearing: Gives the network other normalization tensors within.
+
+        Raises:
+            ConfigError: The network keeps no such statistics, or an answer among an experience's classes is always
+                sure.
+        """
+        evaluate, first = config.evaluate, stream.experiences[0].train
+        if evaluate.infer_task == "none":
+            return None
+        _require_unsure(config, stream)
+        return cls(
+            model,
+            evaluate.infer_task,
+            per_batch=evaluate.infer_task_per == "batch",
+            batch_size=evaluate.batch_size,
+            own_classes=config.train.heads == "task",
+            wearing=wearing,
+            images=first.inputs(torch.arange(min(2, len(first))))[0],
+        )
+
     @torch.no_grad()
-    def score(self, model: nn.Module, split: Split, number: int, candidates: Sequence[Candidate]) -> Inferred:
+    def score(
+        self,
+        model: nn.Module,
+        split: Split,
+        number: int,
+        candidates: Sequence[Candidate],
+        rows: Tensor | None = None,
+    ) -> Inferred:
         """Infer the experience of each image, and classify it under that one's tensors, among its classes.
 
         Args:
@@ -156,25 +206,27 @@ class TaskInference:
             split: The images, all of one experience.
             number: That experience's.
             candidates: The experiences that they may be of, in the order in which they were met.
+            rows: The rows that are scored; all of them if None.
         """
+        scored = torch.arange(len(split)) if rows is None else rows
         misfits: list[Tensor] = []
         right: list[Tensor] = []
         for candidate in candidates:
             with self._wearing(candidate.tensors):
-                entropies, hits = self._answers(model, split, candidate.classes)
+                entropies, hits = self._answers(model, split, scored, candidate.classes)
             misfits.append(entropies)
             right.append(hits)
         if self._first is not None:
-            misfits = [*self._statistics(model, split, candidates)]
+            misfits = [*self._statistics(model, split, scored, candidates)]
         chosen = choices(torch.stack(misfits), self.batch_size if self.per_batch else None)
         numbers = torch.tensor([candidate.number for candidate in candidates], device=chosen.device)
         hits = torch.stack(right).gather(0, chosen[None])
-        return Inferred(int(hits.sum()) / len(split), int((numbers[chosen] == number).sum()) / len(split))
+        return Inferred(int(hits.sum()) / len(scored), int((numbers[chosen] == number).sum()) / len(scored))
 
-    def _answers(self, model: nn.Module, split: Split, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _answers(self, model: nn.Module, split: Split, rows: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the entropy of each image's answer, and whether the answer among some classes is right."""
         entropies, right = [], []
-        for images, labels in self._batches(split):
+        for images, labels in self._batches(split, rows):
             logits = model(images)
             own = torch.tensor(classes, device=logits.device)
             among = logits[:, own]
@@ -182,7 +234,7 @@ class TaskInference:
             right.append(own[among.argmax(1)] == labels)
         return torch.cat(entropies), torch.cat(right)
 
-    def _statistics(self, model: nn.Module, split: Split, candidates: Sequence[Candidate]) -> Tensor:
+    def _statistics(self, model: nn.Module, split: Split, rows: Tensor, candidates: Sequence[Candidate]) -> Tensor:
         """Return the misfits of the first layer's input, by candidate and image."""
         assert self._first is not None
         path, layer = self._first
@@ -190,7 +242,7 @@ class TaskInference:
         own = dict(zip(keys, running(layer), strict=True))
         moments = [{**own, **(candidate.tensors or {})} for candidate in candidates]
         misfits = []
-        for images, _ in self._batches(split):
+        for images, _ in self._batches(split, rows):
             with _first_input([layer]) as heard:
                 model(images)
             inputs = heard[0][1]
@@ -199,9 +251,24 @@ class TaskInference:
             )
         return torch.cat(misfits, 1)
 
-    def _batches(self, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        for rows in torch.split(torch.arange(len(split)), self.batch_size):
-            yield split.inputs(rows)
+    def _batches(self, split: Split, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.split(rows, self.batch_size):
+            yield split.inputs(part)
+
+
+def _require_unsure(config: RunConfig, stream: Stream) -> None:
+    """Refuse to tell experiences by how sure answers are, where an answer among one class is always sure.
+
+    Raises:
+        ConfigError: It is so.
+    """
+    alone = [experience.number for experience in stream if len(experience.classes) == 1]
+    if config.evaluate.infer_task == "entropy" and config.train.heads == "task" and alone:
+        raise ConfigError(
+            "evaluate.infer_task = 'entropy' takes the experience among whose classes the network is surest, with "
+            f"train.heads = 'task', and experience {alone[0] + 1} has one class, of which it is always sure: every "
+            "image would be of that one. Take 'statistics', train.heads = 'one', or experiences of more classes."
+        )
 
 
 def _first_layer(model: nn.Module, images: Tensor) -> tuple[str, _BatchNorm]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from fednorm.config import resolve
+from fednorm.data.domain import Split
 from fednorm.errors import ConfigError, FedNormError
 from fednorm.federated_continual import estimate
 from fednorm.federated_continual.workbench import GridWorkbench
@@ -21,7 +23,14 @@ from fednorm.records.integrity import read_tensors
 from fednorm.records.record import RunRecord
 from fednorm.records.results import load
 from fednorm.report.grid_table import grid_table
-from fednorm.streams.task_inference import choices, entropy_misfit, statistics_misfit
+from fednorm.streams.task_inference import (
+    Candidate,
+    Inferred,
+    TaskInference,
+    choices,
+    entropy_misfit,
+    statistics_misfit,
+)
 
 GRID: dict[str, Any] = {
     "kind": "federated_continual",
@@ -89,6 +98,24 @@ def test_the_least_misfit_decides_and_of_equal_ones_the_first() -> None:
     assert ragged.tolist() == [1, 1, 0]
 
 
+@pytest.mark.parametrize(("own_classes", "inferred"), [(True, 0.5), (False, 0.0)])
+def test_with_a_head_for_each_task_the_surest_answer_is_among_its_classes(own_classes: bool, inferred: float) -> None:
+    """Both images are of experience 1 (classes 2 and 3); under either the network's answer is the same."""
+    pixels = torch.tensor([[255, 255, 255, 0], [255, 0, 255, 255]], dtype=torch.uint8)
+    split = Split(pixels[:, None, None], torch.tensor([2, 3]), torch.arange(2))
+    judge = TaskInference(
+        torch.nn.Flatten(),
+        "entropy",
+        per_batch=False,
+        batch_size=2,
+        own_classes=own_classes,
+        wearing=lambda _: nullcontext(),
+        images=split.inputs(torch.arange(1))[0],
+    )
+    candidates = [Candidate(0, (0, 1), None), Candidate(1, (2, 3), None)]
+    assert judge.score(torch.nn.Flatten(), split, 1, candidates) == Inferred(inferred, inferred)
+
+
 # A run.
 
 
@@ -113,7 +140,14 @@ def run(folder: Any, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, result
 
 
-@pytest.mark.parametrize(("how", "per"), [("entropy", "image"), ("statistics", "image"), ("statistics", "batch")])
+@pytest.mark.parametrize(
+    ("how", "per"),
+    [
+        ("entropy", "image"),
+        pytest.param("statistics", "image", marks=pytest.mark.slow),
+        ("statistics", "batch"),
+    ],
+)
 def test_images_are_scored_under_the_tensors_that_fit_them(
     tmp_path: Any, sent: dict[int, dict[str, Tensor]], how: str, per: str
 ) -> None:
@@ -225,5 +259,5 @@ def test_what_cannot_be_is_refused_before_training(values: dict[str, Any], words
 
 
 def test_it_is_of_no_other_run() -> None:
-    with pytest.raises(ConfigError, match="It is a key of federated_continual runs"):
+    with pytest.raises(ConfigError, match="It is a key of continual and federated_continual runs"):
         resolve({"evaluate": {"infer_task": "entropy"}})
