@@ -15,6 +15,7 @@ ROUNDS: tuple[Kind, ...] = ("federated",)
 CONTINUAL: tuple[Kind, ...] = ("continual",)
 BOTH: tuple[Kind, ...] = ("federated_continual",)
 FEDERATED: tuple[Kind, ...] = (*ROUNDS, *BOTH)
+IN_ROUNDS: dict[Kind, str] = {"federated": "train.local_epochs", "federated_continual": "rounds.per_experience"}
 
 OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta", "beta_utility", "sigma")
 """Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
@@ -73,7 +74,7 @@ class TrainConfig(Section, name="train"):
         kinds=FEDERATED,
     )
     local_steps: int = key(0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=ROUNDS)
-    epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
+    epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL, instead=IN_ROUNDS)
     momentum: float = key(0.0, "Of sgd and sgdp.", ge=0, lt=1)
     nesterov: bool = key(False, "Whether a step looks ahead along the momentum; of sgd, sgdp and adamp.")
     weight_decay: float = key(
@@ -162,6 +163,7 @@ class TrainConfig(Section, name="train"):
         "experience's end they are used for its test images, where the task is given (task_accuracy) or inferred "
         "(evaluate.infer_task).",
         kinds=CONTINUAL,
+        instead={"federated_continual": "grid.norms"},
     )
     trainable: Parts = key(
         "all",
@@ -262,7 +264,7 @@ class TrainConfig(Section, name="train"):
 class RoundConfig(Section, name="rounds"):
     """The rounds of the federation."""
 
-    num_rounds: int = key(10, "Rounds of communication.", ge=1, kinds=ROUNDS)
+    num_rounds: int = key(10, "Rounds of communication.", ge=1, kinds=ROUNDS, instead=IN_ROUNDS)
     per_experience: int = key(5, "Rounds of communication in each experience.", ge=1, kinds=BOTH)
     fraction: float = key(1.0, "Share of the clients sampled each round, in (0, 1].", gt=0, le=1)
     weighting: Literal["examples", "equal"] = key(
@@ -333,7 +335,7 @@ class GridConfig(Section, name="grid"):
         "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
         "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
         "they are from then on, running statistics too; per_experience: they go on, and as they were at an "
-        "experience's end they are used for its test images (evaluate.task_identity).",
+        "experience's end they are used for its test images (evaluate.task_identity, evaluate.infer_task).",
         kinds=BOTH,
     )
     joining: int = key(
