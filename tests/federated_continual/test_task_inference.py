@@ -215,6 +215,7 @@ def test_what_is_always_inferred_right_is_what_was_given(tmp_path: Any, monkeypa
     assert inferred["final"]["task_inference"] == 1
 
 
+@pytest.mark.slow
 def test_local_tensors_of_clients_at_different_experiences(tmp_path: Any) -> None:
     """FedBN: each client chooses among its own, those it has met."""
     grid = {**GRID["grid"], "order": "rotated"}

@@ -59,7 +59,8 @@ def rows_of(matrix: Any) -> list[list[float]]:
     return [list(row[: i + 1]) for i, row in enumerate(matrix)]
 
 
-@pytest.mark.parametrize("norms", [pytest.param("reset", marks=pytest.mark.slow), "freeze"])
+@pytest.mark.slow
+@pytest.mark.parametrize("norms", ["reset", "freeze"])
 def test_a_stream_s_boundary_is_that_of_a_federation_of_one_client(tmp_path: Any, norms: str) -> None:
     learner = {"learner": {"name": "ewc", "fisher_samples": 6}}
     one, result = run(tmp_path, {**stream(norms), **learner})
@@ -122,11 +123,8 @@ class Cut:
     def experience(self, line: Any) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "values",
-    [stream("per_experience", "entropy"), pytest.param(stream("freeze"), marks=pytest.mark.slow)],
-    ids=["own", "freeze"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("values", [stream("per_experience", "entropy"), stream("freeze")], ids=["own", "freeze"])
 def test_a_run_that_was_cut_goes_on_to_the_same_numbers(tmp_path: Any, values: dict[str, Any]) -> None:
     values = {**values, "train": {**values["train"], "checkpoint_every": 1}}
     whole, result = run(tmp_path / "whole", values)
@@ -142,6 +140,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_numbers(tmp_path: Any, values: d
         ]
 
 
+@pytest.mark.slow
 def test_evaluations_on_the_way_infer_too(tmp_path: Any) -> None:
     values = stream("per_experience", "entropy", evaluate={"every_steps": 6})
     _, result = run(tmp_path, values)
