@@ -88,7 +88,8 @@ def entropy_misfit(logits: Tensor) -> Tensor:
     A class whose logit is minus infinity has no part in it.
     """
     probabilities = logits.to(wide(logits.device)).softmax(1)
-    return torch.special.entr(probabilities).sum(1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(1)
+    return entropy
 
 
 def statistics_misfit(inputs: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
