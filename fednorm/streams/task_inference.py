@@ -117,7 +117,7 @@ def choices(misfits: Tensor, batch_size: int | None = None) -> Tensor:
     """
     known = misfits.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if batch_size is not None:
-        known = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in known.split(batch_size, 1)], 1)
+        known = torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in torch.split(known, batch_size, 1)], 1)
     return known.argmin(0)
 
 
