@@ -20,6 +20,7 @@ Batch counters are the first client's, as in FedBN's code, never an average.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Unpack
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -37,7 +38,7 @@ from fednorm.roles import Kind, Role, RoleRule
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
-POOLED = RoleRule({Kind.MEAN: Role.POOLED, Kind.VAR: Role.POOLED}, why="FedAvg with moments='pool'")
+POOLED = RoleRule({Kind.MEAN: Role.POOLED, Kind.VAR: Role.POOLED})
 
 
 class FedAvg(NormStrategy):
@@ -67,7 +68,7 @@ class FedAvg(NormStrategy):
 
     def role_rule(self) -> RoleRule:
         """Share everything; pool the moments where that was asked for."""
-        return self.rule if self.moments == "average" else POOLED
+        return self.rule if self.moments == "average" else replace(POOLED, why=f"FedAvg with moments={self.moments!r}")
 
     def let_go(self) -> None:
         """Let no client look at what layers are given any more."""

@@ -58,6 +58,11 @@ def test_unknown_keys_and_wrong_types_are_named(assignment: str, message: str) -
         resolve(override(assignment))
 
 
+def test_a_dotted_name_in_quotes_is_told_from_a_key_of_a_table() -> None:
+    with pytest.raises(ConfigError, match=r"in TOML train\.momentum without quotation marks, in Python \{\"train\": "):
+        resolve({"train.momentum": 0.5})
+
+
 @pytest.mark.parametrize("value", [[1, 2], [["a"]], [None]])
 def test_a_list_of_names_holds_names(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.domains must be a list of names"):

@@ -133,6 +133,9 @@ def test_a_stream_s_unknown_keys_and_wrong_types_are_named(assignment: str, mess
         (EvaluateConfig, "every_steps", (-1,), (0, 1)),
         (EvaluateConfig, "every_images", (-1,), (0, 1)),
         (EvaluateConfig, "average_last", (0,), (1,)),
+        (TrainConfig, "norms", ("none",), ("keep", "reset", "freeze", "per_experience")),
+        (EvaluateConfig, "infer_task", ("nearest",), ("none", "entropy", "statistics")),
+        (EvaluateConfig, "infer_task_per", ("domain",), ("image",)),
     ],
 )
 def test_a_stream_s_ranges(table: type[Any], key: str, bad: tuple[Any, ...], good: tuple[Any, ...]) -> None:

@@ -44,7 +44,7 @@ def statistics_layers(model: nn.Module, method: str) -> dict[str, _BatchNorm]:
         own = dict(module.named_buffers(recurse=False))
         if spec is None or not any(t.kind in MOMENTS and own.get(key) is not None for key, t in spec.tensors.items()):
             continue
-        if not isinstance(module, _BatchNorm) or not _is_plain(module):
+        if not isinstance(module, _BatchNorm) or not is_plain(module):
             raise ConfigError(
                 f"Adaptation {method!r} replaces the running mean and variance by which batch normalization evaluates, "
                 f"and {path or 'the network'} ({type(module).__name__}, {spec.name}) evaluates by another formula. "
@@ -68,7 +68,7 @@ def require_statistics(model: nn.Module, method: str) -> None:
         )
 
 
-def _is_plain(layer: _BatchNorm) -> bool:
+def is_plain(layer: _BatchNorm) -> bool:
     """Return whether a layer in evaluation is (x - M) / sqrt(V + eps) * scale + shift of its input, and no more."""
     mean, var = running(layer)
     sides = next(sides for kind, sides in _SHAPES if isinstance(layer, kind))

@@ -65,6 +65,19 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
         "train.batch_size": 10,
         "train.checkpoint_every": 7,
     },
+    "federated_continual": {
+        "kind": "federated_continual",
+        "model.width": 8,
+        "norm.name": "adab2n",
+        "strategy.name": "fedbn",
+        "learner.memory_size": 40,
+        "scenario.num_experiences": 2,
+        "scenario.train_per_experience": 100,
+        "scenario.test_per_experience": 50,
+        "grid.clients": 2,
+        "rounds.per_experience": 2,
+        "train.batch_size": 10,
+    },
 }
 """The run that is verified where no configuration is given, by kind."""
 
@@ -73,10 +86,13 @@ def run_determinism(
     config: Path | None, *, data_dir: Path | None, settings: Sequence[str], rounds: int | None, as_json: bool
 ) -> None:
     """Run in several ways that must compute the same; print a table, and leave with code 1 if a bit differs."""
-    flags: dict[str, Any] = {"data.dir": None if data_dir is None else str(data_dir), "rounds.num_rounds": rounds}
-    values = collect_values(config, flags, settings)
+    values = collect_values(config, {"data.dir": None if data_dir is None else str(data_dir)}, settings)
+    kind = values.get("kind", "federated_continual" if "grid" in values else "federated")
     if config is None:
-        values = merge(nested(SMALL["continual" if values.get("kind") == "continual" else "federated"]), values)
+        values = merge(nested(SMALL.get(kind, {})), values)
+    if rounds is not None:
+        name = "per_experience" if kind == "federated_continual" else "num_rounds"
+        values = merge(values, {"rounds": {name: rounds}})
     resolved = resolve(values)
     if resolved.kind == "federated" and rounds is None and resolved.rounds.num_rounds > ROUNDS:
         err().print(f"{ROUNDS} of {resolved.rounds.num_rounds} rounds; --rounds asks for more")

@@ -267,6 +267,12 @@ def _with_adaptations(kind: Kind, evaluate: EvaluateConfig) -> EvaluateConfig:
 
 
 def _elsewhere(key: str) -> str:
+    section, _, inner = str(key).partition(".")
+    if inner and any(section in names for names in SECTIONS.values()):
+        return (
+            f" A name with a dot is a key in a table: in TOML {section}.{inner} without quotation marks, in Python "
+            f'{{"{section}": {{"{inner}": ...}}}}.'
+        )
     kinds = [kind for kind, names in SECTIONS.items() if key in names]
     return f" It is a section of {' and '.join(kinds)} runs." if kinds else ""
 

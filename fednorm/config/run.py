@@ -314,6 +314,9 @@ METHOD_OPTIONS = frozenset(
         "heads",
         "activation",
         "feature_norm",
+        "norms",
+        "infer_task",
+        "infer_task_per",
     }
 )
 """Keys of a continual run, in whatever section they stand, whose value makes another method; all else is tuned."""

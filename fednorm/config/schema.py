@@ -33,6 +33,7 @@ def key(
     *,
     kinds: tuple[Kind, ...] = KINDS,
     continual: Any = ...,
+    instead: Mapping[Kind, str] | None = None,
     gt: float | None = None,
     ge: float | None = None,
     lt: float | None = None,
@@ -45,6 +46,7 @@ def key(
         about: What it means, in a sentence or a few, with its unit.
         kinds: The kinds of run that have it.
         continual: Its default in a continual run, where that is another.
+        instead: The key that kinds of run without it have in its place.
         gt: What it must be greater than.
         ge: What it must be at least.
         lt: What it must be less than.
@@ -53,6 +55,8 @@ def key(
     extra: dict[str, Any] = {"kinds": list(kinds)}
     if continual is not ...:
         extra["continual"] = continual
+    if instead:
+        extra["instead"] = dict(instead)
     return Field(default, description=about, json_schema_extra=extra, gt=gt, ge=ge, lt=lt, le=le)
 
 
@@ -117,7 +121,7 @@ class Section(BaseModel):
         known = cls.keys(kind)
         for name in values:
             if name not in known:
-                raise unknown_key(f"{cls.path}.{name}", name, known, _elsewhere(cls, name))
+                raise unknown_key(f"{cls.path}.{name}", name, known, _elsewhere(cls, name, kind))
 
     def to_dict(self, kind: Kind) -> dict[str, Any]:
         """Return the keys that a kind of run has, as plain values for JSON."""
@@ -167,9 +171,13 @@ def unknown_key(full: str, word: str, known: Iterable[str], hint: str = "") -> C
     )
 
 
-def _elsewhere(cls: type[Section], name: str) -> str:
+def _elsewhere(cls: type[Section], name: str, kind: Kind) -> str:
     info = cls.model_fields.get(name)
-    return "" if info is None else f" It is a key of {' and '.join(kinds_of(info))} runs."
+    if info is None:
+        return ""
+    instead = _extra(info).get("instead", {}).get(kind)
+    in_its_place = f" A {kind} run has {instead} in its place." if instead else ""
+    return f" It is a key of {' and '.join(kinds_of(info))} runs.{in_its_place}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

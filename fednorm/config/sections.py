@@ -15,6 +15,7 @@ ROUNDS: tuple[Kind, ...] = ("federated",)
 CONTINUAL: tuple[Kind, ...] = ("continual",)
 BOTH: tuple[Kind, ...] = ("federated_continual",)
 FEDERATED: tuple[Kind, ...] = (*ROUNDS, *BOTH)
+IN_ROUNDS: dict[Kind, str] = {"federated": "train.local_epochs", "federated_continual": "rounds.per_experience"}
 
 OF_OPTIMIZERS = ("nesterov", "wd_ratio", "delta", "beta_utility", "sigma")
 """Keys of section train that are options of some optimizers: those whose maker has a parameter of that name."""
@@ -73,7 +74,7 @@ class TrainConfig(Section, name="train"):
         kinds=FEDERATED,
     )
     local_steps: int = key(0, "Steps of a client a round, in place of local_epochs; 0 for those.", ge=0, kinds=ROUNDS)
-    epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL)
+    epochs: int = key(5, "Passes over each experience; 1 is online learning.", ge=1, kinds=CONTINUAL, instead=IN_ROUNDS)
     momentum: float = key(0.0, "Of sgd and sgdp.", ge=0, lt=1)
     nesterov: bool = key(False, "Whether a step looks ahead along the momentum; of sgd, sgdp and adamp.")
     weight_decay: float = key(
@@ -153,6 +154,16 @@ class TrainConfig(Section, name="train"):
     )
     perturb: float = key(
         0.0, "Factor of the freshly initialised parameters that are then added; 0 for none.", ge=0, kinds=CONTINUAL
+    )
+    norms: Literal["keep", "reset", "freeze", "per_experience"] = key(
+        "keep",
+        "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
+        "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
+        "they are from then on, running statistics too; per_experience: they go on, and as they were at an "
+        "experience's end they are used for its test images, where the task is given (task_accuracy) or inferred "
+        "(evaluate.infer_task).",
+        kinds=CONTINUAL,
+        instead={"federated_continual": "grid.norms"},
     )
     trainable: Parts = key(
         "all",
@@ -253,7 +264,7 @@ class TrainConfig(Section, name="train"):
 class RoundConfig(Section, name="rounds"):
     """The rounds of the federation."""
 
-    num_rounds: int = key(10, "Rounds of communication.", ge=1, kinds=ROUNDS)
+    num_rounds: int = key(10, "Rounds of communication.", ge=1, kinds=ROUNDS, instead=IN_ROUNDS)
     per_experience: int = key(5, "Rounds of communication in each experience.", ge=1, kinds=BOTH)
     fraction: float = key(1.0, "Share of the clients sampled each round, in (0, 1].", gt=0, le=1)
     weighting: Literal["examples", "equal"] = key(
@@ -324,7 +335,7 @@ class GridConfig(Section, name="grid"):
         "What the boundary between two experiences does with the tensors of normalization layers, beside what their "
         "cards say: keep; reset, to their initial values; freeze: they are trained in the first experience and stay as "
         "they are from then on, running statistics too; per_experience: they go on, and as they were at an "
-        "experience's end they are used for its test images (evaluate.task_identity).",
+        "experience's end they are used for its test images (evaluate.task_identity, evaluate.infer_task).",
         kinds=BOTH,
     )
     joining: int = key(
@@ -400,6 +411,20 @@ class EvaluateConfig(Section, name="evaluate"):
         "under its own normalization tensors where they are kept per experience (grid.norms).",
         kinds=BOTH,
     )
+    infer_task: Literal["none", "entropy", "statistics"] = key(
+        "none",
+        "How the experience of a test image is inferred where its normalization tensors are kept per experience and "
+        "it is not given: entropy, that under whose tensors the network's answer is surest; "
+        "statistics, that whose running moments the first layer's input fits best; none, not at all. The image is "
+        "then scored as if that one had been given.",
+        kinds=(*CONTINUAL, *BOTH),
+    )
+    infer_task_per: Literal["image", "batch"] = key(
+        "image",
+        "Whether the experience is inferred for each image, or for each batch (batch_size), whose images are then "
+        "taken to be of the same.",
+        kinds=(*CONTINUAL, *BOTH),
+    )
     every_steps: int = key(
         0,
         "Steps between two evaluations on the experiences seen so far (anytime evaluation); 0 for none.",
@@ -450,5 +475,15 @@ class EvaluateConfig(Section, name="evaluate"):
         del context
         for kind in self.kinds:
             choose("evaluate.kinds", kind, EVALUATIONS)
+        if self.infer_task == "none" and self.infer_task_per == "batch":
+            raise ConfigError(
+                "evaluate.infer_task_per = 'batch' says for how many images together an experience is inferred, and "
+                "evaluate.infer_task is 'none'. Set that to 'entropy' or 'statistics', or leave both out."
+            )
+        if self.infer_task != "none" and self.task_identity:
+            raise ConfigError(
+                f"evaluate.infer_task = {self.infer_task!r} infers the experience of a test image, and with "
+                "evaluate.task_identity = true it is given. Leave one of the two out."
+            )
         if self.probe_images == 1:
             raise ConfigError("evaluate.probe_images must be 0 or at least 2, to estimate a variance; got 1.")

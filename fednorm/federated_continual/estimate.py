@@ -12,6 +12,7 @@ from fednorm.federation.client import score
 from fednorm.federation.estimate import COPIES, SCORED, first
 from fednorm.streams.evaluation import split_of
 from fednorm.streams.stream import Stream
+from fednorm.streams.task_inference import passes
 from fednorm.streams.workbench import stream_of as load
 from fednorm.training.work import Work, timed
 
@@ -32,20 +33,20 @@ def work(config: RunConfig, stream: Stream) -> Work:
     """
     grid = make_grid(stream, config.grid, config.data.split_seed or config.seed)
     rounds, share = config.rounds.per_experience, config.rounds.fraction
-    passes = int(config.train.local_epochs) * rounds
+    trainings = int(config.train.local_epochs) * rounds
     cells = [cell for client in range(len(grid.cells)) for _, cell in grid.row(client)]
     adds = config.strategy.card.make.local.passes(config.strategy.values)
     later = [cell for client in range(len(grid.cells)) for time, cell in grid.row(client) if time]
     held, again = (sum(len(cell.train) for cell in some) for some in (cells, later))
     tests = [len(split_of(experience, config.evaluate.split)) for experience in stream]
     scored = sum(
-        tests[number]
+        sum(tests[number] for number in met) * passes(config.evaluate.infer_task, len(met))
         for client in range(len(grid.cells))
         for time in range(grid.num_times)
-        for number in grid.scored(client, time)
+        if (met := grid.scored(client, time))
     )
     return Work(
-        trained=share * passes * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
+        trained=share * trainings * (held + adds.in_round * again) + adds.between * (grid.num_times - 1),
         scored=2 * scored + len(grid.cells) * sum(tests),
         turns=COPIES * share * rounds * len(cells) + len(grid.cells) * (grid.num_times + 1),
     )

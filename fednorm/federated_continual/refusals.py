@@ -41,11 +41,28 @@ def require_fit(config: RunConfig) -> None:
             "keeps what the first one left. Take 'keep', or a learner that goes on with its network (naive, er, "
             "er_ace, derpp, ewc, lwf)."
         )
-    if config.grid.norms == "per_experience" and not config.evaluate.task_identity:
+    _require_tasks(config)
+
+
+def _require_tasks(config: RunConfig) -> None:
+    """Refuse normalization tensors by experience for images of nobody knows which; and a way to know that is not used.
+
+    Raises:
+        ConfigError: It is one of these.
+    """
+    evaluate, per_experience = config.evaluate, config.grid.norms == "per_experience"
+    if per_experience and not evaluate.task_identity and evaluate.infer_task == "none":
         raise ConfigError(
             "grid.norms = 'per_experience' tests each experience under its own normalization tensors, and which "
             "experience a test image is of is not known: evaluate.task_identity is false. Set it to true where the "
-            "task is given with the image (the accuracy is then task-incremental), or take 'keep'."
+            "task is given with the image (the accuracy is then task-incremental); set evaluate.infer_task to "
+            "'entropy' or 'statistics' to infer it from the image; or take grid.norms = 'keep'."
+        )
+    if evaluate.infer_task != "none" and not per_experience:
+        raise ConfigError(
+            f"evaluate.infer_task = {evaluate.infer_task!r} chooses among the normalization tensors of several "
+            f"experiences, and with grid.norms = {config.grid.norms!r} there is one set of them: it would do nothing. "
+            "Set grid.norms to 'per_experience', or leave it out."
         )
 
 

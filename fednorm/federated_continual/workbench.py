@@ -52,7 +52,11 @@ from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
+from fednorm.streams.task_inference import Candidate, TaskInference
 from fednorm.streams.workbench import learner_of, require_parts, stream_of
+
+INFERRED = "inferred"
+"""What the share of images is called whose experience is inferred right."""
 
 
 class GridWorkbench(Workbench):
@@ -80,6 +84,7 @@ class GridWorkbench(Workbench):
         self._first = {key: tensor.clone() for key, tensor in fresh.items()}
         require_plain_training(self.strategy, config)
         require_norms(self.norms, self.plan, self.grid, config)
+        self._inference = TaskInference.of(config, self.model, self.grid.stream, self.norms.wearing)
         self.trainee.require_batches(
             (f"Client {client} in experience {cell.number + 1}", len(cell.train))
             for client in range(len(self.grid.cells))
@@ -219,6 +224,8 @@ class GridWorkbench(Workbench):
     def scores(self, learner: Learner, client: int, time: int, name: str, norms: Norms) -> dict[str, float]:
         """Return the accuracy of the model on each experience that a client has met by a time, as ``NAME-I``.
 
+        Where the experience of a test image is inferred, ``inferred-I`` is the share of images for which it is right.
+
         Args:
             learner: The client's learner.
             client: The client.
@@ -226,11 +233,16 @@ class GridWorkbench(Workbench):
             name: Of the numbers.
             norms: The normalization tensors of experiences that have tensors of their own.
         """
-        evaluate, numbers = self.config.evaluate, {}
+        evaluate, numbers = self.config.evaluate, dict[str, float]()
+        met = [self.grid.stream.experiences[number] for number in self.grid.scored(client, time)]
+        candidates = [Candidate(each.number, each.classes, norms.get(each.number)) for each in met]
         with learner.for_evaluation() as model:
-            for number in self.grid.scored(client, time):
-                experience = self.grid.stream.experiences[number]
-                split = split_of(experience, evaluate.split)
+            for experience in met:
+                number, split = experience.number, split_of(experience, evaluate.split)
+                if self._inference:
+                    found = self._inference.score(model, split, number, candidates)
+                    numbers |= {f"{name}-{number}": found.accuracy, f"{INFERRED}-{number}": found.inferred}
+                    continue
                 with self.norms.wearing(norms.get(number)):
                     measured = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size)
                 numbers[f"{name}-{number}"] = measured.among_own if evaluate.task_identity else measured.overall
@@ -286,10 +298,11 @@ class GridWorkbench(Workbench):
         time, strategy = self.time_of(server_round), self.strategy
         strategy.discover(grid)
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({"time": time})})
-        aggregated, kind = self._no_scores(), "query.boundary"
+        aggregated, inferred, kind = self._no_scores(), self._no_scores(), "query.boundary"
         reject = partial(strategy.report.reject, during=kind)
         for node, scores in asked(grid, content, kind, strategy.nodes, lambda _, reply: _scores(reply), reject):
             _fill(aggregated[node.partition_id], scores, "accuracy")
+            _fill(inferred[node.partition_id], scores, INFERRED)
         own = self._no_scores()
         for told in strategy.report.train:
             _fill(own[told.partition_id], told.metrics, "own-accuracy")
@@ -304,6 +317,7 @@ class GridWorkbench(Workbench):
             "own_accuracy": own,
             "average_accuracy": measures.average(aggregated),
             "spatial_forgetting": measures.spatial_forgetting(own, aggregated),
+            **({INFERRED: inferred} if self._inference else {}),
             **self._between(grid, time, arrays),
             **({"statistics_drift": self._drift(grid)} if self.config.evaluate.diagnostics else {}),
             **({"unheard": unheard} if unheard else {}),
@@ -352,13 +366,16 @@ class GridWorkbench(Workbench):
         drift = [[mean(own.values()) if own else None for own in line.get("statistics_drift", ())] for line in ends]
         unheard = [(line["experience"], client) for line in ends for client in line.get("unheard", ())]
         between = [line["between"] for line in ends if "between" in line]
+        inferred = [line[INFERRED] for line in ends if INFERRED in line]
         return {
             "accuracy_tensor": aggregated,
             "own_accuracy_tensor": own,
             **({"drift_tensor": drift} if any(value is not None for row in drift for value in row) else {}),
+            **({"inferred_tensor": inferred} if inferred else {}),
             "temporal_forgetting": [measures.temporal_forgetting(aggregated, courses, t) for t in range(len(ends))],
             "final": measures.final(aggregated, own, courses, drift, unheard)
-            | ({"between": measures.means(between)} if between else {}),
+            | ({"between": measures.means(between)} if between else {})
+            | ({"task_inference": measures.average(inferred[-1])} if inferred else {}),
         }
 
 

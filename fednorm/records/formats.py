@@ -83,6 +83,7 @@ _CONTAINERS: Mapping[str, Type] = {
     "between": dict,
     "accuracy": list,
     "own_accuracy": list,
+    "inferred": list,
     "task_accuracy": list,
     "anytime": list,
     "statistics_drift": list,

@@ -21,7 +21,7 @@ SUFFIXES = (".csv", ".parquet")
 KEPT = (
     *("kind", "hash", "config", "norm", "strategy", "learner", "scenario", "parameters", "plan", "data", "final"),
     *("own_norm", "evaluation", "adaptation", "untrained_accuracy", "accuracy_matrix", "seconds"),
-    *("grid", "accuracy_tensor", "own_accuracy_tensor"),
+    *("grid", "accuracy_tensor", "own_accuracy_tensor", "inferred_tensor"),
 )
 """What a summary keeps of a result."""
 

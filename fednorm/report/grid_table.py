@@ -22,6 +22,9 @@ SCORES: Mapping[str, str] = {
 DRIFT = "drift"
 """How far clients' running statistics are from the pooled ones; no share."""
 
+INFERENCE = "task_inference"
+"""The share of test images whose experience is inferred right."""
+
 
 def grid_table(results: Sequence[Result]) -> Table:
     """Return what came of each method, over seeds where there are several.
@@ -30,11 +33,12 @@ def grid_table(results: Sequence[Result]) -> Table:
         results: Results of finished runs on the same grid.
     """
     groups = by_method(results, name_of)
-    drifts = any(DRIFT in result["final"] for result in results)
+    drifts, infers = (any(key in result["final"] for result in results) for key in (DRIFT, INFERENCE))
     rows = [
         (
             name,
             *(percent([result["final"][key] for result in group]) for key in SCORES),
+            *([percent([result["final"].get(INFERENCE) for result in group])] if infers else []),
             *([interval([result["final"].get(DRIFT) for result in group], numbers.significant)] if drifts else []),
             f"{mean(result['seconds'] for result in group):.0f}",
         )
@@ -48,12 +52,13 @@ def grid_table(results: Sequence[Result]) -> Table:
             if drifts
             else []
         ),
+        *(["Task inferred (%): test images of which the right experience was inferred."] if infers else []),
         f"{seeds(results, groups)}.",
         *_unheard(results),
     )
     return Table(
         f"Accuracy (%): {results[0]['data']['title']}",
-        ("method", *SCORES.values(), *([DRIFT] if drifts else []), "seconds"),
+        ("method", *SCORES.values(), *(["task inferred"] if infers else []), *([DRIFT] if drifts else []), "seconds"),
         tuple(rows),
         notes,
         caption=f"Means over clients after the last experience. {seeds(results, groups)}.",

@@ -35,6 +35,7 @@ SCORES: Mapping[str, tuple[str, Cell]] = {
     "average incremental": ("average_incremental_accuracy", percent),
     "forgetting (max − last)": ("forgetting_max_minus_last", percent),
     "forgetting (first − last)": ("forgetting_first_minus_last", percent),
+    "task inferred": ("task_inference", percent),
     "late average": ("average_late_accuracy", percent),
     "worst case": ("worst_case_accuracy", percent),
     "online accuracy": ("online_accuracy", percent),
@@ -48,6 +49,7 @@ FIRST = ("average accuracy", "plasticity", "forgetting (max − last)", "late av
 
 MEANINGS: Mapping[str, str] = {
     "forgetting (max − last)": "forgetting: percentage points, mean over all experiences but the last",
+    "task inferred": "task inferred: test images of which the right experience was inferred",
     "late average": "late: average accuracy, mean over the last evaluations",
     "worst case": "worst case: WC-ACC, the last experience's accuracy and of earlier ones the lowest since their end",
     "online accuracy": "online: every batch just before training on it for the first time",

@@ -13,6 +13,7 @@ from fednorm.device import seconds
 from fednorm.streams.evaluation import accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
 from fednorm.streams.stream import Stream
+from fednorm.streams.task_inference import passes
 from fednorm.streams.workbench import ContinualWorkbench
 from fednorm.streams.workbench import stream_of as load
 from fednorm.training.work import BUDGET, Work, timed
@@ -45,13 +46,21 @@ def work(config: RunConfig, stream: Stream) -> Work:
     for present, size in enumerate(trained, start=len(split) - len(trained)):
         after = before + train.epochs * -(-size // train.batch_size)
         due = [count for number, count in enumerate(split) if is_scored(scope, number, present)]
-        scored += sum(due) + min(size, evaluate.train_images or size) + PROBE_PASSES * evaluate.probe_images
+        scored += (
+            _passes(config, present + 1) * sum(due)
+            + min(size, evaluate.train_images or size)
+            + PROBE_PASSES * evaluate.probe_images
+        )
         if evaluate.every_steps:
             points = (after - 1) // evaluate.every_steps - before // evaluate.every_steps + bool(evaluate.every_images)
-            scored += points * sum(
-                min(count, evaluate.every_images or count)
-                for number, count in enumerate(split[: present + 1])
-                if is_scored(scope, number, present)
+            scored += (
+                _passes(config, present + 1)
+                * points
+                * sum(
+                    min(count, evaluate.every_images or count)
+                    for number, count in enumerate(split[: present + 1])
+                    if is_scored(scope, number, present)
+                )
             )
         before = after
     again = train.epochs * sum(trained) if evaluate.online == "eval" else 0
@@ -62,6 +71,13 @@ def work(config: RunConfig, stream: Stream) -> Work:
         scored=scored + again + adapts.scored,
         turns=len(trained),
     )
+
+
+def _passes(config: RunConfig, met: int) -> int:
+    """Return how often a test image is scored where each experience that was met may have normalization of its own."""
+    if config.train.norms != "per_experience":
+        return 1
+    return 1 + passes(config.evaluate.infer_task, met)
 
 
 def cost(bench: ContinualWorkbench) -> Work:

@@ -23,8 +23,9 @@ from fednorm.rng import torch_stream
 from fednorm.streams import metrics
 from fednorm.streams.adaptation import adapted
 from fednorm.streams.anytime import AnytimePoints, Scores, modes_kept, points_of
-from fednorm.streams.evaluation import Accuracy, accuracy, is_scored, scope_of, split_of
+from fednorm.streams.evaluation import accuracy, is_scored, scope_of, split_of
 from fednorm.streams.learner import Learner
+from fednorm.streams.own_norms import Scored
 from fednorm.streams.probe import diagnose, probe_images
 from fednorm.streams.stream import Experience
 from fednorm.streams.workbench import ContinualWorkbench
@@ -122,7 +123,7 @@ class _Run:
         if self.observer:
             self.observer.begin(bench, learner.progress.step, sum(bench.steps))
         for experience in bench.training[learner.progress.ended :]:
-            learner.train(experience)
+            bench.norms.train(learner, experience)
             self._close(experience)
         document = self._document()
         if self.record:
@@ -146,6 +147,7 @@ class _Run:
         with record.restoring():
             state = dict(checkpoint.state)
             self.bench.learner.load(checkpoint.tensors, state)
+            self.bench.norms.load(checkpoint.tensors)
             self.untrained, self.spent = state["untrained"], state["spent"]
             self.anytime.points = state.get("anytime", [])
         self.lines = record.lines()
@@ -196,7 +198,8 @@ class _Run:
             "spent": self.spent,
             "anytime": self.anytime.points,
         }
-        self.record.save_checkpoint(Checkpoint(learner.progress.ended, learner.tensors(), state, self._digest))
+        tensors = learner.tensors() | self.bench.norms.tensors()
+        self.record.save_checkpoint(Checkpoint(learner.progress.ended, tensors, state, self._digest))
 
     def _close(self, source: Experience) -> None:
         """Measure what an experience has left, and write it down.
@@ -223,12 +226,10 @@ class _Run:
             evaluated = {key: tensor.cpu().clone() for key, tensor in model.state_dict().items()}
         return None if all(torch.equal(trained[key], tensor) for key, tensor in evaluated.items()) else evaluated
 
-    def _score(self, model: nn.Module, experience: Experience) -> Accuracy:
-        evaluate = self.bench.config.evaluate
-        split = split_of(experience, evaluate.split)
-        return self._finite(accuracy(model, split, experience.classes, batch_size=evaluate.batch_size))
+    def _score(self, model: nn.Module, experience: Experience, rows: Tensor | None = None) -> Scored:
+        return self._finite(self.bench.norms.score(model, experience, self.bench.learner.source, rows))
 
-    def _finite(self, measured: Accuracy) -> Accuracy:
+    def _finite(self, measured: Scored) -> Scored:
         """Return what was measured, unless the network's outputs are no numbers."""
         if measured.finite:
             return measured
@@ -251,8 +252,7 @@ class _Run:
                     generator = torch_stream(bench.config.seed, "anytime", experience.number)
                     rows = torch.randperm(len(split), generator=generator)[: evaluate.every_images]
                 scored = is_scored(self._scope, experience.number, present)
-                measure = accuracy(model, split, experience.classes, batch_size=evaluate.batch_size, rows=rows)
-                scores.append(self._finite(measure).overall if scored else None)
+                scores.append(self._score(model, experience, rows).overall if scored else None)
         return scores
 
     def _line(self, source: Experience) -> Document:
@@ -264,6 +264,7 @@ class _Run:
             ]
             train_accuracy = self._train_accuracy(model, source)
             diagnostics = self._diagnostics(model, source, rate)
+        tells_task = bench.stream.label_tells_task or bench.norms.per_experience
         overall: Scores = [None if score is None else score.overall for score in scores]
         # Without a limit of their own the points are of the same images as the line.
         own = self._seen if bench.config.evaluate.every_images else lambda: overall[: source.number + 1]
@@ -272,7 +273,8 @@ class _Run:
             "experience": source.number,
             "title": source.title,
             "accuracy": overall,
-            "task_accuracy": [score and score.among_own for score in scores] if bench.stream.label_tells_task else None,
+            "task_accuracy": [score and score.among_own for score in scores] if tells_task else None,
+            **({"inferred": [score and score.inferred for score in scores]} if bench.norms.infers else {}),
             "online_accuracy": int(learner.hits) / max(learner.met, 1),
             "average_online_accuracy": seen["accuracy"],
             "train_accuracy": train_accuracy,
@@ -324,6 +326,9 @@ class _Run:
         numbers = summary(matrix, self.untrained, self.lines) | anytime_summary(
             self.lines, config.evaluate.average_last
         )
+        if bench.norms.infers:
+            shares = [share for share in self.lines[-1]["inferred"] if share is not None]
+            numbers["task_inference"] = mean(shares) if shares else None
         if bench.joint:  # nothing came before anything else
             numbers |= dict.fromkeys((*OF_AN_ORDER, *(numbers.keys() & WORST)))
         return {

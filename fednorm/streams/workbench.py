@@ -23,6 +23,7 @@ from fednorm.streams.evaluation import split_of
 from fednorm.streams.heads import TaskHeads
 from fednorm.streams.learner import Learner, LearnerOptions
 from fednorm.streams.normalize import normalized_stream
+from fednorm.streams.own_norms import StreamNorms
 from fednorm.streams.stream import Experience, Stream
 from fednorm.training.footprint import require_footprint
 from fednorm.training.schedule import Schedule
@@ -157,6 +158,7 @@ class ContinualWorkbench:
         training: The experiences that it is trained on, in order.
         steps: Batches of each of them.
         schedule: Of the learning rate.
+        norms: The normalization layers at the boundaries of experiences.
     """
 
     def __init__(self, config: RunConfig, stream: Stream | None = None) -> None:
@@ -186,6 +188,7 @@ class ContinualWorkbench:
         train = config.train
         self.steps = [train.epochs * -(-len(source.train) // train.batch_size) for source in self.training]
         self.schedule = self.trainee.schedule(sum(self.steps))
+        self.norms = StreamNorms(config, self.model, self.stream)
         self.learner = learner_of(
             self.trainee,
             self.stream,
@@ -193,9 +196,10 @@ class ContinualWorkbench:
             epochs=train.epochs,
             seed=config.seed,
             schedule=self.schedule,
-            begin=[self.trainee.begin_anew],
+            begin=[self.trainee.begin_anew, self.norms.boundary.begin],
             adjust=self.trainee.adjust,
         )
+        self.learner.epoch_watchers.append(self.norms.rest)
         if train.trainable != "all" or train.linear_probe_epochs:
             self.learner.epoch_watchers.append(Stages(self.trainee.trainable, train.linear_probe_epochs))
             self._require_stages()

@@ -99,17 +99,23 @@ def context_for(kinds: Collection[str]) -> Context:
     libraries do not bear a fork, each is a process from scratch, which imports PyTorch for itself.
 
     Args:
-        kinds: ``federated`` or ``continual``, or both.
+        kinds: Of runs, one or several (:data:`~fednorm.config.schema.KINDS`).
     """
     if sys.platform != "linux":
         return get_context("spawn")
     context = get_context("forkserver")
     norms = (f"{NORMS.package}.{name}" for name in NORMS.built_in)
-    context.set_forkserver_preload([*(_SIMULATE[kind] for kind in sorted(kinds)), *norms])
+    modules = dict.fromkeys(module for kind in sorted(kinds) for module in _SIMULATE[kind])
+    context.set_forkserver_preload([*modules, *norms])
     return context
 
 
-_SIMULATE: Mapping[str, str] = {"continual": "fednorm.streams.simulate", "federated": "fednorm.federation.simulate"}
+_SIMULATE: Mapping[str, tuple[str, ...]] = {
+    "continual": ("fednorm.streams.simulate",),
+    "federated": ("fednorm.federation.simulate",),
+    "federated_continual": ("fednorm.federation.simulate", "fednorm.federated_continual.workbench"),
+}
+"""Of each kind of run, the modules that import what it needs."""
 
 
 def attempt(config: RunConfig, runs: Path, tell: Tell, log_to: Log = unlogged) -> Ended:

@@ -247,6 +247,17 @@ def test_workers_are_as_many_as_can_be_and_give_the_same_numbers(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("which", ["kind=federated_continual", "grid.clients=2"])
+def test_verify_determinism_runs_clients_on_streams(call: Call, which: str) -> None:
+    few = ("--set", "model.width=4", "--set", "scenario.train_per_experience=20", "--set", "learner.memory_size=10")
+    outcome = call("verify", "determinism", "--json", "--rounds", "1", "--set", which, *few)
+    assert outcome.code == 0
+    assert outcome.document["config"]["rounds"]["per_experience"] == 1
+    assert set(outcome.document["checks"].values()) == {True}
+    assert "cut after round 1, going on" in outcome.err
+
+
+@pytest.mark.slow
 def test_verify_determinism_compares_bit_for_bit(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ("--set", "model.width=4", "--set", "data.train_per_client=16", "--set", "rounds.num_rounds=2")
     outcome = call("verify", "determinism", "--json", *settings)

@@ -119,8 +119,19 @@ def test_clients_come_and_go() -> None:
         ({"strategy": {"name": "ditto"}}, r"Strategy ditto .* on its clients"),
         ({"strategy": {"name": "centralized"}}, r"It is\s+the stream itself"),
         ({"train": {"local_epochs": 0.5}}, r"whole passes over an experience; got train\.local_epochs = 0\.5"),
-        ({"rounds": {"num_rounds": 3}}, r"'rounds\.num_rounds'.*It is a key of federated runs"),
-        ({"train": {"epochs": 3}}, r"'train\.epochs'.*It is a key of continual runs"),
+        (
+            {"rounds": {"num_rounds": 3}},
+            r"It is a key of federated runs\. A federated_continual run has rounds\.per_experience in its place",
+        ),
+        (
+            {"train": {"epochs": 3}},
+            r"It is a key of continual runs\. A federated_continual run has rounds\.per_experience",
+        ),
+        ({"train": {"norms": "reset"}}, r"It is a key of continual runs\. A federated_continual run has grid\.norms"),
+        (
+            {"strategy": {"name": "fedavg", "moments": "pool_tasks"}, "norm": {"name": "group_norm"}},
+            r"FedAvg with moments='pool_tasks' acts on tensors of kind mean, var, and this DigitsCNN has none",
+        ),
         ({"data": {"clients_per_domain": 2}}, r"data\.clients_per_domain says what clients hold"),
         *(
             (

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from fednorm import cores
 from fednorm.config import RunConfig, merge, resolve
+from fednorm.config.schema import KINDS
 from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.federation.simulate import simulate
 from fednorm.signals import Terminated
@@ -135,6 +136,12 @@ def test_workers_are_forked_off_a_process_that_has_imported_what_they_need_where
     assert "fednorm.streams.simulate" not in lists[0]
     for module in lists[0]:
         importlib.import_module(module)
+    for kind in KINDS:
+        assert worker.context_for({kind}) is context
+        for module in lists[-1]:
+            importlib.import_module(module)
+    worker.context_for(KINDS)
+    assert len(set(lists[-1])) == len(lists[-1])
     monkeypatch.setattr(sys, "platform", "darwin")
     assert worker.context_for({"federated"}) == "spawn"
 
