@@ -101,7 +101,7 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
 class _Arrays(Mapping[str, Array]):
     """Tensors as Flower's arrays, each made when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: FlatTensors) -> None:
         self.tensors = tensors
 
     def __getitem__(self, key: str) -> Array:

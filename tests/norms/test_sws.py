@@ -141,7 +141,7 @@ def test_fedws_s_scaled_weights_are_a_larger_eps_of_the_group_normalization() ->
 
 # The derivative -------------------------------------------------------------------------------------------------------
 
-VARIANTS = ({}, {"gain": False}, {"floor": "add", "eps": 1e-6}, {"unbiased": True})
+VARIANTS: tuple[dict[str, Any], ...] = ({}, {"gain": False}, {"floor": "add", "eps": 1e-6}, {"unbiased": True})
 variants = pytest.mark.parametrize("options", VARIANTS, ids=str)
 
 
