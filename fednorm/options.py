@@ -25,8 +25,11 @@ def number(method: str, option: str, value: Any, *, above: float = -math.inf, at
         raise ConfigError(f"{method}.{option} must be a number of at most 64 bits; got {shown(value)}.")
     require_float(f"{method}.{option}", value)
     if not above < value <= at_most:
-        upper = f" and at most {at_most:g}" if math.isfinite(at_most) else ""
-        raise ConfigError(f"{method}.{option} must be greater than {above:g}{upper}; got {shown(value)}.")
+        limits = [
+            *([f"greater than {above:g}"] if math.isfinite(above) else []),
+            *([f"at most {at_most:g}"] if math.isfinite(at_most) else []),
+        ]
+        raise ConfigError(f"{method}.{option} must be {' and '.join(limits)}; got {shown(value)}.")
 
 
 def whole(method: str, option: str, value: Any, *, at_least: int) -> None:
@@ -66,6 +69,6 @@ def share(method: str, option: str, value: Any) -> None:
     Raises:
         ConfigError: It is something else.
     """
-    number(method, option, value, at_most=1)
-    if value < 0:
+    number(method, option, value)
+    if not 0 <= value <= 1:
         raise ConfigError(f"{method}.{option} is a share, 0 to 1; got {shown(value)}.")

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
-    ("fednorm.spec", "fednorm.blocks", "fednorm.options", "fednorm.config"),
+    ("fednorm.spec", "fednorm.blocks", "fednorm.chain", "fednorm.options", "fednorm.config"),
     ("fednorm.recognition",),
     ("fednorm.data", "fednorm.norms", "fednorm.optim", "fednorm.optimizers"),
     ("fednorm.conversion",),
@@ -81,7 +81,8 @@ def _imported(node: ast.AST) -> Iterator[str]:
         yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def imports(path: Path, *, now: bool = False) -> set[str]:
+@cache
+def imports(path: Path, *, now: bool = False) -> frozenset[str]:
     """Return every module and name that a file imports; with ``now`` those that its own import imports."""
     found: set[str] = set()
     pending: list[ast.AST] = [tree(path)]
@@ -92,7 +93,7 @@ def imports(path: Path, *, now: bool = False) -> set[str]:
             continue
         found.update(_imported(node))
         pending.extend(ast.iter_child_nodes(node))
-    return found
+    return frozenset(found)
 
 
 def within(module: str, package: str) -> bool:

@@ -95,7 +95,7 @@ ANYWHERE = [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"
 """The methods that every network has a place for: not those that replace attention or residual sums."""
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
     before = copy.deepcopy(model.state_dict())

@@ -73,7 +73,7 @@ def scored(model: Callable[[Tensor], Tensor], split: Split) -> float:
     return hits / len(split)
 
 
-@pytest.mark.cover(1)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("strategy", ["fedbn", "silobn", "fedavg", "ditto", "fedavg_ft", "fedbabu", "fedrep", "local"])
 @pytest.mark.parametrize("model", ["digits_cnn", "nets_to_export:Tied"])
 def test_a_clients_model_scores_what_its_run_scored(strategy: str, model: str, tmp_path: Path) -> None:
@@ -90,6 +90,7 @@ def test_a_clients_model_scores_what_its_run_scored(strategy: str, model: str, t
         )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("options", [{}, {"recalibrate": True, "memory_size": 20}])
 def test_a_streams_model_scores_what_its_last_evaluation_scored(options: dict[str, Any], tmp_path: Path) -> None:
     result = fednorm.continual(

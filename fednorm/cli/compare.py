@@ -16,7 +16,7 @@ from fednorm.errors import ConfigError, FedNormError, RecordError
 from fednorm.limits import require_path
 from fednorm.records.record import RunRecord
 from fednorm.report._common import Table
-from fednorm.report.live import Logged, require_tools
+from fednorm.report.live import Logged, require_folder, require_tools
 from fednorm.report.numbers import percent
 from fednorm.report.study_progress import StudyProgress, duration
 from fednorm.study import manifest
@@ -38,7 +38,7 @@ def run_compare(  # noqa: PLR0913 - one parameter an option
     select_on_test: bool,
     reduce: float | None = None,
     log: Sequence[str] = (),
-    log_dir: Path = Path("logs"),
+    log_dir: Path | None = None,
     dry_run: bool,
     markdown: bool,
     depth: Depth | None = None,
@@ -58,7 +58,7 @@ def run_compare(  # noqa: PLR0913 - one parameter an option
         select_on_test: Whether hyper-parameters are chosen on test images.
         reduce: A factor below 1 by which rounds, images and clients are fewer than the study's.
         log: Tools that each run tells its numbers.
-        log_dir: The folder of what they write.
+        log_dir: The folder of what they write; ``logs`` if None.
         dry_run: Whether to list the runs with their estimated time, and stop.
         markdown: Whether tables are printed in Markdown.
         depth: How much a terminal shows; Markdown has all of it.
@@ -69,6 +69,7 @@ def run_compare(  # noqa: PLR0913 - one parameter an option
     """
     if jobs is not None and jobs < 1:
         raise ConfigError(f"--jobs must be at least 1; got {jobs}.")
+    require_folder(log, log_dir)
     log_to = Logged(require_tools(log), log_dir) if log else unlogged
     path = find_study(study)
     overrides: dict[str, Any] = {"data": {"dir": str(data_dir)}} if data_dir is not None else {}

@@ -131,7 +131,7 @@ LogOption = Annotated[
     list[str] | None,
     typer.Option("--log", help="Tell the run as it goes: tensorboard, wandb or mlflow; repeatable.", metavar="TOOL"),
 ]
-LogDirOption = Annotated[Path, typer.Option("--log-dir", help="Folder of what --log writes.")]
+LogDirOption = Annotated[Path | None, typer.Option("--log-dir", help="Folder of what --log writes; logs.")]
 RuntimeOption = Annotated[
     str, typer.Option(help="in-process, flower (flwr run on Ray), or deployment (sites on a running SuperLink).")
 ]

@@ -28,7 +28,6 @@ def check_private(bench: Workbench) -> None:
         ConfigError: As :func:`~fednorm.training.private.require_private`; or the strategy's clients look at their
             images other than by the gradients of the training.
     """
-    require_private(bench.trainee)
     side, name = bench.strategy.local, bench.config.strategy.name
     own = [
         method
@@ -41,6 +40,7 @@ def check_private(bench: Workbench) -> None:
             f"Clients of strategy {name} do more with their images than take gradients{what}, which private training "
             "(train.private_noise) does not account for. Take fedavg, fedprox or fedbn."
         )
+    require_private(bench.trainee)
 
 
 def spent(train: TrainConfig, counts: Counts, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

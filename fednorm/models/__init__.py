@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from fednorm.cards import MODELS, Card
-from fednorm.errors import ConfigError, DataError, canonical
+from fednorm.errors import ConfigError, canonical
 from fednorm.limits import shown
 from fednorm.models._feature_norm import normalize_features
 from fednorm.models._weights import load_weights, weights_digest
@@ -207,20 +207,6 @@ class ModelSpec(Card):
         model = order.norm.prepare(model)
         order.norm.initialize(model)
         return Built(model, load_weights(model, order.weights, self, make, order.num_classes))
-
-
-def require_images(model: str, images: Tensor, image_size: int) -> None:
-    """Require images of shape (N, 3, image_size, image_size), for a model that is built for one size.
-
-    Raises:
-        DataError: They are of another shape.
-    """
-    expected = (3, image_size, image_size)
-    if images.ndim != 4 or images.shape[1:] != expected:
-        raise DataError(
-            f"this {model} takes images of shape (N, {', '.join(map(str, expected))}); got {tuple(images.shape)}. "
-            "Resize the images, or build the model with their image_size."
-        )
 
 
 def build_model(name: str, order: Order, *, seed: int = 0) -> Built:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor, nn
+from torch import nn
 
 from fednorm.cards import Citation
-from fednorm.models import ModelSpec, require_images
+from fednorm.chain import Chain
+from fednorm.models import ModelSpec
 from fednorm.spec import Norm
 
 _DEPTH = 4
@@ -16,7 +17,7 @@ _POOLED = (2, 4)
 """Pairs of convolutions, each with a pooling at its end: so are the networks of the paper's Figures 1 and 2."""
 
 
-class CNN(nn.Sequential):
+class CNN(Chain):
     """Images (N, 3, S, S) to logits (N, K).
 
     Four times convolution (3×3, padding 1), norm, ReLU, each to ``width`` channels; the second and the fourth end in
@@ -35,6 +36,8 @@ class CNN(nn.Sequential):
         width: Channels of every convolution.
     """
 
+    name = "cnn"
+
     def __init__(self, norm: Norm, num_classes: int = 10, image_size: int = 32, width: int = _WIDTH) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         channels_in = 3
@@ -51,20 +54,7 @@ class CNN(nn.Sequential):
         layers[f"norm{_DEPTH + 1}"] = norm.layer(hidden, 0)
         layers[f"act{_DEPTH + 1}"] = norm.activation("relu")
         layers["fc2"] = nn.Linear(hidden, num_classes)
-        super().__init__(layers)
-        self.image_size = image_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits.
-
-        Raises:
-            DataError: The images are not of shape (N, 3, image_size, image_size).
-        """
-        require_images("cnn", images, self.image_size)
-        hidden = images
-        for layer in self:
-            hidden = layer(hidden)
-        return hidden
+        super().__init__(layers, image_size)
 
 
 def _make(norm: Norm, *, num_classes: int, image_size: int, width: int) -> nn.Module:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor, nn
+from torch import nn
 
 from fednorm.cards import Citation
-from fednorm.errors import DataError
+from fednorm.chain import Chain
 from fednorm.models import ModelSpec
 from fednorm.spec import Norm
 
@@ -15,7 +15,7 @@ _POOLED = (1, 2)
 """Only the first two convolutions are followed by a pooling, which divides the image's side by 4."""
 
 
-class DigitsCNN(nn.Sequential):
+class DigitsCNN(Chain):
     """Images (N, 3, S, S) to logits (N, K).
 
     Three times convolution (5×5, padding 2), norm, ReLU, to 64, 64 and 128 channels; the first two end in 2×2
@@ -33,6 +33,8 @@ class DigitsCNN(nn.Sequential):
         width: Channels of the first convolution.
     """
 
+    name = "digits_cnn"
+
     def __init__(self, norm: Norm, num_classes: int = 10, image_size: int = 28, width: int = 64) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (channels_in, channels_out) in enumerate(((3, width), (width, width), (width, 2 * width)), start=1):
@@ -49,25 +51,7 @@ class DigitsCNN(nn.Sequential):
             layers[f"act{i + 3}"] = norm.activation("relu")
             features = features_out
         layers["fc3"] = nn.Linear(features, num_classes)
-        super().__init__(layers)
-        self.image_size = image_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits.
-
-        Raises:
-            DataError: The images are not of shape (N, 3, image_size, image_size).
-        """
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or images.shape[1:] != expected:
-            raise DataError(
-                f"this digits_cnn takes images of shape (N, {', '.join(map(str, expected))}); got "
-                f"{tuple(images.shape)}. Resize the images, or build the model with their image_size."
-            )
-        hidden = images
-        for layer in self:
-            hidden = layer(hidden)
-        return hidden
+        super().__init__(layers, image_size)
 
 
 def _make(norm: Norm, *, num_classes: int, image_size: int, width: int) -> nn.Module:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from torch import Tensor, nn
+from torch import nn
 
 from fednorm.cards import Citation
-from fednorm.models import ModelSpec, require_images
+from fednorm.chain import Chain
+from fednorm.models import ModelSpec
 from fednorm.spec import Norm
 
 _DEPTH = 4
 _WIDTH = 512
 
 
-class MLP(nn.Sequential):
+class MLP(Chain):
     """Images (N, 3, S, S) to logits (N, K).
 
     The image is flattened to 3·S² numbers; then four times linear, norm over (N, C), ReLU, each to ``width`` features;
@@ -31,6 +32,8 @@ class MLP(nn.Sequential):
         width: Features of every hidden layer.
     """
 
+    name = "mlp"
+
     def __init__(self, norm: Norm, num_classes: int = 10, image_size: int = 32, width: int = _WIDTH) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["flatten"] = nn.Flatten()
@@ -41,20 +44,7 @@ class MLP(nn.Sequential):
             layers[f"act{i}"] = norm.activation("relu")
             features = width
         layers[f"fc{_DEPTH + 1}"] = nn.Linear(features, num_classes)
-        super().__init__(layers)
-        self.image_size = image_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits.
-
-        Raises:
-            DataError: The images are not of shape (N, 3, image_size, image_size).
-        """
-        require_images("mlp", images, self.image_size)
-        hidden = images
-        for layer in self:
-            hidden = layer(hidden)
-        return hidden
+        super().__init__(layers, image_size)
 
 
 def _make(norm: Norm, *, num_classes: int, image_size: int, width: int) -> nn.Module:

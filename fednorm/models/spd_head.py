@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.models import ModelSpec, require_images
+from fednorm.chain import Chain
+from fednorm.models import ModelSpec
 from fednorm.norms._bures_wasserstein import BuresWassersteinNorm, logarithm
 from fednorm.spec import Norm
 
@@ -49,7 +50,7 @@ class LogEuclidean(nn.Module):
         return (log[:, i, j] * torch.where(i == j, 1.0, 2**0.5)).float()
 
 
-class SPDHead(nn.Sequential):
+class SPDHead(Chain):
     """Images (N, 3, S, S) to logits (N, K).
 
     Three times convolution (3×3), norm, ReLU, to w, w and 2w channels, the first two followed by 2×2 max-pooling; a
@@ -64,6 +65,8 @@ class SPDHead(nn.Sequential):
         spd_norm: Whether the covariances are normalized: without it, the control.
         theta: GBWBN's power.
     """
+
+    name = "spd_head"
 
     def __init__(
         self,
@@ -89,20 +92,7 @@ class SPDHead(nn.Sequential):
             layers["spd_norm"] = BuresWassersteinNorm(channels, theta=theta)
         layers["log"] = LogEuclidean()
         layers["fc"] = nn.Linear(channels * (channels + 1) // 2, num_classes)
-        super().__init__(layers)
-        self.image_size = image_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits.
-
-        Raises:
-            DataError: The images are not of shape (N, 3, image_size, image_size).
-        """
-        require_images("spd_head", images, self.image_size)
-        hidden = images
-        for layer in self:
-            hidden = layer(hidden)
-        return hidden
+        super().__init__(layers, image_size)
 
 
 def _make(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.blocks import STD, linear
 from fednorm.cards import Citation
+from fednorm.chain import require_images
 from fednorm.errors import ConfigError
-from fednorm.models import ModelSpec, require_images
+from fednorm.models import ModelSpec
 from fednorm.models._residual import ExpectedStd, residual_of
 from fednorm.spec import Norm
 

@@ -29,6 +29,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fednorm.chain import in_order
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
 from fednorm.norms.sws import ScaledActivation
@@ -144,7 +145,7 @@ class _Walk:
 
 def _is_nested(module: nn.Module) -> bool:
     """Return whether the order of the modules is that of their registration: nested ``nn.Sequential`` alone."""
-    if isinstance(module, nn.Sequential):
+    if in_order(module):
         return all(map(_is_nested, module._modules.values()))
     return _is_leaf(module) or not list(module.children())
 
@@ -155,7 +156,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _leaves(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules of nested nn.Sequential in the order they are run, with their paths."""
-    if isinstance(module, nn.Sequential):
+    if in_order(module):
         for name, child in module._modules.items():
             yield from _leaves(child, f"{path}.{name}" if path else name)
     else:

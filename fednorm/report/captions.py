@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fednorm.cards import NORMS, spelled
@@ -105,4 +105,18 @@ def warnings_of(groups: Mapping[str, Sequence[Result]], sentences: Iterable[str]
     )
     if guessed:
         told.append(f"Reconstruction, unverified: {', '.join(guessed)} (fednorm explain NAME).")
-    return tuple(told)
+    return (*told, *_of_privacy(groups))
+
+
+def _of_privacy(groups: Mapping[str, Sequence[Result]]) -> Iterator[str]:
+    """Yield what private methods have spent: no accuracy of theirs is told without it."""
+    for label, group in groups.items():
+        spent = [result["privacy"] for result in group if result.get("privacy")]
+        if spent:
+            known = [one["epsilon"] for one in spent if one["epsilon"] is not None]
+            epsilon = f"epsilon {max(known):.3g} at most" if len(known) == len(spent) else "no finite epsilon"
+            noise, clip, delta = (spent[0][key] for key in ("noise_multiplier", "max_grad_norm", "delta"))
+            yield (
+                f"Private training, {label}: {epsilon} at delta {delta:g} for an image (noise {noise:g}, gradients of "
+                f"{clip:g} at most); simulated, with noise of the run's seed."
+            )

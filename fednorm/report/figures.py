@@ -43,6 +43,9 @@ MOST_NUMBERED = 10
 WIDTH = 5.5
 """Inches: the text width of the usual one-column styles."""
 
+LABEL = 44
+"""Characters in a line of a bar's label: about half of the width, which leaves the other half to the bars."""
+
 QUANTITIES: Mapping[str, str] = {
     "drift": "drift (sd)",
     "weight_norm": "weight norm",
@@ -146,11 +149,14 @@ class _Figures:
         shows = score.label + ("" if counts == [1] else f"; {seeds}") + papers
 
         def draw() -> Figure:
-            figure = Figure(figsize=(WIDTH, 0.7 + 0.26 * len(told)), layout="constrained")
+            labels = [plain(method.label, LABEL) for method in told]
+            lines = max(label.count("\n") for label in labels)
+            height = 0.7 + (0.26 + 0.13 * lines) * len(told)
+            figure = Figure(figsize=(WIDTH, height), layout="constrained")
             axes = figure.add_subplot()
             for place, method in enumerate(told):
                 _bar(axes, place, method, shown)
-            axes.set_yticks(range(len(told)), [plain(method.label) for method in told])
+            axes.set_yticks(range(len(told)), labels)
             axes.invert_yaxis()
             axes.set_xlim(0, max(axes.get_xlim()[1], 100 * 1.12 * max(m.scores[shown].mean for m in told)))
             axes.grid(visible=False, axis="y")

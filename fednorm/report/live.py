@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, canonical
+from fednorm.limits import require_path
 from fednorm.report._common import flat
 from fednorm.report.curves import steps
 from fednorm.report.frame import of_line, of_result
@@ -211,19 +212,48 @@ def require_tools(names: Sequence[str]) -> tuple[str, ...]:
     return tools
 
 
+FOLDER = Path("logs")
+"""Where the tools' files go unless another folder is named."""
+
+
+def require_folder(names: Sequence[str], folder: str | Path | None) -> Path:
+    """Return the folder of what tools write.
+
+    Args:
+        names: The tools.
+        folder: The one that is named; None for :data:`FOLDER`.
+
+    Raises:
+        ConfigError: One is named and no tool is, or it is none that can be written to.
+    """
+    if folder is not None and not names:
+        raise ConfigError(
+            "--log-dir is the folder of what --log writes, and no --log names a tool. Add --log "
+            f"{' or --log '.join(SINKS)}."
+        )
+    path = FOLDER if folder is None else Path(folder)
+    if names:
+        require_path(path, "--log-dir")
+        there = next(place for place in (path, *path.absolute().parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "cannot be written to" if there.is_dir() else "is a file"
+            raise ConfigError(f"--log-dir is a folder that files can be written to; {there} {what}. Name another.")
+    return path
+
+
 class Live:
     """Tells tools how a run goes: an observer of runs of every kind; use it as a context manager.
 
     Args:
         names: The tools: keys of :data:`SINKS`.
-        folder: Where their files go.
+        folder: Where their files go; None for ``logs``.
 
     Raises:
-        ConfigError: A tool is unknown or not installed.
+        ConfigError: A tool is unknown or not installed, or the folder is none, or is named where no tool is.
     """
 
-    def __init__(self, names: Sequence[str], folder: str | Path = "logs") -> None:
-        self._names, self._folder = require_tools(names), Path(folder)
+    def __init__(self, names: Sequence[str], folder: str | Path | None = None) -> None:
+        self._names, self._folder = require_tools(names), require_folder(names, folder)
         self._sinks: dict[str, Sink] = {}
         self._result: Mapping[str, Any] | None = None
         self._silent = True
@@ -297,17 +327,18 @@ class Logged:
 
     Attributes:
         names: The tools: keys of :data:`SINKS`.
-        folder: Where their files go.
+        folder: Where their files go; None for ``logs``.
 
     Raises:
-        ConfigError: A tool is unknown or not installed.
+        ConfigError: A tool is unknown or not installed, or the folder is none.
     """
 
     names: Sequence[str]
-    folder: Path
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
         require_tools(self.names)
+        require_folder(self.names, self.folder)
 
     @contextlib.contextmanager
     def __call__(self, observer: Any) -> Iterator[tuple[Any, Callable[[Mapping[str, Any]], None]]]:

@@ -169,7 +169,7 @@ def legend(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], title
     """Put a legend under a figure; its title says what lines and bands are."""
     figure.legend(
         handles=list(lines),
-        labels=list(map(plain, labels)),
+        labels=[plain(label, LEGEND) for label in labels],
         title=title,
         loc="outside lower left",
         ncols=_columns(labels),
@@ -177,9 +177,18 @@ def legend(figure: Figure, lines: Sequence[Line2D], labels: Sequence[str], title
     )
 
 
+LEGEND = 85
+"""Characters in a line of a legend that has one column."""
+
+
 def legend_height(labels: Sequence[str]) -> float:
     """Return the inches that :func:`legend` needs."""
-    return 0.15 * (1 + -(-len(labels) // _columns(labels))) + 0.1
+    columns = _columns(labels)
+    heights = [plain(label, LEGEND).count("\n") + 1 for label in labels]
+    rows = -(-len(labels) // columns)
+    # Labels go down a column and then into the next.
+    deepest = max(sum(heights[first : first + rows]) for first in range(0, len(labels), rows))
+    return 0.15 * (1 + deepest) + 0.1
 
 
 def _columns(labels: Sequence[str]) -> int:

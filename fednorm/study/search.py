@@ -106,7 +106,7 @@ def how_of(table: Table, where: str) -> tuple[How, dict[str, Any]]:
     """
     rest = dict(table)
     method, budget = rest.pop("method", "grid"), rest.pop("budget", 0)
-    seed = rest.pop("seed") if isinstance(rest.get("seed"), int) else 0
+    seed = 0 if isinstance(rest.get("seed"), list) else rest.pop("seed", 0)  # a list is of the runs' own
     if method not in METHODS:
         raise ConfigError(f"{where}: search.method is one of {', '.join(METHODS)}; got {shown(method)}.")
     for key, value in (("budget", budget), ("seed", seed)):
@@ -144,7 +144,7 @@ def _parted(table: Table, above: KeyPath, how: How, where: str) -> tuple[dict[st
     ranges: dict[KeyPath, Range] = {}
     for key, value in table.items():
         path = (*above, key)
-        if isinstance(value, Mapping) and {"low", "high"} & value.keys():
+        if isinstance(value, Mapping) and _is_range(value):
             if how.method == "grid":
                 raise ConfigError(
                     f"{where}: search.{'.'.join(path)} is a range, of which a grid has no list. Set search.method = "
@@ -159,6 +159,15 @@ def _parted(table: Table, above: KeyPath, how: How, where: str) -> tuple[dict[st
         else:
             lists[key] = value
     return lists, ranges
+
+
+_ENDS = frozenset(("low", "high", "log", "min", "max", "lower", "upper", "start", "stop", "step"))
+"""What the ends of a range are called, here or elsewhere; no section has a key of such a name."""
+
+
+def _is_range(table: Table) -> bool:
+    """Return whether a table is meant as a range, rightly or not, and not as a section of keys."""
+    return bool(_ENDS & table.keys()) and not any(isinstance(value, Mapping | list) for value in table.values())
 
 
 def _range(table: Table, where: str) -> Range:

@@ -68,7 +68,6 @@ def require_private(trainee: Trainee) -> None:
             beside it, or the run asks for an arithmetic that is not supported.
     """
     config, train = trainee.config, trainee.config.train
-    opacus()
     norm = config.norm.name
     single = ", ".join(card.name for card in NORMS if not card.batch_coupled)
     if trainee.batch_coupled:
@@ -102,6 +101,7 @@ def require_private(trainee: Trainee) -> None:
             raise ConfigError(
                 f"train.{key} and private training (train.private_noise) do not go together. Leave train.{key} out."
             )
+    opacus()  # it takes its time to import
 
 
 def _tracks(module: nn.Module) -> bool:

@@ -72,11 +72,10 @@ class GDumbOptions(LearnerOptions):
     def __post_init__(self) -> None:
         options.whole("learner", "memory_size", self.memory_size, at_least=1)
         options.whole("learner", "memory_epochs", self.memory_epochs, at_least=1)
-        options.number("learner", "final_rate", self.final_rate, at_most=1)
+        options.share("learner", "final_rate", self.final_rate)
         options.number("learner", "clip", self.clip)
-        for option, value in (("final_rate", self.final_rate), ("clip", self.clip)):
-            if value < 0:
-                raise ConfigError(f"learner.{option} must be 0 or more; got {value!r}.")
+        if self.clip < 0:
+            raise ConfigError(f"learner.clip must be 0 or more; got {self.clip!r}.")
 
     def rate(self, epoch: int) -> float:
         """Return the learning rate of an epoch, from 0, as a share of the optimizer's."""

@@ -100,7 +100,7 @@ def test_bn_alpha_carries_nothing_from_one_batch_to_the_next() -> None:
 def test_bn_alpha_has_one_weight() -> None:
     with pytest.raises(ConfigError, match="prior = 16 makes the weight"):
         BNAlpha(alpha=0.3, prior=16)
-    with pytest.raises(ConfigError, match=r"bn_alpha\.alpha"):
+    with pytest.raises(ConfigError, match=r"bn_alpha\.alpha is a share, 0 to 1; got 1\.5"):
         BNAlpha(alpha=1.5)
 
 

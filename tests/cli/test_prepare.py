@@ -80,6 +80,7 @@ def test_without_a_name_all_that_can_be_prepared_is_listed(capsys: pytest.Captur
     ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("words", [("data",), ("data", "show")])
 def test_a_benchmark_is_shown_by_its_name_alone(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     call(*words, "--image-size", "8", "--json", "digits-mini")

@@ -214,6 +214,7 @@ def stream_config(how: str, learner: str = "er_ace", **train: Any) -> Any:
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("learner", "how"),
     [("er_ace", "none"), ("er_ace", "global"), *((name, "domain") for name in ("er_ace", "joint", "ewc", "gdumb"))],

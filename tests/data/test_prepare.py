@@ -439,6 +439,8 @@ def test_members_with_names_that_lead_elsewhere_write_nothing(source: Path, out:
 def test_unknown_names_and_parts_that_are_none(source: Path, out: Path) -> None:
     with pytest.raises(UnknownNameError, match=r"No recipe prepares 'office-home'\. Did you mean 'officehome'"):
         prepare("office-home", source, out)
+    with pytest.raises(UnknownNameError, match="'cifar10-c' needs no preparing: fednorm explain cifar10-c says"):
+        prepare("cifar10-c", source, out)
     with pytest.raises(DataError, match="Tiny-ImageNet has no domains to choose among"):
         prepare("tiny-imagenet", source, out, domains=["a"])
     with pytest.raises(DataError, match="CORe50 is prepared with all of its classes"):
@@ -446,6 +448,62 @@ def test_unknown_names_and_parts_that_are_none(source: Path, out: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         prepare("core50", source / "nowhere", out)
     assert not out.exists()
+
+
+@every_recipe
+@pytest.mark.parametrize("damage", ["cut", "a page"])
+def test_a_damaged_image_is_named_and_leaves_nothing(name: str, damage: str, source: Path, out: Path) -> None:
+    """The last image of each set: it is found whatever has been written before."""
+    members = dict(UNPACKED[name]())
+    images = [path for path in members if path.lower().endswith((".png", ".jpg", ".jpeg"))]
+    if not images:
+        pytest.skip("its images are arrays")
+    last = next(path for path in reversed(images) if not path.startswith("tiny-imagenet-200/test/"))
+    content = members[last]
+    replicas.unpacked(source, members | {last: content[: len(content) // 2] if damage == "cut" else b"<html>gone"})
+    with pytest.raises(DataError) as error:
+        prepare(name, source, out)
+    assert last in str(error.value)
+    assert ": the image cannot be " in str(error.value)
+    assert RECIPES[name].source in str(error.value)
+    assert not list(out.iterdir())
+
+
+def test_an_image_that_ends_in_another_way_is_looked_at(source: Path, out: Path) -> None:
+    """Bytes after a JPEG file's end, as cameras write, and another format than its name says."""
+    members = dict(replicas.officehome())
+    first, second, *_ = (path for path in members if path.endswith(".jpg"))
+    members |= {first: replicas.image(7, "JPEG") + b"\0\0more", second: replicas.image(9, "BMP")}
+    replicas.unpacked(source, members)
+    (written,) = prepare("officehome", source, out)
+    assert (written.train, written.test) == (32, 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("filename,label\nn0010000000.jpg", "train.csv, line 2 has no label. Is it all there"),
+        ("filename,label\n,n01\n", "train.csv, line 2 has no filename"),
+        ("file,label\na.jpg,n01\n", "train.csv has no column filename; expected filename, label"),
+        ('filename,label\n"' + "a" * 140_000, "train.csv is no table after line 1 (field larger"),
+    ],
+)
+def test_a_list_that_was_cut_is_told_by_its_line(text: str, message: str, source: Path, out: Path) -> None:
+    replicas.unpacked(source, replicas.mini_imagenet() | {"train.csv": text.encode()})
+    with pytest.raises(DataError) as error:
+        prepare("mini_imagenet", source, out)
+    assert message in str(error.value)
+
+
+def test_a_list_of_a_bucket_that_is_missing_is_called_missing(source: Path, out: Path) -> None:
+    members = dict(UNPACKED["clear10"]())
+    del members["train/labeled_metadata/1/baseball.json"]
+    replicas.unpacked(source, members)
+    with pytest.raises(
+        DataError, match=r"has no file train/labeled_metadata/1/baseball\.json\. Is it all there\?"
+    ) as error:
+        prepare("clear10", source, out)
+    assert "JSON" not in str(error.value)
 
 
 def test_an_empty_image_is_named(source: Path, out: Path) -> None:

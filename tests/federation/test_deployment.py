@@ -213,9 +213,15 @@ def test_the_server_scores_the_shared_model_on_images_of_its_own(tmp_path: Path)
         assert not any(kind == "train" for kind, *_ in grid.wire)
 
 
-def test_no_image_no_label_and_no_local_tensor_travels() -> None:
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[FakeGrid, dict[str, Any]]:
+    """A run in which nothing happens, and its grid."""
     grid = FakeGrid(values(), nodes())
-    serve(grid)
+    return grid, serve(grid, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_no_image_no_label_and_no_local_tensor_travels(undisturbed: tuple[FakeGrid, dict[str, Any]]) -> None:
+    grid, _ = undisturbed
     local = sites.site_workbench(Context(7, 10, grid.nodes[10].config, RecordDict(), grid.run_config)).plan.local
     assert local
     asked = {kind for kind, *_ in grid.wire}
@@ -253,7 +259,9 @@ def test_a_killed_node_is_reported_and_comes_back_with_its_state(tmp_path: Path)
 
 
 @pytest.mark.parametrize("kept", [True, False], ids=["on its disk", "nowhere"])
-def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(kept: bool, tmp_path: Path) -> None:
+def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(
+    kept: bool, undisturbed: tuple[FakeGrid, dict[str, Any]], tmp_path: Path
+) -> None:
     disk = {"state_dir": str(tmp_path / "state")} if kept else {}
 
     def hook(grid: FakeGrid, kind: str, node_id: int) -> None:
@@ -264,9 +272,7 @@ def test_a_restarted_node_goes_on_or_says_that_its_state_is_lost(kept: bool, tmp
     grid = FakeGrid(values(rounds={"min_answered": 0.0}), nodes(**disk), hook)
     result = serve(grid)
     last = unpack(grid.nodes[99].state.array_records[LOCAL_RECORD])
-    undisturbed = FakeGrid(values(), nodes())
-    serve(undisturbed)
-    expected = unpack(undisturbed.nodes[10].state.array_records[LOCAL_RECORD])
+    expected = unpack(undisturbed[0].nodes[10].state.array_records[LOCAL_RECORD])
     assert all(torch.equal(last[key], tensor) for key, tensor in expected.items()) is kept
     lost = [(3, "street", "it has lost what it kept in round 2, and began anew")]
     assert events(result) == [
@@ -308,7 +314,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("phase", ["train", "evaluate", "checkpoint"])
 def test_a_server_that_is_killed_goes_on_to_the_same_bits(
-    phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: str, undisturbed: tuple[FakeGrid, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its nodes are started again too, under other ids; their tensors are on their disks.
 
@@ -331,10 +337,10 @@ def test_a_server_that_is_killed_goes_on_to_the_same_bits(
         with pytest.raises(Killed):
             serve(FakeGrid(values(), nodes(**disk), hook), tmp_path / "runs")
     again = FakeGrid(values(), {node_id + 30: node for node_id, node in nodes(**disk).items()})
-    result, undisturbed = serve(again, tmp_path / "runs"), serve(FakeGrid(values(), nodes()), tmp_path / "other")
-    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, undisturbed)]
+    result, expected = serve(again, tmp_path / "runs"), undisturbed[1]
+    models = [load_file(Path(r["run"]) / "model.safetensors") for r in (result, expected)]
     assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
-    assert result["final"]["per_domain"] == undisturbed["final"]["per_domain"]
+    assert result["final"]["per_domain"] == expected["final"]["per_domain"]
     assert [line["round"] for line in result["rounds"]] == [1, 2, 3]
     assert events(result) == []
     assert {kind for kind, *_ in again.wire} == {"query.describe", "train", "evaluate"}
@@ -398,6 +404,59 @@ def test_a_silent_node_is_told_that_its_training_was_not_used_and_nobody_waits_f
     (other,) = deployed.send_and_receive([Message(told, 11, "query.undo")])
     assert other.has_content(), "one that answers is heard"
     assert (asked, deployed.late) == ([("train", 10), ("query.undo", 10)], [])
+
+
+class Clock:
+    """A clock that goes on where somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("wakes", [False, True], ids=["it stays so", "it answers late, in the evaluation"])
+def test_a_node_that_is_silent_in_training_holds_up_its_round_once(
+    wakes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds 2 and 3 of three; each is evaluated in two ways at the end, and the others answer at once."""
+    clock, asked = Clock(), list[str]()
+    monkeypatch.setattr(deployed_grid, "time", clock)
+    monkeypatch.setattr(deployed_grid, "POLL_SECONDS", 1.0)
+    kinds = {"kinds": ["own", "reestimated"], "diagnostics": False}
+    grid = FakeGrid(values(rounds={"min_answered": 0.0, "timeout": 100.0}, evaluate=kinds), nodes())
+    trains: list[Message] = []
+
+    def fault(message: Message) -> Any:
+        kind = message.metadata.message_type
+        asked.append(f"{kind} {grid.round}")
+        if kind == "train" and grid.round == 2:
+            trains.append(message)
+        if kind == "evaluate" and grid.round == 2 and wakes:
+            late = trains.pop()
+            grid.held[late.metadata.message_id] = Message(RecordDict(), reply_to=late)
+            grid.waiting[message.metadata.message_id] = message
+            grid.nodes[10].fault = None
+            return None
+        return None if grid.round >= 2 else ...
+
+    grid.nodes[10].fault = fault
+    result = serve(grid)
+    if wakes:
+        assert rejected(result) == [(2, 2, "no reply came within 100 s (rounds.timeout is 100 s)")]
+        assert result["rounds"][1]["per_domain"].keys() == set(DOMAINS), "it is waited for, once it has answered"
+        assert clock.now == 100 + 1
+        return
+    silent, spent = "no reply came within 100 s (rounds.timeout is 100 s)", f"evaluation failed: {deployed_grid.SPENT}"
+    assert rejected(result) == [(2, 2, silent), (2, 2, spent), (3, 2, silent), (3, 2, spent)]
+    every = [f"{kind} {number}" for number in (2, 3) for kind in ("train", "query.undo", "evaluate")]
+    assert sorted(asked) == sorted(["query.describe 0", "train 1", "evaluate 1", *every, "evaluate 3"])
+    assert clock.now == 2 * 100
+    assert result["final"]["missing"] == {"clients": [2], "domains": ["street"]}
 
 
 @pytest.mark.parametrize("number", [1, 2])

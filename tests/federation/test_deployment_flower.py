@@ -9,19 +9,22 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import requires, version
+from importlib.metadata import entry_points, metadata, requires, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from flwr.common.config import parse_config_args
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from fednorm.cli import app as cli
 from fednorm.config import resolve
 from fednorm.errors import AggregationError, ConfigError
 from fednorm.federation import flower_runtime
 from fednorm.federation.deployment import folder as folders
+from fednorm.federation.deployment.compose import image_tag
 from fednorm.federation.deployment.folder import Deployment, write_deployment
 from fednorm.federation.deployment.submit import deploy, superlink_of
 from fednorm.federation.flower_runtime import RunningSuperLink
@@ -192,6 +195,48 @@ def test_compose_s_images_are_flower_s_of_the_version_that_is_here(services: dic
     )
     assert declared.specifier.contains(version("flwr"))
     assert {service["build"]["args"]["BASE"] for service in services.values()} == {"superlink", "supernode"}
+
+
+@pytest.mark.parametrize(
+    ("flower", "tag"),
+    [
+        ("1.42.0", "1.42.0-py3.13-ubuntu24.04"),
+        ("1.39.1", "1.39.1-py3.13-ubuntu24.04"),
+        ("1.43.0.dev20260624", "1.43.0.dev20260624"),
+        ("1.43.0rc1", "1.43.0-py3.13-ubuntu24.04"),
+        ("1.43.0.dev0+g1f8a6c3", "1.43.0-py3.13-ubuntu24.04"),
+    ],
+)
+def test_a_tag_is_one_that_flower_publishes(flower: str, tag: str) -> None:
+    """Of https://hub.docker.com/r/flwr/superlink and flwr/supernode, by their pages; its Python is one of fednorm's."""
+    assert image_tag(flower) == tag
+    assert SpecifierSet(metadata("fednorm")["Requires-Python"]).contains("3.13")
+
+
+def test_flower_s_own_commands_take_what_compose_starts_them_with(services: dict[str, Any]) -> None:
+    """The images' entry points are these commands; the processes of messages are theirs to start, in one container."""
+    superlink = pytest.importorskip("flwr.superlink.cli.flower_superlink")._parse_args_run_superlink()
+    supernode = pytest.importorskip("flwr.supernode.cli.flower_supernode")._parse_args_run_supernode()
+    server = superlink.parse_args(services["superlink"]["command"])
+    assert (server.isolation, server.host, server.port, server.insecure) == ("subprocess", "0.0.0.0", 8123, False)
+    assert (server.enable_supernode_auth, server.runtime_dependency_install) == (True, False)
+    mounted = [volume.split(":")[1] for volume in services["superlink"]["volumes"]]
+    for path in (server.ssl_certfile, server.ssl_keyfile, server.ssl_ca_certfile, server.database):
+        assert any(f"/app/{path}".startswith(target) or path.startswith(target) for target in mounted)
+    commands = {entry.name for entry in entry_points(group="console_scripts") if entry.value.startswith("flwr.")}
+    assert {"flower-superlink", "flower-supernode", "flower-superexec", "flwr-serverapp", "flwr-clientapp"} <= commands
+    for k, name in enumerate(SITES):
+        node = supernode.parse_args(services[name.lower()]["command"])
+        assert (node.isolation, node.superlink, node.insecure) == ("subprocess", "superlink:8123", False)
+        assert (node.host, node.port) == ("127.0.0.1", 9200 + k), "its own port is the container's alone"
+        assert parse_config_args([node.node_config]) == {
+            "domain": name,
+            "data-dir": f"/data/{name}",
+            "state-dir": f"/state/{name}",
+            "sent-file": f"/sent/{name}.jsonl",
+        }
+        mounted = [volume.split(":")[1] for volume in services[name.lower()]["volumes"]]
+        assert {f"/app/{node.root_certificates}", f"/app/{node.auth_supernode_private_key}"} <= set(mounted)
 
 
 @pytest.mark.parametrize("name", ["superlink", "Submit", "keys"])

@@ -210,36 +210,34 @@ def test_a_failed_run_is_an_error_that_quotes_the_cause(toy: Path, tmp_path: Pat
     witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flwr-simulation")
 
 
-@pytest.mark.flower
-@pytest.mark.slow
-def test_an_interrupted_run_ends_all_it_started(toy: Path, tmp_path: Path) -> None:
-    def interrupt(line: str) -> None:
-        if line == "replied":
-            raise KeyboardInterrupt
+def test_a_run_that_outlasts_its_time_says_so_and_ends(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without Flower: what stands for its SuperLink and for its client sleeps."""
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\necho up\nexec sleep 60\n")
+    sleeper.chmod(0o755)
+    started: list[psutil.Process] = []
 
-    witness = Witness(on_line=interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_with_flower(
-            toy, num_supernodes=3, run_config={"mode": "hang"}, home=tmp_path / "home", timeout=120, on_line=witness
-        )
-    witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flwr-simulation", "raylet", "gcs_server")
+    def start(tree: processes.ProcessTree, _: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+        process = tree.start([str(sleeper)], environment, stdout=subprocess.DEVNULL)
+        started.append(psutil.Process(process.pid))
+        return process
 
-
-@pytest.mark.flower
-@pytest.mark.slow
-def test_a_run_that_outlasts_its_time_says_so(toy: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(flower_runtime, "_start_superlink", start)
+    monkeypatch.setattr(flower_runtime, "command_of", lambda _: str(sleeper))
     witness = Witness()
-    with pytest.raises(AggregationError, match="time was up"):
-        run_with_flower(
-            toy, num_supernodes=3, run_config={"mode": "hang"}, home=tmp_path / "home", timeout=15, on_line=witness
-        )
-    witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flower-superexec")
+    with pytest.raises(AggregationError, match=r"time was up(.|\n)*    up"):
+        run_with_flower(toy, num_supernodes=3, run_config={}, home=tmp_path / "home", timeout=1, on_line=witness)
+    assert [process for process, _ in witness.processes.values() if processes.is_alive(process)] == []
+    assert [process for process in started if processes.is_alive(process)] == []
 
 
 @pytest.mark.flower
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGQUIT])
-def test_a_terminated_launcher_ends_all_it_started(number: signal.Signals, toy: Path, tmp_path: Path) -> None:
+def test_a_terminated_launcher_ends_all_it_started(toy: Path, tmp_path: Path) -> None:
+    """The other signals are raised as this one is (``tests/cli/test_signals.py``)."""
+    number = signal.SIGHUP
     script = textwrap.dedent(
         f"""
         import sys
@@ -261,38 +259,32 @@ def test_a_terminated_launcher_ends_all_it_started(number: signal.Signals, toy: 
     witness.assert_nothing_left(tmp_path / "home", "flower-superlink", "flwr-simulation")
 
 
-@pytest.mark.flower
-@pytest.mark.slow
+BINDS = """#!{python}
+import socket, sys, time
+port = int(sys.argv[sys.argv.index("--port") + 1])
+server = socket.create_server(("127.0.0.1", port))
+time.sleep(60)
+"""
+
+
 def test_a_port_taken_meanwhile_is_not_mistaken_for_our_superlink(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Without Flower: what stands for its SuperLink listens where it is told, or ends."""
+    command = tmp_path / "superlink"
+    command.write_text(BINDS.format(python=sys.executable))
+    command.chmod(0o755)
+    monkeypatch.setattr(flower_runtime, "command_of", lambda _: str(command))
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         free = processes.free_port
         offers = iter([stranger.getsockname()[1]])
         monkeypatch.setattr(flower_runtime, "free_port", lambda: next(offers, None) or free())
         with processes.own_processes(tmp_path) as (tree, environment):
-            flower_runtime._start_superlink(tree, tmp_path, environment)
+            own = flower_runtime._start_superlink(tree, tmp_path, environment)
             address = tomllib.loads((tmp_path / "flwr" / "config.toml").read_text())["superlink"]["own"]["address"]
             assert address != f"127.0.0.1:{stranger.getsockname()[1]}"
             assert next(offers, None) is None
-
-
-@pytest.mark.flower
-@pytest.mark.slow
-def test_of_two_launchers_of_one_run_one_wins(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fednorm.cli.app", "federated", "--runtime", "flower", "--rounds", "1"]
-    command += ["--set", "model.width=4", "--train-per-client", "16", "--set", "data.test_per_domain=10"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path)), "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        for _ in range(2)
-    ]
-    errors = {process.communicate(timeout=180)[1].decode(): process.returncode for process in both}
-    assert sorted(errors.values()) == [0, 2], errors
-    assert next("Another process is running this run" in error for error, code in errors.items() if code == 2)
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert (folder / "result.json").is_file()
-    assert not (folder / "flower").exists()
+            assert tree.listens(own, int(address.rpartition(":")[2]))
 
 
 FAMILY = """

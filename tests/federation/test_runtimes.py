@@ -14,7 +14,9 @@ import fednorm.cli.app as cli
 from fednorm.config import resolve
 from fednorm.errors import RecordError
 from fednorm.federation import simulate_flower
+from fednorm.federation.flower_runtime import run_with_flower, write_app
 from fednorm.federation.simulate import simulate
+from fednorm.federation.workbench import workbench_of
 from fednorm.records.checkpoint import Checkpoint
 from fednorm.records.record import RunRecord
 
@@ -57,22 +59,37 @@ def lines(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "digest")} for line in text.splitlines()]
 
 
+STRATEGIES = ("scaffold", "ditto", "fedbabu", "local", "centralized")
+
+
 @pytest.mark.flower
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["scaffold", "ditto", "fedbabu", "local", "centralized"])
-def test_what_clients_keep_and_send_besides_is_the_same_on_both_runtimes(name: str, tmp_path: Path) -> None:
+def test_what_clients_keep_and_send_besides_is_the_same_on_both_runtimes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One start of Flower's runtime has all of these runs, one after the other."""
     pytest.importorskip("ray", reason="Flower's simulation runtime needs ray")
-    config = resolve({**VALUES, "strategy": {"name": name}, "evaluate": {"kinds": ["own"]}})
-    flowers = simulate_flower.simulate_flower(config, runs=tmp_path / "flower", timeout=300)
-    ours = simulate(config, runs=tmp_path / "ours")
-    models = [load_file(Path(result["run"]) / "model.safetensors") for result in (ours, flowers)]
-    assert models[0].keys() == models[1].keys()
-    assert all(tensor.numpy().tobytes() == models[1][key].numpy().tobytes() for key, tensor in models[0].items())
-    assert lines(ours) == lines(flowers)
-    assert flowers["rejected_updates"] == 0
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "support"))
+    configs = {
+        name: resolve({**VALUES, "strategy": {"name": name}, "evaluate": {"kinds": ["own"]}}) for name in STRATEGIES
+    }
+    run_config = {
+        "configs": json.dumps({name: config.to_dict() for name, config in configs.items()}),
+        "runs": str(tmp_path / "flower"),
+    }
+    app = write_app(tmp_path / "app", "several_runs:server", "several_runs:client", run_config)
+    clients = len(workbench_of(configs["scaffold"]).federation.clients)
+    run_with_flower(app, num_supernodes=clients, run_config={}, home=tmp_path / "home", timeout=300)
+    for config in configs.values():
+        flowers, ours = RunRecord(tmp_path / "flower", config).result(), simulate(config, runs=tmp_path / "ours")
+        assert flowers is not None
+        models = [load_file(Path(result["run"]) / "model.safetensors") for result in (ours, flowers)]
+        assert models[0].keys() == models[1].keys()
+        assert all(tensor.numpy().tobytes() == models[1][key].numpy().tobytes() for key, tensor in models[0].items())
+        assert lines(ours) == lines(flowers)
+        assert flowers["rejected_updates"] == 0
 
 
-@pytest.mark.slow  # Flower's runtime starts
 @pytest.mark.flower
 @pytest.mark.slow
 def test_two_rounds_are_the_same_to_the_last_bit_on_both_runtimes(both: Both) -> None:

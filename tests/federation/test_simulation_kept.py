@@ -12,9 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from flwr.app import Message
@@ -177,23 +179,25 @@ simulate_flower(resolve(json.loads(sys.argv[1])), runs=Path(sys.argv[2]), timeou
 """
 
 
-LONG = ({**VALUES, "rounds": {"num_rounds": 40}}, {**STREAMS, "rounds": {"per_experience": 14}})
-"""Enough rounds to be at it still when the signal comes."""
+LONG = {**STREAMS, "strategy": {"name": "fedbn"}, "rounds": {"per_experience": 14, "fraction": 0.4}}
+"""Enough rounds to be at it still when the signal comes; clients keep tensors and a learner's memory."""
 
 
 @pytest.mark.flower
 @pytest.mark.slow
-@pytest.mark.parametrize("values", LONG, ids=["images", "streams"])
-def test_flower_s_own_simulation_goes_on_after_ctrl_c(values: dict[str, Any], tmp_path: Path) -> None:
+def test_flower_s_own_simulation_goes_on_after_ctrl_c_and_is_one_process_s_alone(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Flower's simulation runtime needs ray")
-    config = resolve(values)
+    config = resolve(LONG)
     record = RunRecord(tmp_path / "runs", config)
     call = [sys.executable, "-c", COMMAND, json.dumps(config.to_dict()), str(tmp_path / "runs")]
     with subprocess.Popen(call, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}) as process:
         until = time.monotonic() + 300
         while not record.lines() and time.monotonic() < until and process.poll() is None:
             time.sleep(0.1)
+        with pytest.raises(RecordError, match="Another process is running this run"):
+            simulate_flower(config, runs=tmp_path / "runs", timeout=600)
         process.send_signal(signal.SIGINT)
+    assert processes_of(record.folder) == []
     ended = len(record.lines())
     assert 1 <= ended < 40
     result, ours = simulate_flower(config, runs=tmp_path / "runs", timeout=600), simulate(config, runs=tmp_path / "o")
@@ -201,3 +205,14 @@ def test_flower_s_own_simulation_goes_on_after_ctrl_c(values: dict[str, Any], tm
     assert all(torch.equal(tensor, models[1][key]) for key, tensor in models[0].items())
     assert result["final"]["per_domain"] == ours["final"]["per_domain"]
     assert not (record.folder / CLIENTS).exists()
+    assert not (record.folder / "flower").exists()
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Return the commands of all of this machine's processes whose ``FLWR_HOME`` is in a folder."""
+    commands = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME", "").startswith(str(folder)):
+                commands.append(" ".join(process.cmdline()))
+    return commands

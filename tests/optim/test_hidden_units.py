@@ -106,6 +106,22 @@ def test_functions_are_read_as_modules_are() -> None:
     assert edges(Functional()) == [("first", "second", ["norm"]), ("last", "head", []), ("head", "out", [])]
 
 
+class Skipping(nn.Sequential):
+    """Layers in another order than that of their registration, and a sum: what a subclass is free to do."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        stem, within, behind, flatten, out = self
+        hidden = stem(images).relu()
+        logits: Tensor = out(flatten(hidden + behind(within(hidden).relu()).relu()))
+        return logits
+
+
+def test_a_sequence_that_runs_its_layers_otherwise_is_traced() -> None:
+    convs = [nn.Conv2d(channels, 4, 3, padding=1) for channels in (3, 4, 4)]
+    model = Skipping(*convs, nn.Flatten(), nn.Linear(256, 3))
+    assert edges(model) == [("1", "2", [])]
+
+
 def test_a_network_with_gates_keeps_the_units_that_are_multiplied() -> None:
     """A squeeze-and-excitation block: its hidden units are units as any other, what it gates and its gates are not."""
     torch.manual_seed(0)

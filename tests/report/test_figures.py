@@ -6,6 +6,8 @@ import re
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -101,6 +103,25 @@ def test_bars_have_the_scores_their_intervals_their_seeds_and_the_paper(stream_r
     assert drawing.shows == (
         "average accuracy; 95 % t interval, circles: seeds, n = 3, diamonds: papers' numbers"
     )  # fmt: skip
+
+
+def test_long_labels_leave_half_of_the_width_to_what_they_label(stream_result: Make) -> None:
+    results = [*seeded(stream_result, 2), *seeded(stream_result, 2, norm={"name": "group_norm"})]
+    (short,) = comparisons(results)
+    methods = [
+        replace(method, label=f"{method.label}, setting=1" + ", other_setting=2" * 12) for method in short.methods
+    ]
+    drawn_by_end = {drawing.end: drawing for drawing in drawings(replace(short, methods=tuple(methods)))}
+    for end in ("comparison", "average_accuracy_by_experience"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # matplotlib gives up on a layout with a warning
+            figure = figure_of(drawn_by_end[end])
+            with styled():
+                figure.savefig(BytesIO(), format="svg")
+        assert figure.axes[0].get_position().width > 0.45
+        for text in figure.legends[0].get_texts() if figure.legends else figure.axes[0].get_yticklabels():
+            box = text.get_window_extent()
+            assert 0 <= box.x0 <= box.x1 <= figure.bbox.width
 
 
 def test_a_matrix_is_the_mean_over_seeds_and_blank_where_nothing_was_measured(stream_result: Make) -> None:

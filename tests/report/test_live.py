@@ -16,7 +16,7 @@ import fednorm
 from fednorm.config import resolve
 from fednorm.errors import ConfigError
 from fednorm.report import live
-from fednorm.report.live import Live, Several, require_tools
+from fednorm.report.live import Live, Several, require_folder, require_tools
 
 SMALL = {"data": {"train_per_client": 8, "test_per_domain": 4, "domains": ["scans", "photo"]}, "model": {"width": 4}}
 
@@ -153,6 +153,21 @@ def tell(tool: str, folder: Path, rounds: Sequence[int] = (1, 2), *, cut: bool =
             told.round({"round": number, "mean": mean, "per_domain": {"mnist-m (a)": mean}, "seconds": 1.0})
         if not cut:
             told.end({"final": {"mean": 0.5, "per_domain": {}}, "seconds": 2.0})
+
+
+def test_a_folder_that_is_none_or_of_no_tool_is_told_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for tools, folder, message in (
+        ((), tmp_path, "no --log names a tool. Add --log tensorboard or --log wandb or --log mlflow"),
+        (("tensorboard",), tmp_path / "file", "file is a file. Name another"),
+        (("tensorboard",), tmp_path / "file/logs", "file is a file. Name another"),
+        (("tensorboard",), "x" * 300, "--log-dir names a path that no file system takes"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Live(tools, folder)
+    assert require_folder((), None) == Path("logs")
+    assert require_folder(("tensorboard",), tmp_path / "new/one") == tmp_path / "new/one"
+    assert not (tmp_path / "new").exists()
 
 
 def test_tensorboard_reads_it_while_it_goes(tmp_path: Path) -> None:

@@ -149,6 +149,7 @@ def test_the_generators_loss_is_its_terms() -> None:
         torch.testing.assert_close(made.loss(images, places), expected + 3 * student_term(own, logits))
 
 
+@pytest.mark.slow
 def test_the_images_come_nearer_to_what_they_are_drawn_for_and_no_stream_is_shared() -> None:
     state = torch.random.get_rng_state()
     short, long, again = (synthesis(steps=steps).run() for steps in (1, 30, 30))
@@ -343,6 +344,7 @@ def test_a_client_that_has_never_trained_gives_nothing(monkeypatch: pytest.Monke
         simulate(resolve(values(keeps="statistics", statistics="client")), runs=None)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("options", "norm", "why"),
     [

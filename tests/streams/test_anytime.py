@@ -64,7 +64,7 @@ class Copies:
     def experience(self, line: Any) -> None: ...
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("learner", "norm"), [("er", "adab2n"), *slow(("naive", "none"), ("er_ace", "batch_norm"))])
 def test_points_are_those_of_a_copy_of_the_network(learner: str, norm: str, toy: Any) -> None:
     config, copies = toy.config("split_digits", learner, norm, **LONG), Copies()

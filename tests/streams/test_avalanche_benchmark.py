@@ -28,6 +28,7 @@ def toy(name: str, cache: Path, data: DataConfig | None = None, **options: Any) 
     return SCENARIOS[name].stream(config, image_size=8, seed=1, options=options, cache_dir=cache)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [n for n in SCENARIOS.names if SCENARIOS[n].data[:1] in ((), ("digits_mini",))])
 def test_the_benchmark_holds_the_rows_of_the_stream(name: str, cache: Path) -> None:
     stream = toy(name, cache, train_per_experience=12)

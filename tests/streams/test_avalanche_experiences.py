@@ -155,6 +155,7 @@ def foreign(samples: Tensor, labels: Tensor, **more: Any) -> Any:
     return benchmark_from_datasets(train=parts).train_stream
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["naive", "er", "er_ace", "derpp", "lwf", "ewc", "gdumb"])
 def test_tensors_train_as_our_own_arrays_do(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """The same images as floats in a tensor data set: another way to read, the same learning."""

@@ -131,6 +131,7 @@ WORKING = {
 }
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", WORKING)
 def test_plugins_do_what_they_do_in_avalanche(name: str) -> None:
     ours, theirs = both(WORKING[name])
@@ -202,6 +203,7 @@ def test_those_that_are_refused_are_plugins_of_avalanche() -> None:
     assert names >= REFUSED.keys() - {"NormPlugin"}
 
 
+@pytest.mark.slow
 def test_streams_are_evaluated_during_training_as_often_as_asked() -> None:
     class Count(SupervisedPlugin):
         def __init__(self) -> None:

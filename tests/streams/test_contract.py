@@ -338,7 +338,7 @@ def test_every_learner_with_a_memory_is_in_the_table() -> None:
     assert {name for name, passes in SIZES if passes} == set(REPLAY)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("learner", REPLAY)
 @pytest.mark.parametrize("norm", STATEFUL)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
@@ -383,7 +383,7 @@ def test_the_balanced_pass_is_batch_normalization_s_update(toy: Any) -> None:
     torch.testing.assert_close(bench.model.norm1.running_var.double(), var, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("learner", REPLAY)
 @pytest.mark.parametrize("norm", STATEFUL)
 def test_recalibration_is_for_evaluation_alone(learner: str, norm: str, toy: Any) -> None:

@@ -113,6 +113,7 @@ def test_what_cannot_be_is_refused(options: dict[str, Any], words: str) -> None:
         made(**options)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("learner", ["er_ace", "icarl", "lwf", "scr"])
 @pytest.mark.parametrize("option", ["blurry", "repetition"])
 def test_learners_train_on_classes_that_come_again(learner: str, option: str, toy: Any) -> None:

@@ -222,7 +222,7 @@ EVALUATION = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("key", EVALUATION)
 @pytest.mark.parametrize("learner", ["er_ace", "gdumb"])
 def test_evaluation_leaves_training_alone(key: str, learner: str, toy: Any) -> None:

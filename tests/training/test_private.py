@@ -16,6 +16,7 @@ from fednorm.errors import ConfigError
 from fednorm.federation.deployment.server import check_deployed
 from fednorm.federation.local import Phase, drawn_rows
 from fednorm.federation.workbench import Workbench, workbench_of
+from fednorm.report.captions import warnings_of
 from fednorm.training.private import PrivateStep, epsilon, single_gradients
 
 SMALL = {"data": {"train_per_client": 20, "test_per_domain": 8, "domains": ["scans", "photo"]}, "model": {"width": 4}}
@@ -137,6 +138,11 @@ def test_a_federation_s_result_says_what_each_client_has_spent() -> None:
     assert privacy["epsilon"] == max(epsilon(1.0, 0.25, 4 * asked.count(c), 1e-5) for c in set(asked))
     assert (privacy["delta"], privacy["max_grad_norm"], privacy["noise_multiplier"]) == (1e-5, 1.0, 1.0)
     assert "Images are protected, not clients" in privacy["note"]
+    (told,) = warnings_of({"a": [result]})
+    assert told == (
+        f"Private training, a: epsilon {privacy['epsilon']:.3g} at most at delta 1e-05 for an image (noise 1, "
+        "gradients of 1 at most); simulated, with noise of the run's seed."
+    )
     again = fednorm.federated(strategy="fedavg", norm="group_norm", rounds=3, config=values)
     assert again["final"] == result["final"]
     values["train"] = {"private_noise": 2.0, "batch_size": 5}

@@ -8,9 +8,7 @@ benchmark does the same with ``data.held_out``.
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -26,14 +24,8 @@ DOMAINS = tuple(f"hospital_{center}" for center in range(5))
 
 def _images(files: Files, wanted: Wanted) -> Iterator[Images]:
     root = files.root("metadata.csv")
-    lines = csv.DictReader(io.StringIO(files.text("metadata.csv", root)))
-    missing = [column for column in COLUMNS if column not in (lines.fieldnames or ())]
-    if missing:
-        raise DataError(
-            f"{files.place}: metadata.csv has no column {', '.join(missing)}; expected {', '.join(COLUMNS)}"
-        )
     patches: dict[str, list[tuple[str, int, bool]]] = {domain: [] for domain in wanted.of_domains(DOMAINS)}
-    for number, line in enumerate(lines, start=2):
+    for number, line in files.table("metadata.csv", COLUMNS, root):
         domain, patch = _patch(files, number, line)
         if domain in patches:
             patches[domain].append(patch)
@@ -55,14 +47,14 @@ def _images(files: Files, wanted: Wanted) -> Iterator[Images]:
     yield Images("camelyon17", CLASSES, rows(), tuple(notes))
 
 
-def _patch(files: Files, number: int, line: Mapping[str, str]) -> tuple[str, tuple[str, int, bool]]:
+def _patch(files: Files, number: int, line: Sequence[str]) -> tuple[str, tuple[str, int, bool]]:
     """Return a line's hospital, and the patch: its path, its class, and whether it is held back."""
     try:
-        patient, node, x, y, tumor, center, split = (line[column] for column in COLUMNS)
+        patient, node, x, y, tumor, center, split = line
         where = f"patient_{int(patient):03d}_node_{int(node)}"
         path = f"patches/{where}/patch_{where}_x_{int(x)}_y_{int(y)}.png"
         return f"hospital_{int(center)}", (path, int(tumor), int(split) != 0)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{files.place}: metadata.csv, line {number} is not of whole numbers ({error})") from error
 
 

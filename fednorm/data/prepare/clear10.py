@@ -53,8 +53,9 @@ def _path(files: Files, image: Any) -> str:
 
 
 def _json(files: Files, name: str, root: str) -> dict[str, Any]:
+    text = files.text(name, root)
     try:
-        value = json.loads(files.text(name, root))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{files.place}: {root}{name} is no JSON ({error}). Download it again") from error
     if not isinstance(value, dict):

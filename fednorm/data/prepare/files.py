@@ -6,6 +6,7 @@ Since no member is ever written to the disk under its own name, an archive canno
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
 import io
@@ -110,6 +111,30 @@ class Files:
     def lines(self, name: str, root: str = "") -> list[str]:
         """Return a text's lines but for empty ones, without white space at their ends."""
         return [line.strip() for line in self.text(name, root).splitlines() if line.strip()]
+
+    def table(self, name: str, columns: Sequence[str], root: str = "") -> Iterator[tuple[int, list[str]]]:
+        """Yield the lines of a list with a head, each with its number, from 2, and what it has in some columns.
+
+        Raises:
+            DataError: As :meth:`text`; a column is missing, or a line ends before it.
+        """
+        lines = csv.DictReader(io.StringIO(self.text(name, root)))
+        try:
+            if missing := [column for column in columns if column not in (lines.fieldnames or ())]:
+                raise DataError(
+                    f"{self.place}: {name} has no column {', '.join(missing)}; expected {', '.join(columns)}"
+                )
+            for line in lines:
+                values = [line[column] for column in columns]
+                if not all(values):
+                    lacks = columns[next(place for place, value in enumerate(values) if not value)]
+                    raise DataError(
+                        f"{self.place}: {name}, line {lines.line_num} has no {lacks}. Is it all there? Copy or "
+                        "download it again"
+                    )
+                yield lines.line_num, values
+        except csv.Error as error:
+            raise DataError(f"{self.place}: {name} is no table after line {lines.line_num} ({error})") from error
 
     @contextmanager
     def opened(self, name: str) -> Iterator[IO[bytes]]:

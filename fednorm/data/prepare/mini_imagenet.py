@@ -9,8 +9,6 @@ the three lists one after another, and of each class the first sixth of its imag
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 
 from fednorm.data.prepare.files import Files
@@ -27,13 +25,9 @@ NOTE = "mini_imagenet: of each class the first sixth of its images is tested on,
 def _images(files: Files, wanted: Wanted) -> Iterator[Images]:
     of_class: dict[str, list[str]] = {}
     for name in LISTS:
-        root = files.root(name)
-        lines = csv.DictReader(io.StringIO(files.text(name, root)))
-        if not {"filename", "label"} <= set(lines.fieldnames or ()):
-            raise DataError(f"{files.place}: {name} begins with {lines.fieldnames}; expected filename,label")
         own: dict[str, list[str]] = {}
-        for line in lines:
-            own.setdefault(line["label"], []).append(line["filename"])
+        for _, (image, label) in files.table(name, ("filename", "label"), files.root(name)):
+            own.setdefault(label, []).append(image)
         of_class |= {label: own[label] for label in sorted(own)}
     classes = wanted.of_classes(tuple(of_class))
     places = {path.rpartition("/")[2]: path for path in reversed(list(files))}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fednorm.cards import DATA
 from fednorm.data.prepare import (
     camelyon17,
     clear10,
@@ -82,6 +83,11 @@ def find_recipe(name: str) -> Recipe:
     """
     if recipe := RECIPES.get(canonical(name)):
         return recipe
+    if canonical(name) in DATA.built_in:
+        raise UnknownNameError(
+            f"Data set {name!r} needs no preparing: fednorm explain {name} says in what form it is read. There are "
+            f"recipes for {', '.join(RECIPES)}."
+        )
     near = difflib.get_close_matches(canonical(name), RECIPES, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UnknownNameError(f"No recipe prepares {name!r}.{hint} There are {', '.join(RECIPES)}.")
@@ -111,7 +117,8 @@ def _checked(path: Path, md5: str) -> dict[str, Any]:
 def _explained(error: DataError, recipe: Recipe) -> DataError:
     """Return an error with what the source should hold."""
     text = str(error).rstrip(".")
-    return error if recipe.source in text else DataError(f"{text}. {recipe.expected}")
+    end = "" if text.endswith("?") else "."
+    return error if recipe.source in text else DataError(f"{text}{end} {recipe.expected}")
 
 
 def _moved(written: Written, directory: Path) -> Written:

@@ -21,6 +21,7 @@ import filelock
 import numpy as np
 from PIL import Image
 
+from fednorm.data.images import decode
 from fednorm.data.prepare.files import Files
 from fednorm.data.prepare.recipe import Images, Row
 from fednorm.errors import DataError
@@ -33,6 +34,9 @@ SHARD_BYTES = 256 << 20
 
 GROUP_ROWS = 256
 """Rows of a group: what is in memory at a time."""
+
+WHOLE = ((b"\xff\xd8\xff", b"\xff\xd9"), (b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"))
+"""How a whole JPEG and a whole PNG file begin and end; what begins or ends otherwise is decoded, to see what it is."""
 
 RECIPE = "prepared.json"
 """What is written beside the shards: from which archives they were made, and what was decided."""
@@ -251,7 +255,10 @@ def _schema(class_names: Sequence[str], *, with_domains: bool) -> pa.Schema:
 def _content(row: Row, files: Files) -> tuple[bytes, str]:
     """Return an image's file, and its name; pixels become a PNG file."""
     if isinstance(row.image, str):
-        return files.read(row.image), row.image.rpartition("/")[2]
+        content = files.read(row.image)
+        if not any(content.startswith(first) and content.endswith(last) for first, last in WHOLE):
+            decode(content, f"{files.place}: {row.image}")
+        return content, row.image.rpartition("/")[2]
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(row.image)).save(buffer, "PNG")
     return buffer.getvalue(), ""

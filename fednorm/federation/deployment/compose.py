@@ -1,18 +1,21 @@
 """The same processes as a folder's scripts start, in Flower's own images, for ``docker compose``.
 
-The images are those on Ubuntu: Flower's plain tags are on Alpine, for which there is no PyTorch. Containers run as
-whoever owns the folder, since the keys are readable by nobody else, and write into the folder what the scripts do.
+The images are Flower's of the version that is installed here, on Ubuntu: its plain tags are on Alpine, for which there
+is no PyTorch. Two are enough: without ``--isolation process`` the SuperLink and each SuperNode start the processes of
+messages themselves, and no container of ``flwr/superexec`` is needed. Containers run as whoever owns the folder, since
+the keys are readable by nobody else, and write into the folder what the scripts do.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 IMAGE = "py3.13-ubuntu24.04"
-"""How the tag of an image of Flower's ends."""
+"""How the tag of a release's image of Flower's ends: of the SuperLink on Ubuntu there is none of another Python."""
 
 FLOWER_USER = 49999
 """The user of Flower's images, where a system has no numbers of users."""
@@ -30,12 +33,27 @@ _ENVIRONMENT = {
 _AUTHORITY = "./certificates/ca.crt:/app/certificates/ca.crt:ro"
 
 
+def image_tag(flower: str) -> str:
+    """Return the tag of Flower's images that have a version of it.
+
+    A release's are called as ``1.42.0-py3.13-ubuntu24.04``, a night's as its version, ``1.43.0.dev20260624``, and
+    are on Ubuntu by themselves (https://flower.ai/docs/framework/docker/, and the images' own pages). Of candidates and
+    of own builds there are no images: the tag is that of the release.
+
+    Args:
+        flower: The version.
+    """
+    if re.fullmatch(r"[\d.]+\.dev\d{8}", flower):
+        return flower
+    return f"{re.split(r'[^0-9.]', flower)[0].strip('.')}-{IMAGE}"
+
+
 def dockerfile() -> str:
     """Return a Dockerfile for any of the images."""
     return f"""# Flower's image with fednorm in it; put a wheel of your own in place of the name where you have one.
 # The one on Ubuntu: the plain tag is Alpine's, for which there is no PyTorch.
 ARG BASE=superlink
-FROM flwr/${{BASE}}:{version("flwr")}-{IMAGE}
+FROM flwr/${{BASE}}:{image_tag(version("flwr"))}
 RUN python -m pip install --no-cache-dir fednorm
 """
 

@@ -5,7 +5,8 @@ answered for at all. Here each message of a call is answered exactly once, under
 by the node's reply, by the SuperLink's error, or, when time is up, by an error of our own. A reply that comes later is
 fetched, dropped and counted (:attr:`DeployedGrid.late`), so that no later round takes it for its own. Where a node has
 let its time go by, it is told that its training was not used (``query.undo``), and nobody waits for it to say that it
-has heard: a silent node holds up a round by ``rounds.timeout``, and by no more.
+has heard: a silent node holds up a round by ``rounds.timeout``, and by no more. What else it is asked in that round, it
+is sent, and waited for no longer than the others, until it answers anything.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ POLL_SECONDS = 0.2
 
 UNDO = "query.undo"
 """What a node whose training was not used is told."""
+
+SPENT = "it let the round's time go by before, and was not waited for any more than the others"
+"""Why there is no reply of a node that was silent already in a round."""
+
+DESCRIBE = "query.describe"
+"""What a node is asked before it is known; its caller says how long to wait for that."""
 
 
 class AddressedGrid(Grid):
@@ -97,42 +104,60 @@ class DeployedGrid(AddressedGrid):
         self._timeout = timeout
         self._overdue: dict[str, int] = {}
         self._unawaited: set[str] = set()
+        self._silent: set[int] = set()
         self.late: list[int] = []
+
+    def begin_round(self) -> None:
+        """Have patience again with those that let their time go by in the round before."""
+        self._silent.clear()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages, and yield one reply to each as it comes; errors stand in for those that do not come in time.
 
         A message to a node that is not there is not sent. One that says to a silent node that its training was not used
-        is sent, and not waited for.
+        is sent, and not waited for. Neither is any other to a node that has let its time go by in this round, once all
+        others have answered.
         """
         seconds = min(self._timeout, timeout or self._timeout)
         until = time.monotonic() + seconds
-        there, silent = set(self._grid.get_node_ids()), set(self._overdue.values())
+        there, overdue = set(self._grid.get_node_ids()), set(self._overdue.values())
         awaited: dict[str, Message] = {}
         for message in messages:
             self._address(message)
             number = next(iter(self._grid.push_messages([message])), None) if _node(message) in there else None
             if number is None:
                 yield _stand_in(message, "the node is not there")
-            elif message.metadata.message_type == UNDO and _node(message) in silent:
+            elif message.metadata.message_type == UNDO and _node(message) in overdue:
                 self._unawaited.add(number)
                 yield _stand_in(message, "it is silent, and was told without waiting for its answer")
             else:
                 awaited[number] = message
         while awaited:
             yield from self._come(awaited)
-            if awaited and time.monotonic() >= until:
+            if time.monotonic() >= until or all(map(self._is_silent, awaited.values())):
                 break
-            time.sleep(POLL_SECONDS if awaited else 0)
+            time.sleep(POLL_SECONDS)
+        yield from self._given_up(
+            awaited, f"no reply came within {seconds:g} s (rounds.timeout is {self._timeout:g} s)"
+        )
+
+    def _given_up(self, awaited: Mapping[str, Message], reason: str) -> Iterator[Message]:
+        spent = [number for number, message in awaited.items() if self._is_silent(message)]
         for number, message in awaited.items():
             self._overdue[number] = _node(message)
-            yield _stand_in(message, f"no reply came within {seconds:g} s (rounds.timeout is {self._timeout:g} s)")
+            if message.metadata.message_type != DESCRIBE:
+                self._silent.add(_node(message))
+            yield _stand_in(message, SPENT if number in spent else reason)
+
+    def _is_silent(self, message: Message) -> bool:
+        return _node(message) in self._silent and message.metadata.message_type != DESCRIBE
 
     def _come(self, awaited: dict[str, Message]) -> Iterator[Message]:
         """Yield what has come of the awaited replies, and take it off them; what is overdue is counted and dropped."""
         for reply in self._grid.pull_messages([*awaited, *self._overdue, *self._unawaited]):
             number = reply.metadata.reply_to_message_id
             self._unawaited.discard(number)
+            self._silent.discard(reply.metadata.src_node_id)
             if (node := self._overdue.pop(number, None)) is not None:
                 if reply.has_content():  # else the SuperLink answers for a node that is gone
                     self.late.append(node)

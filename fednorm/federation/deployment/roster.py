@@ -163,6 +163,7 @@ class Roster:
             IncompleteError: None came.
         """
         until = time.monotonic() + self._config.rounds.wait
+        self._grid.begin_round()
         while True:
             self._see_who_left()
             # Newcomers are not waited for longer than it takes to describe oneself, while others could go on.

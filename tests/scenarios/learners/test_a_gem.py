@@ -20,6 +20,7 @@ def gradient_of(model: nn.Module, samples: Any) -> Tensor:
     return torch.cat([g.flatten() for g in gradients]).double()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "none"])
 def test_each_step_is_the_papers(norm: str, build: Any, bare: Any, watch: Any, experiences: list[Any]) -> None:
     learner = build("a_gem", norm, memory_size=30, memory_batch=12)

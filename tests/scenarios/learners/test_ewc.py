@@ -88,6 +88,7 @@ def test_the_models_labels_are_drawn_as_often_as_the_model_expects(build: Any, e
     assert len(set(squares)) > 5
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n", "group_norm", "sws"])
 def test_it_is_the_mean_of_squared_gradients_of_single_samples_in_evaluation_mode(
     norm: str, build: Any, experiences: list[Any]

@@ -168,8 +168,8 @@ def test_effects_act_where_the_memory_is_learned(build: Any, bare: Any, state: A
     [
         ("memory_size", 0, "must be an integer of 1 or more; got 0"),
         ("memory_epochs", 0, "must be an integer of 1 or more; got 0"),
-        ("final_rate", 2, "must be greater than -inf and at most 1; got 2"),
-        ("final_rate", -0.1, "must be 0 or more; got -0.1"),
+        ("final_rate", 2, "is a share, 0 to 1; got 2"),
+        ("final_rate", -0.1, "is a share, 0 to 1; got -0.1"),
         ("clip", -1, "must be 0 or more; got -1"),
     ],
 )

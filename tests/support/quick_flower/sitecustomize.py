@@ -1,7 +1,7 @@
 """What processes of Flower's begin with in tests of real nodes: less waiting.
 
 A dead node is known after 10 s (60 s otherwise; the SuperLink takes it for dead after twice the interval), a SuperNode
-looks for messages every 0.3 s (3 s), what is not there yet is asked for again after 0.1 s (1 s), a SuperLink that is
+looks for messages every 0.5 s (3 s), what is not there yet is asked for again after 0.1 s (1 s), a SuperLink that is
 away after 1 s (20 s at most), and the process of a message is forked off one that has imported PyTorch and fednorm
 (:mod:`flower_forks`), in place of importing them anew.
 All else is Flower's: the same commands, a process a message, TLS, keys.
@@ -22,7 +22,7 @@ flwr.supercore.constant.PULL_INITIAL_BACKOFF = flwr.supercore.constant.PULL_BACK
 command = os.path.basename(sys.orig_argv[1]) if len(sys.orig_argv) > 1 else ""
 if command == "flower-supernode":
     sleep = time.sleep
-    time.sleep = lambda seconds: sleep(min(seconds, 0.3))
+    time.sleep = lambda seconds: sleep(min(seconds, 0.5))
 elif command == "flower-superexec":
     import flower_forks
 
