@@ -55,6 +55,9 @@ NORMALIZATION = frozenset(Kind) - {Kind.WEIGHT, Kind.GAIN, Kind.CONSTANT}
 STATISTICS = NORMALIZATION - LEARNED
 """Kinds that are estimated from data rather than trained by gradients."""
 
+NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
+"""Kinds that have no negative values."""
+
 TRANSIENT = frozenset({Kind.GRAD_STAT, Kind.WINDOW})
 """Kinds that mean nothing beside weights other than those they were estimated with: an average over clients is none."""
 

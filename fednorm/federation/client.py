@@ -39,7 +39,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from fednorm.data.domain import Client, Split
-from fednorm.device import wide
 from fednorm.federation import client_adaptation, undo
 from fednorm.federation.constants import constant_prints
 from fednorm.federation.flower_private import metric_record, record_dict
@@ -254,14 +253,13 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
         ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
     """
     bench.trainee.trainable.evaluation_mode()
-    device = bench.trainee.device
-    loss, hits = torch.zeros((), dtype=wide(device), device=device), 0
+    loss, hits = 0.0, 0
     for images, labels in _batches(split, bench.config.evaluate.batch_size):
         logits = bench.model(images)
-        loss += functional.cross_entropy(logits, labels, reduction="sum").to(loss.dtype)
+        loss += functional.cross_entropy(logits, labels, reduction="sum").item()
         hits += int((logits.argmax(1) == labels).sum())
     count = len(split)
-    return {"num-examples": count, "loss": loss.item() / max(count, 1), "accuracy": hits / max(count, 1)}
+    return {"num-examples": count, "loss": loss / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
 def _scores(bench: Workbench, client: Client, *, in_a_round: bool) -> dict[str, float]:

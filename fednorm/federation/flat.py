@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -44,24 +44,122 @@ def unflattened(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]
     return tensors
 
 
-def copied_flat(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]] | None:
-    """Return what :func:`flattened` makes of tensors, and copies of them: the floating-point ones are its parts.
+def values_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Tensor:
+    """Return the values of some tensors one after the other, float32; keys that are not there are left out."""
+    if isinstance(tensors, FlatTensors):
+        return tensors.flat[tensors.layout.chosen(keys)]
+    parts = [tensors[key].reshape(-1).float() for key in keys if key in tensors]
+    return torch.cat(parts) if parts else torch.empty(0)
 
-    None where it makes nothing of them, or they are not on the CPU.
+
+class FlatLayout:
+    """Where in a vector the floating-point values of some tensors stand, one tensor after the other.
+
+    Args:
+        tensors: The tensors by key: those of other types are in no vector.
+
+    Attributes:
+        forms: Shape and type of each, by key.
+        length: Values of the vector.
     """
-    floats, lengths = [], []
-    for tensor in tensors.values():
-        if not tensor.is_cpu:
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.forms = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        self.length = 0
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point():
+                self._places[key] = self.length, tensor.numel(), tuple(tensor.shape)
+                self.length += tensor.numel()
+        self._fitting: tuple[object, object, bool] = (None, None, False)
+        self._chosen: tuple[Sequence[str], Tensor] = ((), torch.zeros(0, dtype=torch.int64))
+
+    def part(self, vector: Tensor, key: str) -> Tensor | None:
+        """Return a tensor as a part of a vector; None for one that is in none."""
+        place = self._places.get(key)
+        if place is None:
             return None
-        if tensor.is_floating_point():
-            if tensor.dtype is not torch.float32:
-                return None
-            floats.append(tensor)
-            lengths.append(tensor.numel())
-    if not 0 < sum(lengths) <= FLAT:
-        return None
-    vector = torch.empty(sum(lengths))
-    parts = [part.view(like.shape) for part, like in zip(torch.split(vector, lengths), floats, strict=True)]
-    torch._foreach_copy_(parts, floats)
-    each = iter(parts)
-    return vector, {k: next(each) if t.is_floating_point() else t.clone() for k, t in tensors.items()}
+        start, count, shape = place
+        return vector[start : start + count].view(shape)
+
+    def fits(self, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
+        """Return whether the tensors are those of some keys, in order, of their forms; looked at once."""
+        if self._fitting[0] is not keys or self._fitting[1] is not forms:
+            fit = list(self.forms.items()) == [(key, forms[key]) for key in keys if key in forms]
+            self._fitting = keys, forms, fit and len(self.forms) == len(keys)
+        return self._fitting[2]
+
+    def chosen(self, keys: Sequence[str]) -> Tensor:
+        """Return where in a vector the values of some tensors stand, int64; found once for the same keys."""
+        if self._chosen[0] is not keys:
+            places = [self._places[key] for key in keys if key in self._places]
+            rows = [torch.arange(start, start + count) for start, count, _ in places]
+            self._chosen = keys, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+        return self._chosen[1]
+
+
+class FlatTensors(Mapping[str, Tensor]):
+    """Tensors of which the floating-point ones are parts of one vector, each made when it is asked for.
+
+    Attributes:
+        flat: What :func:`flattened` makes of them.
+        layout: Where they stand in it.
+    """
+
+    __slots__ = ("_others", "flat", "layout")
+
+    def __init__(self, flat: Tensor, layout: FlatLayout, others: Mapping[str, Tensor]) -> None:
+        """Take the vector, and the tensors that are not in it."""
+        self.flat, self.layout, self._others = flat, layout, others
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is such a tensor, which is not made for that."""
+        return key in self.layout.forms
+
+    def __getitem__(self, key: str) -> Tensor:
+        """Return a tensor, which must not be written to."""
+        part = self.layout.part(self.flat, key)
+        return self._others[key] if part is None else part
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys."""
+        return iter(self.layout.forms)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self.layout.forms)
+
+
+class FlatCopy:
+    """Copies the tensors of one small model, which clients take turns on, each time into a vector of its own.
+
+    Args:
+        tensors: The model's own, on the CPU, those with floating-point values of float32.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._layout = FlatLayout(tensors)
+        self._others = {key: tensor for key, tensor in tensors.items() if not tensor.is_floating_point()}
+        floats = {key: tensor for key, tensor in tensors.items() if key not in self._others}
+        self._floats = list(floats.values())
+        # Laid beside each other where they always are: to cut a new vector into parts takes longer than to copy one.
+        self._beside = torch.empty(self._layout.length)
+        self._parts = [self._beside[:0] if part is None else part for part in map(self._part, floats)]
+
+    def _part(self, key: str) -> Tensor | None:
+        return self._layout.part(self._beside, key)
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> FlatCopy | None:
+        """Return what copies some tensors; None where they make no vector, or are elsewhere."""
+        floats = [tensor for tensor in tensors.values() if tensor.is_floating_point()]
+        small = 0 < sum(tensor.numel() for tensor in floats) <= FLAT
+        plain = all(tensor.dtype is torch.float32 for tensor in floats)
+        return cls(tensors) if small and plain and all(tensor.is_cpu for tensor in tensors.values()) else None
+
+    @torch.no_grad()
+    def __call__(self) -> FlatTensors:
+        """Return copies of the tensors as they are now."""
+        torch._foreach_copy_(self._parts, self._floats)
+        others = {key: tensor.clone() for key, tensor in self._others.items()}
+        return FlatTensors(self._beside.clone(), self._layout, others)

@@ -156,7 +156,7 @@ class Turn:
         trainee, seed = self.trainee, self.trainee.config.seed
         trainee.set_rate(self.rate)
         local.begin(self)
-        batches = _Batches(self, torch_stream(seed, *self.names, "batches"), torch_stream(seed, *self.names, "augment"))
+        batches = _Batches(self, self.names)
         step = self._step(local, lambda: local.adjust(self), private=trainee.config.train.private_noise > 0)
         with trainee.trainable.stage(self.probing), torch_seeded(seed, *self.names, "model"):
             for phase in local.phases(self):
@@ -184,7 +184,7 @@ class Turn:
         kept = trainee.end_turn()
         trainee.begin_turn({})
         trainee.set_rate(self.rate)
-        batches = _Batches(self, torch_stream(seed, *names, "batches"), torch_stream(seed, *names, "augment"))
+        batches = _Batches(self, names)
         step = self._step(local, adjust)
         trainee.trainable.train_mode()
         try:
@@ -332,18 +332,22 @@ def learned_keys(turn: Turn) -> frozenset[str]:
 
 
 class _Batches:
-    """A turn's batches, and what was seen of them."""
+    """A turn's batches, drawn from the random streams of some names, and what was seen of them."""
 
-    def __init__(self, turn: Turn, rows: torch.Generator, augmenting: torch.Generator) -> None:
-        self._turn, self._generator, self._augmenting = turn, rows, augmenting
-        self.tally = Tally(turn.trainee.device)
+    def __init__(self, turn: Turn, names: tuple[str | int, ...]) -> None:
+        trainee = turn.trainee
+        self._turn, self._generator = turn, torch_stream(trainee.config.seed, *names, "batches")
+        # A stream that nothing is drawn from takes as long to make as any.
+        self._augmenting = torch_stream(trainee.config.seed, *names, "augment") if trainee.augmentation else None
+        self.tally = Tally(trainee.device)
 
     def train(self, step: TrainingStep, phase: Phase) -> int:
         """Train on a phase's batches; return the number of updates."""
         augment, split, updates = self._turn.trainee.augmentation, self._turn.client.train, 0
         for rows in self._rows(phase):
             images, labels = split.batch(rows)
-            images = augment(images, self._augmenting) if len(rows) else images  # none are drawn in private training
+            if self._augmenting is not None and len(rows):  # in private training a batch may be empty
+                images = augment(images, self._augmenting)
             loss, logits = step(split.scaling(images), labels)
             self.tally.add(loss, (logits.argmax(1) == labels).sum(), len(rows))
             updates += 1

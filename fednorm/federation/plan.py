@@ -27,7 +27,7 @@ from fednorm.recognition.buffers import Observation, observe
 from fednorm.recognition.layers import declaration_of
 from fednorm.recognition.structure import normalizes, per_channel
 from fednorm.recognition.tensor_kinds import declared_tensors
-from fednorm.roles import STATISTICS, Kind, Role, RoleRule
+from fednorm.roles import NEVER_NEGATIVE, STATISTICS, Kind, Role, RoleRule
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,11 @@ class NormPlan:
     def forms(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Return the shape and type of every entry, by key."""
         return {entry.key: (entry.shape, getattr(torch, entry.dtype)) for entry in self.entries}
+
+    @cached_property
+    def never_negative(self) -> tuple[str, ...]:
+        """Return the keys of the entries that have values, and none that is negative."""
+        return tuple(entry.key for entry in self.entries if entry.kind in NEVER_NEGATIVE and entry.nbytes)
 
     @cached_property
     def bytes_sent(self) -> int:

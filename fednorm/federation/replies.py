@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from torch import Tensor
 
 from fednorm.federation.aggregation import all_finite
-from fednorm.federation.flat import flattened
+from fednorm.federation.flat import flattened, values_of
 from fednorm.federation.messages import Answered, sender_of
 from fednorm.federation.plan import Entry, NormPlan
 from fednorm.federation.stack import RowRecord
@@ -207,8 +207,7 @@ def read_update(
     beside = _extra(records.pop(EXTRA, {}), extra) if extra else {}
     if len(records) != 1:
         raise UnfitReply(f"expected one ArrayRecord; got {len(records)}", Cause.ARRAYS)
-    arrays = next(iter(records.values()))
-    tensors, flat = _tensors(arrays, plan.sent, plan)
+    tensors, flat = _tensors(arrays := next(iter(records.values())), plan.sent, plan)
     size = (plan.bytes_sent if flat is not None else nbytes(arrays.values())) + sum(
         tensor.nbytes for tensor in beside.values()
     )
@@ -435,30 +434,31 @@ def _fits_a_float(value: float) -> bool:
 def _tensors(
     arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan
 ) -> tuple[Mapping[str, Tensor], Tensor | None]:
-    """Return some of the plan's tensors, each of its shape and type, finite, and not negative where it cannot be.
-
-    With them comes what :func:`~fednorm.federation.flat.flattened` makes of them.
-    """
+    """Return some of the plan's tensors, each of its form, and sound; and what ``flattened`` makes of them."""
     if isinstance(arrays, RowRecord) and arrays.row.stack.fits(keys, plan)[arrays.row.number]:
         return arrays.row, None
+    if isinstance(arrays, FlatRecord) and (own := arrays.whole) and own.layout.fits(keys, plan.forms):
+        return own, _sound_values(own, own.flat, plan)
     if list(arrays) != list(keys) and (odd := sorted(set(arrays) ^ set(keys))):
         extra = set(odd) - set(keys)
         what = f"expected the {len(keys)} tensors of the plan; these are missing or extra: {', '.join(odd[:5])}"
-        whole = ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
-        raise UnfitReply(what + whole, Cause.KEYS)
+        what += ": the whole state dict came" if extra and set(arrays) >= set(plan.by_key) else ""
+        raise UnfitReply(what, Cause.KEYS)
     tensors = _held(arrays, keys, plan) or {key: _tensor(key, arrays[key], plan.by_key[key]) for key in keys}
-    flat = arrays.whole(tensors) if isinstance(arrays, FlatRecord) else flattened(tensors)
-    if flat is None or not flat.sum().isfinite():  # a finite sum proves it of all at once
+    return tensors, _sound_values(tensors, flattened(tensors), plan)
+
+
+def _sound_values(tensors: Mapping[str, Tensor], flat: Tensor | None, plan: NormPlan) -> Tensor | None:
+    """Return the vector of all values, or refuse those that are not finite, or negative where none can be."""
+    if flat is None or not math.isfinite(flat.sum().item()):  # a finite sum proves it of all at once
         for key, tensor in tensors.items():
             if not all_finite([tensor]):
                 raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
-    limited = {key: kind for key in keys if (kind := plan.by_key[key].kind) in NOT_NEGATIVE and tensors[key].numel()}
-    if limited and torch.cat([tensors[key].reshape(-1).float() for key in limited]).min() >= 0:
-        return tensors, flat
-    for key, kind in limited.items():
-        if tensors[key].min() < 0:
-            raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[kind]}", Cause.OTHER)
-    return tensors, flat
+    limited = values_of(tensors, plan.never_negative)
+    if limited.numel() and limited.min() < 0:
+        key = next(key for key in plan.never_negative if key in tensors and tensors[key].min() < 0)
+        raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[plan.by_key[key].kind]}")
+    return flat
 
 
 def _held(arrays: Mapping[str, Array], keys: Sequence[str], plan: NormPlan) -> dict[str, Tensor] | None:

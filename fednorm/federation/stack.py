@@ -19,10 +19,7 @@ from torch import Tensor
 
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.wire import LazyRecord, MemoryArray
-from fednorm.roles import Kind
-
-NEVER_NEGATIVE = frozenset({Kind.VAR, Kind.QUADRATIC, Kind.DEVIATION})
-
+from fednorm.roles import NEVER_NEGATIVE
 
 CACHED = 2**16
 """Values of some rows that are worked on at a time."""

@@ -258,7 +258,8 @@ class NormStrategy(Strategy):
         self.report.bytes_down = (nbytes(arrays.values()) + nbytes(beside.values())) * len(chosen)
         self._sent, self._grid = unpack(arrays), grid
         # In the plan's order, which a checkpoint does not keep.
-        self._sent_flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
+        flat = flattened({key: self._sent[key] for key in self.plan.sent if key in self._sent})
+        self._sent_flat = None if flat is None else flat.double()
         settings = ConfigRecord({**config, **self.client_config(), "server-round": server_round})
         content = RecordDict({"arrays": arrays, "config": settings, **({EXTRA: beside} if beside else {})})
         return self._address(content, "train", chosen, grid)

@@ -33,7 +33,7 @@ def update_norm(
         old: The tensors that it was sent.
         new_flat: The former as one vector, if it is there (:func:`~fednorm.federation.flat.flattened`): of a small
             model, whose squares are then summed in float64.
-        old_flat: The latter likewise, in the same order.
+        old_flat: The latter likewise, in the same order; in float64 it need not be made so for every client.
 
     Returns:
         The Euclidean norm; infinite only where float64 cannot hold it.
@@ -41,7 +41,7 @@ def update_norm(
     if isinstance(new, StackRow) and math.isfinite(norm := new.stack.norms(old)[new.number]):
         return norm
     if new_flat is not None and old_flat is not None and new_flat.shape == old_flat.shape:
-        difference = new_flat.double() - old_flat.double()
+        difference = torch.sub(new_flat, old_flat.double())  # in float64, into which float32 goes exactly
         return math.sqrt(difference.square_().sum().item())  # a dot's last bits depend on where in memory it is
     pairs = [(new[key], old[key]) for key in new if key in old and new[key].is_floating_point()]
     total = sum(_squares(a, b, torch.float32) for a, b in pairs)

@@ -13,8 +13,7 @@ name ``bfloat16``, and rounded back where it is read.
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from io import BytesIO
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fednorm.federation.flat import flattened
+from fednorm.federation.flat import FlatTensors
 from fednorm.federation.flower_private import array_record, fill
 
 BFLOAT16 = "bfloat16"
@@ -99,33 +98,58 @@ def pack(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     return array_record({key: MemoryArray(_at_rest(tensor)) for key, tensor in tensors.items()})
 
 
+class _Arrays(Mapping[str, Array]):
+    """Tensors as Flower's arrays, each made when it is asked for."""
+
+    def __init__(self, tensors: FlatTensors) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, key: str) -> Array:
+        return MemoryArray(self.tensors[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def copy(self) -> dict[str, Array]:
+        """Return the arrays by key, as Flower's record asks of what holds its entries."""
+        return dict(self)
+
+
 class FlatRecord(ArrayRecord):
-    """A record whose floating-point tensors are parts of one vector, as long as nobody puts others in their place.
+    """A record of tensors that are parts of one vector, as long as nobody puts others in their place."""
 
-    Attributes:
-        flat: What :func:`~fednorm.federation.flat.flattened` makes of them.
-        parts: The tensors, by key.
-    """
+    def __init__(self, tensors: FlatTensors) -> None:
+        """Take the tensors, which will not be written to again."""
+        fill(self, ArrayRecord, _Arrays(tensors))
 
-    flat: Tensor
-    parts: Mapping[str, Tensor]
+    @property
+    def whole(self) -> FlatTensors | None:
+        """The tensors; None where the record has been changed, or is a copy that Flower made."""
+        arrays = self.__dict__["_data"]
+        return arrays.tensors if isinstance(arrays, _Arrays) else None
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """Return what ``flattened`` makes of the record's tensors: the vector, where they are still its parts."""
-        parts = self.__dict__.get("parts", {})  # Flower's copies of a record have its arrays alone
-        same = len(tensors) == len(parts) and all(map(operator.is_, tensors.values(), parts.values()))
-        return self.flat if same and parts else flattened(tensors)
+    def __setitem__(self, key: str, value: Array) -> None:
+        """Put an array in the place of another: from now on the record holds one by one what it held."""
+        self._take_apart()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        """Take an array out."""
+        self._take_apart()
+        super().__delitem__(key)
+
+    def _take_apart(self) -> None:
+        self.__dict__["_data"] = dict(self.__dict__["_data"])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle as a plain record."""
+        return ArrayRecord, (dict(self),)
 
 
 FlatRecord.__qualname__ = ArrayRecord.__qualname__
-
-
-def pack_flat(flat: Tensor, tensors: Mapping[str, Tensor]) -> FlatRecord:
-    """Return a record of tensors of which the floating-point ones are parts of a vector, one after the other."""
-    record = FlatRecord.__new__(FlatRecord)
-    fill(record, ArrayRecord, {key: MemoryArray(tensor) for key, tensor in tensors.items()})
-    record.__dict__.update(flat=flat, parts=tensors)
-    return record
 
 
 def _at_rest(tensor: Tensor) -> Tensor:

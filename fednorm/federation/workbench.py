@@ -10,7 +10,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,12 +29,12 @@ from fednorm.federation.contexts import AT_ONCE, SMALL
 from fednorm.federation.contexts import LOCAL_RECORD as LOCAL_RECORD
 from fednorm.federation.contexts import STATE_RECORD as STATE_RECORD
 from fednorm.federation.contexts import TRAINEE_RECORD as TRAINEE_RECORD
-from fednorm.federation.flat import copied_flat
+from fednorm.federation.flat import FlatCopy
 from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import Common, NormStrategy
-from fednorm.federation.wire import arrays_of, config_of, pack, pack_flat, unpack
+from fednorm.federation.wire import FlatRecord, arrays_of, config_of, pack, unpack
 from fednorm.memory import require_memory
 from fednorm.roles import LEARNED, STATISTICS, Role
 from fednorm.spec import Norm
@@ -400,10 +400,14 @@ class Workbench:
 
     def read_sent(self) -> ArrayRecord:
         """Return what a client sends of the model: of a small one, copied into one vector, which is averaged whole."""
-        tensors = {key: self._state[key] for key in self.plan.sent}
-        if not self.lends and (copies := copied_flat(tensors)):
-            return pack_flat(*copies)
+        if not self.lends and self._copy_sent:
+            return FlatRecord(self._copy_sent())
         return pack(self.read(self.plan.sent))
+
+    @cached_property
+    def _copy_sent(self) -> FlatCopy | None:
+        """What copies what clients send of a small model."""
+        return FlatCopy.of({key: self._state[key] for key in self.plan.sent})
 
     def begin_turn(self, state: RecordDict) -> None:
         """Let the trainee go on from what it remembered after the client's last round; by default it begins anew."""

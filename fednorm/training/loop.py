@@ -35,32 +35,45 @@ class Tally:
 
     Attributes:
         seen: How many, counted each time.
-        hits: How many of them the model got right, int64.
-        loss_sum: The sum of their losses, float64 where the device has it.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.seen = 0
-        self.hits = torch.zeros((), dtype=torch.int64, device=device)
-        self.loss_sum = torch.zeros((), dtype=wide(device), device=device)
+        self._device = device
+        self._hits: Tensor | None = None
+        self._loss_sum: Tensor | None = None
+
+    @property
+    def hits(self) -> Tensor:
+        """How many of them the model got right, int64; it may be written to."""
+        if self._hits is None:
+            self._hits = torch.zeros((), dtype=torch.int64, device=self._device)
+        return self._hits
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """The sum of their losses, float64 where the device has it; it may be written to."""
+        if self._loss_sum is None:
+            self._loss_sum = torch.zeros((), dtype=wide(self._device), device=self._device)
+        return self._loss_sum
 
     def add(self, loss: Tensor, right: Tensor, count: int) -> None:
         """Add a batch.
 
         Args:
             loss: The mean loss of its images, a scalar.
-            right: How many of them were right, int64, a scalar.
+            right: How many of them were right, int64, a scalar; the tally's from now on.
             count: How many there are.
         """
-        self.hits += right
-        self.loss_sum += loss.detach() * count
+        losses = loss.detach() * count
+        # A tiny client's one batch is its sum: to make zeros first and add to them takes several times as long.
+        self._hits = right if self._hits is None else self._hits.add_(right)
+        self._loss_sum = losses.to(wide(self._device)) if self._loss_sum is None else self._loss_sum.add_(losses)
         self.seen += count
 
     def clear(self) -> None:
         """Begin anew."""
-        self.seen = 0
-        self.hits.zero_()
-        self.loss_sum.zero_()
+        self.seen, self._hits, self._loss_sum = 0, None, None
 
     def means(self) -> dict[str, float]:
         """Return the mean ``loss`` and ``accuracy``; zeros where nothing was seen."""

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from torch import Tensor, nn
 
 from fednorm.federation.aggregation import Average
-from fednorm.federation.flat import copied_flat, flattened
-from fednorm.federation.plan import norm_plan
+from fednorm.federation.flat import FlatCopy, FlatTensors, flattened
+from fednorm.federation.messages import Answered, Asked
+from fednorm.federation.plan import NormPlan, norm_plan
+from fednorm.federation.replies import UnfitReply, Update, read_update
 from fednorm.federation.stack import FEW, Gathered, Stack, StackRow
 from fednorm.federation.update_norm import update_norm
-from fednorm.federation.wire import pack_flat, tensor_of
+from fednorm.federation.wire import FlatRecord, pack
 from fednorm.rng import torch_stream, torch_streams
 from fednorm.roles import RoleRule
 
@@ -97,32 +100,81 @@ def test_gathered_tensors_are_those_of_each_in_order() -> None:
 def test_a_small_model_is_copied_into_one_vector() -> None:
     first = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     tensors = nn.Sequential(first, nn.BatchNorm2d(4)).state_dict()
-    copies = copied_flat(tensors)
-    assert copies is not None
-    vector, parts = copies
-    assert torch.equal(vector, flattened(tensors))  # type: ignore[arg-type]
-    assert all(torch.equal(parts[key], tensor) for key, tensor in tensors.items())
-    tensors["0.bias"].add_(1)
-    assert not torch.equal(parts["0.bias"], tensors["0.bias"]), "they are copies"
-    assert copied_flat(network().state_dict()) is None, "float64 is among them"
-    assert copied_flat(nn.Linear(400, 400).state_dict()) is None, "it is no small model"
+    copy_all = FlatCopy.of(tensors)
+    assert copy_all is not None
+    copied, before = copy_all(), {key: tensor.clone() for key, tensor in tensors.items()}
+    assert torch.equal(copied.flat, flattened(tensors))  # type: ignore[arg-type]
+    for tensor in tensors.values():
+        tensor.add_(1)
+    again = copy_all()
+    assert list(copied) == list(again) == list(tensors)
+    assert all(torch.equal(copied[key], tensor) for key, tensor in before.items()), "they are copies"
+    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()), "each time of what is there"
+    assert all(copied[key].dtype is tensor.dtype for key, tensor in tensors.items())
+
+
+def test_what_is_no_small_model_of_single_precision_is_not_copied_into_one() -> None:
+    assert FlatCopy.of(network().state_dict()) is None, "float64 is among them"
+    assert FlatCopy.of(nn.Linear(400, 400).state_dict()) is None, "it is no small model"
+    assert FlatCopy.of({"count": torch.tensor(3)}) is None, "there is no float"
+
+
+def one_vector(model: nn.Module) -> FlatTensors:
+    copy_all = FlatCopy.of(model.state_dict())
+    assert copy_all is not None
+    return copy_all()
+
+
+def read(arrays: ArrayRecord, plan: NormPlan) -> Update:
+    """Return what a server reads of a client's reply with some arrays."""
+    content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 3})})
+    return read_update(Answered(content, 1, Asked(RecordDict(), 1, "train")), plan)
 
 
 def test_a_vector_counts_as_long_as_the_tensors_are_its_parts() -> None:
     """Whoever puts another tensor into a record, or copies it, is believed what stands in it."""
-    copies = copied_flat(nn.Linear(3, 2).state_dict())
-    assert copies is not None
-    vector, parts = copies
-    record = pack_flat(vector, parts)
-    held = {key: tensor_of(array) for key, array in record.items()}
-    assert record.whole(held) is vector
-    copied = record.copy()
-    assert torch.equal(copied.whole(held), vector)  # type: ignore[arg-type]
-    record["bias"] = Array(parts["bias"].numpy() * 2)
-    changed = {key: tensor_of(array) for key, array in record.items()}
-    assert torch.equal(record.whole(changed), torch.cat([parts["weight"].flatten(), 2 * parts["bias"]]))  # type: ignore[arg-type]
-    again = copy.deepcopy(pack_flat(vector, parts))
-    assert torch.equal(again.whole({key: tensor_of(array) for key, array in again.items()}), vector)  # type: ignore[arg-type]
+    model = nn.Linear(3, 2)
+    tensors, plan = one_vector(model), norm_plan(model, RoleRule())
+    assert read(FlatRecord(tensors), plan).flat is tensors.flat
+    changed = FlatRecord(tensors)
+    changed["bias"] = Array(tensors["bias"].numpy() * 2)
+    update = read(changed, plan)
+    assert torch.equal(update.tensors["bias"], 2 * tensors["bias"])
+    assert torch.equal(update.flat, torch.cat([tensors["weight"].flatten(), 2 * tensors["bias"]]))  # type: ignore[arg-type]
+    copies = FlatRecord(tensors).copy(), copy.deepcopy(FlatRecord(tensors)), pickle.loads(pickle.dumps(changed))
+    for record, expected in zip(copies, (tensors, tensors, update.tensors), strict=True):
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in read(record, plan).tensors.items())
+    assert type(pickle.loads(pickle.dumps(FlatRecord(tensors)))) is ArrayRecord
+    del changed["bias"]
+    with pytest.raises(UnfitReply, match="missing or extra: bias"):
+        read(changed, plan)
+
+
+def test_a_vector_is_read_as_single_tensors_are() -> None:
+    """Of another form, not finite, or negative where none is: the same refusal, whichever way it comes."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    plan, values = norm_plan(model, RoleRule()), one_vector(model)
+    assert read(FlatRecord(values), plan).nbytes == read(pack(dict(values)), plan).nbytes == plan.bytes_sent
+
+    def refusals(tensors: FlatTensors) -> set[str]:
+        reasons = set()
+        for record in (FlatRecord(tensors), pack(dict(tensors))):
+            with pytest.raises(UnfitReply) as refused:
+                read(record, plan)
+            reasons.add(refused.value.reason)
+        return reasons
+
+    assert refusals(one_vector(nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)))) == {
+        "0.weight has shape (2, 4); expected (2, 3)"
+    }
+    for key, value, reason in (
+        ("1.running_var", -1.0, "1.running_var has negative variances"),
+        ("1.running_mean", float("nan"), "1.running_mean has NaN or infinite values"),
+        ("0.weight", float("inf"), "0.weight has NaN or infinite values"),
+    ):
+        broken = one_vector(model)
+        broken[key].view(-1)[-1] = value
+        assert refusals(broken) == {reason}
 
 
 def test_several_streams_at_once_are_those_by_name() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
 from fednorm.norms import make_norm, spec_of
@@ -136,3 +137,86 @@ def test_fedws_s_scaled_weights_are_a_larger_eps_of_the_group_normalization() ->
     (got,) = torch.autograd.grad(actual.pow(3).sum(), conv.weight)
     torch.testing.assert_close(got, wanted, rtol=1e-8, atol=1e-10)
     assert float((variance < 1e-4).double().mean()) > 0.5  # where eps counts
+
+
+# The derivative -------------------------------------------------------------------------------------------------------
+
+VARIANTS: tuple[dict[str, Any], ...] = ({}, {"gain": False}, {"floor": "add", "eps": 1e-6}, {"unbiased": True})
+variants = pytest.mark.parametrize("options", VARIANTS, ids=str)
+
+
+def layer(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> SWSConv2d:
+    """A small layer with one row below the floor, and one whose entries are all the same."""
+    conv = SWSConv2d(3, 4, 3, **options).to(dtype).to(memory_format=torch.channels_last)
+    draw = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in conv.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw, dtype=dtype))
+        conv.weight[1] *= 1e-4
+        conv.weight[2] = 0.25  # the mean of 27 of them is exact, and the row's length 0
+    return conv
+
+
+def composed(weight: Tensor, gain: Tensor | None, conv: SWSConv2d) -> Tensor:
+    """Return the standardized weight as operations that autograd differentiates one by one."""
+    rows = weight.flatten(1)
+    centred = rows - rows.mean(1, keepdim=True)
+    energy = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square()
+    if conv.unbiased:
+        energy = energy * (conv.fan_in / (conv.fan_in - 1))
+    energy = energy.clamp_min(conv.eps) if conv.floor == "max" else energy + conv.eps * conv.fan_in
+    scale = energy.rsqrt() if gain is None else energy.rsqrt() * gain.flatten(1)
+    return (centred * scale).view_as(weight)
+
+
+def learned(conv: SWSConv2d) -> tuple[Tensor, ...]:
+    return (conv.weight,) if conv.gain is None else (conv.weight, conv.gain)
+
+
+@variants
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_derivative_is_autograds_to_the_bit(options: dict[str, Any], layout: torch.memory_format) -> None:
+    conv = layer(options)
+    expected = composed(conv.weight, conv.gain, conv)
+    grad = torch.randn(conv.weight.shape, generator=torch.Generator().manual_seed(3)).contiguous(memory_format=layout)
+    assert torch.equal(conv.standardized_weight(), expected)
+    ours = torch.autograd.grad(conv.standardized_weight(), learned(conv), grad)
+    assert all(map(torch.equal, ours, torch.autograd.grad(expected, learned(conv), grad)))
+
+
+@variants
+def test_the_derivative_and_its_own_are_those_of_finite_differences(options: dict[str, Any]) -> None:
+    conv = layer(options, torch.float64)
+    with torch.no_grad():
+        conv.weight[1:3].normal_(generator=torch.Generator().manual_seed(4))
+
+    def standardized(*_: Tensor) -> Tensor:
+        return conv.standardized_weight()  # gradcheck writes to the parameters themselves
+
+    assert torch.autograd.gradcheck(standardized, learned(conv))
+    assert torch.autograd.gradgradcheck(standardized, learned(conv))
+    conv.weight.requires_grad_(conv.gain is None)
+    assert torch.autograd.gradgradcheck(standardized, learned(conv)[-1:]), "and of one of them alone"
+
+
+def test_a_row_without_variance_gets_the_gradient_zero() -> None:
+    conv = layer({})
+    conv.standardized_weight()[2].square().sum().backward()
+    assert conv.weight.grad is not None
+    assert not conv.weight.grad[2].any()
+
+
+def test_the_layer_stands_in_transforms_of_functions() -> None:
+    """Where its tensors are the transform's, and where they are the layer's own and the images are the transform's."""
+    conv = layer({}, torch.float64)
+    images = torch.randn(5, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(torch.func.vmap(conv)(images), conv(images))
+
+    def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+        return torch.func.functional_call(conv, parameters, (image,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(conv.named_parameters()), images)
+    conv(images).square().sum().backward()
+    for name, parameter in conv.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(each[name].sum(0), parameter.grad)

@@ -36,3 +36,18 @@ def test_a_tally_weighs_batches_by_their_images() -> None:
     assert tally.loss_sum.dtype is torch.float64
     tally.clear()
     assert tally.means() == {"loss": 0.0, "accuracy": 0.0}
+
+
+def test_a_tally_goes_on_from_what_was_kept() -> None:
+    """Sums in float64 of products in float32; written to before anything is added, as a checkpoint's are."""
+    tally, kept = Tally(torch.device("cpu")), Tally(torch.device("cpu"))
+    batches = [(0.1, 3, 7), (0.2, 1, 3), (0.3, 0, 5)]
+    for loss, right, count in batches:
+        tally.add(torch.tensor(loss, requires_grad=True), torch.tensor(right), count)
+        kept.hits.copy_(tally.hits)
+        kept.loss_sum.copy_(tally.loss_sum)
+    assert tally.loss_sum.item() == sum(float(torch.tensor(loss) * count) for loss, _, count in batches)
+    assert not tally.loss_sum.requires_grad
+    for each in (tally, kept):
+        each.add(torch.tensor(0.4), torch.tensor(2), 2)
+    assert (int(kept.hits), float(kept.loss_sum)) == (6, float(tally.loss_sum))
