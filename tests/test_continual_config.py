@@ -297,13 +297,15 @@ CHANGED: dict[str, Any] = {
     "train.delta": {"train": {"delta": 0.2, "optimizer": "adamp"}},
     "train.beta_utility": {"train": {"beta_utility": 0.5, "optimizer": "upgd"}},
     "train.sigma": {"train": {"sigma": 0.5, "optimizer": "upgd"}},
+    "train.norms": {"train": {"norms": "reset"}},
     "train.trainable": {"train": {"trainable": "head"}},
     "train.head": {"train": {"trainable": "head", "head": "fc3"}},
     "train.linear_probe_epochs": {"train": {"linear_probe_epochs": 1}},
     **{f"evaluate.{key}": {"evaluate": {key: value}} for key, value in (
         ("split", "validation"), ("experiences", "seen"), ("batch_size", 10), ("train_images", 0), ("probe_images", 0),
-        ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3),
+        ("online", "eval"), ("every_steps", 5), ("every_images", 5), ("average_last", 3), ("infer_task", "entropy"),
     )},
+    "evaluate.infer_task_per": {"evaluate": {"infer_task": "entropy", "infer_task_per": "batch"}},
 }  # fmt: skip
 
 

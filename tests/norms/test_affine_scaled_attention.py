@@ -151,7 +151,7 @@ def test_a_batch_of_one_can_be_trained_on_although_the_batch_counts() -> None:
     ("options", "words"),
     [
         ({"phi": "relu"}, "phi must be one of linear_clipping, sigmoid; got 'relu'"),
-        ({"rho": 1.5}, "affine_scaled_attention.rho must be .*at most 1; got 1.5"),
+        ({"rho": 1.5}, "affine_scaled_attention.rho is a share, 0 to 1; got 1.5"),
         ({"rho": -0.1}, "affine_scaled_attention.rho is a share, 0 to 1; got -0.1"),
         ({"alpha_ma_init": math.inf}, "alpha_ma_init must be a finite number"),
         ({"beside": 3}, "norm.beside names the norm beside this one.*got 3"),

@@ -166,9 +166,9 @@ def test_a_rate_of_0_on_the_way_moves_nothing(kind: str) -> None:
         ("adamp", {"lr": 0.1, "nesterov": 1}, r"adamp\.nesterov must be true or false; got 1"),
         ("sgdp", {"lr": -1}, r"sgdp\.lr must be greater than 0; got -1"),
         ("sgdp", {"lr": 0.1, "momentum": 1.0}, r"sgdp\.momentum must be less than 1"),
-        ("sgdp", {"lr": 0.1, "dampening": 2}, r"sgdp\.dampening must be .* at most 1; got 2"),
+        ("sgdp", {"lr": 0.1, "dampening": 2}, r"sgdp\.dampening must be at most 1; got 2"),
         ("sgdp", {"lr": 0.1, "delta": -0.1}, r"sgdp\.delta must be 0 or more; got -0\.1"),
-        ("sgdp", {"lr": 0.1, "wd_ratio": 1.5}, r"sgdp\.wd_ratio must be .* at most 1; got 1\.5"),
+        ("sgdp", {"lr": 0.1, "wd_ratio": 1.5}, r"sgdp\.wd_ratio must be at most 1; got 1\.5"),
         ("sgdp", {"lr": 0.1, "weight_decay": "much"}, r"sgdp\.weight_decay must be a finite number; got 'much'"),
     ],
 )
