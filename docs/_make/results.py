@@ -126,6 +126,11 @@ QUESTIONS = (
         "fedwon",
         "fedavg + group_norm (num_groups=8)",
     ),
+    Question(
+        "Labels skewed over ten clients: does FedWon beat FedAvg with BatchNorm?",
+        "answer_label_skew",
+        "fedwon data.alpha 0.1, rounds.fraction 1.0",
+    ),
     Question("Online split CIFAR-10, ER-ACE: does AdaB²N beat BatchNorm?", "online_cifar10", "er_ace + adab2n"),
     Question(
         "Random labels, again and again: does NaP keep a network plastic?",
