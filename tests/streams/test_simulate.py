@@ -274,6 +274,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "delta": {"optimizer": "sgdp", "delta": 1.0},
     "beta_utility": {"optimizer": "upgd", "beta_utility": 0.5},
     "sigma": {"optimizer": "upgd", "sigma": 0.1},
+    "norms": {"norms": "freeze"},
     "trainable": {"trainable": "norm"},
     "scale_init": {"scale_init": "uniform"},
     "head": {"trainable": "head", "head": "conv1"},
