@@ -5,11 +5,11 @@ from __future__ import annotations
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RoleError
 from fednorm.federated_continual.cells import Grid
-from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federation.local import Local
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.server_optimizer import ServerOptimizer
 from fednorm.federation.strategy import NormStrategy
+from fednorm.streams.norm_boundary import NormBoundary
 
 
 def require_fit(config: RunConfig) -> None:

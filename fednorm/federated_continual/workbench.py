@@ -27,7 +27,6 @@ from fednorm.data.scaling import Scaling
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.between import BetweenExperiences, Boundary, Images, local_of
 from fednorm.federated_continual.cells import Grid, make_grid
-from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.refusals import require_fit, require_norms, require_plain_training
 from fednorm.federated_continual.turn import (
     GridTurn,
@@ -50,6 +49,7 @@ from fednorm.rng import stream_seed
 from fednorm.spec import Norm
 from fednorm.streams.evaluation import accuracy, split_of
 from fednorm.streams.learner import Learner
+from fednorm.streams.norm_boundary import NormBoundary
 from fednorm.streams.normalize import normalized_stream
 from fednorm.streams.stream import Experience, Stream
 from fednorm.streams.task_inference import Candidate, TaskInference

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fednorm.config import RunConfig
 from fednorm.errors import ConfigError, RoleError
-from fednorm.federated_continual.norms import NormBoundary
 from fednorm.streams.evaluation import Accuracy, accuracy, split_of
 from fednorm.streams.learner import Learner
+from fednorm.streams.norm_boundary import NormBoundary
 from fednorm.streams.stream import Experience, Stream
 from fednorm.streams.task_inference import Candidate, TaskInference
 

@@ -13,8 +13,8 @@ from fednorm.errors import ConfigError, FedNormError
 from fednorm.federated_continual import measures
 from fednorm.federated_continual.cells import Grid, make_grid
 from fednorm.federated_continual.measures import Course
-from fednorm.federated_continual.norms import NormBoundary
 from fednorm.federated_continual.workbench import GridWorkbench
+from fednorm.streams.norm_boundary import NormBoundary
 from fednorm.streams.stream import Stream
 
 
