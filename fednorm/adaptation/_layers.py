@@ -28,6 +28,12 @@ _SHAPES: tuple[tuple[type[_BatchNorm], tuple[int, ...]], ...] = (
 )
 
 
+def keeps_moments(module: nn.Module) -> bool:
+    """Return whether a layer is a normalization with running statistics other than a count."""
+    spec, own = spec_of(module), dict(module.named_buffers(recurse=False))
+    return spec is not None and any(t.kind in MOMENTS and own.get(key) is not None for key, t in spec.tensors.items())
+
+
 def statistics_layers(model: nn.Module, method: str) -> dict[str, _BatchNorm]:
     """Return the layers that normalize their input by a running mean and variance in evaluation, by path.
 
@@ -41,8 +47,7 @@ def statistics_layers(model: nn.Module, method: str) -> dict[str, _BatchNorm]:
     layers: dict[str, _BatchNorm] = {}
     for path, module in model.named_modules():
         spec = spec_of(module)
-        own = dict(module.named_buffers(recurse=False))
-        if spec is None or not any(t.kind in MOMENTS and own.get(key) is not None for key, t in spec.tensors.items()):
+        if spec is None or not keeps_moments(module):
             continue
         if not isinstance(module, _BatchNorm) or not is_plain(module):
             raise ConfigError(

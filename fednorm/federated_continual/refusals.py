@@ -10,6 +10,7 @@ from fednorm.federation.plan import NormPlan
 from fednorm.federation.server_optimizer import ServerOptimizer
 from fednorm.federation.strategy import NormStrategy
 from fednorm.streams.norm_boundary import NormBoundary
+from fednorm.streams.own_norms import require_agreement
 
 
 def require_fit(config: RunConfig) -> None:
@@ -35,34 +36,23 @@ def require_fit(config: RunConfig) -> None:
             f"A client on a stream makes whole passes over an experience; got train.local_epochs = "
             f"{config.train.local_epochs}. Set it to a whole number, and rounds.per_experience for how many rounds."
         )
-    if learner.make.trains_at_end and config.grid.norms == "freeze":
-        raise ConfigError(
-            f"Learner {config.learner.name} trains a fresh network in every experience, and grid.norms = 'freeze' "
-            "keeps what the first one left. Take 'keep', or a learner that goes on with its network (naive, er, "
-            "er_ace, derpp, ewc, lwf)."
-        )
+    require_agreement(config, "grid.norms", config.grid.norms)
     _require_tasks(config)
 
 
 def _require_tasks(config: RunConfig) -> None:
-    """Refuse normalization tensors by experience for images of nobody knows which; and a way to know that is not used.
+    """Refuse normalization tensors by experience for images of nobody knows which.
 
     Raises:
-        ConfigError: It is one of these.
+        ConfigError: They are asked for.
     """
-    evaluate, per_experience = config.evaluate, config.grid.norms == "per_experience"
-    if per_experience and not evaluate.task_identity and evaluate.infer_task == "none":
+    evaluate = config.evaluate
+    if config.grid.norms == "per_experience" and not evaluate.task_identity and evaluate.infer_task == "none":
         raise ConfigError(
             "grid.norms = 'per_experience' tests each experience under its own normalization tensors, and which "
             "experience a test image is of is not known: evaluate.task_identity is false. Set it to true where the "
             "task is given with the image (the accuracy is then task-incremental); set evaluate.infer_task to "
             "'entropy' or 'statistics' to infer it from the image; or take grid.norms = 'keep'."
-        )
-    if evaluate.infer_task != "none" and not per_experience:
-        raise ConfigError(
-            f"evaluate.infer_task = {evaluate.infer_task!r} chooses among the normalization tensors of several "
-            f"experiences, and with grid.norms = {config.grid.norms!r} there is one set of them: it would do nothing. "
-            "Set grid.norms to 'per_experience', or leave it out."
         )
 
 

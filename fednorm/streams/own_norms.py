@@ -44,27 +44,42 @@ def require_norms(config: RunConfig) -> None:
         ConfigError: It does.
     """
     what, train, learner = config.train.norms, config.train, config.learner
-    if config.evaluate.infer_task != "none" and what != "per_experience":
-        raise ConfigError(
-            f"evaluate.infer_task = {config.evaluate.infer_task!r} chooses among the normalization tensors of several "
-            f"experiences, and with train.norms = {what!r} there is one set of them: it would do nothing. Set "
-            "train.norms to 'per_experience', or leave it out."
-        )
+    require_agreement(config, "train.norms", what)
     if what != "keep" and learner.card.joint:
         raise ConfigError(
             f"Learner {learner.name} is given all experiences at once, and train.norms = {what!r} is about the "
             "boundary between two of them: it would do nothing. Take 'keep', or a learner that takes them one by one."
         )
-    if what == "freeze" and learner.card.make.trains_at_end:
-        raise ConfigError(
-            f"Learner {learner.name} trains a fresh network in every experience, and train.norms = 'freeze' keeps what "
-            "the first one left. Take 'keep', or a learner that goes on with its network (naive, er, er_ace, derpp, "
-            "ewc, lwf)."
-        )
     if what == "freeze" and (train.trainable != "all" or train.linear_probe_epochs):
         raise ConfigError(
             "train.norms = 'freeze' says which layers are trained from the second experience on, and so do "
             "train.trainable and train.linear_probe_epochs. Leave one of them out."
+        )
+
+
+def require_agreement(config: RunConfig, key: str, what: str) -> None:
+    """Refuse a boundary that contradicts the learner or the evaluation, on a stream or on clients' streams.
+
+    Args:
+        config: The run's configuration.
+        key: What the boundary is called: ``train.norms`` or ``grid.norms``.
+        what: What it does.
+
+    Raises:
+        ConfigError: It contradicts one of them.
+    """
+    learner, infer_task = config.learner, config.evaluate.infer_task
+    if infer_task != "none" and what != "per_experience":
+        raise ConfigError(
+            f"evaluate.infer_task = {infer_task!r} chooses among the normalization tensors of several experiences, and "
+            f"with {key} = {what!r} there is one set of them: it would do nothing. Set {key} to 'per_experience', or "
+            "leave it out."
+        )
+    if what == "freeze" and learner.card.make.trains_at_end:
+        raise ConfigError(
+            f"Learner {learner.name} trains a fresh network in every experience, and {key} = 'freeze' keeps what the "
+            "first one left. Take 'keep', or a learner that goes on with its network (naive, er, er_ace, derpp, ewc, "
+            "lwf)."
         )
 
 
@@ -141,7 +156,7 @@ class StreamNorms:
                 return accuracy(model, split, experience.classes, batch_size=size, rows=rows)
 
         own = measured(self.kept.get(experience.number))
-        met = [each for each in self._stream if each.number in self.kept or each is present]
+        met = [each for each in self._stream if each.number in self.kept or each is present] if self._inference else []
         if self._inference and met:
             candidates = [Candidate(each.number, each.classes, self.kept.get(each.number)) for each in met]
             of = self._inference.score(model, split, experience.number, candidates, rows)

@@ -43,12 +43,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fednorm.adaptation._layers import MOMENTS, is_plain, running
+from fednorm.adaptation._layers import is_plain, keeps_moments, running
 from fednorm.config import RunConfig
 from fednorm.data.domain import Split
 from fednorm.device import wide
 from fednorm.errors import ConfigError
-from fednorm.norms import spec_of
 from fednorm.streams.stream import Stream
 
 Tensors = Mapping[str, Tensor]
@@ -278,12 +277,7 @@ def _first_layer(model: nn.Module, images: Tensor) -> tuple[str, _BatchNorm]:
     Raises:
         ConfigError: There is none, or it evaluates by another formula than batch normalization's.
     """
-    paths = {}
-    for path, module in model.named_modules():
-        spec = spec_of(module)
-        own = dict(module.named_buffers(recurse=False))
-        if spec and any(t.kind in MOMENTS and own.get(key) is not None for key, t in spec.tensors.items()):
-            paths[module] = path
+    paths = {module: path for path, module in model.named_modules() if keeps_moments(module)}
     training = {module: module.training for module in model.modules()}
     with torch.no_grad(), _first_input(list(paths)) as heard:
         model.eval()(images)
