@@ -56,6 +56,7 @@ def serve(requests: Iterable[bytes]) -> None:
         return carry_out(bench, kind, content, context)
 
     client.carry_out = held_up
+    wait_for_messages()
     commands = dict(zip(FORKED, (flwr_clientapp, flwr_serverapp), strict=True))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them
     for request in requests:
@@ -63,6 +64,20 @@ def serve(requests: Iterable[bytes]) -> None:
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             os._exit(status(commands[arguments[0]], arguments))
+
+
+def wait_for_messages() -> None:
+    """Let a forked process of a client, which begins before its node has put its message down, ask for that again."""
+    from flwr.supernode.runtime import run_clientapp
+
+    class Patient(run_clientapp.RuntimeHttpClient):
+        def PullMessages(self, request: Any) -> Any:  # noqa: N802 (Flower's name)
+            until = time.monotonic() + 20
+            while not (reply := super().PullMessages(request)).messages_list and time.monotonic() < until:
+                time.sleep(0.05)
+            return reply
+
+    run_clientapp.RuntimeHttpClient = Patient
 
 
 def status(command: Callable[[], None], arguments: list[str]) -> int:
