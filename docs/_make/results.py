@@ -119,7 +119,7 @@ QUESTIONS = (
     Question(
         "What FedBN keeps beyond SiloBN, scale and shift: does it add anything?", "digits_small", "fedbn", "silobn"
     ),
-    Question("Photographs (Office-Caltech-10): does FedBN beat FedAvg?", "office_small", "fedbn"),
+    Question("Photographs (Office-Caltech-10): does FedBN beat FedAvg?", "answer_office", "fedbn"),
     Question(
         "Batches of 2: does FedWon beat FedAvg with GroupNorm?",
         "answer_digits_small_batch",
