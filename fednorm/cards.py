@@ -259,8 +259,8 @@ class Family(Generic[C]):
     @property
     def met(self) -> tuple[C, ...]:
         """The cards of strangers' methods that this process has been given so far, in that order."""
-        cards = _CARDS.get(self.plural, {})
-        return tuple(typing.cast(C, card) for reference, card in cards.items() if self.is_foreign(reference))
+        cards, ours = _CARDS.get(self.plural, {}), frozenset(self.built_in)  # every layer of a network asks
+        return tuple(typing.cast(C, card) for reference, card in cards.items() if reference not in ours)
 
     def add(self, method: Any) -> str:
         """Return the reference by which an object is found again: a name, an import path, or a name in this process.

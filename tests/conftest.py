@@ -5,6 +5,7 @@ One thread, because the last bits of sums depend on the number, and because two 
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -27,8 +28,11 @@ settings.load_profile("few")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 
-def pytest_sessionstart() -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
     """Heed again what ``nohup`` or a shell's ``&`` made this process ignore: tests send themselves such signals."""
+    if session.config.getoption("numprocesses", None) and not hasattr(session.config, "workerinput"):
+        return  # its workers run the tests
+    os.fsync = lambda _: None  # type: ignore[assignment]  # no test pulls a plug, and they would wait for the disk
     for name in ("SIGINT", "SIGHUP", "SIGQUIT"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is signal.SIG_IGN:
@@ -38,6 +42,12 @@ def pytest_sessionstart() -> None:
     import torch
 
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+def pytest_collection_finish() -> None:
+    """Keep the many thousand tests and what they import out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

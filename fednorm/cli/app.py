@@ -19,6 +19,7 @@ try:
     import typer
 
     from fednorm.cards import FAMILIES
+    from fednorm.cli.command import command_of
     from fednorm.cli.console import fail, of_the_system, show_warnings
     from fednorm.cli.deploying import Target, deploy_app, new
     from fednorm.cli.measuring import analyse, bench_app, verify_app
@@ -468,7 +469,7 @@ def main() -> None:
     unblock()
     with raising():
         try:
-            app(standalone_mode=True)
+            command_of(app)(standalone_mode=True)
         except FedNormError as error:
             message = str(error.args[0]) if error.args else type(error).__name__
             fail(message if not isinstance(error, ConfigError) else str(error))

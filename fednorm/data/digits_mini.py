@@ -179,6 +179,7 @@ def read_digits_mini(image_size: int = SIZE, cache_dir: Path | None = None) -> S
     )
 
 
+@cache
 def _versions() -> list[str]:
     packages = [f"{name}={version(name)}" for name in ("pillow", "matplotlib", "scikit-learn", "numpy")]
     return [f"digits_mini={_RECIPE_VERSION}", f"freetype={features.version('freetype2')}", *packages]

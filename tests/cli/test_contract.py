@@ -134,6 +134,12 @@ def test_explain_and_list_offer_the_nearest_name(call: Call, refused: Refused) -
     refused(call("list", "norm"), "'norm'", "Did you mean 'norms'")
 
 
+@pytest.mark.parametrize("line", [("lsit",), ("bench", "lsit")])
+def test_a_misspelt_command_is_told_once(call: Call, line: tuple[str, ...]) -> None:
+    said = call(*line)
+    assert (said.code, said.err.count("lsit"), said.err.count("Did you mean")) == (2, 1, len(line) == 1)
+
+
 def test_options_override_the_file_and_settings_override_options(call: Call, tmp_path: Path, small: Small) -> None:
     path = tmp_path / "run.toml"
     path.write_text('seed = 5\n[strategy]\nname = "fed-bn"\n[train]\nmomentum = 0.5\n[data]\ntrain_per_client = 4')

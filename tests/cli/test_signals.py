@@ -269,7 +269,7 @@ import os, signal, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
 from fednorm.cli import app
-app.app = lambda **_: (os.kill(os.getpid(), signal.SIG{0}), time.sleep(30))
+app.command_of = lambda _: lambda **_: (os.kill(os.getpid(), signal.SIG{0}), time.sleep(30))
 app.main()
 """
 

@@ -71,7 +71,7 @@ def wait_for_messages() -> None:
     from flwr.supernode.runtime import run_clientapp
 
     class Patient(run_clientapp.RuntimeHttpClient):
-        def PullMessages(self, request: Any) -> Any:  # noqa: N802 (Flower's name)
+        def PullMessages(self, request: Any) -> Any:
             until = time.monotonic() + 20
             while not (reply := super().PullMessages(request)).messages_list and time.monotonic() < until:
                 time.sleep(0.05)
