@@ -8,12 +8,14 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,17 @@ def _signals_stay_as_they_were() -> Iterator[None]:
         if BLOCKS:
             signal.pthread_sigmask(signal.SIG_SETMASK, before[1])
         pytest.fail(f"signals were met so before: {before}, and now: {after}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep what tests decode out of the user's cache, where nobody would miss it."""
+    from drawn_digits import drawn
+
+    cache = drawn(tmp_path_factory.mktemp("cache"), 8, 28)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDNORM_CACHE", str(cache))
+        yield cache
 
 
 BLOCKS = hasattr(signal, "pthread_sigmask")
@@ -244,6 +257,48 @@ class Launcher:
         print(json.dumps(request), file=self._process.stdin, flush=True)
         pid, how = json.loads(self._process.stdout.readline())
         return pid, how
+
+
+class Logged(logging.Handler):
+    """What is logged during a test.
+
+    pytest's plugin for it is off: six times a test it asks each of a thousand loggers, which adds up to seconds.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.message = record.getMessage()
+        if record not in self.records[-1:]:  # a logger that hands on what it is told would have it twice
+            self.records.append(record)
+
+    @property
+    def messages(self) -> list[str]:
+        return [record.message for record in self.records]
+
+    @contextmanager
+    def at_level(self, level: int, name: str) -> Iterator[None]:
+        """Let a logger tell more, or less, for a while."""
+        logger = logging.getLogger(name)
+        before = logger.level
+        logger.setLevel(level)
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
+
+
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    """What is logged, Flower's own messages too, which it keeps from the root logger."""
+    heard, handler = [logging.getLogger(), logging.getLogger("flwr")], Logged()
+    for logger in heard:
+        logger.addHandler(handler)
+    yield handler
+    for logger in heard:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture

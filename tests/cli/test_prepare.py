@@ -14,17 +14,6 @@ from fednorm.cli.app import app
 from fednorm.errors import FedNormError
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all: drawing the embedded digits takes seconds."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FEDNORM_CACHE", str(cache))
-
-
 def call(*arguments: object) -> None:
     """Carry out a command in this process; what it refuses is raised."""
     app([str(argument) for argument in arguments], standalone_mode=False)

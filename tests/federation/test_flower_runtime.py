@@ -431,16 +431,12 @@ def test_an_empty_run_carries_its_number() -> None:
     assert (run.run_id, run.override_config, type(run).__name__) == (17, {}, "Run")
 
 
-def test_flowers_log_is_quiet_within_the_block_only(caplog: pytest.LogCaptureFixture) -> None:
+def test_flowers_log_is_quiet_within_the_block_only(logged: Any) -> None:
     logger = logging.getLogger("flwr")
     before = logger.level
-    logger.addHandler(caplog.handler)
-    try:
-        with flower_private.quiet_flower_log():
-            logger.info("hidden")
-            logger.warning("shown")
-        assert logger.level == before
-        logger.info("shown again")
-    finally:
-        logger.removeHandler(caplog.handler)
-    assert list(dict.fromkeys(caplog.messages)) == ["shown", "shown again"]
+    with flower_private.quiet_flower_log():
+        logger.info("hidden")
+        logger.warning("shown")
+    assert logger.level == before
+    logger.info("shown again")
+    assert list(dict.fromkeys(logged.messages)) == ["shown", "shown again"]

@@ -27,8 +27,8 @@ DOMAINS = {  # of each split: its domains, of so many classes
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 from collections.abc import Callable
@@ -543,17 +544,17 @@ def plain_app(pids: list[int], change: Callable[[State], State]) -> ClientApp:
 
 
 @pytest.mark.parametrize("wrap", [lambda grid: grid, Distant])
-def test_nodes_that_describe_nothing_are_numbered_by_partition_id(lab: Any, wrap: Any, caplog: Any) -> None:
+def test_nodes_that_describe_nothing_are_numbered_by_partition_id(lab: Any, wrap: Any, logged: Any) -> None:
     draws = []
     for seed in range(4):
         pids: list[int] = []
         strategy = lab.make("fedavg", fraction=0.3, seed=5)
         grid = wrap(Registered(plain_app(pids, dict), 12, seed))
-        with caplog.at_level("INFO", logger="flwr"):
-            caplog.clear()
+        with logged.at_level(logging.INFO, "flwr"):
+            logged.records.clear()
             result = strategy.start(grid, strategy.initial_arrays(lab.network()), num_rounds=2)
         assert [told.partition_id for told in strategy.report.train] == pids[4:]
-        assert len([record for record in caplog.records if "describe" in record.message]) == 1
+        assert len([record for record in logged.records if "describe" in record.message]) == 1
         assert result.evaluate_metrics_clientapp[2]["accuracy"] == 97.5
         draws.append(pids)
     assert len(draws[0]) == 8

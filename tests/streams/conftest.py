@@ -117,7 +117,6 @@ class Toy:
                 image_size=MODELS[config.model.name].input_size,
                 seed=config.seed,
                 options=config.scenario.options,
-                cache_dir=self.folder / "cache",
             )
         return ContinualWorkbench(config, self._streams[key])
 

@@ -19,8 +19,8 @@ from fednorm.streams.stream import Stream
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+def cache(own_cache: Path) -> Path:
+    return own_cache
 
 
 def toy(name: str, cache: Path, data: DataConfig | None = None, **options: Any) -> Stream:

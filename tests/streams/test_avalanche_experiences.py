@@ -84,7 +84,7 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_what_avalanche_derives_is_read_out_of_the_arrays(way: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_avalanche_derives_is_read_out_of_the_arrays(way: str, logged: Any) -> None:
     one = learner("er_ace", network("adab2n", num_tasks=3))
     kept = batches_of(one)
     for experience in WAYS[way]():
@@ -101,7 +101,7 @@ def test_what_avalanche_derives_is_read_out_of_the_arrays(way: str, caplog: pyte
         for batch in kept:
             assert [one.tasks_seen[task] for task in batch.tasks] == (batch.labels // 2).tolist()
     assert sorted(one.tasks_seen) == {"subset": [0], "concat": [0, 2]}.get(way, [0, 1, 2])
-    assert caplog.records == []
+    assert logged.records == []
 
 
 @settings(max_examples=15, deadline=None)
@@ -157,7 +157,7 @@ def foreign(samples: Tensor, labels: Tensor, **more: Any) -> Any:
 
 @pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["naive", "er", "er_ace", "derpp", "lwf", "ewc", "gdumb"])
-def test_tensors_train_as_our_own_arrays_do(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_tensors_train_as_our_own_arrays_do(name: str, logged: Any) -> None:
     """The same images as floats in a tensor data set: another way to read, the same learning."""
     options = {"gdumb": {"memory_epochs": 2}, "ewc": {"fisher_samples": 4}}.get(name, {})
     ours, theirs, loaded = (
@@ -169,11 +169,11 @@ def test_tensors_train_as_our_own_arrays_do(name: str, caplog: pytest.LogCapture
         ours.train(experience)
     for experience in foreign(floats, LABELS):
         theirs.train(experience)
-    assert caplog.records == []
-    with caplog.at_level(logging.WARNING, "fednorm"):
+    assert logged.records == []
+    with logged.at_level(logging.WARNING, "fednorm"):
         for experience in foreign(floats - 1, LABELS, transform=lambda x: x + 1):
             loaded.train(experience)
-    assert len([r for r in caplog.records if "one by one" in r.message]) == 1
+    assert len([r for r in logged.records if "one by one" in r.message]) == 1
     # Floats made of many images at once differ in their last bits from those made of few.
     assert torch.allclose(weights(ours), weights(theirs), atol=1e-4)
     assert torch.allclose(weights(ours), weights(loaded), atol=1e-4)

@@ -48,9 +48,8 @@ ROUNDS, TRAINED, SCORED = 25, 25 * 4 * 62, 192 + 225 + 32 + 59
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def nothing_known() -> Iterator[None]:
     """Forget what other tests have timed and counted."""
-    monkeypatch.setenv("FEDNORM_CACHE", str(tmp_path_factory.getbasetemp() / "estimate-cache"))
     yield
     estimate._data.cache_clear()
     estimate._each.cache_clear()
