@@ -304,6 +304,24 @@ def test_a_declaration_that_says_nothing_is_refused(arguments: Any, words: str) 
         fednorm.declare(kind, **options)
 
 
+@pytest.mark.parametrize("width", [2, 3, 16])
+@pytest.mark.parametrize("after", [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.25), nn.ELU(), nn.Identity()])
+@pytest.mark.parametrize("base", [nn.LayerNorm, nn.RMSNorm])
+def test_an_activation_is_seen_on_few_channels_too(base: Any, after: nn.Module, width: int) -> None:
+    """Of two channels layer normalization makes 1 and -1, which shifts may hide from an activation."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = after(base.forward(self, x))
+        return y
+
+    layer = type("Drawn", (base,), {"forward": forward})(width)
+    known = recognition_of(layer)
+    assert known is not None
+    x = torch.linspace(-9, 9, 50)
+    found = x if known.activation is None else known.activation(layer)(x)
+    torch.testing.assert_close(found, after(x))
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     width=st.integers(2, 12),

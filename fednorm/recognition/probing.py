@@ -251,7 +251,8 @@ def _match(layer: nn.Module, reading: _Reading, channels: int, anchor: type[nn.M
         if y is None or y.shape != x.shape:
             continue
         wanted = _formula(layer, reading, layout, x, training=False)
-        this = after if after is not None and after.fits(layer, wanted, y) else _After.of(layer, wanted, y)
+        again = partial(_with_other_values, layer, reading, layout, x)
+        this = after if after is not None and after.fits(layer, wanted, y) else _After.of(layer, wanted, y, again)
         if this is None or (after is not None and this is not after):
             continue
         synced = anchor is not None and issubclass(anchor, nn.SyncBatchNorm)  # trains on GPUs only
@@ -288,6 +289,19 @@ def _run(layer: nn.Module, x: Tensor, *, training: bool) -> Tensor | None:
     return y.float() if isinstance(y, Tensor) else None
 
 
+def _with_other_values(layer: nn.Module, reading: _Reading, layout: _Layout, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return norm(x) and the layer's output once more, for tensors eight times as large, the smaller of two the larger.
+
+    A shift that is above its scale may hide what an activation makes of negative values, and small ones what it makes
+    of large values: with two channels, layer normalization gives 1 and -1 alone.
+    """
+    other = copy.deepcopy(layer)
+    for tensor in _own(other).values():
+        if tensor.ndim:
+            tensor.copy_(8 * (2 - tensor))
+    return _formula(other, reading, layout, x, training=False), _run(other, x, training=False)
+
+
 def _formula(layer: nn.Module, reading: _Reading, layout: _Layout, x: Tensor, *, training: bool) -> Tensor:
     """Return norm(x) by a reading of the layer's tensors, without what may come after it."""
     own, like = _own(layer), reading.like
@@ -322,12 +336,29 @@ class _After:
     activation: Callable[[nn.Module], nn.Module] | None
 
     @classmethod
-    def of(cls, layer: nn.Module, normalized: Tensor, y: Tensor) -> _After | None:
-        """Return what leads from the normalized input to the layer's output, or None."""
+    def of(
+        cls, layer: nn.Module, normalized: Tensor, y: Tensor, again: Callable[[], tuple[Tensor, Tensor | None]]
+    ) -> _After | None:
+        """Return what leads from the normalized input to the layer's output, or None.
+
+        Args:
+            layer: The layer.
+            normalized: The normalized input.
+            y: The layer's output.
+            again: Gives both for other values; asked where something fits.
+        """
+        fitting = partial(cls._fitting, layer)
+        if not fitting([(normalized, y)]):
+            return None
+        other, z = again()
+        return fitting([(normalized, y)] if z is None else [(normalized, y), (other, z)])
+
+    @classmethod
+    def _fitting(cls, layer: nn.Module, pairs: list[tuple[Tensor, Tensor]]) -> _After | None:
         for fused in (True, False) if any(True for _ in layer.children()) else (False,):
-            for make in (None, *_ACTIVATIONS, _leaky(normalized, y)):
+            for make in (None, *_ACTIVATIONS, *(_leaky(*pair) for pair in pairs)):
                 after = cls(fused, None if make is None else _Make(make))
-                if after.fits(layer, normalized, y):
+                if all(after.fits(layer, *pair) for pair in pairs):
                     return after
         return None
 
