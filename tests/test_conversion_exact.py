@@ -101,7 +101,7 @@ def step(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     return y.detach(), {"": x.grad} | {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("norm", ["rms_norm", "crms_norm"])
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_and_gradients_stay(name: str, norm: str) -> None:

@@ -37,6 +37,7 @@ def test_the_pages_blocks_run(tmp_path: Path) -> None:
         assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_the_pages_model_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fednorm.cards import MODELS
 

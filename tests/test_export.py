@@ -73,7 +73,7 @@ def scored(model: Callable[[Tensor], Tensor], split: Split) -> float:
     return hits / len(split)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("strategy", ["fedbn", "silobn", "fedavg", "ditto", "fedavg_ft", "fedbabu", "fedrep", "local"])
 @pytest.mark.parametrize("model", ["digits_cnn", "nets_to_export:Tied"])
 def test_a_clients_model_scores_what_its_run_scored(strategy: str, model: str, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_recorded_runs_are_reproduced_under_any_file_name(name: str, tmp_path: P
     assert outcome.largest_error < 1e-14
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_change_in_any_recorded_array_is_seen(name: str, tmp_path: Path) -> None:
     arrays = read(name)

@@ -52,7 +52,7 @@ def test_what_is_not_compared_is_said() -> None:
     assert fedavg == "75 arrays reproduced"
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_a_change_in_any_recorded_result_is_seen(mode: str, tmp_path: Path) -> None:
     arrays = read(mode)

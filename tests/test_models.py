@@ -374,7 +374,7 @@ def test_forward_and_backward_reach_every_parameter(name: str) -> None:
     assert [n for n in still if not n.endswith("bias")] == []
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", MODELS.names)
 def test_weights_depend_on_the_seed_and_on_nothing_else(name: str) -> None:
     torch.manual_seed(1)

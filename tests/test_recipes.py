@@ -70,6 +70,7 @@ def test_a_recipe_says_what_it_is_and_resolves(name: str) -> None:
     assert len(searched) <= 1, "every method chooses among as many"
 
 
+@pytest.mark.few(12)
 @every_recipe
 def test_a_papers_numbers_belong_to_runs(name: str) -> None:
     study = study_of(name)

@@ -77,6 +77,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("arguments", "code"),
     [

@@ -64,6 +64,7 @@ class InOurOrder(AvalancheNaive):
         self.dataloader = [[pixels(b.images), b.labels, torch.zeros_like(b.labels)] for b in self.batches]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 1, 2)], ids=["in order", "one comes again"])
 @pytest.mark.parametrize("norm", OPTIONS)
 def test_avalanches_naive_with_it_ends_where_ours_does(norm: str, order: tuple[int, ...], benchmark: Any) -> None:

@@ -51,7 +51,7 @@ SEARCHING = ("online_cifar100", "online_cifar10_derpp", "digits_norms")
 """Studies of more than a hundred runs, which take seconds to read."""
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow) if n in SEARCHING else n for n in recipe_names()]
 )

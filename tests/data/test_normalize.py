@@ -161,6 +161,7 @@ def seen_by(model: torch.nn.Module, act: Any) -> Tensor:
     return torch.cat(seen)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["none", "global", "domain"])
 def test_clients_train_evaluate_and_reestimate_on_the_same_scale(how: str) -> None:
     values = {**SMALL, "data": {**SMALL["data"], "normalize": how}, "strategy": {"name": "fedbn"}}

@@ -200,6 +200,7 @@ def test_the_check_for_a_gpu_runs_on_the_cpu_against_itself(capsys: pytest.Captu
     assert "device is auto, cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_curves_that_differ_are_told() -> None:
     check = _gpu_check()
     here = {"loss": [2.0, 1.0], "accuracy": [0.5, 0.7]}

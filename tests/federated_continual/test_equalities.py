@@ -38,7 +38,7 @@ def run(tmp_path: Any, values: dict[str, Any]) -> tuple[dict[str, Tensor], dict[
     return tensors, result
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n"])
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_a_federation_of_one_client_is_the_stream(tmp_path: Any, learner: str, norm: str) -> None:

@@ -140,6 +140,7 @@ def run(folder: Any, values: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict
     return tensors, result
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("how", "per"),
     [

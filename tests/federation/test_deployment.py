@@ -169,6 +169,7 @@ def rejected(result: Mapping[str, Any]) -> list[tuple[int, int, str]]:
     return [(line["round"], r["client"], r["reason"]) for line in result["rounds"] for r in line["rejected"]]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("strategy", "data", "kinds"),
     [
@@ -646,6 +647,7 @@ def deployed_array(tensor: torch.Tensor) -> Any:
     return Array(np.ascontiguousarray(tensor.numpy()))
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", ["nan", "shape", "missing", "extra", "raises", "empty", "keys"])
 def test_the_round_goes_on_whatever_one_node_answers(name: str) -> None:
     grid = FakeGrid(values(rounds={"num_rounds": 1}), nodes())

@@ -222,6 +222,7 @@ class Killer:
             raise Killed
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "options"),
     [

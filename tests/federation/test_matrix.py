@@ -180,6 +180,7 @@ def check(scores: Mapping[str, Any], expected: Mapping[str, float]) -> None:
 methods = pytest.mark.parametrize("strategy", ["fedbn", "silobn"])
 
 
+@pytest.mark.few(1)
 @methods
 def test_own_is_each_client_s_own_model(strategy: str) -> None:
     run = trained(strategy)

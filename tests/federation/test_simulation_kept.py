@@ -83,6 +83,7 @@ def killing(phase: str, server_round: int, client: int) -> Callable[[Message], N
     return hook
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("strategy", "phase"), [("fedbn", "evaluate"), ("scaffold", "train"), ("ditto", "train")])
 def test_a_run_that_was_killed_goes_on_to_the_same_bits(strategy: str, phase: str, tmp_path: Path) -> None:
     config = resolve({**VALUES, "strategy": {"name": strategy}})

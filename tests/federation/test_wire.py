@@ -128,7 +128,7 @@ def planted(keys: Iterable[str], site: Any) -> Iterator[tuple[str, Tensor]]:
         yield key, torch.full_like(like, SENTINEL if like.is_floating_point() else 987654321987)
 
 
-@pytest.mark.few(7)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PLAIN)
 def test_local_tensors_are_in_no_message(name: str, make_site: Any) -> None:
     site = make_site(name, train={"learning_rate": 1e-12})
@@ -182,7 +182,7 @@ def test_the_search_does_find_what_is_sent(name: str, make_site: Any) -> None:
     assert all(b"norm1.weight" in wire(message) for message in train)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_round_is_as_long_as_its_shared_tensors_and_their_headers(name: str, make_site: Any) -> None:
     site = make_site(name)

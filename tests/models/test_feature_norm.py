@@ -58,7 +58,7 @@ def test_features_of_length_zero_stay_zero_and_have_finite_gradients() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_every_model_of_ours_can_have_it_and_its_state_is_the_same(name: str) -> None:
     plain, normed = (built(name, "group_norm", feature_norm=on, image_size=SMALL[name]) for on in (False, True))

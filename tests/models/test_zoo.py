@@ -36,6 +36,7 @@ def theirs(name: str, num_classes: int, **options: Any) -> nn.Module:
     return made
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["torchvision:mobilenet_v3_small", "timm:resnet10t"])
 def test_with_batch_norm_it_is_the_librarys_own_function(name: str) -> None:
     model, twin = built(name).model, theirs(name, 7)

@@ -184,6 +184,7 @@ def test_the_derivative_is_autograds_to_the_bit(options: dict[str, Any], layout:
     assert all(map(torch.equal, ours, torch.autograd.grad(expected, learned(conv), grad)))
 
 
+@pytest.mark.few(2)
 @variants
 def test_the_derivative_and_its_own_are_those_of_finite_differences(options: dict[str, Any]) -> None:
     conv = layer(options, torch.float64)

@@ -220,6 +220,7 @@ def rows_of(units: list[int], count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.bool).index_fill_(0, torch.tensor(units), value=True)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("build", [ours, theirs, Functional])
 @pytest.mark.parametrize("name", EFFECTS)
 def test_what_belongs_to_a_renewed_unit_begins_anew(build: Callable[[], nn.Module], name: str) -> None:
@@ -245,6 +246,7 @@ def test_what_belongs_to_a_renewed_unit_begins_anew(build: Callable[[], nn.Modul
                 assert optimizer.state[parameter][moment][~rows].any()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("build", [ours, theirs, Functional])
 @pytest.mark.parametrize("name", EFFECTS)
 def test_all_else_stays_as_it_was(build: Callable[[], nn.Module], name: str) -> None:

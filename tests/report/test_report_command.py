@@ -287,6 +287,7 @@ def test_options_are_checked_before_any_work(options: dict[str, Any], told: str,
         run_report([tmp_path / "nothing is read"], **options)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("option", ["summary", "export", "tensorboard", "figures", "page"])
 def test_a_place_that_cannot_be_written_is_named(option: str, stream_result: Make, tmp_path: Path) -> None:
     runs = record(tmp_path / "runs", [stream_result()])

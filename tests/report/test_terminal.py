@@ -63,7 +63,7 @@ def committed() -> list[Answer]:
     return list(read())
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_number_of_the_committed_records_is_broken(committed: list[Answer], width: int) -> None:
     for answer in committed:

@@ -290,6 +290,7 @@ def test_logits_are_kept_detached_as_float32() -> None:
 # Resuming
 
 
+@pytest.mark.few(1)
 @BUFFERS
 @given(before=st.integers(0, 60), with_logits=st.booleans(), seed=seeds)
 @settings(deadline=None, max_examples=30)

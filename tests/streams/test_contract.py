@@ -62,7 +62,7 @@ def test_every_two_of_scenarios_learners_and_norms_meet() -> None:
     assert {(s, norm) for s, _, norm in triples} == set(itertools.product(SCENARIOS.names, NORMS.names))
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @pytest.mark.parametrize(("scenario", "learner", "norm"), _triples())
 def test_it_trains_and_measures(scenario: str, learner: str, norm: str, toy: Any) -> None:
     # What is measured inside the network costs as much again as the rest, and does not depend on the scenario.

@@ -73,6 +73,7 @@ def test_a_stream_s_boundary_is_that_of_a_federation_of_one_client(tmp_path: Any
     assert any(not torch.equal(tensor, plain[key]) for key, tensor in one.items())
 
 
+@pytest.mark.slow
 def test_tensors_of_each_experience_are_those_of_a_federation_of_one_client(tmp_path: Any) -> None:
     """With the experience given, and inferred: every accuracy, and the share that is inferred right."""
     keep, _ = run(tmp_path, stream("keep"))

@@ -146,7 +146,7 @@ def go_on(values: Values, runs: Path) -> tuple[Path, Watch]:
 # Anywhere -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("place", "n", "first"),
     [
@@ -183,7 +183,7 @@ OF_LEARNERS = ("stored logits", "springs", "teacher", "balanced memory", "all ex
 KILLS = (("in the step", 8, 6), ("after the step", 12, 12))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "place", "n", "first"),
     [
@@ -271,7 +271,7 @@ LOST = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("method", "lost"),
     [

@@ -315,6 +315,7 @@ def test_many_damaged_files_are_named_or_change_nothing(
 # Examples -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize("kind", ["federated", "continual"])
 @pytest.mark.parametrize(
     ("state", "name"),

@@ -112,6 +112,7 @@ def test_where_the_length_counts_a_longer_run_begins_anew_and_says_why(
     assert run(small, tmp_path, 2, **values)[1] == [1, 2]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", ["versions", "further", "data", "damaged"])
 def test_what_would_not_give_the_bits_is_not_gone_on_with(
     what: str, small: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -292,6 +292,7 @@ def go_on(runs: Path) -> tuple[Path, Stop]:
     return Path(simulate(resolve(LARGE), runs=runs, observer=watch)["run"]), watch
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "kind",
     ["momentum", "a model of its own", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KEEPING if kind not in

@@ -17,6 +17,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.exp().sum(1).log() - logits[torch.arange(len(labels)), labels]).mean()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.2, 0.5), (0.7, 0.0)])
 def test_the_loss_is_the_papers(

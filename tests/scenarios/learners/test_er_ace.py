@@ -21,6 +21,7 @@ def masked_cross_entropy(logits: Tensor, labels: Tensor, allowed: set[int]) -> T
     return torch.stack(losses).mean()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 @pytest.mark.parametrize(("task_free", "starts"), [(False, 5), (True, 1)])
 def test_the_loss_is_the_papers(

@@ -155,6 +155,7 @@ def test_the_penalty_is_the_papers_sum(mode: str, gamma: float, build: Any, expe
     torch.testing.assert_close(torch.cat([g.flatten() for g in ours]).double(), gradient, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n"])
 def test_a_step_descends_on_both_terms(
     norm: str, build: Any, bare: Any, watch: Any, retrace: Any, experiences: list[Any]

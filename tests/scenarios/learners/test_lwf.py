@@ -38,6 +38,7 @@ def divergence(logits: Tensor, taught: Tensor, old: list[int], temperature: floa
     return total / len(logits)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("norm", ["batch_norm", "group_norm"])
 def test_the_loss_is_the_papers_with_a_teacher_in_evaluation_mode(

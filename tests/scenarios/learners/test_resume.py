@@ -61,7 +61,7 @@ def finish(learner: Any, experiences: list[Any]) -> list[dict[str, torch.Tensor]
 
 # 5 steps an epoch, 10 an experience: within the first epoch of the second experience, within its second epoch, at its
 # last step, where what happens at an experience's end is still to come, and the same with the end already under way.
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("step", "at"), [(12, "step"), (17, "step"), (20, "step"), (20, "later")])
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n"])
 @pytest.mark.parametrize("name", LEARNERS.names)
