@@ -52,6 +52,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let all of it go at the end, or libraries report what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _signals_stay_as_they_were() -> Iterator[None]:
     """Fail a test that leaves a signal blocked or met another way: what later tests start would inherit it."""

@@ -101,6 +101,7 @@ def test_buffers_that_training_does_not_write_are_constants(strategy: type[FedAv
     assert plan.bytes_by_role()["constant"] == 2 * 3 * 4
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_windowed_attentions_index_tables_are_constants(device: str) -> None:
     swin = torchvision.models.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [7, 7], num_classes=2)

@@ -95,7 +95,7 @@ ANYWHERE = [name for name in NORMS.names if NORMS[name].tried_on == "digits_cnn"
 """The methods that every network has a place for: not those that replace attention or residual sums."""
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Module, name: str) -> None:
     before = copy.deepcopy(model.state_dict())
@@ -118,7 +118,7 @@ def test_every_normalization_layer_is_replaced_and_weights_are_kept(model: nn.Mo
     assert not {p.data_ptr() for p in converted.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ANYWHERE)
 def test_converted_models_train_and_are_placed_by_the_plan(model: nn.Module, name: str) -> None:
     converted = convert(model, name)
@@ -138,6 +138,7 @@ def test_converting_batch_norm_to_batch_norm_keeps_the_function(model: nn.Module
     model.train()
 
 
+@pytest.mark.few(3)
 def test_no_normalization_is_the_model_with_its_layers_skipped(model: nn.Module) -> None:
     """Affine-free batch norm that evaluates with mean 0 and variance 1 - eps is the identity, activations included."""
     skipped = copy.deepcopy(model).eval()
@@ -149,7 +150,7 @@ def test_no_normalization_is_the_model_with_its_layers_skipped(model: nn.Module)
     torch.testing.assert_close(convert(model, "none").eval()(images()), skipped(images()), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "kind"), [("sws", SWSConv2d), ("ws_group_norm", WSConv2d)])
 def test_weight_methods_take_every_convolution_with_its_geometry(
     model: nn.Module, name: str, kind: type[nn.Conv2d]
@@ -170,7 +171,7 @@ def test_weight_methods_take_every_convolution_with_its_geometry(
             assert new.bias is None
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_activations_carry_gamma_only_where_it_is_on(model: nn.Module) -> None:
     def scaled(**options: Any) -> tuple[int, ConversionReport]:
         converted, report = convert_with_report(model, "sws", **options)

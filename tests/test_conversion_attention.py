@@ -122,6 +122,7 @@ def test_the_way_back_keeps_the_weights_and_options_can_change() -> None:
     assert other.alpha_ma.min() > 0
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("model", "norm", "words"),
     [

@@ -69,6 +69,7 @@ def test_an_analysis_has_its_page_and_its_commands(path: Path, capsys: pytest.Ca
     assert all(row in text for row in rows)
 
 
+@pytest.mark.slow
 def test_the_results_pages_are_as_their_command_writes_them() -> None:
     stale = [path.name for path, text in results.pages() if path.read_text(encoding="utf-8") != text]
     assert not stale, f"run: {blocks.COMMAND}"

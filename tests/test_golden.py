@@ -54,7 +54,7 @@ def recorded_results(name: str, arrays: dict[str, Any]) -> list[str]:
     ]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_change_in_any_recorded_array_is_seen(name: str, tmp_path: Path) -> None:
     arrays = read(name)

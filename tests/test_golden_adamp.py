@@ -37,6 +37,7 @@ def test_a_change_in_any_recorded_array_is_seen(name: str, tmp_path: Path) -> No
         assert outcome.status is Status.FAIL, key
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("name", "change"),
     [

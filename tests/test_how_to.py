@@ -50,6 +50,7 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("code", [code for code in blocks("python") if code not in modules().values()])
 def test_python_examples_run(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -226,6 +226,7 @@ def test_resnet18_equals_torchvisions(train: bool) -> None:
     torch.testing.assert_close(ours(x), theirs.train(train)(x), rtol=0, atol=0)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("width", [32, 24, 48])
 def test_mobilenet_v2_equals_torchvisions(width: int) -> None:
     stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
@@ -242,6 +243,7 @@ def test_mobilenet_v2_equals_torchvisions(width: int) -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=0, atol=0)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("size", [63, 96])
 def test_alexnet_without_norms_equals_torchvisions(size: int) -> None:
     ours = make_model("alexnet", Norm(), num_classes=7, image_size=size)
@@ -362,6 +364,7 @@ def test_nf_mobilenet_v2_keeps_the_expected_variance() -> None:
 # --- the factory -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MODELS.names)
 def test_forward_and_backward_reach_every_parameter(name: str) -> None:
     model = small(name, BatchNorm())
@@ -390,6 +393,7 @@ def test_weights_depend_on_the_seed_and_on_nothing_else(name: str) -> None:
     assert not any(torch.equal(first[k], other[k]) for k in weights)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", MODELS.names)
 def test_a_norm_that_draws_nothing_leaves_the_convolutions_as_they_are(name: str) -> None:
     plain, normed = small(name, Norm()).state_dict(), small(name, BatchNorm()).state_dict()
@@ -559,7 +563,7 @@ def test_a_norm_without_a_place_is_refused(name: str, norm_name: str) -> None:
         outline(name, make_norm(norm_name))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("name", "norm_name"), [pair for pair in PAIRS if has_a_place(*pair)])
 def test_contract_with_every_norm(name: str, norm_name: str) -> None:
     options: dict[str, Any] = {"num_groups": 4} if "group_norm" in norm_name else {}

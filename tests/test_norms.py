@@ -506,7 +506,7 @@ def standardized(variant: str, conv: nn.Conv2d) -> Tensor:
     return torch.stack(kernels)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(4)
 @settings(deadline=None, max_examples=15)
 @given(n=st.integers(2, 5), height=st.integers(1, 4), width=st.integers(2, 4), seed=st.integers(0, 2**31))
 @pytest.mark.parametrize("variant", VARIANTS)

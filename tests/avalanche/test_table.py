@@ -21,6 +21,7 @@ def test_every_strategy_is_run_or_left_out_for_a_reason() -> None:
     assert not set(table.RECIPES) & set(table.LEFT_OUT)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["ICaRL", "GDumb", "PNNStrategy"])
 def test_representatives_train_on_our_streams(name: str) -> None:
     benchmark = to_avalanche(table.tiny_stream(), task_labels=table.RECIPES[name].task_labels)

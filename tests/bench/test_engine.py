@@ -28,6 +28,7 @@ SMALL = Case(name="small", clients=3, train=10, test=70, image_size=8, width=4, 
 """Its last batch is smaller than the others, and its test images do not fit one evaluation batch."""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "case",
     [SMALL, Case(name="one-step", clients=5, train=8, test=3, image_size=8, width=4, batch_size=8, rounds=3, seed=2)],

@@ -31,7 +31,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("what", RUNS)
 def test_a_new_file_runs_through_the_command_line(
     what: str, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -173,6 +173,7 @@ def test_a_command_that_only_looks_is_stopped_without_a_word(words: tuple[str, .
         assert process.returncode == 0 or ended_by(process, signal.SIGINT)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_round_that_is_stopped(

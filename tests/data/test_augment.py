@@ -162,6 +162,7 @@ def test_a_random_resized_crop_is_torchvisions(size: tuple[int, int, int], chann
     assert (ours.double() - theirs).abs().max() <= 0.5 + 1e-4
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (20, 64), (64, 16), (1, 9)])
 def test_boxes_are_distributed_as_torchvisions(height: int, width: int) -> None:
     boxes = augment.draw_boxes(3000, height, width, torch_stream(3, "boxes")).double()

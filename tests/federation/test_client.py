@@ -312,6 +312,7 @@ def test_reestimation_measures_without_dropout_and_changes_nothing_learned(make_
 # Nothing leaks ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbn", "fedwon", "silobn"])
 def test_clients_in_turn_equal_each_client_alone(strategy: str, make_site: Any) -> None:
     def turns(site: Any, order: list[int]) -> dict[int, list[Any]]:

@@ -177,6 +177,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[Any], Any]]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:The epoch parameter")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_over_rounds_is_pytorchs(name: str, make_site: Any) -> None:

@@ -313,6 +313,7 @@ class Killed(BaseException):
     """What ends a server in a test."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("phase", ["train", "evaluate", "checkpoint"])
 def test_a_server_that_is_killed_goes_on_to_the_same_bits(
     phase: str, undisturbed: tuple[FakeGrid, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

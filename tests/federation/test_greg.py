@@ -56,6 +56,7 @@ def trained(model: nn.Module, server: State, client: Any, pid: int, r: int) -> S
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("beta", [1.0, 0.4])
 def test_the_rounds_are_those_written_out(beta: float, make_site: Any) -> None:
     options = {"lambd": LAMBDA, "global_momentum": beta}

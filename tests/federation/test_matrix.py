@@ -277,7 +277,7 @@ def test_the_held_out_domain_never_trains() -> None:
         assert "unseen" not in line["per_domain"]
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("kinds", "asked"),
     [

@@ -369,6 +369,7 @@ def test_a_share_below_one_still_asks_for_somebody_of_each_domain(make_site: Any
         result_of(bench, {"evaluate": without("metrics")})
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kind", "spoil", "reason"),
     [

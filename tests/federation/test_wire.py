@@ -168,6 +168,7 @@ def test_a_clients_named_state_is_in_no_message(make_site: Any) -> None:
         assert unpack(context.state[STATE_RECORD])["fc3.weight"].eq(SENTINEL).all()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["fedavg", "silobn"])
 def test_the_search_does_find_what_is_sent(name: str, make_site: Any) -> None:
     site = make_site(name, train={"learning_rate": 1e-12})

@@ -176,6 +176,7 @@ def test_the_plan_knows_every_tensor_and_what_strategies_do_with_it() -> None:
     }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbn"])
 def test_it_trains_in_a_federation(strategy: str, tmp_path: Any) -> None:
     result = fednorm.federated(

@@ -78,7 +78,7 @@ ELSEWHERE = [name for name in NORMS.names if getattr(NORMS[name], "tried_on", "d
 """Norms that act on what a plain network has not: attention, residual branches."""
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[] if name in (*ELSEWHERE, "batch_norm") else pytest.mark.slow) for name in NORMS.names],
@@ -150,7 +150,7 @@ def test_a_norm_of_ones_own_keeps_the_contract(check: str) -> None:
     CHECKS[check](broken_case(""))
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("broken", "check", "words"),
     [

@@ -133,6 +133,7 @@ def test_bad_options_are_refused(options: dict[str, Any], words: str) -> None:
         make_norm("residual_scale", options)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("model", ["digits_cnn", "mlp", "alexnet"])
 def test_a_network_without_branches_is_refused_with_the_remedy(model: str) -> None:
     with pytest.raises(ConfigError, match=r"has no residual sum that it could scale.*--model resnet18"):
@@ -158,6 +159,7 @@ def test_a_foreign_networks_sums_cannot_be_seen() -> None:
         convert(torchvision.models.resnet18(num_classes=2), "residual_scale", beside="batch_norm")
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("scale", ["skipinit", 0.5])
 def test_both_worlds_train_it(scale: str | float) -> None:
     options = {"scale": scale, "beside": "batch_norm"}

@@ -40,6 +40,7 @@ def test_mean_0_and_variance_1_are_a_fixed_point() -> None:
     assert moments(nn.ELU(), 0.0, 1.0) != pytest.approx((0.0, 1.0), abs=0.1)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("var", [0.8, 1.5])
 def test_the_fixed_point_attracts(var: float) -> None:
     mean = math.nan

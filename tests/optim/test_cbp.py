@@ -126,6 +126,7 @@ class Plain:
                     following.weight[position] = 0
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "norm", "options"),
     [

@@ -20,6 +20,7 @@ def built(name: str, norm: str) -> nn.Module:
     return make_model(name, make_norm(norm), num_classes=3, image_size=8, width=4, seed=2)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "norm"), [("mlp", "none"), ("cnn", "batch_norm"), ("resnet18", "group_norm")])
 def test_each_entry_stays_within_kappa_times_its_layers_initial_bound(name: str, norm: str) -> None:
     model, kappa = built(name, norm), 1.5

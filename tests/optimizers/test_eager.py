@@ -74,6 +74,7 @@ def test_sgd_is_pytorchs_to_the_bit(
         )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", ["Adam", "AdamW"])
 @given(lr=rates, betas=st.tuples(shares, shares), weight_decay=shares, amsgrad=st.booleans(), maximize=st.booleans())
 def test_the_adams_are_pytorchs_to_the_bit(method: str, **options: Any) -> None:

@@ -205,7 +205,7 @@ def test_a_run_that_goes_on_has_each_step_once_in_tensorboard(tmp_path: Path) ->
     assert points(folder, "final/mean") == [(2, 0.5)]
 
 
-@pytest.mark.few(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [3, 4])
 def test_a_run_cut_in_earnest_goes_on_without_doubled_steps(last: int, tmp_path: Path) -> None:
     class Cut:

@@ -339,7 +339,7 @@ def ending(path: Path, report: Report) -> str:
     return "tables"
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("junk", [None, "x", [], {}, 3, True, "missing"])
 @pytest.mark.parametrize("kind", ["federated", "continual"])
 def test_no_damage_to_a_record_ends_in_a_traceback(

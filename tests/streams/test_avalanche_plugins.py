@@ -131,7 +131,7 @@ WORKING = {
 }
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", WORKING)
 def test_plugins_do_what_they_do_in_avalanche(name: str) -> None:
     ours, theirs = both(WORKING[name])

@@ -171,7 +171,7 @@ def test_controls_of_statistics_are_refused_where_there_are_none(norm: str, opti
 # The same again -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("learner", LEARNERS.names)
 @pytest.mark.parametrize("norm", ["adab2n", "batch_renorm", "nap"])
 def test_the_same_seed_gives_the_same_bits(learner: str, norm: str, toy: Any) -> None:

@@ -434,7 +434,7 @@ PARTS = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("how", ["is lost", "has another shape"])
 @pytest.mark.parametrize(("method", "part"), [(method, part) for method, parts in PARTS.items() for part in parts])
 def test_a_checkpoint_with_a_tensor_lost_or_misshapen_is_not_used(

@@ -222,7 +222,7 @@ EVALUATION = {
 }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("key", EVALUATION)
 @pytest.mark.parametrize("learner", ["er_ace", "gdumb"])
 def test_evaluation_leaves_training_alone(key: str, learner: str, toy: Any) -> None:
@@ -314,6 +314,7 @@ NO_PARTS = [
 ]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("learner", "options", "batch"), NO_PARTS)
 def test_task_balanced_norm_is_refused_where_it_would_be_batch_norm(
     learner: str, options: dict[str, Any], batch: int, toy: Any

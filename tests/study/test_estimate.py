@@ -232,7 +232,7 @@ def test_timing_leaves_the_model_and_the_generator_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("learner", ["joint", "er_ace", "ewc", "gdumb"])
 def test_learners_are_timed(learner: str) -> None:
     own = {"memory_size": 20, "memory_epochs": 1} if learner == "gdumb" else {}

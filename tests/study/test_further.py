@@ -89,6 +89,7 @@ def test_the_longest_shorter_run_is_gone_on_with(small: Any, tmp_path: Path) -> 
     assert further.shorter(resolve({"kind": "continual"}), tmp_path) is None
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("values", "words"),
     [

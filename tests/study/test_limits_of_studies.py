@@ -68,6 +68,7 @@ def test_a_number_of_jobs_that_no_machine_holds(jobs: int, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "base",
     [

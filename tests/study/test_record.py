@@ -162,6 +162,7 @@ def slow(*cases: Any) -> list[Any]:
     return [pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "how", ["half", "no round", *slow(*(how for how in DAMAGES if how not in ("half", "no round")))]
 )
@@ -265,6 +266,7 @@ def test_lines_that_are_all_lost_leave_nothing_to_go_on_from(cut: Path, make: Ma
         simulate(make(), runs=tmp_path)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("text", ["", '{"hash": 1}', *slow("{", "[]", "{}")])
 def test_a_damaged_result_is_named_and_removing_it_helps(
     text: str, make: Make, whole: dict[str, Any], tmp_path: Path
@@ -284,6 +286,7 @@ def test_a_damaged_result_is_named_and_removing_it_helps(
 # Disks ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["checkpoint.safetensors", "result.json", *slow("rounds.jsonl", "model.safetensors")])
 def test_whatever_a_full_disk_hits_the_run_goes_on_when_there_is_space(
     name: str, make: Make, whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

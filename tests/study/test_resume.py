@@ -91,7 +91,7 @@ def test_a_run_killed_anywhere_goes_on(
     assert not list(folder.glob("*.part"))
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "client's local tensors"])
 @pytest.mark.parametrize("place", ["in a client's training", "after the round"])
 def test_every_kind_of_state_is_restored(
@@ -123,6 +123,7 @@ def test_a_run_may_be_killed_again_and_again(
     assert written(folder) == whole(values)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("lost", ["client", "strategy"])
 def test_the_comparison_would_notice_lost_state(
     lost: str, small: Any, launcher: Any, whole: Any, written: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

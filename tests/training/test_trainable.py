@@ -173,6 +173,7 @@ def test_first_rounds_train_the_head_alone_and_then_everything(tmp_path: Path) -
     assert "head_norm" not in simulate(federated(rounds={"num_rounds": 1}), runs=None)["rounds"][0]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "strategy",
     ["fedrep", "scaffold", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedbn", "ditto", "fedavg_ft"))],

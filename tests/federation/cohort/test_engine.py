@@ -88,7 +88,7 @@ OFTEN = {("fedavg pooled", "batch_norm"), ("fedbn", "batch_norm"), ("fedprox", "
 """The cells that the default tier has."""
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("strategy", "norm"),
     [

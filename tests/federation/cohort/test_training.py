@@ -156,7 +156,7 @@ def _of_tiers() -> list[Any]:
     ]
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("norm", _of_tiers())
 def test_a_client_of_a_cohort_computes_what_it_computes_alone(norm: str, make_federation: MakeFederation) -> None:
     require_alike(workbench(make_federation, norm=norm, train={"momentum": 0.9}), relative=1e-9)

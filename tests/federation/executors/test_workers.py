@@ -112,7 +112,7 @@ def dying(bench: Workbench, client: int, kind: str, flag: Path | None, job: Job)
 # The same bits ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("count", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_compute_the_same_bits(make_bench: Callable[..., Workbench], method: str, count: int) -> None:

@@ -98,6 +98,7 @@ def test_the_first_experience_is_plain_training(build: Any, experiences: list[An
     assert all(map(torch.equal, ours.model.parameters(), plain.model.parameters()))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("norm", ["nap", "unified_norm", "adab2n"])
 def test_penalties_and_hooks_of_a_norm_go_with_it(norm: str, build: Any, experiences: list[Any]) -> None:
     learner = build("a_gem", norm, memory_size=20)

@@ -23,6 +23,7 @@ def buffers(model: nn.Module) -> list[Tensor]:
     return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("memory_batch", [0, 5])
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 def test_it_learns_from_new_and_memory_samples_alike(

@@ -88,7 +88,7 @@ def test_the_models_labels_are_drawn_as_often_as_the_model_expects(build: Any, e
     assert len(set(squares)) > 5
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "adab2n", "group_norm", "sws"])
 def test_it_is_the_mean_of_squared_gradients_of_single_samples_in_evaluation_mode(
     norm: str, build: Any, experiences: list[Any]
@@ -129,6 +129,7 @@ def test_at_most_so_many_samples_are_taken_and_others_each_time(
 # The penalty ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("mode", "gamma"), [("separate", 1.0), ("online", 1.0), ("online", 0.6)])
 def test_the_penalty_is_the_papers_sum(mode: str, gamma: float, build: Any, experiences: list[Any]) -> None:
     learner = build("ewc", strength=3.0, mode=mode, gamma=gamma, fisher_samples=10)

@@ -62,6 +62,7 @@ def test_exemplar_sets_are_herded_at_an_end_and_cut_at_the_next(build: Any, expe
             assert set(learner.exemplars[label].tasks.tolist()) == {label // 2}
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["group_norm", "batch_norm"])
 def test_each_steps_loss_is_avalanches(
     norm: str, build: Any, bare: Any, watch: Any, retrace: Any, experiences: list[Any], monkeypatch: pytest.MonkeyPatch

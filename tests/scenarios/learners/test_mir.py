@@ -14,6 +14,7 @@ from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("norm", ["batch_norm", "group_norm", "adab2n"])
 def test_the_interference_is_that_of_a_network_that_takes_the_step(
     norm: str, build: Any, experiences: list[Any]
@@ -53,6 +54,7 @@ def test_those_that_would_suffer_most_are_replayed(build: Any, experiences: list
     assert chosen.tasks.tolist() == candidates.tasks[wanted].tolist()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("passes", ["joint", "separate"])
 def test_each_step_adds_both_means(
     passes: str, build: Any, watch: Any, retrace: Any, experiences: list[Any], monkeypatch: pytest.MonkeyPatch

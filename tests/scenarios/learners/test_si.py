@@ -41,6 +41,7 @@ class Path:
         learner.observe = and_note
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("norm", ["batch_norm", "none"])
 def test_importances_are_the_papers_over_several_experiences(
     norm: str, build: Any, bare: Any, experiences: Any
