@@ -105,7 +105,7 @@ class Witness:
 
     def __init__(self, parent: psutil.Process | None = None, on_line: Callable[[str], None] | None = None) -> None:
         self.parent = parent or psutil.Process()
-        # Other tests of this process may have left it a child, e.g. one that starts runs for them.
+        # Other tests of this process may have left it a child, e.g. a browser, which starts more by itself.
         self.strangers = set() if parent else {child.pid for child in self.parent.children(recursive=True)}
         self.lines: list[str] = []
         self.processes: dict[int, tuple[psutil.Process, str]] = {}
@@ -122,9 +122,9 @@ class Witness:
 
     def look(self) -> None:
         for process in self.parent.children(recursive=True):
-            if process.pid in self.strangers:
-                continue
             try:
+                if self.strangers & {process.pid, *(above.pid for above in process.parents())}:
+                    continue
                 self.processes[process.pid] = (process, " ".join(process.cmdline()))
                 self.ray_folders.add(process.environ().get("RAY_TMPDIR", ""))
                 connections = process.net_connections(kind="tcp")

@@ -226,7 +226,9 @@ def rewrite_tensors(path: Path, how: str, what: Any) -> None:
         del metadata["record_format"]
     else:
         metadata["record_format"] = str(what)
+    mode = path.stat().st_mode
     save_file(tensors, path, metadata)
+    path.chmod(mode)  # the library gives its owner's alone
 
 
 # The property ---------------------------------------------------------------------------------------------------------
@@ -294,6 +296,10 @@ def any_damage(made: Callable[[str], Made], kind: str, state: str, file: float, 
     runs = made(kind)
     names = (*(FINISHED if state == "finished" else INTERRUPTED), runs.journal)
     check(runs, state, names[int(file * len(names))], *how)
+
+
+def test_a_file_written_anew_as_it_was_is_no_damage(made: Callable[[str], Made]) -> None:
+    check(made("federated"), "finished", "clients.safetensors", "format", "2")
 
 
 @pytest.mark.slow
