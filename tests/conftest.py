@@ -15,7 +15,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,15 @@ def _signals_stay_as_they_were() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep what tests decode out of the user's cache, where nobody would miss it."""
-    from drawn_digits import drawn
+    from fednorm.data.cache import cache_folder
+    from fednorm.data.digits_mini import read_digits_mini
 
-    cache = drawn(tmp_path_factory.mktemp("cache"), 8, 28)
+    cache = tmp_path_factory.mktemp("cache")
+    for size in (8, 28):  # what most tests read is drawn once a machine
+        if not any(cache_folder().glob(f"digits_mini-{size}-*.npy")):
+            read_digits_mini(size)
+    for path in cache_folder().glob("digits_mini-*.npy"):
+        (cache / path.name).symlink_to(path.resolve())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDNORM_CACHE", str(cache))
         yield cache
@@ -282,17 +287,6 @@ class Logged(logging.Handler):
     @property
     def messages(self) -> list[str]:
         return [record.message for record in self.records]
-
-    @contextmanager
-    def at_level(self, level: int, name: str) -> Iterator[None]:
-        """Let a logger tell more, or less, for a while."""
-        logger = logging.getLogger(name)
-        before = logger.level
-        logger.setLevel(level)
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from fednorm import memory
 from fednorm.cards import LEARNERS, MODELS, NORMS, SCENARIOS, STRATEGIES
 from fednorm.config import RunConfig, override, read_config, resolve
-from fednorm.data.cache import cache_folder
 from fednorm.errors import FedNormError
 from fednorm.federation.simulate import plan as plan_federation
 from fednorm.records.record import RunRecord
@@ -203,17 +202,6 @@ def _accepted_or_refused(values: Any, folder: Path) -> None:
 quick = settings(
     max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep arrays of drawn sizes out of the user's cache, and what is there at hand."""
-    folder = tmp_path_factory.mktemp("cache")
-    for path in cache_folder().glob("digits_mini-*.npy"):
-        (folder / path.name).symlink_to(path)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDNORM_CACHE", str(folder))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -27,11 +27,6 @@ DOMAINS = {  # of each split: its domains, of so many classes
 
 
 @pytest.fixture(scope="session")
-def cache(own_cache: Path) -> Path:
-    return own_cache
-
-
-@pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with random images, 8x8: three training images and two test images a class."""
     directory = tmp_path_factory.mktemp("data")
@@ -60,14 +55,14 @@ def write(path: Path, labels: np.ndarray, column: str = "label", domain: list[st
 
 
 @pytest.fixture(scope="session")
-def make(cache: Path, toy_folder: Path) -> Make:
+def make(toy_folder: Path) -> Make:
     """Make a scenario's stream; what is made of one data set comes from the toy folder, all else from digits_mini."""
 
     def make_stream(name: str, seed: int = 1, *, data: dict[str, Any] | None = None, **options: Any) -> Stream:
         of = SCENARIOS[name].data[:1]
         folder = {"dir": str(toy_folder)} if of and of[0] in {*CLASSES, *DOMAINS} else {}
         config = DataConfig(**{**folder, **(data or {})})
-        return SCENARIOS[name].stream(config, image_size=8, seed=seed, options=options, cache_dir=cache)
+        return SCENARIOS[name].stream(config, image_size=8, seed=seed, options=options)
 
     return make_stream
 

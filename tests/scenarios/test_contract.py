@@ -269,13 +269,13 @@ def test_domains_come_one_after_another(make: Make) -> None:
         given.task_of(torch.tensor([1]))
 
 
-def test_domains_that_share_digits_are_told(tmp_path: Path, cache: Path, toy_folder: Path) -> None:
+def test_domains_that_share_digits_are_told(tmp_path: Path, toy_folder: Path) -> None:
     for name in ("mnist", "mnistm", "usps"):
         shutil.copytree(toy_folder / "cifar10", tmp_path / name)
 
     def notes(*domains: str) -> str:
         config = DataConfig(name="digits", dir=str(tmp_path), domains=domains)
-        stream = SCENARIOS["domain_digits"].stream(config, image_size=8, seed=1, cache_dir=cache)
+        stream = SCENARIOS["domain_digits"].stream(config, image_size=8, seed=1)
         assert {experience.title for experience in stream} == set(domains or ("mnist", "usps", "mnistm"))
         return " ".join(stream.notes)
 
@@ -378,22 +378,22 @@ def test_an_experience_without_test_images_is_refused() -> None:
         stream_of(1, num_test=0)
 
 
-def test_several_data_sets_are_not_one(toy_folder: Path, cache: Path) -> None:
+def test_several_data_sets_are_not_one(toy_folder: Path) -> None:
     config: dict[str, Any] = {"name": "folders", "dir": str(toy_folder), "domains": ("cifar10", "cifar100")}
     with pytest.raises(DataError, match="is several data sets; this scenario is made of one"):
-        SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
+        SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1)
     config["domains"] = ("cifar10",)
-    stream = SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1, cache_dir=cache)
+    stream = SCENARIOS["random_labels"].stream(DataConfig(**config), image_size=8, seed=1)
     assert len(stream.experiences[0].train) == 30
 
 
 @pytest.mark.data
 @pytest.mark.slow
-def test_real_cifar10_in_five(real_data: Path, cache: Path) -> None:
+def test_real_cifar10_in_five(real_data: Path) -> None:
     if not (real_data / "cifar10").is_dir():
         pytest.skip(f"no cifar10 in {real_data}")
     config = DataConfig(dir=str(real_data))
-    stream = SCENARIOS["split_cifar10"].stream(config, image_size=32, seed=1, cache_dir=cache)
+    stream = SCENARIOS["split_cifar10"].stream(config, image_size=32, seed=1)
     assert [len(experience.train) for experience in stream] == [10_000] * 5
     assert [len(experience.test) for experience in stream] == [2_000] * 5
     assert np.unique(labels(stream.experiences[3].train)).tolist() == [6, 7]

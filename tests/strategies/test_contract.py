@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fednorm.cards import STRATEGIES
 from fednorm.errors import AggregationError, ConfigError, IncompleteError
+from fednorm.federation.flower_private import quiet_flower_log
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.local import Local
 from fednorm.federation.server_optimizer import ServerOptimizer
@@ -550,7 +551,7 @@ def test_nodes_that_describe_nothing_are_numbered_by_partition_id(lab: Any, wrap
         pids: list[int] = []
         strategy = lab.make("fedavg", fraction=0.3, seed=5)
         grid = wrap(Registered(plain_app(pids, dict), 12, seed))
-        with logged.at_level(logging.INFO, "flwr"):
+        with quiet_flower_log(logging.INFO):
             logged.records.clear()
             result = strategy.start(grid, strategy.initial_arrays(lab.network()), num_rounds=2)
         assert [told.partition_id for told in strategy.report.train] == pids[4:]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,20 +17,15 @@ from fednorm.rng import torch_seeded
 from fednorm.streams.stream import Stream
 
 
-@pytest.fixture(scope="module")
-def cache(own_cache: Path) -> Path:
-    return own_cache
-
-
-def toy(name: str, cache: Path, data: DataConfig | None = None, **options: Any) -> Stream:
+def toy(name: str, data: DataConfig | None = None, **options: Any) -> Stream:
     config = data or DataConfig()
-    return SCENARIOS[name].stream(config, image_size=8, seed=1, options=options, cache_dir=cache)
+    return SCENARIOS[name].stream(config, image_size=8, seed=1, options=options)
 
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("name", [n for n in SCENARIOS.names if SCENARIOS[n].data[:1] in ((), ("digits_mini",))])
-def test_the_benchmark_holds_the_rows_of_the_stream(name: str, cache: Path) -> None:
-    stream = toy(name, cache, train_per_experience=12)
+def test_the_benchmark_holds_the_rows_of_the_stream(name: str) -> None:
+    stream = toy(name, train_per_experience=12)
     benchmark = to_avalanche(stream)
     assert set(benchmark.streams) == {"train", "test"}
     assert len(benchmark.train_stream) == len(benchmark.test_stream) == len(stream)
@@ -47,8 +41,8 @@ def test_the_benchmark_holds_the_rows_of_the_stream(name: str, cache: Path) -> N
         assert experience.benchmark is benchmark
 
 
-def test_the_task_is_hidden_and_classes_are_not(cache: Path) -> None:
-    stream = toy("split_digits", cache, DataConfig(validation=0.25))
+def test_the_task_is_hidden_and_classes_are_not() -> None:
+    stream = toy("split_digits", DataConfig(validation=0.25))
     benchmark = to_avalanche(stream)
     for name in ("train", "valid", "test"):
         for number, experience in enumerate(benchmark.streams[name]):
@@ -60,8 +54,8 @@ def test_the_task_is_hidden_and_classes_are_not(cache: Path) -> None:
     assert list(valid.targets) == stream.experiences[2].validation.batch(torch.arange(len(valid)))[1].tolist()
 
 
-def test_images_are_prepared_as_asked_and_not_copied(cache: Path) -> None:
-    split = toy("split_digits", cache).experiences[0].train
+def test_images_are_prepared_as_asked_and_not_copied() -> None:
+    split = toy("split_digits").experiences[0].train
     data = SplitDataset(split, lambda images: images.float() / 255)
     assert data.split.images.data_ptr() == split.images.data_ptr()
     image, label = data[5]
@@ -69,14 +63,14 @@ def test_images_are_prepared_as_asked_and_not_copied(cache: Path) -> None:
     assert label == int(split.labels[split.index[5]])
 
 
-def test_an_unmodified_avalanche_strategy_learns_and_forgets_on_it(cache: Path) -> None:
+def test_an_unmodified_avalanche_strategy_learns_and_forgets_on_it() -> None:
     # Imported late: fednorm silences the warning that Avalanche gives where no solver for GEM is installed.
     from avalanche.evaluation.metrics import accuracy_metrics
     from avalanche.logging import TextLogger
     from avalanche.training.plugins import EvaluationPlugin
     from avalanche.training.supervised import Naive
 
-    stream = toy("split_digits", cache, DataConfig(domains=("scans",)), num_experiences=2)
+    stream = toy("split_digits", DataConfig(domains=("scans",)), num_experiences=2)
     benchmark = to_avalanche(stream)
     with torch_seeded(1, "test"):
         model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 32), nn.ReLU(), nn.Linear(32, 10))
