@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import inspect
-import os
 import pkgutil
 import secrets
 import sys
@@ -33,15 +32,18 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from fednorm.errors import ConfigError, UnknownNameError, canonical, unknown_name
+from fednorm.importing import import_object
 from fednorm.literals import literal
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from fednorm.adaptation import AdaptationSpec
     from fednorm.data.benchmarks import Benchmark
     from fednorm.federation.spec import StrategySpec
@@ -194,9 +196,11 @@ class Family(Generic[C]):
         return tuple(sorted(m.name for m in found if not m.name.startswith("_") and not m.ispkg))
 
     @cached_property
-    def installed(self) -> Mapping[str, metadata.EntryPoint]:
+    def installed(self) -> Mapping[str, EntryPoint]:
         """The entry points of other packages, by name; a built-in name cannot be taken."""
-        points = metadata.entry_points(group=f"fednorm.{self.plural}")
+        from importlib.metadata import entry_points  # its import takes longer than this file's own
+
+        points = entry_points(group=f"fednorm.{self.plural}")
         return {canonical(p.name): p for p in points if canonical(p.name) not in self.built_in}
 
     @property
@@ -379,42 +383,6 @@ def is_path(reference: str) -> bool:
 def spelled(reference: str) -> str:
     """Return a reference in the spelling by which it is compared: an import path as it is, a name canonical."""
     return reference.strip() if is_path(reference) else canonical(reference)
-
-
-def import_object(path: str, noun: str) -> Any:
-    """Return what an import path names: ``package.module:attribute``, or ``package.module`` for its ``SPEC``.
-
-    Modules are found as Python finds them, and in the working directory after all other places.
-
-    Raises:
-        ConfigError: The module does not exist or raises when it is imported, or it has no such attribute.
-    """
-    module_name, _, attribute = path.partition(":")
-    working_directory = os.getcwd()
-    if working_directory not in sys.path and "" not in sys.path:
-        sys.path.append(working_directory)
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise ConfigError(
-                f"There is no module {error.name!r}, which {noun} {path!r} names. An import path is "
-                "package.module:attribute, of a package that is installed or stands in the working directory."
-            ) from error
-        raise ConfigError(f"Importing {module_name!r} for {noun} {path!r} failed: {error}. Install it.") from error
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"Importing {module_name!r} for {noun} {path!r} raised {type(error).__name__}: {error}. Mend the module; "
-            f"python -c 'import {module_name}' shows where."
-        ) from error
-    found: Any = module
-    for part in (attribute or "SPEC").split("."):
-        if not hasattr(found, part):
-            has = ", ".join(name for name in vars(module) if not name.startswith("_")) or "nothing"
-            asked = f"{part!r}, which" if attribute else "'SPEC', the card that an import path without ':'; to it"
-            raise ConfigError(f"Module {module_name!r} has no {asked} {noun} {path!r} names. It has: {has[:300]}.")
-        found = getattr(found, part)
-    return found
 
 
 def _import_path(method: Any) -> str:

@@ -17,8 +17,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fednorm.cards import MODELS, import_object, is_path
+from fednorm.cards import MODELS, is_path
 from fednorm.errors import ConfigError, canonical, unknown_name
+from fednorm.importing import import_object
 from fednorm.models import Order, make_model
 from fednorm.models._foreign import ForeignModel
 from fednorm.models._zoo import MAKERS
