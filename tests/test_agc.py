@@ -166,3 +166,25 @@ def test_clipping_of_layers_that_there_are_not_is_refused() -> None:
         AdaptiveGradientClipping(nn.Linear(3, 2), 0.1, layers="linear")
     with pytest.raises(ConfigError, match="layers"):
         AdaptiveGradientClipping(nn.Linear(3, 2), 0.1, layers="heads")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("clipped", [0, 3, 64, 513, 1024])
+@pytest.mark.parametrize("shape", [(1024, 300), (1024, 12, 5, 5)], ids=str)
+def test_of_a_large_tensor_the_clipped_rows_alone_change(shape: tuple[int, ...], clipped: int) -> None:
+    generator = torch.Generator().manual_seed(clipped)
+    parameter = nn.Parameter(torch.randn(shape, generator=generator))
+    parameter.grad = torch.randn(shape, generator=generator) * 0.05
+    if len(shape) == 4:
+        parameter.grad = parameter.grad.contiguous(memory_format=torch.channels_last)
+    rows = torch.randperm(shape[0], generator=generator)[:clipped]
+    parameter.grad[rows] *= 100
+    before = parameter.grad.clone()
+    bound = 0.1 * parameter.detach().flatten(1).double().norm(dim=1)
+    clip_gradients([parameter], 0.1)
+
+    found = parameter.grad.flatten(1).double().norm(dim=1)
+    kept = torch.ones(shape[0], dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(parameter.grad[kept], before[kept])
+    torch.testing.assert_close(found[~kept], bound[~kept], rtol=1e-5, atol=0)
+    shrunk = (bound / before.flatten(1).double().norm(dim=1))[~kept].float().view(-1, *[1] * (len(shape) - 1))
+    torch.testing.assert_close(parameter.grad[~kept], before[~kept] * shrunk, rtol=1e-5, atol=0)

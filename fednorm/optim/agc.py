@@ -21,7 +21,7 @@ output channel) still has one unit per output channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -35,6 +35,9 @@ Units = Literal["deepmind", "timm"]
 Layers = Literal["all", "convolutions", "linear"]
 
 _SMALLEST_NORM = 1e-6
+
+_LARGE = 2**18
+"""Values of a tensor from which its clipped rows are sought out: below, it is in a cache, and calls cost more."""
 
 
 @torch.no_grad()
@@ -163,12 +166,32 @@ def _clip(by_row: list[Tensor], whole: list[Tensor], clipping: float, eps: float
         return
     factors = torch.where(exceeds, bound / norms.clamp_min(_SMALLEST_NORM), 1.0)
     sizes = [len(parameter) for parameter in by_row] + [1] * len(whole)
-    every = zip(gradients, torch.split(factors, sizes), strict=True)
-    # A factor of 1 changes no bit, and to ask for each tensor whether it needs one takes longer.
-    shaped = [
-        factor.view([-1] + [1] * (gradient.ndim - 1)) if gradient.ndim else factor[0] for gradient, factor in every
-    ]
-    torch._foreach_mul_(gradients, shaped)
+    _multiply(gradients, torch.split(factors, sizes))
+
+
+def _multiply(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each gradient by its units' factors. A factor of 1 changes no bit, so that some may be left out.
+
+    To ask for each tensor whether it needs any takes longer than to multiply it, but of large ones: there often a
+    hundredth of the rows is clipped, and the others need not pass through memory.
+    """
+    every, shaped = [], []
+    for gradient, factor in zip(gradients, factors, strict=True):
+        if gradient.numel() >= _LARGE and gradient.device.type == "cpu" and len(factor) == len(gradient):
+            rows = (factor != 1).nonzero().flatten()
+            if len(rows) <= len(factor) // 8:
+                if len(rows):
+                    gradient.index_copy_(0, rows, gradient[rows] * _beside(factor[rows], gradient))
+                continue
+        every.append(gradient)
+        shaped.append(_beside(factor, gradient))
+    if every:
+        torch._foreach_mul_(every, shaped)
+
+
+def _beside(factor: Tensor, gradient: Tensor) -> Tensor:
+    """Return a tensor's factors in a shape that multiplies its rows, or all of it."""
+    return factor.view([-1] + [1] * (gradient.ndim - 1)) if gradient.ndim else factor[0]
 
 
 def _unit_norms(by_row: list[Tensor], whole: list[Tensor]) -> Tensor:
