@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import mean
 from typing import Any
@@ -114,6 +114,11 @@ def run_fednorm(case: StreamCase) -> StepCost:
     return _cost(clock, bench.model)
 
 
+def run_adab2n(case: StreamCase) -> StepCost:
+    """Run a case with our learner, AdaB2N in place of its normalization."""
+    return run_fednorm(replace(case, norm="adab2n"))
+
+
 def run_avalanche(case: StreamCase, *, strategy: str, online: bool) -> StepCost:
     """Run a case with a strategy of Avalanche's own.
 
@@ -147,11 +152,12 @@ def _cost(clock: StepClock, model: torch.nn.Module) -> StepCost:
 STREAM_ENGINES: Mapping[str, Callable[[StreamCase], StepCost]] = {
     "bare": run_bare,
     "fednorm": run_fednorm,
+    "adab2n": run_adab2n,
     "avalanche": partial(run_avalanche, strategy="er_ace", online=False),
     "avalanche-online": partial(run_avalanche, strategy="er_ace", online=True),
     "avalanche-replay": partial(run_avalanche, strategy="replay", online=False),
 }
-"""How each engine runs a case. All but the last, plain replay, train by ER-ACE."""
+"""How each engine runs a case. All but the last, plain replay, train by ER-ACE; ``adab2n`` with another norm."""
 
 EXACT = ("bare", "fednorm")
 """The engines that end with the same weights."""
@@ -287,6 +293,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         *(f"{name}: {case['summary']}." for name, case in result["cases"].items()),
         f"Of each step the fastest of {result['repeats']} runs; evaluation left out; largest difference: of a final "
         "weight to fednorm's (Avalanche draws other batches).",
+        "adab2n: fednorm with that norm in batch normalization's place.",
         "avalanche: its ER_ACE, two forward passes a step, memory filled before each experience; avalanche-online: the "
         "same on its split_online_stream, memory filled as samples come; avalanche-replay: its Replay. All on float "
         "tensors in memory, without evaluator and loggers.",

@@ -21,7 +21,7 @@ _TEST = 10
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCase:
-    """One stream: ER-ACE on a network with batch normalization, online, new and memory samples in one forward pass.
+    """One stream: ER-ACE online on a network with batch normalization, new and memory samples in one forward pass.
 
     Pixels and labels are drawn uniformly: what is timed does not depend on what they show.
 
@@ -37,6 +37,7 @@ class StreamCase:
         memory_size: Images that the memory holds.
         learning_rate: Of SGD.
         seed: Of the images, the weights, the batches, the memory and the augmentation.
+        norm: The normalization.
     """
 
     name: str
@@ -50,6 +51,7 @@ class StreamCase:
     memory_size: int = 500
     learning_rate: float = 0.03
     seed: int = 1
+    norm: str = "batch_norm"
 
     @property
     def steps(self) -> int:
@@ -61,7 +63,7 @@ class StreamCase:
         """Return the case in words."""
         augment = {"none": "no augmentation", "crop": "random crops", "crop_flip": "random crops and flips"}
         return (
-            f"{self.model} of width {self.width} with batch_norm, {self.image_size}×{self.image_size}, "
+            f"{self.model} of width {self.width} with {self.norm}, {self.image_size}×{self.image_size}, "
             f"{self.batch_size} new and {self.batch_size} memory images a step, {augment[self.augment]}, "
             f"{self.steps} timed steps"
         )
@@ -73,7 +75,7 @@ class StreamCase:
                 "kind": "continual",
                 "seed": self.seed,
                 "model": {"name": self.model, "width": self.width},
-                "norm": {"name": "batch_norm"},
+                "norm": {"name": self.norm},
                 "learner": {"name": "er_ace", "memory_size": self.memory_size},
                 "train": {
                     "batch_size": self.batch_size,

@@ -47,10 +47,11 @@ from torch.nn import functional
 
 from fednorm import options
 from fednorm.cards import Citation
-from fednorm.errors import ConfigError, DataError
+from fednorm.errors import ConfigError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
 from fednorm.norms._hearing import Hearing
 from fednorm.norms._precision import in_full_precision, widened
+from fednorm.norms._shares import BATCHES, Batch
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TaskedLayer, TensorSpec
 
@@ -78,25 +79,6 @@ def modified_momentum(step: int, momentum: float, kappa: float) -> float:
     return 1.0 / ((1.0 - decay) / (1.0 - base) + decay / first)
 
 
-class _Batch(NamedTuple):
-    """A batch's tasks, as all layers need them whose maps have one size.
-
-    Attributes:
-        share: 1 / (n_t P) at (part, its task), 0 elsewhere, shape (N * fold, num_tasks), P being the positions of a
-            sample; a part is a sample, or of what :func:`_folded` makes of one.
-        counts: n_t, shape (num_tasks,).
-        seen: 1 for tasks that have been seen, 0 for others, shape (num_tasks,).
-        present: 1 for tasks that are in the batch, 0 for others, shape (num_tasks,).
-        complete: Whether all tasks that have been seen are in the batch, so that the weights sum to 1.
-    """
-
-    share: Tensor
-    counts: Tensor
-    seen: Tensor
-    present: Tensor
-    complete: bool
-
-
 class _Step(NamedTuple):
     """What a layer makes of one training batch.
 
@@ -110,7 +92,7 @@ class _Step(NamedTuple):
         corrected: Whether absent tasks get no share.
     """
 
-    batch: _Batch
+    batch: Batch
     fold: int
     running: list[Tensor]
     eta: float
@@ -224,7 +206,7 @@ def _unfolded(maps: Tensor, like: Tensor, fold: int) -> Tensor:
 
 def _wide(values: Tensor, fold: int) -> Tensor:
     """Return values of shape (C,) for folded maps."""
-    return values if fold == 1 else values.repeat(fold)
+    return values if fold == 1 else values.expand(fold, -1).reshape(-1)  # half the time of ``repeat``
 
 
 def _sums(maps: Tensor, channels: int) -> Tensor:
@@ -251,53 +233,6 @@ def _twice_affine(maps: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
     zeros, ones = torch.zeros_like(factor), torch.ones_like(factor)
     y: Tensor = torch.native_batch_norm(rows, factor, offset.view(-1), zeros, ones, False, 0.0, 0.0)[0]
     return y.view(maps.shape)
-
-
-class _Batches:
-    """The latest batch's tasks: every layer of a network asks for the same, and they are made once a size of maps."""
-
-    MOST = 64
-    """Sizes that are kept; without tasks, batches of all sizes are of the same ones."""
-
-    def __init__(self) -> None:
-        self._latest: tuple[Any, Tensor | None] = (), None
-        self._made: dict[Any, _Batch] = {}
-
-    def of(self, tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor, fold: int) -> _Batch:
-        """Return what the layers make of a batch's tasks, in the type of ``x``; one task where there are none.
-
-        Raises:
-            DataError: There is not one task for each sample of ``x``.
-        """
-        if tasks is not None and len(tasks) != len(x):
-            raise DataError(
-                f"AdaB2N was given the tasks of {len(tasks)} samples and then a batch of {len(x)}. Call "
-                "set_tasks before every training forward, with one task number per sample."
-            )
-        asked = id(tasks), None if tasks is None else tasks._version
-        if asked != self._latest[0]:
-            # The tasks are kept too, so that no other tensor gets their id.
-            self._latest, self._made = (asked, tasks), {}
-        key = num_seen, num_tasks, x.shape, fold, x.dtype, x.device
-        batch = self._made.get(key)
-        if batch is None:
-            if len(self._made) == self.MOST:
-                self._made.clear()
-            batch = self._made[key] = _batch(tasks, num_seen, num_tasks, x, fold)
-        return batch
-
-
-def _batch(tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor, fold: int) -> _Batch:
-    numbers = torch.arange(num_tasks, device=x.device)
-    tasks = numbers.new_zeros(len(x)) if tasks is None else tasks
-    member = (tasks[:, None] == numbers).to(x.dtype)
-    counts = member.sum(0)
-    share = member / (counts.clamp_min(1.0) * (x.numel() // (len(x) * x.shape[1])))
-    seen, present = (numbers < num_seen).to(x.dtype), (counts > 0).to(x.dtype)
-    return _Batch(share.repeat_interleave(fold, 0), counts, seen, present, bool((seen == present).all()))
-
-
-_BATCHES = _Batches()
 
 
 @dataclass(slots=True)
@@ -389,7 +324,7 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
         if not (maps.is_contiguous() or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))):
             maps = maps.contiguous()
         now, config, fold = self._now, self.config, _fold(maps)
-        batch = _BATCHES.of(now.tasks, now.seen, config.num_tasks, maps, fold)
+        batch = BATCHES.of(now.tasks, now.seen, config.num_tasks, maps, fold)
         self.num_batches_tracked.add_(1)
         running = [widened(self.running_mean), widened(self.running_var)]
         step = _Step(batch, fold, running, self.eta, config.lambd, self.eps, config.corrected)
@@ -410,7 +345,7 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
     def _shares(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return 1 / n_t at (sample, its task), shape (N, T), and n_t, shape (T,), which a trace has too."""
         now = self._now
-        batch = _BATCHES.of(now.tasks, now.seen, self.config.num_tasks, x, 1)
+        batch = BATCHES.of(now.tasks, now.seen, self.config.num_tasks, x, 1)
         return batch.share[:, : now.seen] * (x.numel() // (len(x) * self.num_features)), batch.counts[: now.seen]
 
 
