@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fednorm.bench.bare import Data, federated_averaging
+from fednorm.bench.bare import federated_averaging
 from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
+from fednorm.bench.peers import setting_of
 from fednorm.config import choose
 from fednorm.cores import available_cores, usable_cores
-from fednorm.data.domain import pixels
 from fednorm.errors import ConfigError
 from fednorm.federation.cohort.work import work_of
 from fednorm.federation.executors import Answer, Executor, Job
@@ -52,26 +53,15 @@ def run_bare(case: Case, *, channels_last: bool = True) -> Cost:
         case: The case.
         channels_last: Lay images and weights out as the engine does; else as PyTorch does by default.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    bench = case.workbench()
-    model = bench.model.to(memory_format=layout)
-    clients = [
-        Data(
-            pixels(client.train.images[client.train.index]).contiguous(memory_format=layout),
-            client.train.labels[client.train.index],
-            pixels(client.test.images[client.test.index]).contiguous(memory_format=layout),
-            client.test.labels[client.test.index],
-        )
-        for client in bench.federation.clients
-    ]
+    setting = setting_of(case, torch.channels_last if channels_last else torch.contiguous_format)
     with torch_threads(THREADS), ProcessWatch(descendants=False) as watch:
         clock = RoundClock()
         tensors = federated_averaging(
-            model,
-            clients,
+            setting.model,
+            setting.clients,
             rounds=case.rounds + 1,
             batch_size=case.batch_size,
-            learning_rate=bench.config.train.learning_rate,
+            learning_rate=setting.learning_rate,
             seed=case.seed,
             on_round=clock.tick,
         )
@@ -142,6 +132,25 @@ def run_flower(case: Case) -> Cost:
     return cost(times, watch.cpu_at(times), watch.memory, tensors)
 
 
+def run_peer(case: Case, *, name: str) -> Cost:
+    """Run a case in another simulator, in this process.
+
+    Args:
+        case: The case.
+        name: The simulator's module.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    peer = import_module(f"fednorm.bench.peers.{name}")
+    with torch_threads(THREADS):
+        run: Cost = peer.run(case)
+    return run
+
+
+PEERS: Mapping[str, str] = {"fluke": "fluke-fl", "blazefl": "blazefl", "pfl": "pfl"}
+"""Other simulators, and what the package of each is called."""
+
 ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "bare": run_bare,
     "bare-contiguous": partial(run_bare, channels_last=False),
@@ -149,11 +158,12 @@ ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "workers": run_workers,
     "cohort": run_cohort,
     "flower": run_flower,
+    **{name: partial(run_peer, name=name) for name in PEERS},
 }
 """How each engine runs a case. ``bare-contiguous`` is the bare loop in PyTorch's default memory layout."""
 
-BARE = ("bare", "bare-contiguous")
-"""Engines that do federated averaging alone."""
+PLAIN = ("bare", "bare-contiguous", *PEERS)
+"""Engines that are given cases of federated averaging alone: the bare loops, and the other simulators."""
 
 
 def bench_engine(
@@ -185,13 +195,14 @@ def bench_engine(
         choose("against", name, ENGINES)
     engines = [name for name in ENGINES if name in {*against, "fednorm"}]
     documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in map(case_of, cases)}
-    return {"kind": "bench engine", "machine": _machine(), "repeats": repeats, "cases": documents}
+    peers = {name: metadata.version(package) for name, package in PEERS.items() if name in engines}
+    return {"kind": "bench engine", "machine": _machine() | {"peers": peers}, "repeats": repeats, "cases": documents}
 
 
 def _bench_case(
     case: Case, engines: Sequence[str], repeats: int, on_line: Callable[[str], None] | None
 ) -> dict[str, Any]:
-    costs: dict[str, list[Cost]] = {name: [] for name in engines if case.plain or name not in BARE}
+    costs: dict[str, list[Cost]] = {name: [] for name in engines if case.plain or name not in PLAIN}
     for repeat in range(repeats):
         for name in costs:
             costs[name].append(run := ENGINES[name](case))
@@ -233,7 +244,9 @@ def _fastest(runs: Iterable[Sequence[float]]) -> float:
 
 
 def _difference(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    return max(float((tensors[key].double() - other.double()).abs().max()) for key, other in others.items())
+    """Return the largest difference of a weight that both have: not every simulator averages buffers."""
+    shared = tensors.keys() & others.keys()
+    return max(float((tensors[key].double() - others[key].double()).abs().max()) for key in shared)
 
 
 def _machine() -> dict[str, Any]:
@@ -287,5 +300,18 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         f"{machine['cores']} cores ({machine['cpu_capability']}), {machine['torch_threads']} PyTorch thread a process, "
         f"load average {machine['load_average']}; "
         f"torch {found['torch']}, flwr {found['flwr']}, Python {found['python']}.",
+        *_peers_note(result),
     )
     return Table("Engine", columns, tuple(rows), notes)
+
+
+def _peers_note(result: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know of the other simulators that were run, if any were."""
+    peers: Mapping[str, str] = result["machine"]["peers"]
+    if not peers:
+        return []
+    shown = ", ".join(f"{name} {version}" for name, version in peers.items())
+    return [
+        f"{shown}: one process, float images in memory in each client's order, all test images in one pass. blazefl "
+        "takes PyTorch's default memory layout alone; pfl averages parameters, and no running statistics.",
+    ]

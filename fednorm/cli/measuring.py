@@ -22,14 +22,15 @@ def bench_engine(
     against: Annotated[
         str,
         typer.Option(
-            help="Engines to compare with, separated by commas: bare, workers, cohort, flower, bare-contiguous."
+            help="Engines to compare with, separated by commas: bare, workers, cohort, flower, bare-contiguous; other "
+            "simulators (the extra bench): fluke, blazefl, pfl."
         ),
     ] = "bare,workers",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Time the in-process runtime beside a bare PyTorch loop and Flower's Ray runtime."""
+    """Time the in-process runtime beside a bare PyTorch loop, Flower's Ray runtime and other simulators."""
     with starting():
         from fednorm.cli.bench import run_bench_engine
 
