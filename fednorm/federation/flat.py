@@ -73,6 +73,7 @@ class FlatLayout:
                 self.length += tensor.numel()
         self._fitting: tuple[object, object, bool] = (None, None, False)
         self._chosen: tuple[Sequence[str], Tensor] = ((), torch.zeros(0, dtype=torch.int64))
+        self._some: tuple[Sequence[str], tuple[FlatLayout, Tensor] | None] = ((), None)
 
     def part(self, vector: Tensor, key: str) -> Tensor | None:
         """Return a tensor as a part of a vector; None for one that is in none."""
@@ -81,6 +82,26 @@ class FlatLayout:
             return None
         start, count, shape = place
         return vector[start : start + count].view(shape)
+
+    def holds(self, key: str) -> bool:
+        """Return whether a tensor is in the vector."""
+        return key in self._places
+
+    def part_of_each(self, vectors: Tensor, key: str) -> Tensor:
+        """Return a tensor, which is in the vectors, of each of them: shape (k, ...) of vectors of shape (k, length)."""
+        start, count, shape = self._places[key]
+        return vectors[:, start : start + count].reshape(-1, *shape)
+
+    def some(self, keys: Sequence[str]) -> tuple[FlatLayout, Tensor] | None:
+        """Return the layout of some tensors' own vector, and where its values stand in this one's, int64.
+
+        None where not all of them are in this one; found once for the same keys.
+        """
+        if self._some[0] is not keys:
+            held = all(map(self.holds, keys))
+            like = {key: torch.empty(self.forms[key][0], device="meta") for key in keys} if held else {}
+            self._some = keys, (FlatLayout(like), self._rows(keys)) if held else None
+        return self._some[1]
 
     def fits(self, keys: Sequence[str], forms: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> bool:
         """Return whether the tensors are those of some keys, in order, of their forms; looked at once."""
@@ -92,10 +113,13 @@ class FlatLayout:
     def chosen(self, keys: Sequence[str]) -> Tensor:
         """Return where in a vector the values of some tensors stand, int64; found once for the same keys."""
         if self._chosen[0] is not keys:
-            places = [self._places[key] for key in keys if key in self._places]
-            rows = [torch.arange(start, start + count) for start, count, _ in places]
-            self._chosen = keys, torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
+            self._chosen = keys, self._rows(keys)
         return self._chosen[1]
+
+    def _rows(self, keys: Sequence[str]) -> Tensor:
+        places = [self._places[key] for key in keys if key in self._places]
+        rows = [torch.arange(start, start + count) for start, count, _ in places]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
 
 
 class FlatTensors(Mapping[str, Tensor]):
@@ -120,6 +144,14 @@ class FlatTensors(Mapping[str, Tensor]):
         """Return a tensor, which must not be written to."""
         part = self.layout.part(self.flat, key)
         return self._others[key] if part is None else part
+
+    def some(self, keys: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return some of the tensors, in memory of their own where all are parts of the vector."""
+        some = self.layout.some(keys)
+        if some is None:
+            return {key: self[key] for key in keys}
+        layout, rows = some
+        return FlatTensors(self.flat[rows], layout, {})
 
     def __iter__(self) -> Iterator[str]:
         """Yield the keys."""

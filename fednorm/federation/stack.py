@@ -17,6 +17,7 @@ import torch
 from flwr.app import Array
 from torch import Tensor
 
+from fednorm.federation.flat import FlatLayout, FlatTensors
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.wire import LazyRecord, MemoryArray
 from fednorm.roles import NEVER_NEGATIVE
@@ -189,37 +190,58 @@ def some_of(tensors: Mapping[str, Tensor], keys: Sequence[str]) -> Mapping[str, 
     """Return some of a client's tensors; of a row, a row of a smaller stack, so that the whole one can go."""
     if isinstance(tensors, StackRow):
         return StackRow(tensors.stack.part(keys), tensors.number)
+    if isinstance(tensors, FlatTensors):
+        return tensors.some(keys)
     return {key: tensors[key] for key in keys}
 
 
 class Gathered:
-    """Several clients' tensors, of which rows of one stack are looked up together.
+    """Several clients' tensors; rows of one stack, and parts of vectors laid out alike, are looked up together.
 
     Args:
         clients: Each one's, in order.
     """
 
     def __init__(self, clients: Sequence[Mapping[str, Tensor]]) -> None:
-        self._groups = [
-            (stack, list(group))
-            for stack, group in groupby(clients, key=lambda own: own.stack if isinstance(own, StackRow) else None)
-        ]
-        self._numbers = [[row.number for row in own if isinstance(row, StackRow)] for _, own in self._groups]
+        self._groups = [_Group(shared, list(own)) for shared, own in groupby(clients, key=_shared)]
 
     def have(self, key: str) -> bool:
         """Return whether every client has a tensor."""
-        return all(
-            key in stack.tensors if stack is not None else all(key in tensors for tensors in own)
-            for stack, own in self._groups
-        )
+        return all(group.have(key) for group in self._groups)
 
     def of_each(self, key: str) -> Tensor:
         """Return one tensor of all clients, shape (k, ...)."""
-        parts = [
-            torch.stack([tensors[key] for tensors in own]) if stack is None else stack.rows(key, numbers)
-            for (stack, own), numbers in zip(self._groups, self._numbers, strict=True)
-        ]
+        parts = [group.of_each(key) for group in self._groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _shared(tensors: Mapping[str, Tensor]) -> Stack | FlatLayout | None:
+    """Return what a client's tensors share with others': a stack, or where they stand in a vector."""
+    if isinstance(tensors, StackRow):
+        return tensors.stack
+    return tensors.layout if isinstance(tensors, FlatTensors) else None
+
+
+class _Group:
+    """Clients in a row whose tensors share something, or nothing."""
+
+    def __init__(self, shared: Stack | FlatLayout | None, own: Sequence[Mapping[str, Tensor]]) -> None:
+        self._shared, self._own = shared, own
+        self._numbers = [row.number for row in own if isinstance(row, StackRow)]
+        flats = [tensors.flat for tensors in own if isinstance(tensors, FlatTensors)]
+        self._vectors = torch.stack(flats) if flats else torch.empty(0)
+
+    def have(self, key: str) -> bool:
+        if isinstance(self._shared, Stack):
+            return key in self._shared.tensors
+        return all(key in tensors for tensors in self._own)
+
+    def of_each(self, key: str) -> Tensor:
+        if isinstance(self._shared, Stack):
+            return self._shared.rows(key, self._numbers)
+        if self._shared is not None and self._shared.holds(key):
+            return self._shared.part_of_each(self._vectors, key)
+        return torch.stack([tensors[key] for tensors in self._own])
 
 
 def of_each(clients: Sequence[Mapping[str, Tensor]], key: str) -> Tensor:
