@@ -10,6 +10,7 @@ from typing import Any
 
 from flwr.app import Context, RecordDict
 
+from fednorm.allocation import large_blocks_kept
 from fednorm.config import RunConfig
 from fednorm.federation.executors import Executor
 from fednorm.federation.executors.choice import executor_of, workers_of
@@ -65,6 +66,6 @@ def simulate(
     carrying = executor(made)
     grid = InProcessGrid(carrying, len(made.federation.clients), dict(run_config))
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config))
-    with torch_threads(config.threads), closing(carrying), lasting_objects():
+    with large_blocks_kept(), torch_threads(config.threads), closing(carrying), lasting_objects():
         server_app(grid, context)
     return results[0]

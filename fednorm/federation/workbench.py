@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fednorm import device as devices
+from fednorm.allocation import keep_large_blocks
 from fednorm.config import RunConfig, resolve
 from fednorm.data import load_federation
 from fednorm.data.domain import Client, Federation, pooled
@@ -478,6 +479,7 @@ def _workbench(config: str, clients: str) -> Workbench:
 
         bench.keeping = keeping_in(clients)
     torch.set_num_threads(bench.config.threads)  # Flower's processes are ours alone
+    keep_large_blocks()
     return bench
 
 

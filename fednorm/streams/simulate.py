@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fednorm.allocation import large_blocks_kept
 from fednorm.cards import OPTIMIZERS
 from fednorm.config import RunConfig
 from fednorm.device import on_cpu
@@ -95,7 +96,7 @@ def simulate(
     record = RunRecord(runs, config) if runs else None
     if record and (finished := record.result()):
         return finished
-    with torch_threads(config.threads):
+    with large_blocks_kept(), torch_threads(config.threads):
         made = bench or ContinualWorkbench(config)
         if record is None:
             return _Run(made, None, observer).go()
