@@ -1,8 +1,9 @@
 """``fednorm bench engine``: what a federated run costs here, beside a bare PyTorch loop and Flower's own runtime.
 
 Every engine runs the same case to the same weights, which is checked. All of them run a first round to warm up, which
-counts as start; the rounds after it are timed. Engines take turns within each repetition, so that a slow minute of the
-machine meets all of them, and the fastest round of each counts: whatever else runs on a machine only adds time.
+counts as start; the rounds after it are timed. Engines take turns within each repetition, each in a process of its own,
+so that a slow minute of the machine meets all of them, and the fastest round of each counts: whatever else runs on a
+machine only adds time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fednorm.bench.alone import alone
 from fednorm.bench.bare import federated_averaging
 from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
@@ -205,7 +207,7 @@ def _bench_case(
     costs: dict[str, list[Cost]] = {name: [] for name in engines if case.plain or name not in PLAIN}
     for repeat in range(repeats):
         for name in costs:
-            costs[name].append(run := ENGINES[name](case))
+            costs[name].append(run := alone(ENGINES[name], case))
             if on_line:
                 on_line(f"{case.name}, {name}, run {repeat + 1} of {repeats}: {min(run.cpu):.3f} CPU seconds a round")
     bare = {
@@ -244,8 +246,8 @@ def _fastest(runs: Iterable[Sequence[float]]) -> float:
 
 
 def _difference(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> float:
-    """Return the largest difference of a weight that both have: not every simulator averages buffers."""
-    shared = tensors.keys() & others.keys()
+    """Return the largest difference of a weight that both have: not every simulator averages buffers, or counters."""
+    shared = [key for key in tensors.keys() & others.keys() if others[key].is_floating_point()]
     return max(float((tensors[key].double() - others[key].double()).abs().max()) for key in shared)
 
 

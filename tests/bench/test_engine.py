@@ -157,6 +157,7 @@ def result(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "flower": fake([(8.0, 7.0), (7.5, 9.0)], 1.25),
     }
     monkeypatch.setattr(engine, "ENGINES", fakes)
+    monkeypatch.setattr(engine, "alone", lambda run, case: run(case))
     monkeypatch.setattr(engine, "case_of", lambda name: SMALL if name == "small" else pytest.fail(name))
     lines: list[str] = []
     document = bench_engine(["small"], ["flower", "bare"], 2, lines.append)
@@ -194,6 +195,7 @@ def test_table_says_what_the_document_says(result: dict[str, Any]) -> None:
 
 def test_without_the_bare_loop_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "ENGINES", {"fednorm": fake([(1.0, 2.0)], 1.0)})
+    monkeypatch.setattr(engine, "alone", lambda run, case: run(case))
     monkeypatch.setattr(engine, "case_of", lambda _: SMALL)
     document = bench_engine(["small"], [], 1)
     found = document["cases"]["small"]["engines"]["fednorm"]
