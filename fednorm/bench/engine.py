@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module, metadata
 from pathlib import Path
@@ -26,6 +27,7 @@ from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
 from fednorm.bench.peers import setting_of
+from fednorm.cards import STRATEGIES
 from fednorm.config import choose
 from fednorm.cores import available_cores, usable_cores
 from fednorm.errors import ConfigError
@@ -169,7 +171,12 @@ PLAIN = ("bare", "bare-contiguous", *PEERS)
 
 
 def bench_engine(
-    cases: Sequence[str], against: Sequence[str], repeats: int, on_line: Callable[[str], None] | None = None
+    cases: Sequence[str],
+    against: Sequence[str],
+    repeats: int,
+    on_line: Callable[[str], None] | None = None,
+    *,
+    strategy: str = "",
 ) -> dict[str, Any]:
     """Time fednorm's engine beside others.
 
@@ -178,6 +185,7 @@ def bench_engine(
         against: Names of :data:`ENGINES`; ``fednorm`` is always run.
         repeats: How often each engine runs each case.
         on_line: Is told what has been measured, a line at a time.
+        strategy: That of every case, with the norm that it brings along; each case's own if empty.
 
     Returns:
         A document for JSON: ``machine``, and for each of ``cases`` its ``engines`` with, each a round: ``cpu_seconds``
@@ -188,7 +196,7 @@ def bench_engine(
 
     Raises:
         ConfigError: An engine is unknown or not installed, or ``repeats`` is less than 1.
-        UnknownNameError: There is no such case.
+        UnknownNameError: There is no such case, or no such strategy.
         AggregationError: Flower's run failed.
     """
     if repeats < 1:
@@ -196,7 +204,10 @@ def bench_engine(
     for name in against:
         choose("against", name, ENGINES)
     engines = [name for name in ENGINES if name in {*against, "fednorm"}]
-    documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in map(case_of, cases)}
+    if strategy:
+        STRATEGIES.require(strategy)
+    asked = [replace(case, strategy=strategy or case.strategy) for case in map(case_of, cases)]
+    documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in asked}
     peers = {name: metadata.version(package) for name, package in PEERS.items() if name in engines}
     return {"kind": "bench engine", "machine": _machine() | {"peers": peers}, "repeats": repeats, "cases": documents}
 

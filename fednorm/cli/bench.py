@@ -9,10 +9,14 @@ from fednorm.cli.options import names
 from fednorm.cli.report import show
 
 
-def run_bench_engine(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:
+def run_bench_engine(case: str, against: str, repeats: int, *, strategy: str, markdown: bool, as_json: bool) -> None:
     """Run the cases and print their table."""
     result = bench_engine(
-        names(case, CASES), names(against, ()), repeats, on_line=lambda line: err().print(line, markup=False)
+        names(case, CASES),
+        names(against, ()),
+        repeats,
+        on_line=lambda line: err().print(line, markup=False),
+        strategy=strategy,
     )
     if as_json:
         print_json(result)

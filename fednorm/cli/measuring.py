@@ -26,6 +26,7 @@ def bench_engine(
             "simulators (the extra bench): fluke, blazefl, pfl."
         ),
     ] = "bare,workers",
+    strategy: Annotated[str, typer.Option(help="Of every case, with its norm; each case's own by default.")] = "",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
@@ -34,7 +35,7 @@ def bench_engine(
     with starting():
         from fednorm.cli.bench import run_bench_engine
 
-    run_bench_engine(case, against, repeats, markdown=markdown, as_json=as_json)
+    run_bench_engine(case, against, repeats, strategy=strategy, markdown=markdown, as_json=as_json)
 
 
 @bench_app.command("continual")

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fednorm.bench import engine
+from fednorm.bench.alone import alone
 from fednorm.bench.bare import Data, federated_averaging
 from fednorm.bench.case import CASES, Case, case_of
 from fednorm.bench.engine import bench_engine, bench_table, run_bare, run_cohort, run_fednorm, run_flower
 from fednorm.bench.meter import Cost, ProcessWatch, cost
-from fednorm.errors import ConfigError, UnknownNameError
+from fednorm.errors import ConfigError, FedNormError, UnknownNameError
 from fednorm.rng import stream_seed
 
 SMALL = Case(name="small", clients=3, train=10, test=70, image_size=8, width=4, batch_size=4, rounds=2)
@@ -212,6 +213,31 @@ def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
         bench_engine(["tiny-100"], ["bare"], 1)
     with pytest.raises(ConfigError, match="repeats must be at least 1; got 0"):
         bench_engine(["tiny-1000"], ["bare"], 0)
+    with pytest.raises(UnknownNameError, match=r"no strategy named 'fedwom'\. Did you mean 'fedwon'"):
+        bench_engine(["tiny-1000"], [], 1, strategy="fedwom")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a run has no process of its own")
+def test_a_case_with_another_strategy_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "case_of", lambda _: SMALL)
+    document = bench_engine(["small"], ["bare"], 1, strategy="fedwon")["cases"]["small"]
+    assert list(document["engines"]) == ["fednorm"], "the bare loop does federated averaging alone"
+    assert document["summary"].endswith("digits_cnn of width 4, fedwon")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a run has no process of its own")
+def test_what_an_engine_raises_comes_out_and_so_does_its_death() -> None:
+    def refuse(case: Case) -> Cost:
+        raise ConfigError(f"{case.name} is refused")
+
+    def die(case: Case) -> Cost:
+        del case
+        os._exit(3)
+
+    with pytest.raises(ConfigError, match="small is refused"):
+        alone(refuse, SMALL)
+    with pytest.raises(FedNormError, match="case small was run ended with exit code 3"):
+        alone(die, SMALL)
 
 
 BUSY = "import time\nend = time.process_time() + {seconds}\nwhile time.process_time() < end: pass\n"
