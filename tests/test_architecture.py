@@ -25,6 +25,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fednorm.cores",
         "fednorm.signals",
         "fednorm.literals",
+        "fednorm.importing",
+        "fednorm.allocation",
     ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),
@@ -152,7 +154,7 @@ def test_only_the_table_of_cards_knows_strategies_and_scenarios() -> None:
         assert ours <= {"fednorm.cards"}
     loaders = {name_of(path) for path in FILES if "import_module" in path.read_text(encoding="utf-8")}
     assert {name for name in loaders if within(name, "fednorm")} <= {
-        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue",
+        "fednorm", "fednorm.avalanche", "fednorm.cards", "fednorm.cli.catalogue", "fednorm.importing",
     }  # fmt: skip
 
 

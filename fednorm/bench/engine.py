@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fednorm.bench.bare import federated_averaging
 from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
-from fednorm.bench.peers import setting_of
+from fednorm.bench.peers import blazefl, fluke, pfl, setting_of
 from fednorm.cards import STRATEGIES
 from fednorm.config import choose
 from fednorm.cores import available_cores, usable_cores
@@ -136,20 +136,18 @@ def run_flower(case: Case) -> Cost:
     return cost(times, watch.cpu_at(times), watch.memory, tensors)
 
 
-def run_peer(case: Case, *, name: str) -> Cost:
+def run_peer(case: Case, *, run: Callable[[Case], Cost]) -> Cost:
     """Run a case in another simulator, in this process.
 
     Args:
         case: The case.
-        name: The simulator's module.
+        run: Runs it there.
 
     Raises:
         ConfigError: It is not installed.
     """
-    peer = import_module(f"fednorm.bench.peers.{name}")
     with torch_threads(THREADS):
-        run: Cost = peer.run(case)
-    return run
+        return run(case)
 
 
 PEERS: Mapping[str, str] = {"fluke": "fluke-fl", "blazefl": "blazefl", "pfl": "pfl"}
@@ -162,7 +160,9 @@ ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "workers": run_workers,
     "cohort": run_cohort,
     "flower": run_flower,
-    **{name: partial(run_peer, name=name) for name in PEERS},
+    "fluke": partial(run_peer, run=fluke.run),
+    "blazefl": partial(run_peer, run=blazefl.run),
+    "pfl": partial(run_peer, run=pfl.run),
 }
 """How each engine runs a case. ``bare-contiguous`` is the bare loop in PyTorch's default memory layout."""
 

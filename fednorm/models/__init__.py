@@ -8,7 +8,8 @@ and the normalizer-free residual form alike. A stranger's network that was not b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, cast
 
@@ -232,12 +233,35 @@ def build_model(name: str, order: Order, *, seed: int = 0) -> Built:
     spec = MODELS[name]
     order = replace(order, image_size=order.image_size or spec.input_size)
     spec.require(order)
-    with torch_seeded(seed, *spec.stream):
+    with torch_seeded(seed, *spec.stream), _small_enough(spec, order):
         built = spec.build(order)
     if not order.feature_norm:
         return built
     shape = (2, order.in_channels, order.image_size, order.image_size)
     return replace(built, notes=(*built.notes, normalize_features(built.model, order.num_classes, shape)))
+
+
+@contextmanager
+def _small_enough(spec: ModelSpec, order: Order) -> Iterator[None]:
+    """Say in a sentence that a network cannot be held: a stranger's is not measured before it is built.
+
+    Raises:
+        ConfigError: What is done within asks for more memory than there is, or for more entries than can be numbered.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError, TypeError) as error:
+        if not isinstance(error, MemoryError | OverflowError) and not any(words in str(error) for words in _TOO_LARGE):
+            raise
+        raise ConfigError(
+            f"model {spec.name} of width {shown(order.width or spec.width)} for images of {shown(order.image_size)} "
+            "pixels a side is larger than this machine can hold. Lower model.width or the images' size, or take "
+            "another model."
+        ) from error
+
+
+_TOO_LARGE = ("allocate memory", "not enough memory", "verflow")
+"""What PyTorch says of tensors that are too large, in errors of several types."""
 
 
 def make_model(

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from fednorm.cards import MODELS, source_digest
+from fednorm.config import resolve
 from fednorm.errors import ConfigError
-from fednorm.models import Order, build_model
+from fednorm.federation.workbench import Workbench
+from fednorm.models import Order, build_model, cnn
 from fednorm.norms import make_norm
 from fednorm.spec import Norm
 
@@ -237,3 +239,18 @@ def test_an_installed_package_offers_a_model_by_name(tmp_path: Path, monkeypatch
     assert list(card.declared) == ["depth"]
     assert (family.is_foreign("tiny-net"), family.is_foreign("Digits-CNN")) == (True, False)
     assert len(source_digest("tiny_net", card)) == 12
+
+
+@pytest.mark.parametrize("width", [10**6, 2**63], ids=["36 terabytes", "more than can be numbered"])
+def test_a_network_given_as_an_object_that_cannot_be_held_is_a_sentence(width: int) -> None:
+    with pytest.raises(ConfigError, match=r"model cnn of width .* is larger than this machine can hold\. Lower model"):
+        Workbench(resolve({"model": {"name": cnn.SPEC, "width": width}}))
+
+
+def test_what_a_strangers_network_raises_else_is_not_called_large() -> None:
+    def broken(num_classes: int) -> nn.Module:
+        raise RuntimeError(f"no weights for {num_classes} classes")
+
+    with pytest.raises(Exception, match="no weights for 10 classes") as raised:
+        Workbench(resolve({"model": {"name": broken}}))
+    assert "larger than this machine" not in str(raised.value)
