@@ -70,9 +70,7 @@ class _Later(TyperCommand):
         """The command itself."""
         alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         alone.registered_commands = [self._info]
-        made = typer.main.get_command(alone)
-        made.name = self.name
-        return made
+        return typer.main.get_command(alone)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
         """Return the context of a call of the command itself, which is then its context's."""

@@ -33,16 +33,6 @@ class Batch(NamedTuple):
     complete: bool
 
 
-class _Tasks(NamedTuple):
-    """What the shares of all sizes are made of: 1 at (sample, its task), and a batch's fields beside the shares."""
-
-    member: Tensor
-    counts: Tensor
-    seen: Tensor
-    present: Tensor
-    complete: bool
-
-
 class Batches:
     """The latest batch's tasks, and what has been made of them."""
 
@@ -51,7 +41,7 @@ class Batches:
 
     def __init__(self) -> None:
         self._latest: tuple[Any, Tensor | None] = (), None
-        self._counted: dict[Any, _Tasks] = {}
+        self._counted: dict[Any, Batch] = {}
         self._made: dict[Any, Batch] = {}
 
     def of(self, tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor, fold: int) -> Batch:
@@ -89,19 +79,19 @@ class Batches:
         return batch
 
 
-def _counted(tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor) -> _Tasks:
+def _counted(tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor) -> Batch:
+    """Return a batch's tasks with 1 at (sample, its task) for the shares, of which those of any size are made."""
     numbers = torch.arange(num_tasks, device=x.device)
     tasks = numbers.new_zeros(len(x)) if tasks is None else tasks
     member = (tasks[:, None] == numbers).to(x.dtype)
     counts = member.sum(0)
     seen, present = (numbers < num_seen).to(x.dtype), (counts > 0).to(x.dtype)
-    return _Tasks(member, counts, seen, present, bool((seen == present).all()))
+    return Batch(member, counts, seen, present, bool((seen == present).all()))
 
 
-def _shared(tasks: _Tasks, x: Tensor, fold: int) -> Batch:
-    share = tasks.member / (tasks.counts.clamp_min(1.0) * (x.numel() // (len(x) * x.shape[1])))
-    parts = share if fold == 1 else share.repeat_interleave(fold, 0)
-    return Batch(parts, tasks.counts, tasks.seen, tasks.present, tasks.complete)
+def _shared(counted: Batch, x: Tensor, fold: int) -> Batch:
+    share = counted.share / (counted.counts.clamp_min(1.0) * (x.numel() // (len(x) * x.shape[1])))
+    return counted._replace(share=share if fold == 1 else share.repeat_interleave(fold, 0))
 
 
 BATCHES = Batches()
