@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from typing import Any
 
 import psutil
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 from fednorm import allocation
 from fednorm.allocation import keep_large_blocks, large_blocks_kept
+from fednorm.config import resolve
+from fednorm.federation import simulate as federated
+from fednorm.streams import simulate as continual
 
 pytestmark = pytest.mark.skipif(
     allocation._library() is None, reason="another C library than Linux's usual one, or one that was told otherwise"
@@ -68,4 +72,26 @@ def test_whoever_has_chosen_otherwise_is_left_alone(name: str, monkeypatch: pyte
 def test_it_is_undone_when_a_run_fails() -> None:
     with pytest.raises(KeyError), large_blocks_kept():
         raise KeyError
+    assert allocation._depth == 0
+
+
+class Depths:
+    """An observer of a run of either kind, which notes how many runs keep blocks whenever it is told something."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def __getattr__(self, _: str) -> Any:
+        return lambda *_: self.seen.add(allocation._depth)
+
+
+def test_a_run_of_either_kind_keeps_blocks_and_gives_them_back() -> None:
+    small: dict[str, Any] = {"model": {"width": 4}, "data": {"train_per_client": 16, "test_per_domain": 8}}
+    depths = Depths()
+    federated.simulate(resolve({**small, "rounds": {"num_rounds": 1}}), runs=None, observer=depths)
+    assert depths.seen == {1}
+    depths = Depths()
+    stream = {"kind": "continual", "model": {"width": 4}, "scenario": {"train_per_experience": 16}}
+    continual.simulate(resolve({**stream, "train": {"epochs": 1}}), runs=None, observer=depths)
+    assert depths.seen == {1}
     assert allocation._depth == 0
