@@ -114,10 +114,12 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
     client, config = bench.client(context), config_of(content)
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
-    _take_network(bench, client, content, context)
+    as_sent = _take_network(bench, client, content, context)
     if client_adaptation.ADAPTATION in config:
         return RecordDict({"metrics": MetricRecord(dict(client_adaptation.scores(bench, client, content)))})
-    scores = _scores(bench, client, in_a_round="mode" not in config)
+    scores = _scores(bench, client, in_a_round="mode" not in config, as_evaluated=as_sent and bench.untouched.now)
+    if as_sent:
+        bench.untouched.note(arrays_of(content, "arrays"))
     return record_dict({"metrics": metric_record(scores)})
 
 
@@ -128,19 +130,28 @@ def _refined(bench: Workbench, content: RecordDict, context: Context) -> RecordD
     return RecordDict({EXTRA: pack(client_adaptation.refine(bench, client, content))})
 
 
-def _take_network(bench: Workbench, client: Client, content: RecordDict, context: Context) -> None:
-    """Write the network that a message's mode asks to evaluate into the workbench's model."""
+def _take_network(bench: Workbench, client: Client, content: RecordDict, context: Context) -> bool:
+    """Write the network that a message's mode asks to evaluate into the workbench's model.
+
+    Returns:
+        Whether it is what the server sent and nothing else.
+    """
     config = config_of(content)
     complete = bench.receive(arrays_of(content, "arrays"), context.state)
+    alone = LOCAL_RECORD not in context.state
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
-    elif not client.held_out:
-        if not complete:
-            reestimate_on(bench, client.train, len(client.train))
-        side = bench.strategy.local
-        if config.get("mode", "own") == "own" and side.before_evaluation is not Local.before_evaluation:
-            turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
-            side(bench.strategy).before_evaluation(turn)
+        return False
+    if client.held_out:
+        return alone
+    if not complete:
+        reestimate_on(bench, client.train, len(client.train))
+    side = bench.strategy.local
+    if config.get("mode", "own") == "own" and side.before_evaluation is not Local.before_evaluation:
+        turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
+        side(bench.strategy).before_evaluation(turn)
+        return False
+    return alone and complete
 
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:
@@ -242,17 +253,19 @@ def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def score(bench: Workbench, split: Split) -> dict[str, float]:
+def score(bench: Workbench, split: Split, *, ready: bool = False) -> dict[str, float]:
     """Evaluate the workbench's model on some images.
 
     Args:
         bench: Its model holds the tensors to evaluate.
         split: The images; may be empty.
+        ready: Whether the model is in evaluation mode already.
 
     Returns:
         ``num-examples``, mean ``loss`` and ``accuracy`` in [0, 1]; zeros where there are no images.
     """
-    bench.trainee.trainable.evaluation_mode()
+    if not ready:
+        bench.trainee.trainable.evaluation_mode()
     loss, hits = 0.0, 0
     for images, labels in _batches(split, bench.config.evaluate.batch_size):
         logits = bench.model(images)
@@ -262,12 +275,20 @@ def score(bench: Workbench, split: Split) -> dict[str, float]:
     return {"num-examples": count, "loss": loss / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
-def _scores(bench: Workbench, client: Client, *, in_a_round: bool) -> dict[str, float]:
-    """Return a client's scores, in a round those on its images held back too where these choose the best round."""
+def _scores(bench: Workbench, client: Client, *, in_a_round: bool, as_evaluated: bool) -> dict[str, float]:
+    """Return a client's scores, in a round those on its images held back too where these choose the best round.
+
+    Args:
+        bench: Its model holds what is scored.
+        client: The client.
+        in_a_round: Whether this is a round's evaluation.
+        as_evaluated: Whether the model is as the last evaluation left it.
+    """
     evaluate = bench.config.evaluate
-    scores = score(bench, client.validation if evaluate.split == "validation" else client.test)
+    split = client.validation if evaluate.split == "validation" else client.test
+    scores = score(bench, split, ready=as_evaluated)
     if evaluate.best_round and in_a_round:
-        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation).items()}
+        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation, ready=True).items()}
     return scores
 
 

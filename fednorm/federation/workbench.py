@@ -35,6 +35,7 @@ from fednorm.federation.local import Turn, held
 from fednorm.federation.plan import NormPlan
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import Common, NormStrategy
+from fednorm.federation.untouched import Untouched
 from fednorm.federation.wire import FlatRecord, arrays_of, config_of, pack, unpack
 from fednorm.memory import require_memory
 from fednorm.roles import LEARNED, STATISTICS, Role
@@ -67,11 +68,11 @@ class Workbench:
         model: The one model; whose tensors it holds changes with every turn.
         strategy: The run's strategy.
         plan: The strategy's norm plan.
+        untouched: Whether the model still is what clients were evaluated on.
         trainee: What trains: the model, its optimizer, the effects around an update.
         schedule: Of the learning rate, over the rounds.
         engine: What carries out its clients' turns, once that is decided.
-        lends: Whether what a client's turn returns may be the model's own tensors: a worker lays it into shared memory
-            before the next turn.
+        lends: Whether a client's turn may return the model's own tensors, which a worker lays into shared memory.
     """
 
     lends = False
@@ -118,6 +119,7 @@ class Workbench:
         self.strategy.num_rounds, self.strategy.num_experiences = self.num_rounds, self.num_experiences
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
+        self.untouched = Untouched(self._state.values())
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
         self._learned = {
             key: parameter
@@ -376,7 +378,8 @@ class Workbench:
         """
         sent = self._unpacked(arrays)
         own = unpack(arrays_of(state, LOCAL_RECORD)) if LOCAL_RECORD in state else {}
-        self.write(received(self.plan, sent, own, self._initial))
+        if not self.untouched.ask(arrays, alone=not own):
+            self.write(received(self.plan, sent, own, self._initial))
         return all(key in sent or key in own for key in self.plan.local if self.plan.by_key[key].kind in STATISTICS)
 
     def _unpacked(self, arrays: ArrayRecord) -> Mapping[str, Tensor]:
@@ -392,8 +395,7 @@ class Workbench:
         Raises:
             KeyError: An entry of the state dict is missing; that is our own mistake.
         """
-        targets = list(self._state.values())
-        torch._foreach_copy_(targets, [tensors[key] for key in self._state])
+        torch._foreach_copy_(list(self._state.values()), [tensors[key] for key in self._state])
 
     def read(self, keys: Iterable[str]) -> dict[str, Tensor]:
         """Return copies of some of the model's tensors, on the CPU; its own, where the workbench :attr:`lends` them."""
