@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fednorm.literals",
         "fednorm.importing",
         "fednorm.allocation",
+        "fednorm.scalar",
     ),
     ("fednorm.limits", "fednorm.memory", "fednorm.device", "fednorm.computed"),
     ("fednorm.cards",),

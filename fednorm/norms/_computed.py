@@ -45,8 +45,12 @@ class ComputedWeight(nn.Module):
 
     def train(self, mode: bool = True) -> ComputedWeight:
         """Set the mode, and forget the weight that was kept."""
-        vars(self).pop(_KEPT, None)
+        self.forget_weight()
         return super().train(mode)
+
+    def forget_weight(self) -> None:
+        """Compute the weight anew when it is used next."""
+        vars(self).pop(_KEPT, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles have."""

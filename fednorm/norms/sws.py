@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
+from fednorm.norms._computed import ComputedWeight
 from fednorm.norms._precision import LOW, widened
 from fednorm.norms._transforms import transforms_active
 from fednorm.roles import Kind
+from fednorm.scalar import scalar
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
 GAMMA: Mapping[str, float] = {
@@ -124,24 +126,28 @@ class _Standardized(torch.autograd.Function):
             made = iter(torch.autograd.grad(_standardized(weight, gain, scale), needed, grad, create_graph=True))
             of_weight, of_gain = (next(made) if need else None for need in ctx.needs_input_grad[:2])
             return of_weight, of_gain, None
-        rows = grad.reshape(centred.shape)
+        own = not grad.is_contiguous()
+        rows = grad.reshape(centred.shape)  # in memory of its own where the gradient lies otherwise
         pull, of_gain = (rows * centred).sum(1, keepdim=True), None
         if gain is not None:
             of_gain = (pull * root).view_as(gain)
             pull *= gain.flatten(1)
-        pull.mul_(-0.5).mul_(root.pow(3))
+        # Autograd's factors of -1/2, of the root, and of 2, of the square, change no bit and are left out; the sign is
+        # the subtraction's.
+        pull *= root.pow(3)
         if scale.least is not None:
-            pull = torch.where(energy >= scale.least, pull, 0.0)
+            pull = torch.where(energy >= scalar(scale.least, energy), pull, scalar(0.0, pull))
         if scale.factor != 1.0:
             pull *= scale.factor
-        pull *= 2.0 * length
-        along = (centred / length).masked_fill_(length == 0, 0.0).mul_(pull)
-        along += rows * factor
-        along -= along.sum(1, keepdim=True).div_(along.shape[1])
+        pull *= length
+        # A row of length 0 is 0 everywhere, and stays it where it is divided by something.
+        along = (centred / length.clamp_min(torch.finfo(length.dtype).tiny)).mul_(pull)
+        along = (rows.mul_(factor) if own else rows * factor).sub_(along)
+        along -= along.sum(1, keepdim=True).div_(scalar(along.shape[1], along))
         return along.view_as(weight), of_gain, None
 
 
-class SWSConv2d(nn.Conv2d):
+class SWSConv2d(ComputedWeight, nn.Conv2d):
     """A 2-D convolution whose weight is standardized and scaled by the fan-in in every forward pass.
 
     Args:
@@ -195,9 +201,13 @@ class SWSConv2d(nn.Conv2d):
         w_hat: Tensor = _Standardized.apply(weight, gain, scale)
         return w_hat
 
+    def computed_weight(self) -> Tensor:
+        """Return :meth:`standardized_weight`."""
+        return self.standardized_weight()
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` of shape (N, C_in, H, W) with the standardized weight."""
-        y: Tensor = self._conv_forward(x, self.standardized_weight(), self.bias)
+        y: Tensor = self._conv_forward(x, self.weight_in_use(), self.bias)
         return y
 
     def extra_repr(self) -> str:
@@ -221,6 +231,43 @@ def require_fan_in(conv: nn.Conv2d) -> int:
     return fan_in
 
 
+class _ScaledReLU(torch.autograd.Function):
+    """gamma * max(x, 0), written where the maximum was: a map's second pass through memory takes as long as its first.
+
+    The derivative needs the output alone, which is positive where the input was.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: float) -> Tensor:
+        y = torch.relu(x)
+        y *= scalar(gamma, y)
+        ctx.save_for_backward(y)
+        ctx.gamma = gamma
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        if torch.is_grad_enabled():  # somebody differentiates this too
+            return torch.where(y > 0, grad, 0.0) * ctx.gamma, None
+        passed: Tensor = torch.ops.aten.threshold_backward(grad, y, 0)
+        passed *= scalar(ctx.gamma, passed)
+        return passed, None
+
+
+_LARGE = 2**15
+"""Values of a map from which :class:`_ScaledReLU` pays: below, an operation costs more than its arithmetic."""
+
+
+def _is_plain_relu(module: nn.Module) -> bool:
+    """Return whether calling a module is ``torch.relu`` and nothing else: no hook sees what goes in and comes out."""
+    if type(module) is not nn.ReLU or module.inplace or "forward" in vars(module):
+        return False
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class ScaledActivation(nn.Module):
     """A nonlinearity multiplied by a constant: y = gamma * f(x).
 
@@ -236,8 +283,16 @@ class ScaledActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return gamma * f(x), of the shape of ``x``."""
-        y: Tensor = self.activation(x) * self.gamma
-        return y
+        if not _is_plain_relu(self.activation) or torch.compiler.is_compiling() or transforms_active():
+            of_any: Tensor = self.activation(x) * self.gamma
+            return of_any
+        learning = x.requires_grad and torch.is_grad_enabled()
+        if learning and x.numel() >= _LARGE:
+            scaled: Tensor = _ScaledReLU.apply(x, self.gamma)
+            return scaled
+        y = torch.relu(x)
+        factor = scalar(self.gamma, y)
+        return y * factor if learning else y.mul_(factor)
 
     def extra_repr(self) -> str:
         """Return the constant."""

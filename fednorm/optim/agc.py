@@ -30,6 +30,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fednorm import options
 from fednorm.errors import ConfigError
+from fednorm.scalar import scalar
 
 Units = Literal["deepmind", "timm"]
 Layers = Literal["all", "convolutions", "linear"]
@@ -158,15 +159,16 @@ def _clip(by_row: list[Tensor], whole: list[Tensor], clipping: float, eps: float
     if not ordered:
         return
     gradients = [parameter.grad for parameter in ordered if parameter.grad is not None]
-    bound = _unit_norms(by_row, whole).clamp_min_(eps).mul_(clipping)
+    norms = _unit_norms(by_row, whole)
+    bound = norms.clamp_min_(eps).mul_(scalar(clipping, norms))
     norms = _unit_norms(gradients[: len(by_row)], gradients[len(by_row) :])
     exceeds = norms > bound
     # On a GPU this question would cost a synchronisation, more than the multiplications it may save.
     if exceeds.device.type == "cpu" and not exceeds.any():
         return
-    factors = torch.where(exceeds, bound / norms.clamp_min(_SMALLEST_NORM), 1.0)
+    factors = torch.where(exceeds, bound / norms.clamp_min(_SMALLEST_NORM), scalar(1.0, norms))
     sizes = [len(parameter) for parameter in by_row] + [1] * len(whole)
-    _multiply(gradients, torch.split(factors, sizes))
+    _multiply(gradients, factors.split_with_sizes(sizes))
 
 
 def _multiply(gradients: Sequence[Tensor], factors: Sequence[Tensor]) -> None:

@@ -28,6 +28,7 @@ from fednorm.config import TrainConfig
 from fednorm.config.trainable import ALL, HEAD, NORM
 from fednorm.errors import ConfigError
 from fednorm.norms import spec_of
+from fednorm.norms._computed import ComputedWeight
 from fednorm.recognition.places import HEAD as LAST_LAYER
 from fednorm.recognition.places import head_of, keys_at, patterns_of
 from fednorm.recognition.structure import normalizes, per_channel
@@ -167,11 +168,15 @@ class Mode:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         modules = list(model.modules())
-        plain = all(type(m).train is nn.Module.train and type(m).eval is nn.Module.eval for m in modules)
+        self._computed = [module for module in modules if isinstance(module, ComputedWeight)]
+        known = nn.Module.train, ComputedWeight.train
+        plain = all(type(m).train in known and type(m).eval is nn.Module.eval for m in modules)
         self._modules = modules if plain else []  # one that does something at the change is always told
 
     def set(self, *, training: bool) -> None:
-        """Put the network in a mode."""
+        """Put the network in a mode; weights that are kept while it evaluates are computed anew."""
+        for module in self._computed:
+            module.forget_weight()
         if not self._modules or any(module.training is not training for module in self._modules):
             self._model.train(training)
 

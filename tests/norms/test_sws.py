@@ -221,3 +221,59 @@ def test_the_layer_stands_in_transforms_of_functions() -> None:
     for name, parameter in conv.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(each[name].sum(0), parameter.grad)
+
+
+@pytest.mark.parametrize("size", [4, 64], ids=["small", "large"])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_scaled_relu_is_its_two_operations_to_the_bit(size: int, layout: torch.memory_format) -> None:
+    draw = torch.Generator().manual_seed(6)
+    x = torch.randn(2, 8, size, size, generator=draw).contiguous(memory_format=layout)
+    x[0, 0, 0, :3] = torch.tensor([0.0, math.nan, -0.0])
+    grad = torch.randn(x.shape, generator=draw).contiguous(memory_format=layout)
+    scaled = ScaledActivation(nn.ReLU(), GAMMA["relu"])
+    results = []
+    for function in (scaled, lambda each: torch.relu(each) * GAMMA["relu"]):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        y.backward(grad)
+        with torch.no_grad():
+            results.append([y.detach(), leaf.grad, function(x)])
+    for ours, plain in zip(*results, strict=True):
+        assert ours.stride() == plain.stride()
+        assert torch.equal(ours.view(torch.int32), plain.view(torch.int32))
+    assert x[0, 0, 0, 2] == 0, "the input is not written to"
+
+
+def test_a_large_scaled_relu_is_differentiated_twice() -> None:
+    x = gaussian(1, 8, 64, 64).requires_grad_()
+    y = ScaledActivation(nn.ReLU(), 1.5)(x)
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    (twice,) = torch.autograd.grad(grad.sum(), x)
+    torch.testing.assert_close(twice, torch.where(x > 0, 6 * 1.5**3 * x, 0.0).detach())
+
+
+@pytest.mark.parametrize("how", ["forward hook", "own forward", "in place"])
+def test_a_nonlinearity_that_is_more_than_torchs_function_is_called(how: str) -> None:
+    scaled, seen = ScaledActivation(nn.ReLU(inplace=how == "in place"), 2.0), []
+    if how == "forward hook":
+        scaled.activation.register_forward_hook(lambda *of: seen.append(of[-1]))
+    if how == "own forward":
+        scaled.activation.forward = lambda x: seen.append(torch.relu(x)) or seen[0]  # type: ignore[method-assign]
+    x = gaussian(2, 3, 4, 4)
+    y = scaled(x)
+    inner = x if how == "in place" else seen[0]
+    assert torch.equal(inner, torch.relu(gaussian(2, 3, 4, 4)))
+    assert torch.equal(y, 2 * inner)
+
+
+def test_an_evaluation_computes_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv, x, count = SWSConv2d(3, 4, 3).eval(), torch.randn(2, 3, 5, 5), []
+    compute = conv.standardized_weight
+    monkeypatch.setattr(conv, "standardized_weight", lambda: count.append(1) or compute())
+    with torch.no_grad():
+        y = conv(x)
+        assert torch.equal(conv(x), y)
+        assert len(count) == 1
+        conv.weight.mul_(torch.linspace(1, 2, 27).view(3, 3, 3))
+        assert not torch.equal(conv(x), y)
+    assert len(count) == 2
