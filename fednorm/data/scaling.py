@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fednorm.errors import DataError
+from fednorm.scalar import scalar
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Scaling:
             return images
         floats = images.to(torch.float32, memory_format=torch.channels_last)
         if len(self.mean) == 1 and len(self.mean[0]) == 1:
-            return floats.div_(255 * self.std[0][0]).sub_(self.mean[0][0] / self.std[0][0])
+            (only,), (spread,) = self.mean[0], self.std[0]
+            return floats.div_(scalar(255 * spread, floats)).sub_(scalar(only / spread, floats))
         if len(self.mean) > 1 and groups is None:
             raise DataError(
                 f"The images of {len(self.mean)} domains are scaled each in its own way: name their groups."

@@ -248,8 +248,9 @@ def fit(bench: Workbench, client: Client, *, server_round: int, turn: Turn | Non
 
 
 def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for rows in torch.split(torch.arange(len(split)), size) if len(split) else ():
-        yield split.inputs(rows)
+    rows = torch.arange(len(split))
+    for some in torch.split(rows, size) if len(split) > size else [rows][: len(split)]:
+        yield split.inputs(some)
 
 
 @torch.no_grad()

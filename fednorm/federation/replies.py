@@ -455,7 +455,7 @@ def _sound_values(tensors: Mapping[str, Tensor], flat: Tensor | None, plan: Norm
             if not all_finite([tensor]):
                 raise UnfitReply(f"{key} has {NOT_FINITE}", Cause.DIVERGED)
     limited = values_of(tensors, plan.never_negative)
-    if limited.numel() and limited.min() < 0:
+    if limited.numel() and limited.min().item() < 0:
         key = next(key for key in plan.never_negative if key in tensors and tensors[key].min() < 0)
         raise UnfitReply(f"{key} has negative {NOT_NEGATIVE[plan.by_key[key].kind]}")
     return flat

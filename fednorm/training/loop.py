@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fednorm.device import wide
+from fednorm.scalar import scalar
 
 
 def batches_of(order: Tensor, size: int, *, single: bool, begin: int = 0, whole: bool = False) -> Iterator[Tensor]:
@@ -23,7 +24,7 @@ def batches_of(order: Tensor, size: int, *, single: bool, begin: int = 0, whole:
         begin: The first batch, from 0, of a pass that was begun before.
         whole: Whether a last batch of fewer rows is no batch.
     """
-    batches = torch.split(order, size)
+    batches = torch.split(order, size) if len(order) > size else (order,)  # several times as long as the one batch
     if whole and len(batches[-1]) < size:
         batches = batches[:-1]
     for rows in batches[begin:]:
@@ -65,7 +66,8 @@ class Tally:
             right: How many of them were right, int64, a scalar; the tally's from now on.
             count: How many there are.
         """
-        losses = loss.detach() * count
+        losses = loss.detach()
+        losses = losses * scalar(float(count), losses)
         # A tiny client's one batch is its sum: to make zeros first and add to them takes several times as long.
         self._hits = right if self._hits is None else self._hits.add_(right)
         self._loss_sum = losses.to(wide(self._device)) if self._loss_sum is None else self._loss_sum.add_(losses)

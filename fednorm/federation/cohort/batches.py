@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fednorm.data.augment import Augmentation
-from fednorm.data.domain import Split
+from fednorm.data.domain import Split, taken
 
 
 @dataclass(frozen=True)
@@ -223,16 +223,16 @@ class Images:
 
     def _at(self, group: _Group, places: Tensor) -> tuple[Tensor, Tensor]:
         """Return the images at some places of a group's rows, as a network is given them, and their labels."""
-        first, where = self._splits[group.places[0]], group.index[places.to(self._device)]
-        return first.scaling(first.images[where]), first.labels[where]
+        first, where = self._splits[group.places[0]], taken(group.index, places.to(self._device))
+        return first.scaling(taken(first.images, where)), taken(first.labels, where)
 
     def _pixels(self, group: _Group, rows: Tensor) -> tuple[Tensor, Tensor]:
         first = self._splits[group.places[0]]
         if type(first) is not Split:
             return first.batch(rows[group.places[0]])
         of_group = rows if len(group.places) == len(rows) else rows[group.places]
-        where = group.index[(of_group + group.begins).flatten().to(self._device)]
-        return first.images[where], first.labels[where]
+        where = taken(group.index, (of_group + group.begins).flatten().to(self._device))
+        return taken(first.images, where), taken(first.labels, where)
 
 
 def _augmented(images: Tensor, own: Sequence[tuple[int, torch.Generator]], augmentation: Augmentation) -> Tensor:
