@@ -114,9 +114,9 @@ def run_fednorm(case: StreamCase) -> StepCost:
     return _cost(clock, bench.model)
 
 
-def run_adab2n(case: StreamCase) -> StepCost:
-    """Run a case with our learner, AdaB2N in place of its normalization."""
-    return run_fednorm(replace(case, norm="adab2n"))
+def run_varied(case: StreamCase, **changed: Any) -> StepCost:
+    """Run a case with our learner and something changed, as AdaB2N in place of its normalization."""
+    return run_fednorm(replace(case, **changed))
 
 
 def run_avalanche(case: StreamCase, *, strategy: str, online: bool) -> StepCost:
@@ -152,12 +152,17 @@ def _cost(clock: StepClock, model: torch.nn.Module) -> StepCost:
 STREAM_ENGINES: Mapping[str, Callable[[StreamCase], StepCost]] = {
     "bare": run_bare,
     "fednorm": run_fednorm,
-    "adab2n": run_adab2n,
+    "adab2n": partial(run_varied, norm="adab2n"),
+    "compiled": partial(run_varied, compile=True),
+    "adab2n-compiled": partial(run_varied, norm="adab2n", compile=True),
     "avalanche": partial(run_avalanche, strategy="er_ace", online=False),
     "avalanche-online": partial(run_avalanche, strategy="er_ace", online=True),
     "avalanche-replay": partial(run_avalanche, strategy="replay", online=False),
 }
 """How each engine runs a case. All but the last, plain replay, train by ER-ACE; ``adab2n`` with another norm."""
+
+COMPILED = ("compiled", "adab2n-compiled")
+"""Engines that need a C++ compiler and half a minute to compile; they are run where they are named."""
 
 EXACT = ("bare", "fednorm")
 """The engines that end with the same weights."""
@@ -293,7 +298,7 @@ def bench_table(result: Mapping[str, Any]) -> Table:
         *(f"{name}: {case['summary']}." for name, case in result["cases"].items()),
         f"Of each step the fastest of {result['repeats']} runs; evaluation left out; largest difference: of a final "
         "weight to fednorm's (Avalanche draws other batches).",
-        "adab2n: fednorm with that norm in batch normalization's place.",
+        "adab2n: fednorm with that norm in batch normalization's place; compiled: with compile = true.",
         "avalanche: its ER_ACE, two forward passes a step, memory filled before each experience; avalanche-online: the "
         "same on its split_online_stream, memory filled as samples come; avalanche-replay: its Replay. All on float "
         "tensors in memory, without evaluator and loggers.",

@@ -38,6 +38,7 @@ class StreamCase:
         learning_rate: Of SGD.
         seed: Of the images, the weights, the batches, the memory and the augmentation.
         norm: The normalization.
+        compile: Whether forward passes go through ``torch.compile``.
     """
 
     name: str
@@ -52,6 +53,7 @@ class StreamCase:
     learning_rate: float = 0.03
     seed: int = 1
     norm: str = "batch_norm"
+    compile: bool = False
 
     @property
     def steps(self) -> int:
@@ -74,6 +76,7 @@ class StreamCase:
             {
                 "kind": "continual",
                 "seed": self.seed,
+                "compile": self.compile,
                 "model": {"name": self.model, "width": self.width},
                 "norm": {"name": self.norm},
                 "learner": {"name": "er_ace", "memory_size": self.memory_size},

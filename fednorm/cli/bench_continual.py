@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fednorm.bench.continual import STREAM_ENGINES, bench_continual, bench_table
+from fednorm.bench.continual import COMPILED, STREAM_ENGINES, bench_continual, bench_table
 from fednorm.bench.layers import bench_layers, layers_table
 from fednorm.bench.stream_case import STREAM_CASES
 from fednorm.cli.console import err, print_json
@@ -16,7 +16,8 @@ from fednorm.report.table import Table
 
 def run_bench_continual(case: str, against: str, repeats: int, *, markdown: bool, as_json: bool) -> None:
     """Time the engines on the cases and print their table."""
-    result = bench_continual(names(case, STREAM_CASES), names(against, STREAM_ENGINES), repeats, on_line=_say)
+    others = [name for name in STREAM_ENGINES if name not in COMPILED]
+    result = bench_continual(names(case, STREAM_CASES), names(against, others), repeats, on_line=_say)
     _show(result, bench_table(result), markdown=markdown, as_json=as_json)
 
 

@@ -42,7 +42,7 @@ def bench_engine(
 def bench_continual(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
     against: Annotated[
-        str, typer.Option(help="Engines to compare with, separated by commas; all of them by default.")
+        str, typer.Option(help="Engines to compare with, separated by commas; all but the compiled ones by default.")
     ] = "",
     layers: Annotated[
         bool, typer.Option("--layers", help="Time normalization layers beside nn.BatchNorm2d instead of whole steps.")

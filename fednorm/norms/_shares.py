@@ -57,11 +57,8 @@ class Batches:
         Raises:
             DataError: There is not one task for each sample of ``x``.
         """
-        if tasks is not None and len(tasks) != len(x):
-            raise DataError(
-                f"AdaB2N was given the tasks of {len(tasks)} samples and then a batch of {len(x)}. Call "
-                "set_tasks before every training forward, with one task number per sample."
-            )
+        if tasks is not None:
+            require_one_each(tasks, x)
         asked = id(tasks), None if tasks is None else tasks._version
         if asked != self._latest[0]:
             # The tasks are kept too, so that no other tensor gets their id.
@@ -77,6 +74,19 @@ class Batches:
                 self._counted[counted] = _counted(tasks, num_seen, num_tasks, x)
             batch = self._made[key] = _shared(self._counted[counted], x, fold)
         return batch
+
+
+def require_one_each(tasks: Tensor, x: Tensor) -> None:
+    """Require one task for each sample.
+
+    Raises:
+        DataError: There are more, or fewer.
+    """
+    if len(tasks) != len(x):
+        raise DataError(
+            f"AdaB2N was given the tasks of {len(tasks)} samples and then a batch of {len(x)}. Call "
+            "set_tasks before every training forward, with one task number per sample."
+        )
 
 
 def _counted(tasks: Tensor | None, num_seen: int, num_tasks: int, x: Tensor) -> Batch:

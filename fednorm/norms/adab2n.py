@@ -49,10 +49,12 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
+from fednorm.norms._composed import composed
 from fednorm.norms._hearing import Hearing
 from fednorm.norms._precision import in_full_precision, widened
-from fednorm.norms._shares import BATCHES, Batch
+from fednorm.norms._shares import BATCHES, Batch, require_one_each
 from fednorm.roles import Kind
+from fednorm.scalar import scalar
 from fednorm.spec import Norm, NormSpec, TaskedLayer, TensorSpec
 
 _LANES = 8
@@ -243,11 +245,15 @@ class _Now:
         tasks: Of the coming batch.
         seen: How many tasks have been seen.
         penalty: Of the latest batch, until it is asked for.
+        counted: Whether the penalty counts in this task.
+        seen_so_far: ``seen`` as a tensor: code is compiled anew for every number, and for a tensor once.
     """
 
     tasks: Tensor | None = None
     seen: int = 1
     penalty: Tensor | None = None
+    counted: bool = True
+    seen_so_far: Tensor | float = 1.0
 
 
 class AdaB2NLayer(TaskedLayer, BatchLayer):
@@ -262,7 +268,7 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
         super().__init__(num_features, eps=config.eps, momentum=config.momentum)
         self.config = config
         self.task_weight = nn.Parameter(torch.zeros(config.num_tasks))
-        self._now = _Now()
+        self._now = _Now(counted=config.ada_t0 < 1)
         self._hearing = Hearing(config)
 
     @property
@@ -285,6 +291,8 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
         self._hearing.told = True
         now = self._now
         now.tasks, now.seen = (None, 1) if tasks is None else (tasks, num_tasks)
+        now.counted = now.seen > self.config.ada_t0
+        now.seen_so_far = scalar(float(now.seen), widened(self.task_weight))
 
     @property
     def tasks(self) -> Tensor | None:
@@ -318,8 +326,18 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
             self._hearing.say("adab2n")
         return self._train(x)
 
+    def _compiled(self, x: Tensor) -> Tensor:
+        now = self._now
+        if now.tasks is not None:
+            require_one_each(now.tasks, x)
+        y, penalty = composed(self, x, now.tasks, now.seen_so_far)
+        now.penalty = penalty if self.config.lambd and now.counted and penalty.requires_grad else None
+        return y
+
     @in_full_precision
     def _train(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._compiled(x)
         maps = x if x.ndim > 2 else x.unsqueeze(-1)
         if not (maps.is_contiguous() or (maps.ndim == 4 and maps.is_contiguous(memory_format=torch.channels_last))):
             maps = maps.contiguous()
@@ -334,13 +352,13 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
         if running[0] is not self.running_mean:  # a model in half precision
             self.running_mean.copy_(running[0])
             self.running_var.copy_(running[1])
-        counted = config.lambd and now.seen > config.ada_t0 and penalty.requires_grad
+        counted = config.lambd and now.counted and penalty.requires_grad
         now.penalty = penalty if counted else None
         return y if x.ndim > 2 else y.squeeze(-1)
 
     def __getstate__(self) -> dict[str, Any]:
         # What belongs to one step's graph can be neither copied nor pickled.
-        return {**self.__dict__, "_now": _Now()}
+        return {**self.__dict__, "_now": _Now(counted=self.config.ada_t0 < 1)}
 
     def _shares(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return 1 / n_t at (sample, its task), shape (N, T), and n_t, shape (T,), which a trace has too."""

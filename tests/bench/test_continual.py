@@ -338,3 +338,11 @@ def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
         bench_continual(["small"], ["bare"], 1)
     with pytest.raises(ConfigError, match="repeats must be at least 1; got 0"):
         bench_continual(["small-cnn"], ["bare"], 0)
+
+
+@pytest.mark.slow
+def test_a_compiled_case_is_trained_to_the_same_weights() -> None:
+    pytest.importorskip("torch._inductor")
+    plain, compiled = (STREAM_ENGINES[name](SMALL).tensors for name in ("adab2n", "adab2n-compiled"))
+    for key, tensor in plain.items():
+        torch.testing.assert_close(compiled[key], tensor, rtol=1e-3, atol=1e-4)

@@ -301,3 +301,79 @@ def test_layers_of_one_batch_share_its_weights_and_no_other_batch_gets_them() ->
     tasks[0] = 2
     require_formula(second, tasks, 3)
     require_formula(first.float(), tasks, 3)
+
+
+# Compiled -------------------------------------------------------------------------------------------------------------
+
+Told = list[tuple[Tensor | None, int]]
+GROWING: Told = [(torch.tensor(each), seen) for each, seen in (([0, 0, 0, 0], 1), ([0, 1, 1, 0], 2), ([2, 1, 2, 2], 4))]
+
+
+def trained(layer: AdaB2NLayer, call: Any, told: Told, positions: tuple[int, ...]) -> list[Tensor]:
+    """Train on a few batches; return outputs, gradients and, at the end, the layer's tensors."""
+    seen = []
+    for number, (tasks, count) in enumerate(told):
+        layer.set_tasks(tasks, count)
+        x = gaussian(4, 3, *positions, seed=number).requires_grad_()
+        y = call(x)
+        loss = (y * gaussian(*y.shape, seed=9)).sum()
+        penalty = layer.penalty()
+        if penalty is not None:
+            loss = loss + 10 * penalty
+        learned = [x, *layer.parameters()]
+        gradients = torch.autograd.grad(loss, learned)
+        with torch.no_grad():
+            for parameter, gradient in zip(learned[1:], gradients[1:], strict=True):
+                parameter -= 0.05 * gradient
+        seen += [y.detach(), *gradients]
+    return seen + [tensor.double() for tensor in layer.state_dict().values()]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the compiler's own
+@pytest.mark.few(3)
+@pytest.mark.parametrize("options", [{}, {"kappa": 0.0}, {"corrected": True}, {"ada_t0": 2}, {"lambd": 0.0}], ids=str)
+@pytest.mark.parametrize("positions", [(2, 3), (), (5,)], ids=["maps", "features", "tokens"])
+def test_a_compiled_layer_learns_the_same(options: dict[str, Any], positions: tuple[int, ...]) -> None:
+    """Gradients through the penalty, which needs the running moments as they were when it was made, among them."""
+    layer, other = layer_of(3, len(positions), **options), layer_of(3, len(positions), **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    ours, plain = trained(layer, compiled, GROWING, positions), trained(other, other, GROWING, positions)
+    for one, right in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_a_compiled_layer_without_tasks_is_told_so_and_learns_the_same() -> None:
+    layer, other = layer_of(3), layer_of(3)
+    untold: Told = [(None, 1)] * 3
+    torch._dynamo.reset()
+    ours = trained(layer, torch.compile(layer, backend="aot_eager"), untold, (2, 3))
+    for one, right in zip(ours, trained(other, other, untold, (2, 3)), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_no_number_of_tasks_is_compiled_anew() -> None:
+    layer, compilations = layer_of(3, num_tasks=20), 0
+
+    def counted(graph: Any, _: Any) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counted)
+    for seen in range(1, 21):
+        layer.set_tasks(torch.tensor([0, seen - 1, seen - 1, 0]), seen)
+        compiled(gaussian(4, 3, 2, 2))
+        assert layer.penalty() is not None
+    assert compilations == 1
+
+
+def test_a_compiled_layer_refuses_other_tasks_in_words() -> None:
+    layer = layer_of(3)
+    layer.set_tasks(torch.zeros(3, dtype=torch.long), 2)
+    torch._dynamo.reset()
+    with pytest.raises(DataError, match=r"tasks of 3 samples and then a batch of 4"):
+        torch.compile(layer, backend="eager")(gaussian(4, 3, 2, 2))
