@@ -343,6 +343,22 @@ def test_a_compiled_layer_learns_the_same(options: dict[str, Any], positions: tu
         torch.testing.assert_close(one, right, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize("positions", [(2, 3), ()], ids=["maps", "features"])
+def test_a_layer_compiled_to_machine_code_learns_the_same(positions: tuple[int, ...]) -> None:
+    """Only here is anything computed again in the backward pass, from buffers that may have changed."""
+    torch._dynamo.reset()
+    try:
+        torch.compile(lambda x: x + x)(torch.ones(2))
+    except Exception as error:  # of many kinds
+        pytest.skip(f"torch.compile does not work here: {error}")
+    layer, other = layer_of(3, len(positions)), layer_of(3, len(positions))
+    ours = trained(layer, torch.compile(layer, fullgraph=True), GROWING, positions)
+    for one, right in zip(ours, trained(other, other, GROWING, positions), strict=True):
+        torch.testing.assert_close(one, right, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_a_compiled_layer_without_tasks_is_told_so_and_learns_the_same() -> None:
     layer, other = layer_of(3), layer_of(3)
