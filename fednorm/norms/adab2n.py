@@ -25,6 +25,7 @@ code: none).
 
 Cost: about twice PyTorch's batch normalization on maps at a batch of 32, four times on tokens: moments of samples,
 their mixture and the normalization are passes of their own; at a batch of 1 it is the number of calls, five times.
+Compiled (``compile = true``), a stream's step takes 1.02 to 1.08 times the one with batch normalization.
 Federated: psi is a GATE, shared by FedAvg, local under FedBN; running moments and counter as in batch normalization, or
 by client and task (FedAvg's ``moments = "pool_tasks"``).
 Continual: everything is kept across experiences.
