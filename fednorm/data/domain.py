@@ -21,11 +21,16 @@ if TYPE_CHECKING:
 
 
 def taken(array: Tensor, rows: Tensor) -> Tensor:
-    """Return some rows of an array, a copy: ``array[rows]`` for whole numbers of 0 and more, shape (n,).
+    """Return some rows of an array, a copy: ``array[rows]``.
 
-    Of images in bytes it takes a tenth of the time: rows are copied whole, and not value by value.
+    Of images in bytes on the CPU it takes a tenth of the time: rows are copied whole, and not value by value.
     """
-    return array.index_select(0, rows) if array.is_contiguous() else array[rows]
+    if not (array.is_contiguous() and array.is_cpu):
+        return array[rows]
+    try:
+        return array.index_select(0, rows)
+    except IndexError:  # rows counted from the end; and to say which is not there is indexing's business
+        return array[rows]
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ from fednorm.data.domain import taken
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last", "every other"])
-@pytest.mark.parametrize("rows", [[], [3], [4, 0, 4, 2]], ids=str)
+@pytest.mark.parametrize("rows", [[], [3], [4, 0, 4, 2], [-1, 0, -5]], ids=str)
 def test_rows_are_those_of_plain_indexing(dtype: torch.dtype, layout: str, rows: list[int]) -> None:
     array = torch.randint(0, 99, (10, 3, 4, 4)).to(dtype)
     array = array[::2] if layout == "every other" else array

@@ -526,7 +526,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_its_record_is_json(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, config = client.score, make(rounds={"num_rounds": 2})
-    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "loss": math.nan, "spread": math.inf})
+    wrong = {"loss": math.nan, "spread": math.inf}
+    monkeypatch.setattr(client, "score", lambda *args, **named: score(*args, **named) | wrong)
     with pytest.raises(DivergedError, match=r"diverged: the loss is not a number from round 1 on.*learning_rate"):
         simulate(config, runs=tmp_path)
 
@@ -547,7 +548,7 @@ def test_other_metrics_that_are_no_numbers_are_null(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     score, config = client.score, make(rounds={"num_rounds": 1})
-    monkeypatch.setattr(client, "score", lambda *args: {**score(*args), "spread": math.inf})
+    monkeypatch.setattr(client, "score", lambda *args, **named: {**score(*args, **named), "spread": math.inf})
     simulate(config, runs=tmp_path)
     line = RunRecord(tmp_path, config).lines()[0]
     assert [c["spread"] for c in line["clients"]["evaluate"]] == [None] * 5
@@ -556,7 +557,7 @@ def test_other_metrics_that_are_no_numbers_are_null(
 def test_a_run_whose_clients_all_fail_to_evaluate_says_so(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise MemoryError("no memory for the images")
 
     with monkeypatch.context() as patch:
