@@ -9,29 +9,37 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from flwr.app import ArrayRecord
-from torch import Tensor
+from torch import Tensor, nn
+
+_KNOWN = ("torch", "fednorm")
+"""Packages whose layers change no tensor of theirs while they evaluate."""
 
 
 class Untouched:
     """Remembers what a model held at the end of an evaluation, until the next message to a client.
 
+    Whatever writes to the model's tensors is seen, but for what escapes PyTorch's own count of versions
+    (``parameter.data.mul_(2)``). So what may run a user's code is no mere evaluation: nothing is remembered of a model
+    with layers of a user's, and none of an evaluation before which a strategy's clients do something.
+
     Args:
-        tensors: The model's, which share their memory with it. Whatever writes to them counts, but for what escapes
-            PyTorch's own count of versions (``parameter.data.mul_(2)``): so what may run code of others is no mere
-            evaluation and is not noted.
+        model: The model.
+        tensors: Its tensors, which share their memory with it.
 
     Attributes:
         now: Whether the model was untouched at the latest message.
     """
 
-    def __init__(self, tensors: Collection[Tensor]) -> None:
+    def __init__(self, model: nn.Module, tensors: Collection[Tensor]) -> None:
+        self._known = all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
         self._tensors = tensors
         self._noted: tuple[ArrayRecord, list[int]] | None = None
         self.now = False
 
     def note(self, arrays: ArrayRecord) -> None:
         """Remember that the model holds what a message sent, whole, and was evaluated and nothing else."""
-        self._noted = arrays, self._versions()
+        if self._known:
+            self._noted = arrays, self._versions()
 
     def ask(self, arrays: ArrayRecord, *, alone: bool) -> bool:
         """Return whether the model holds what a message sends; what was remembered is forgotten.

@@ -119,7 +119,7 @@ class Workbench:
         self.strategy.num_rounds, self.strategy.num_experiences = self.num_rounds, self.num_experiences
         self.plan: NormPlan = self.strategy.plan
         self._state: dict[str, Tensor] = self.model.state_dict(keep_vars=False)
-        self.untouched = Untouched(self._state.values())
+        self.untouched = Untouched(self.model, self._state.values())
         self._initial = {key: tensor.clone() for key, tensor in self._state.items() if key not in self.plan.sent}
         self._learned = {
             key: parameter

@@ -126,8 +126,8 @@ class _Standardized(torch.autograd.Function):
             made = iter(torch.autograd.grad(_standardized(weight, gain, scale), needed, grad, create_graph=True))
             of_weight, of_gain = (next(made) if need else None for need in ctx.needs_input_grad[:2])
             return of_weight, of_gain, None
-        own = not grad.is_contiguous()
-        rows = grad.reshape(centred.shape)  # in memory of its own where the gradient lies otherwise
+        rows = grad.reshape(centred.shape)
+        own = rows.data_ptr() != grad.data_ptr()  # a copy, where the gradient lies in memory in another order
         pull, of_gain = (rows * centred).sum(1, keepdim=True), None
         if gain is not None:
             of_gain = (pull * root).view_as(gain)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from fednorm.federation.local import Local, Turn
 from fednorm.federation.wire import pack, unpack
@@ -97,3 +98,24 @@ def test_what_a_strategy_does_before_an_evaluation_is_gone_at_the_next(
     assert [shrunk, shrunk] == [site.evaluate(0, arrays), other.evaluate(0, pack(unpack(arrays)))]
     monkeypatch.undo()
     assert site.evaluate(0, arrays) == plain
+
+
+class Moves(nn.Module):
+    """A user's network that moves a statistic while it evaluates, past PyTorch's count of versions."""
+
+    def __init__(self, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+        self.head = nn.Linear(3 * image_size**2, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.norm(images).flatten(1))
+        assert self.norm.running_mean is not None
+        self.norm.running_mean.data.add_(1.0)
+        return logits
+
+
+def test_a_users_layer_may_change_what_it_holds_in_an_evaluation(make_site: Any) -> None:
+    site = make_site(model={"name": Moves})
+    arrays = pack(site.train(0, 1))
+    assert site.evaluate(1, arrays) == site.evaluate(1, arrays)

@@ -184,6 +184,17 @@ def test_the_derivative_is_autograds_to_the_bit(options: dict[str, Any], layout:
     assert all(map(torch.equal, ours, torch.autograd.grad(expected, learned(conv), grad)))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (4, 1, 1, 1), (4, 3, 1, 1)], ids=str)
+def test_a_gradient_whose_values_share_their_memory_is_not_written_to(shape: tuple[int, ...]) -> None:
+    conv = layer({})
+    small = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    wide, kept = small.expand(conv.weight.shape), small.clone()
+    ours = torch.autograd.grad(conv.standardized_weight(), learned(conv), wide)
+    full = torch.autograd.grad(composed(conv.weight, conv.gain, conv), learned(conv), wide.clone())
+    assert all(map(torch.equal, ours, full))
+    assert torch.equal(small, kept)
+
+
 @pytest.mark.few(2)
 @variants
 def test_the_derivative_and_its_own_are_those_of_finite_differences(options: dict[str, Any]) -> None:
