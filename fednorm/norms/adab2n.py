@@ -49,8 +49,8 @@ from torch.nn import functional
 from fednorm import options
 from fednorm.cards import Citation
 from fednorm.errors import ConfigError
+from fednorm.norms._adab2n_compiled import composed
 from fednorm.norms._batch import BatchLayer, check_spatial_dims, per_channel
-from fednorm.norms._composed import composed
 from fednorm.norms._hearing import Hearing
 from fednorm.norms._precision import in_full_precision, widened
 from fednorm.norms._shares import BATCHES, Batch, require_one_each
