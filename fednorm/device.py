@@ -7,7 +7,8 @@ augmentation, memories. Dropout alone draws on the device.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -192,4 +193,19 @@ def prepare(model: nn.Module, config: Machine) -> None:
         own = type(model)
         model.__class__ = type(own.__name__, (_Autocast, own), {"__module__": own.__module__})
     if config.compile:
+        # Who looks into a network registers hooks when it is compiled already; without this they are never called.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         model.compile()
+
+
+@contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """Let a compiled model run as it is written within the block, where hooks are registered to look into it.
+
+    For every hook that comes and goes it would be compiled anew, and after a few times never again.
+    """
+    if model._compiled_call_impl is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

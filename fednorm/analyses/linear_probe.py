@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fednorm.analyses.analysis import Analysis, Column, Row, Setup, Values
 from fednorm.analyses.trial import Images, Trial
+from fednorm.device import as_written
 from fednorm.recognition.places import head_of
 
 BEFORE = 2
@@ -89,7 +90,8 @@ def features_of(model: nn.Module, data: Images) -> Tensor:
 
     hook = model.get_submodule(head_of(model)).register_forward_pre_hook(look)
     try:
-        model.eval()(data[0])
+        with as_written(model):
+            model.eval()(data[0])
     finally:
         hook.remove()
     return seen[0]

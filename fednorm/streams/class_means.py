@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.device import as_written
 from fednorm.errors import ConfigError
 from fednorm.recognition.places import head_of
 
@@ -80,7 +81,7 @@ class HeadInputs:
 @torch.no_grad()
 def normalized_features(model: nn.Module, head: nn.Linear, inputs: Tensor, batch_size: int) -> Tensor:
     """Return f / ||f|| of some inputs, in the mode that the network is in, float32, shape (n, d)."""
-    with HeadInputs(head) as heard:
+    with HeadInputs(head) as heard, as_written(model):
         for batch in torch.split(inputs, batch_size):
             model(batch)
     return functional.normalize(torch.cat(heard.passes).float(), dim=1)

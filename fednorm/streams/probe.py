@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fednorm.device import as_written
 from fednorm.norms._precision import widened
 from fednorm.norms.sws import ScaledActivation
 from fednorm.rng import torch_stream
@@ -127,8 +128,9 @@ def _activations(model: nn.Module, images: Tensor, batch_size: int) -> tuple[dic
     last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
     hooks.append(last.register_forward_pre_hook(lambda _, args: features.append(widened(args[0]).cpu())))
     try:
-        for batch in torch.split(images, batch_size):
-            model(batch)
+        with as_written(model):
+            for batch in torch.split(images, batch_size):
+                model(batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -343,6 +343,7 @@ def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
 @pytest.mark.slow
 def test_a_compiled_case_is_trained_to_the_same_weights() -> None:
     pytest.importorskip("torch._inductor")
-    plain, compiled = (STREAM_ENGINES[name](SMALL).tensors for name in ("adab2n", "adab2n-compiled"))
+    case = replace(SMALL, warmup=24, train=16)  # no batches of two images, on which a rounding error becomes a hundred
+    plain, compiled = (STREAM_ENGINES[name](case).tensors for name in ("adab2n", "adab2n-compiled"))
     for key, tensor in plain.items():
         torch.testing.assert_close(compiled[key], tensor, rtol=1e-3, atol=1e-4)

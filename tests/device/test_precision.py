@@ -13,9 +13,11 @@ from torch import Tensor
 import fednorm
 from fednorm import device as devices
 from fednorm.config import merge, resolve
+from fednorm.device import as_written
 from fednorm.federation.workbench import Workbench
 from fednorm.report._common import by_method
 from fednorm.report._common import name_of as method_name
+from fednorm.streams.probe import diagnose
 
 SMALL: dict[str, Any] = {
     "data": {"train_per_client": 16, "test_per_domain": 10},
@@ -89,6 +91,34 @@ def test_the_model_that_is_compiled_has_the_same_keys(monkeypatch: pytest.Monkey
     assert list(compiled.model.state_dict()) == list(plain.model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchDynamo's own
+def test_who_looks_into_a_compiled_model_sees_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks that come when the model is compiled already, in passes as they are written and in compiled ones."""
+    own = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **kwargs: own(model, backend="aot_eager", **kwargs))
+    torch._dynamo.reset()
+    model = bench(compile=True).model.eval()
+    images = torch.randn(4, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    model(images)
+    activation = next(module for module in model.modules() if isinstance(module, torch.nn.ReLU))
+    for number in range(12):  # more often than anything is compiled anew
+        seen: list[torch.Tensor] = []
+        handle = activation.register_forward_hook(lambda *of, seen=seen: seen.append(of[-1]))
+        model(images)
+        with as_written(model):
+            model(images)
+        handle.remove()
+        assert len(seen) == 2, number
+        model(images)
+        assert len(seen) == 2
+    plain = bench().model.eval()
+    plain.load_state_dict(model.state_dict())
+    asked = {"rate": 0.1, "optimizer": "sgd", "batch_size": 2}
+    ours, right = (diagnose(each, images, **asked) for each in (model, plain))  # type: ignore[arg-type]
+    assert ours["dead_units"] == right["dead_units"]
+    assert ours["entropy_rank"] == pytest.approx(right["entropy_rank"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # TorchDynamo's own
 @pytest.mark.parametrize("amp", ["none", "bf16"])
@@ -97,6 +127,7 @@ def test_whole_compiled_runs(amp: str) -> None:
     for run, config, method in (
         (fednorm.federated, SMALL, {"strategy": "fedbn", "rounds": 2}),
         (fednorm.continual, STREAM, {"learner": "er_ace", "norm": "adab2n"}),
+        (fednorm.continual, STREAM, {"learner": "icarl"}),
     ):
         compiled = run(**method, config={**config, **machine})["final"]
         plain = run(**method, config={**config, "amp": amp})["final"]
