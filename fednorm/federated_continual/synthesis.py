@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fednorm.data.domain import taken
 from fednorm.data.scaling import Scaling
 from fednorm.errors import ConfigError, DivergedError
 from fednorm.federated_continual.between import Images
@@ -274,7 +275,7 @@ class Synthesis:
         with torch_seeded(self.seed, number):
             for _ in range(self.recipe.student_steps):
                 rows = torch.randint(len(pool), (size,), generator=self.drawing)
-                inputs = self.scaling(pool[rows].to(self.device))
+                inputs = self.scaling(taken(pool, rows).to(self.device))
                 with torch.no_grad():
                     taught = self.teacher(inputs)[:, self.classes]
                 logits = self.student(inputs)[:, self.classes]

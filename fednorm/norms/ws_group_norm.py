@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from fednorm import options
 from fednorm.cards import Citation
+from fednorm.norms._computed import ComputedWeight
 from fednorm.norms._precision import widened
 from fednorm.norms.group_norm import GroupNorm
 from fednorm.norms.sws import centre, require_fan_in
@@ -39,7 +40,7 @@ from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
 
-class WSConv2d(nn.Conv2d):
+class WSConv2d(ComputedWeight, nn.Conv2d):
     """A 2-D convolution whose weight is standardized in every forward pass, without any scale.
 
     Args:
@@ -72,9 +73,13 @@ class WSConv2d(nn.Conv2d):
             scale = (length / math.sqrt(divisor) + self.eps).reciprocal()
         return (centred * scale).view_as(self.weight).to(self.weight.dtype)
 
+    def computed_weight(self) -> Tensor:
+        """Return :meth:`standardized_weight`."""
+        return self.standardized_weight()
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` of shape (N, C_in, H, W) with the standardized weight."""
-        y: Tensor = self._conv_forward(x, self.standardized_weight(), self.bias)
+        y: Tensor = self._conv_forward(x, self.weight_in_use(), self.bias)
         return y
 
     def extra_repr(self) -> str:

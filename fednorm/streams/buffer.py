@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fednorm.data.domain import taken
 from fednorm.errors import ConfigError, DataError, RecordError
 from fednorm.options import whole
 from fednorm.rng import torch_stream
@@ -41,6 +42,10 @@ class Samples:
     def __len__(self) -> int:
         """Return the number of samples, n."""
         return len(self.labels)
+
+    def taken(self, rows: Tensor) -> Samples:
+        """Return some of the samples, without their logits."""
+        return Samples(taken(self.images, rows), taken(self.labels, rows), taken(self.tasks, rows))
 
 
 class Buffer(ABC):

@@ -154,7 +154,7 @@ class GDumbLearner(Learner):
                 continue
             reseed(stream_seed(self.seed, *names, "model", batch))
             self._augmenting.manual_seed(stream_seed(self.seed, *names, "augment", batch))
-            samples = Samples(memory.images[slots], memory.labels[slots], memory.tasks[slots])
+            samples = memory.taken(slots)
             (logits,) = self.pass_forward(samples)
             self.descend(self.loss_of(logits, samples))
 

@@ -122,7 +122,7 @@ class ICaRLLearner(Learner):
         count = max(1, min(len(memory), round(len(new) * len(memory) / len(self.source.train))))
         generator = torch_stream(self.seed, "icarl", "exemplars", self.progress.step)
         chosen = torch.randperm(len(memory), generator=generator)[:count].to(self.device)
-        return Samples(memory.images[chosen], memory.labels[chosen], memory.tasks[chosen])
+        return memory.taken(chosen)
 
     def _distilled(self) -> list[int]:
         """Return the classes that the teacher teaches: old ones that the present experience does not have."""
@@ -156,7 +156,7 @@ class ICaRLLearner(Learner):
         if label in self.exemplars:
             pool = _joined([self.exemplars[label], pool])
         chosen = herding(self._features(pool), most)
-        return Samples(pool.images[chosen], pool.labels[chosen], pool.tasks[chosen])
+        return pool.taken(chosen)
 
     def _features(self, samples: Samples) -> Tensor:
         inputs = self.as_input(samples.images, samples.tasks)

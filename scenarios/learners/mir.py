@@ -79,7 +79,7 @@ class MIRLearner(ReplayLearner):
         if len(candidates) <= count:
             return candidates
         chosen = self.interference(new, candidates).argsort(descending=True, stable=True)[:count]
-        return Samples(candidates.images[chosen], candidates.labels[chosen], candidates.tasks[chosen])
+        return candidates.taken(chosen)
 
     def interference(self, new: Samples, candidates: Samples) -> Tensor:
         """Return by how much a step on the new samples would raise the loss of each candidate, shape (n,)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fednorm.errors import ConfigError
 from fednorm.norms import make_norm, spec_of
 from fednorm.norms.sws import GAMMA, ScaledActivation, SWSConv2d
+from fednorm.norms.ws_group_norm import WSConv2d
 from fednorm.roles import Kind
 from fednorm.spec import ACTIVATIONS
 
@@ -277,8 +278,11 @@ def test_a_nonlinearity_that_is_more_than_torchs_function_is_called(how: str) ->
     assert torch.equal(y, 2 * inner)
 
 
-def test_an_evaluation_computes_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv, x, count = SWSConv2d(3, 4, 3).eval(), torch.randn(2, 3, 5, 5), []
+@pytest.mark.parametrize("kind", [SWSConv2d, WSConv2d])
+def test_an_evaluation_computes_a_weight_once(
+    kind: type[SWSConv2d | WSConv2d], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv, x, count = kind(3, 4, 3).eval(), torch.randn(2, 3, 5, 5), []
     compute = conv.standardized_weight
     monkeypatch.setattr(conv, "standardized_weight", lambda: count.append(1) or compute())
     with torch.no_grad():
