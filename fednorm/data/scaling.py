@@ -51,8 +51,8 @@ class Scaling:
             return images
         floats = images.to(torch.float32, memory_format=torch.channels_last)
         if len(self.mean) == 1 and len(self.mean[0]) == 1:
-            (only,), (spread,) = self.mean[0], self.std[0]
-            return floats.div_(scalar(255 * spread, floats)).sub_(scalar(only / spread, floats))
+            centre, spread = self.mean[0][0], self.std[0][0]
+            return floats.div_(scalar(255 * spread, floats)).sub_(scalar(centre / spread, floats))
         if len(self.mean) > 1 and groups is None:
             raise DataError(
                 f"The images of {len(self.mean)} domains are scaled each in its own way: name their groups."

@@ -114,12 +114,12 @@ def _evaluated(bench: Workbench, content: RecordDict, context: Context) -> Recor
     client, config = bench.client(context), config_of(content)
     if "mode" not in config:  # a round's, after which its trainings stand
         undo.forget(context.state)
-    as_sent = _take_network(bench, client, content, context)
+    untouched = _take_network(bench, client, content, context)
     if client_adaptation.ADAPTATION in config:
         return RecordDict({"metrics": MetricRecord(dict(client_adaptation.scores(bench, client, content)))})
-    scores = _scores(bench, client, in_a_round="mode" not in config, as_evaluated=as_sent and bench.untouched.now)
-    if as_sent:
-        bench.untouched.note(arrays_of(content, "arrays"))
+    scores = _scores(bench, client, in_a_round="mode" not in config, as_evaluated=untouched and bench.untouched.now)
+    if untouched:
+        bench.untouched.note()
     return record_dict({"metrics": metric_record(scores)})
 
 
@@ -134,16 +134,15 @@ def _take_network(bench: Workbench, client: Client, content: RecordDict, context
     """Write the network that a message's mode asks to evaluate into the workbench's model.
 
     Returns:
-        Whether it is what the server sent and nothing else.
+        Whether nothing was done to it when it had been written.
     """
     config = config_of(content)
     complete = bench.receive(arrays_of(content, "arrays"), context.state)
-    alone = LOCAL_RECORD not in context.state
     if config.get("mode") == "reestimated":
         reestimate_on(bench, client.test, _int(config, "images"))
         return False
     if client.held_out:
-        return alone
+        return True
     if not complete:
         reestimate_on(bench, client.train, len(client.train))
     side = bench.strategy.local
@@ -151,7 +150,7 @@ def _take_network(bench: Workbench, client: Client, content: RecordDict, context
         turn = bench.turn(client, _int(config, "server-round"), content, context, evaluating=True)
         side(bench.strategy).before_evaluation(turn)
         return False
-    return alone and complete
+    return complete
 
 
 def _measured(bench: Workbench, content: RecordDict, context: Context) -> RecordDict:

@@ -33,13 +33,9 @@ class Untouched:
     def __init__(self, model: nn.Module, tensors: Collection[Tensor]) -> None:
         self._known = all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
         self._tensors = tensors
+        self._sent: ArrayRecord | None = None
         self._noted: tuple[ArrayRecord, list[int]] | None = None
         self.now = False
-
-    def note(self, arrays: ArrayRecord) -> None:
-        """Remember that the model holds what a message sent, whole, and was evaluated and nothing else."""
-        if self._known:
-            self._noted = arrays, self._versions()
 
     def ask(self, arrays: ArrayRecord, *, alone: bool) -> bool:
         """Return whether the model holds what a message sends; what was remembered is forgotten.
@@ -49,8 +45,14 @@ class Untouched:
             alone: Whether nothing of the client's own goes with it.
         """
         noted, self._noted = self._noted, None
+        self._sent = arrays if alone and self._known else None
         self.now = alone and noted is not None and noted[0] is arrays and noted[1] == self._versions()
         return self.now
+
+    def note(self) -> None:
+        """Remember that the model holds what was asked for, and was evaluated since and nothing else."""
+        if self._sent is not None:
+            self._noted = self._sent, self._versions()
 
     def _versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors]

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fednorm.norms.adab2n import AdaB2NLayer
 
 
-def composed(layer: AdaB2NLayer, x: Tensor, tasks: Tensor | None, seen: Tensor | float) -> tuple[Tensor, Tensor]:
+def composed(
+    layer: AdaB2NLayer, x: Tensor, tasks: Tensor | None, seen: Tensor | float, eta: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the normalized batch and its penalty, lambd included; moves the running moments.
 
     Args:
@@ -26,6 +28,7 @@ def composed(layer: AdaB2NLayer, x: Tensor, tasks: Tensor | None, seen: Tensor |
         x: The batch, (N, C) or (N, C, ...), float32 or float64.
         tasks: The task of every sample, shape (N,); None where all are of one.
         seen: How many tasks have been seen, as a tensor: for every number code would be compiled anew.
+        eta: The batch's weight in the running moments, a scalar of the type of ``x``.
     """
     weight, bias, psi = (widened(each) for each in (layer.weight, layer.bias, layer.task_weight))
     if tasks is None:
@@ -38,7 +41,8 @@ def composed(layer: AdaB2NLayer, x: Tensor, tasks: Tensor | None, seen: Tensor |
     squares = centred.square()
     var = (shares * (squares.mean(over) if over else squares)).sum(0)
     y = centred * per_channel(weight * (var + layer.eps).rsqrt(), x) + per_channel(bias, x)
-    gaps = torch.cat([mean, var]) - _moved(layer, torch.cat([mean, var]).detach())
+    moments = torch.cat([mean, var])
+    gaps = moments - _moved(layer, moments.detach(), eta)
     return y, gaps.square().sum() * (layer.config.lambd / layer.num_features)
 
 
@@ -53,26 +57,14 @@ def _shares(x: Tensor, psi: Tensor, tasks: Tensor, seen: Tensor | float, *, corr
 
 
 @torch.no_grad()
-def _moved(layer: AdaB2NLayer, moments: Tensor) -> Tensor:
-    """Count the batch, and move the running moments; return mean and variance as they are now, shape (2 C,).
+def _moved(layer: AdaB2NLayer, moments: Tensor, eta: Tensor) -> Tensor:
+    """Move the running moments; return mean and variance as they are now, shape (2 C,).
 
     By a matrix product: a compiled backward pass keeps what such a product gives, while it computes again what an
     interpolation gave, from buffers that have changed meanwhile, and is silently wrong.
     """
-    layer.num_batches_tracked.add_(1)
-    eta = _eta(layer, layer.num_batches_tracked.double()).to(moments.dtype)
     running = torch.cat([widened(layer.running_mean), widened(layer.running_var)])
     moved: Tensor = (torch.stack([1.0 - eta, eta]).unsqueeze(0) @ torch.stack([running, moments])).squeeze(0)
     layer.running_mean.copy_(moved[: layer.num_features])
     layer.running_var.copy_(moved[layer.num_features :])
     return moved
-
-
-def _eta(layer: AdaB2NLayer, step: Tensor) -> Tensor:
-    """Return :func:`~fednorm.norms.adab2n.modified_momentum` of a step that is a tensor, float64."""
-    momentum, kappa = layer.momentum, layer.config.kappa
-    if momentum is None or (base := (1.0 - momentum) ** kappa) == 1.0:
-        return step.reciprocal()
-    decay = base ** (step - 1)
-    eta: Tensor = ((1.0 - decay) / (1.0 - base) + decay / momentum**kappa).reciprocal()
-    return eta

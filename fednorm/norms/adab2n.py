@@ -39,7 +39,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +62,10 @@ _LANES = 8
 """Numbers in a vector register of most processors; see :func:`_fold`."""
 
 
-def modified_momentum(step: int, momentum: float, kappa: float) -> float:
+Step = TypeVar("Step", float, Tensor)
+
+
+def modified_momentum(step: Step, momentum: float, kappa: float) -> Step:
     """Return eta_t, the weight of the t-th batch in the running moments.
 
         1 / eta_t = (1 - b^(t-1)) / (1 - b) + b^(t-1) momentum^(-kappa),   b = (1 - momentum)^kappa
@@ -70,14 +73,14 @@ def modified_momentum(step: int, momentum: float, kappa: float) -> float:
     the closed form of the recursion; its limit is 1 - b, and kappa = 0 gives 1 / t.
 
     Args:
-        step: t, from 1.
+        step: t, from 1; in a compiled layer a tensor, float64.
         momentum: In (0, 1].
         kappa: In [0, 1].
     """
     base: float = (1.0 - momentum) ** kappa
     if base == 1.0:
         return 1.0 / step
-    decay = base ** (step - 1)
+    decay: Step = base ** (step - 1)
     first: float = momentum**kappa
     return 1.0 / ((1.0 - decay) / (1.0 - base) + decay / first)
 
@@ -275,7 +278,9 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
     @property
     def eta(self) -> float:
         """The weight that the latest training batch had in the running moments; that of the first one before any."""
-        step = max(int(self.num_batches_tracked), 1)
+        return self._eta_of(float(max(int(self.num_batches_tracked), 1)))
+
+    def _eta_of(self, step: Step) -> Step:
         return 1.0 / step if self.momentum is None else modified_momentum(step, self.momentum, self.config.kappa)
 
     def set_tasks(self, tasks: Tensor | None, num_tasks: int) -> None:
@@ -331,7 +336,9 @@ class AdaB2NLayer(TaskedLayer, BatchLayer):
         now = self._now
         if now.tasks is not None:
             require_one_each(now.tasks, x)
-        y, penalty = composed(self, x, now.tasks, now.seen_so_far)
+        self.num_batches_tracked.add_(1)
+        eta = self._eta_of(self.num_batches_tracked.double())
+        y, penalty = composed(self, x, now.tasks, now.seen_so_far, eta.to(x.dtype))
         now.penalty = penalty if self.config.lambd and now.counted and penalty.requires_grad else None
         return y
 

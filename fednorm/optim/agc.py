@@ -159,8 +159,8 @@ def _clip(by_row: list[Tensor], whole: list[Tensor], clipping: float, eps: float
     if not ordered:
         return
     gradients = [parameter.grad for parameter in ordered if parameter.grad is not None]
-    norms = _unit_norms(by_row, whole)
-    bound = norms.clamp_min_(eps).mul_(scalar(clipping, norms))
+    bound = _unit_norms(by_row, whole).clamp_min_(eps)
+    bound *= scalar(clipping, bound)
     norms = _unit_norms(gradients[: len(by_row)], gradients[len(by_row) :])
     exceeds = norms > bound
     # On a GPU this question would cost a synchronisation, more than the multiplications it may save.

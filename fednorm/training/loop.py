@@ -66,8 +66,8 @@ class Tally:
             right: How many of them were right, int64, a scalar; the tally's from now on.
             count: How many there are.
         """
-        losses = loss.detach()
-        losses = losses * scalar(float(count), losses)
+        loss = loss.detach()
+        losses = loss * scalar(float(count), loss)
         # A tiny client's one batch is its sum: to make zeros first and add to them takes several times as long.
         self._hits = right if self._hits is None else self._hits.add_(right)
         self._loss_sum = losses.to(wide(self._device)) if self._loss_sum is None else self._loss_sum.add_(losses)

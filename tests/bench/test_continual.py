@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import require_compiler
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -342,7 +343,7 @@ def test_mistakes_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_a_compiled_case_is_trained_to_the_same_weights() -> None:
-    pytest.importorskip("torch._inductor")
+    require_compiler()
     case = replace(SMALL, warmup=24, train=16)  # no batches of two images, on which a rounding error becomes a hundred
     plain, compiled = (STREAM_ENGINES[name](case).tensors for name in ("adab2n", "adab2n-compiled"))
     for key, tensor in plain.items():

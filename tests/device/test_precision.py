@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from machine_code import require_compiler
 from torch import Tensor
 
 import fednorm
@@ -123,6 +124,7 @@ def test_who_looks_into_a_compiled_model_sees_something(monkeypatch: pytest.Monk
 @pytest.mark.filterwarnings("ignore")  # TorchDynamo's own
 @pytest.mark.parametrize("amp", ["none", "bf16"])
 def test_whole_compiled_runs(amp: str) -> None:
+    require_compiler()
     machine = {"compile": True, "amp": amp}
     for run, config, method in (
         (fednorm.federated, SMALL, {"strategy": "fedbn", "rounds": 2}),
