@@ -44,6 +44,7 @@ from fednorm.federation.constants import constant_prints
 from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Turn, held
 from fednorm.federation.replies import EXTRA
+from fednorm.federation.scores import Scores, scores_of
 from fednorm.federation.wire import arrays_of, config_of, pack, tensor_of
 from fednorm.federation.workbench import LOCAL_RECORD, BenchSource, Workbench, process_workbench
 from fednorm.training.recalibration import in_batches, reestimate
@@ -253,7 +254,7 @@ def _batches(split: Split, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @torch.no_grad()
-def score(bench: Workbench, split: Split, *, ready: bool = False) -> dict[str, float]:
+def score(bench: Workbench, split: Split, *, ready: bool = False) -> Scores:
     """Evaluate the workbench's model on some images.
 
     Args:
@@ -275,7 +276,7 @@ def score(bench: Workbench, split: Split, *, ready: bool = False) -> dict[str, f
     return {"num-examples": count, "loss": loss / max(count, 1), "accuracy": hits / max(count, 1)}
 
 
-def _scores(bench: Workbench, client: Client, *, in_a_round: bool, as_evaluated: bool) -> dict[str, float]:
+def _scores(bench: Workbench, client: Client, *, in_a_round: bool, as_evaluated: bool) -> Scores:
     """Return a client's scores, in a round those on its images held back too where these choose the best round.
 
     Args:
@@ -284,11 +285,14 @@ def _scores(bench: Workbench, client: Client, *, in_a_round: bool, as_evaluated:
         in_a_round: Whether this is a round's evaluation.
         as_evaluated: Whether the model is as the last evaluation left it.
     """
-    evaluate = bench.config.evaluate
-    split = client.validation if evaluate.split == "validation" else client.test
-    scores = score(bench, split, ready=as_evaluated)
-    if evaluate.best_round and in_a_round:
-        scores |= {f"validation-{key}": value for key, value in score(bench, client.validation, ready=True).items()}
+    if not as_evaluated:
+        bench.trainee.trainable.evaluation_mode()
+    (scores,) = scores_of(
+        [client],
+        bench.config.evaluate,
+        lambda splits: [score(bench, split, ready=True) for split in splits],
+        in_a_round=in_a_round,
+    )
     return scores
 
 

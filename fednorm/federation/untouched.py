@@ -15,6 +15,11 @@ _KNOWN = ("torch", "fednorm")
 """Packages whose layers change no tensor of theirs while they evaluate."""
 
 
+def known(model: nn.Module) -> bool:
+    """Return whether all of a model's layers are of packages whose layers do nothing but evaluate."""
+    return all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
+
+
 class Untouched:
     """Remembers what a model held at the end of an evaluation, until the next message to a client.
 
@@ -31,7 +36,7 @@ class Untouched:
     """
 
     def __init__(self, model: nn.Module, tensors: Collection[Tensor]) -> None:
-        self._known = all(type(module).__module__.partition(".")[0] in _KNOWN for module in model.modules())
+        self._known = known(model)
         self._tensors = tensors
         self._sent: ArrayRecord | None = None
         self._noted: tuple[ArrayRecord, list[int]] | None = None

@@ -15,9 +15,7 @@ from torch.nn import functional
 from fednorm.data.domain import Split
 from fednorm.federation.cohort.batches import Images, Plan
 from fednorm.federation.cohort.network import StackedNetwork, Tensors
-
-Scores = dict[str, float]
-"""``num-examples``, mean ``loss`` and ``accuracy``, as of :func:`~fednorm.federation.client.score`."""
+from fednorm.federation.scores import Scores
 
 
 def scored_alike(

@@ -18,23 +18,22 @@ from torch import Tensor
 from fednorm.data.domain import Client, Split
 from fednorm.federation import undo
 from fednorm.federation.client_adaptation import ADAPTATION
-from fednorm.federation.cohort.evaluation import Scores, scored_alike, scored_apart
+from fednorm.federation.cohort.evaluation import scored_alike, scored_apart
 from fednorm.federation.cohort.network import Tensors, alike, several
 from fednorm.federation.cohort.training import CohortTraining
 from fednorm.federation.executors import Answer, Failure, Job
 from fednorm.federation.executors.sequential import answer
 from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Phase
+from fednorm.federation.scores import Scores, scores_of
 from fednorm.federation.stack import RowRecord, Stack, StackRow
+from fednorm.federation.together import most_images
 from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
 from fednorm.norms import spec_of
 from fednorm.signals import raise_stop
 
 log = logging.getLogger("fednorm")
-
-IMAGES, PIXELS = 1024, 2**19
-"""The most images, and pixels of them, of a pass where all clients have one network; 64 images there may be always."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,23 +252,19 @@ class Cohort:
         """Return the scores of clients that are evaluated with the tensors they have."""
         if not jobs:
             return []
-        evaluate = self._bench.config.evaluate
-        in_a_round = "mode" not in config_of(jobs[0].content)
-        clients = [self._client(job) for job in jobs]
-        first = [c.validation if evaluate.split == "validation" else c.test for c in clients]
-        scores = self._scored_on(jobs, sent, first)
-        if evaluate.best_round and in_a_round:
-            more = self._scored_on(jobs, sent, [client.validation for client in clients])
-            scores = [a | {f"validation-{key}": v for key, v in b.items()} for a, b in zip(scores, more, strict=True)]
-        return scores
+        return scores_of(
+            [self._client(job) for job in jobs],
+            self._bench.config.evaluate,
+            lambda splits: self._scored_on(jobs, sent, splits),
+            in_a_round="mode" not in config_of(jobs[0].content),
+        )
 
     def _scored_on(self, jobs: Sequence[Job], sent: Mapping[str, Tensor], splits: Sequence[Split]) -> list[Scores]:
         bench, network, device = self._bench, self._training.network, self._bench.trainee.device
         mine = [key for key in network.keys if key in bench.plan.local and key not in sent]
         if not mine:  # the model holds what all of them have
             bench.trainee.trainable.evaluation_mode()
-            size = max(64, min(IMAGES, PIXELS // bench.federation.image_size**2))
-            return scored_alike(bench.model, splits, size, device)
+            return scored_alike(bench.model, splits, most_images(bench.federation.image_size), device)
         shared = {
             key: (sent[key] if key in sent else bench.initial[key]).to(device)
             for key in network.keys
