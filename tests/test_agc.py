@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,9 +14,18 @@ from torch import Tensor, nn
 
 from fednorm.errors import ConfigError
 from fednorm.norms.sws import SWSConv2d
+from fednorm.optim import agc
 from fednorm.optim.agc import AdaptiveGradientClipping, Units, clip_gradients, find_classifier
 
 SHAPES = [(), (7,), (4, 5), (1, 5), (4, 1), (4, 2, 3), (4, 2, 3, 3), (1, 2, 3, 3), (4, 1, 1, 1), (1, 1, 1, 1)]
+
+
+@pytest.fixture(params=[agc._SMALL, 0], ids=["one matrix", "each by itself"], autouse=True, scope="module")
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Clip small tensors in one matrix, as they are, and like large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agc, "_SMALL", request.param)
+        yield
 
 
 def drawn(shape: tuple[int, ...], seed: int) -> nn.Parameter:
@@ -188,3 +198,41 @@ def test_of_a_large_tensor_the_clipped_rows_alone_change(shape: tuple[int, ...],
     torch.testing.assert_close(found[~kept], bound[~kept], rtol=1e-5, atol=0)
     shrunk = (bound / before.flatten(1).double().norm(dim=1))[~kept].float().view(-1, *[1] * (len(shape) - 1))
     torch.testing.assert_close(parameter.grad[~kept], before[~kept] * shrunk, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("worst", [math.nan, math.inf, 1e38], ids=str)
+def test_a_gradient_that_diverged_leaves_nothing_behind(worst: float) -> None:
+    """One clipping serves all clients of a run in turn: what one of them does is gone at the next."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5), nn.Linear(5, 2)).double()
+    model = model.to(memory_format=torch.channels_last)
+    clipping = AdaptiveGradientClipping(model, 0.1)
+    for diverges in (False, True, False):
+        expected = []
+        for seed, parameter in enumerate(clipping.parameters):
+            draw = torch.Generator().manual_seed(seed)
+            parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=draw).to(
+                memory_format=torch.channels_last if parameter.ndim == 4 else torch.contiguous_format
+            )
+            if diverges:
+                parameter.grad[(0,) * parameter.ndim] = worst
+            expected.append(clipped_by_hand(parameter, 0.1, 1e-3, "deepmind"))  # type: ignore[arg-type]
+        strides = [parameter.grad.stride() for parameter in clipping.parameters if parameter.grad is not None]
+        clipping()
+        for parameter, gradient, stride in zip(clipping.parameters, expected, strides, strict=True):
+            assert parameter.grad is not None
+            assert parameter.grad.stride() == stride
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-12, atol=1e-18, equal_nan=True)
+
+
+def test_it_follows_a_model_whose_type_changes_and_parameters_that_come_to_learn() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(2, 2))
+    clipping = AdaptiveGradientClipping(model, 0.1)
+    for dtype, learning in ((torch.float32, 1), (torch.float32, 2), (torch.float64, 2)):
+        model.to(dtype)
+        parameters = clipping.parameters[: 2 * learning]
+        for parameter in clipping.parameters:
+            parameter.grad = torch.ones_like(parameter) if any(parameter is other for other in parameters) else None
+        expected = [clipped_by_hand(parameter, 0.1, 1e-3, "deepmind") for parameter in parameters]  # type: ignore[arg-type]
+        clipping()
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient.to(dtype))

@@ -24,7 +24,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from fednorm.cards import Citation
 from fednorm.errors import ConfigError
 from fednorm.norms._computed import ComputedWeight
 from fednorm.norms._precision import LOW, widened
+from fednorm.norms._rows import centre, composes, normalized_rows
 from fednorm.norms._transforms import transforms_active
 from fednorm.roles import Kind
 from fednorm.scalar import scalar
@@ -51,100 +52,6 @@ GAMMA: Mapping[str, float] = {
     "identity": 1.0,
 }
 """1 / standard deviation of f(z) for standard normal z, as estimated in DeepMind's ``nfnets/base.py``."""
-
-
-def centre(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row of a convolution's weight minus its mean, and the row's length.
-
-    Differentiable; a row of length 0 gets the gradient 0. Several times faster than ``torch.var_mean`` on a CPU, and
-    it runs in every step. var * N is the squared length.
-
-    Args:
-        weight: Shape (C_out, C_in / groups, k_h, k_w).
-
-    Returns:
-        The centred rows, shape (C_out, N), and their Euclidean lengths, shape (C_out, 1).
-    """
-    rows = weight.flatten(1)
-    centred = rows - rows.mean(1, keepdim=True)
-    return centred, torch.linalg.vector_norm(centred, dim=1, keepdim=True)
-
-
-class _Scale(NamedTuple):
-    """How a centred row's length becomes its factor.
-
-    Attributes:
-        factor: Of the squared length, var * N: N / (N - 1) for the unbiased variance, else 1.
-        least: Its lower bound; None for none.
-        more: What is added to it.
-    """
-
-    factor: float
-    least: float | None
-    more: float
-
-    def __call__(self, length: Tensor) -> tuple[Tensor, Tensor]:
-        """Return var * N and its floor, and 1 over the root of that; both of the shape of the lengths."""
-        energy = length.square()
-        if self.factor != 1.0:
-            energy = energy * self.factor
-        floored = energy + self.more if self.least is None else energy.clamp_min(self.least)
-        return energy, floored.rsqrt()
-
-
-def _standardized(weight: Tensor, gain: Tensor | None, scale: _Scale) -> Tensor:
-    """Return the standardized weight, of the shape of the weight."""
-    centred, length = centre(weight)
-    factor = scale(length)[1]
-    if gain is not None:
-        factor = factor * gain.flatten(1)
-    return (centred * factor).view_as(weight)
-
-
-class _Standardized(torch.autograd.Function):
-    """:func:`_standardized` with the derivative that autograd works out, operation by operation, in one node.
-
-    The bits are autograd's; one node in place of twelve takes a third off the time of the large weights of a
-    convolution, and a sixth off that of small ones.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, gain: Tensor | None, scale: _Scale) -> Tensor:
-        centred, length = centre(weight)
-        energy, root = scale(length)
-        factor = root if gain is None else root * gain.flatten(1)
-        ctx.save_for_backward(weight, gain)
-        ctx.kept = scale, centred, length, energy, root, factor
-        return (centred * factor).view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, gain = ctx.saved_tensors
-        scale, centred, length, energy, root, factor = ctx.kept
-        if torch.is_grad_enabled():  # somebody differentiates this too: autograd knows how
-            needed = [t for t, need in zip((weight, gain), ctx.needs_input_grad, strict=False) if need]
-            made = iter(torch.autograd.grad(_standardized(weight, gain, scale), needed, grad, create_graph=True))
-            of_weight, of_gain = (next(made) if need else None for need in ctx.needs_input_grad[:2])
-            return of_weight, of_gain, None
-        rows = grad.reshape(centred.shape)
-        own = rows.data_ptr() != grad.data_ptr()  # a copy, where the gradient lies in memory in another order
-        pull, of_gain = (rows * centred).sum(1, keepdim=True), None
-        if gain is not None:
-            of_gain = (pull * root).view_as(gain)
-            pull *= gain.flatten(1)
-        # Autograd's factors of -1/2, of the root, and of 2, of the square, change no bit and are left out; the sign is
-        # the subtraction's.
-        pull *= root.pow(3)
-        if scale.least is not None:
-            pull = torch.where(energy >= scalar(scale.least, energy), pull, scalar(0.0, pull))
-        if scale.factor != 1.0:
-            pull *= scale.factor
-        pull *= length
-        # A row of length 0 is 0 everywhere, and stays it where it is divided by something.
-        along = (centred / length.clamp_min(torch.finfo(length.dtype).tiny)).mul_(pull)
-        along = (rows.mul_(factor) if own else rows * factor).sub_(along)
-        along -= along.sum(1, keepdim=True).div_(scalar(along.shape[1], along))
-        return along.view_as(weight), of_gain, None
 
 
 class SWSConv2d(ComputedWeight, nn.Conv2d):
@@ -187,19 +94,30 @@ class SWSConv2d(ComputedWeight, nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return w_hat, shape (C_out, C_in / groups, k_h, k_w)."""
-        scale = _Scale(
-            self.fan_in / (self.fan_in - 1) if self.unbiased else 1.0,
-            self.eps if self.floor == "max" else None,
-            self.eps * self.fan_in,
-        )
-        weight, gain = self.weight, self.gain
-        if weight.dtype in LOW:
-            wide_gain = None if gain is None else widened(gain)
-            return _standardized(widened(weight), wide_gain, scale).to(weight.dtype)
-        if torch.compiler.is_compiling() or transforms_active():
-            return _standardized(weight, gain, scale)
-        w_hat: Tensor = _Standardized.apply(weight, gain, scale)
-        return w_hat
+        if self.weight.dtype in LOW:
+            gain = None if self.gain is None else widened(self.gain)
+            return self._standardized(widened(self.weight), gain).to(self.weight.dtype)
+        return self._standardized(self.weight, self.gain)
+
+    def _standardized(self, weight: Tensor, gain: Tensor | None) -> Tensor:
+        """Return the standardized weight of single or double precision."""
+        n, floor = self.fan_in, self.floor == "max"
+        ratio = n / (n - 1) if self.unbiased else 1.0  # of the variance that counts to the biased one
+        if not composes(weight):
+            factor = (ratio * n) ** -0.5
+            w_hat = (
+                normalized_rows(weight, gain, factor, least=self.eps * factor**2)
+                if floor
+                else normalized_rows(weight, gain, factor, eps=self.eps / ratio)
+            )
+            if w_hat is not None:
+                return w_hat
+        centred, length = centre(weight)
+        energy = length.square() * ratio
+        inverse = (energy.clamp_min(self.eps) if floor else energy + self.eps * n).rsqrt()
+        if gain is not None:
+            inverse = inverse * gain.flatten(1)
+        return (centred * inverse).view_as(weight)
 
     def computed_weight(self) -> Tensor:
         """Return :meth:`standardized_weight`."""
@@ -258,6 +176,10 @@ class _ScaledReLU(torch.autograd.Function):
 _LARGE = 2**15
 """Values of a map from which :class:`_ScaledReLU` pays: below, an operation costs more than its arithmetic."""
 
+_SMALL = 2**12
+"""Values of a map up to which ELU pays, whose scale is gamma and whose branch of negative values is 0: one operation,
+that computes an exponential for each value. It may leave -0 where ReLU leaves 0, and differentiates NaN to NaN."""
+
 
 def _is_plain_relu(module: nn.Module) -> bool:
     """Return whether calling a module is ``torch.relu`` and nothing else: no hook sees what goes in and comes out."""
@@ -290,6 +212,9 @@ class ScaledActivation(nn.Module):
         if learning and x.numel() >= _LARGE:
             scaled: Tensor = _ScaledReLU.apply(x, self.gamma)
             return scaled
+        if learning and x.numel() <= _SMALL and x.device.type == "cpu":
+            of_few: Tensor = torch.ops.aten.elu(x, 0.0, self.gamma, 1.0)
+            return of_few
         y = torch.relu(x)
         factor = scalar(self.gamma, y)
         return y * factor if learning else y.mul_(factor)

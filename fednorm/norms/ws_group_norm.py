@@ -34,8 +34,9 @@ from fednorm import options
 from fednorm.cards import Citation
 from fednorm.norms._computed import ComputedWeight
 from fednorm.norms._precision import widened
+from fednorm.norms._rows import centre, composes, normalized_rows
 from fednorm.norms.group_norm import GroupNorm
-from fednorm.norms.sws import centre, require_fan_in
+from fednorm.norms.sws import require_fan_in
 from fednorm.roles import Kind
 from fednorm.spec import Norm, NormSpec, TensorSpec
 
@@ -65,13 +66,19 @@ class WSConv2d(ComputedWeight, nn.Conv2d):
 
     def standardized_weight(self) -> Tensor:
         """Return w_hat, shape (C_out, C_in / groups, k_h, k_w)."""
-        centred, length = centre(widened(self.weight))
-        divisor = self.fan_in - int(self.unbiased)
-        if self.eps_on == "variance":
+        weight, divisor = widened(self.weight), self.fan_in - int(self.unbiased)
+        on_variance = self.eps_on == "variance"
+        if on_variance and not composes(weight):
+            ratio = self.fan_in / divisor
+            w_hat = normalized_rows(weight, None, ratio**-0.5, eps=self.eps / ratio)
+            assert w_hat is not None  # there is no least variance
+            return w_hat.to(self.weight.dtype)
+        centred, length = centre(weight)
+        if on_variance:
             scale = (length.square() / divisor + self.eps).rsqrt()
         else:
             scale = (length / math.sqrt(divisor) + self.eps).reciprocal()
-        return (centred * scale).view_as(self.weight).to(self.weight.dtype)
+        return (centred * scale).view_as(weight).to(self.weight.dtype)
 
     def computed_weight(self) -> Tensor:
         """Return :meth:`standardized_weight`."""
