@@ -25,8 +25,8 @@ from fednorm.federation.workbench import Workbench
 from fednorm.norms import spec_of
 from fednorm.rng import torch_stream
 
-IMAGES, PIXELS = 1024, 2**19
-"""The most images, and pixels of them, of a pass over several clients; 64 images there may be always."""
+IMAGES, PIXELS = 128, 2**19
+"""The most images, and pixels of them, of a pass over several clients: more take more memory and save nothing."""
 
 SMALL = 2**20
 """Parameters up to which a network is small: a pass takes its time for calls, and not for arithmetic."""
@@ -35,11 +35,6 @@ LEAST = 4
 """Clients from which a pass is made together."""
 
 log = logging.getLogger("fednorm")
-
-
-def most_images(image_size: int) -> int:
-    """Return how many images of a side a pass over several clients may have."""
-    return max(64, min(IMAGES, PIXELS // image_size**2))
 
 
 class Together:
@@ -51,7 +46,7 @@ class Together:
 
     def __init__(self, bench: Workbench) -> None:
         self._bench = bench
-        self._most = most_images(bench.federation.image_size)
+        self._most = min(IMAGES, PIXELS // bench.federation.image_size**2)
         self._can = _can(bench)
         self._same: dict[tuple[int, int], bool] = {}
 

@@ -27,13 +27,15 @@ from fednorm.federation.flower_private import metric_record, record_dict
 from fednorm.federation.local import Local, Phase
 from fednorm.federation.scores import Scores, scores_of
 from fednorm.federation.stack import RowRecord, Stack, StackRow
-from fednorm.federation.together import most_images
 from fednorm.federation.wire import arrays_of, config_of, pack, unpack
 from fednorm.federation.workbench import LOCAL_RECORD, Workbench
 from fednorm.norms import spec_of
 from fednorm.signals import raise_stop
 
 log = logging.getLogger("fednorm")
+
+IMAGES, PIXELS = 1024, 2**19
+"""The most images, and pixels of them, of a pass where all clients have one network; 64 images there may be always."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -264,7 +266,8 @@ class Cohort:
         mine = [key for key in network.keys if key in bench.plan.local and key not in sent]
         if not mine:  # the model holds what all of them have
             bench.trainee.trainable.evaluation_mode()
-            return scored_alike(bench.model, splits, most_images(bench.federation.image_size), device)
+            size = max(64, min(IMAGES, PIXELS // bench.federation.image_size**2))
+            return scored_alike(bench.model, splits, size, device)
         shared = {
             key: (sent[key] if key in sent else bench.initial[key]).to(device)
             for key in network.keys
