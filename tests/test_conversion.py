@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -457,3 +457,30 @@ def several_places() -> nn.Module:
 def test_networks_whose_nonlinearities_cannot_be_placed_are_refused(build: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         convert(build(), "nap")
+
+
+@pytest.mark.parametrize("attention", [False, True], ids=["convolutions", "attention"])
+def test_what_is_looked_at_grows_as_the_network_does(attention: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def visits(blocks: int) -> int:
+        """Return how many modules and parameters are visited where so many blocks are converted."""
+
+        def block() -> nn.Module:
+            if attention:
+                return nn.TransformerEncoderLayer(8, 2, 8, batch_first=True)
+            return nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+
+        model, seen = nn.Sequential(*(block() for _ in range(blocks))), []
+        for name in ("named_modules", "_named_members"):
+            plain = getattr(nn.Module, name)
+
+            def counted(*args: Any, of: Any = plain, **kwargs: Any) -> Iterator[Any]:
+                for each in of(*args, **kwargs):
+                    seen.append(1)
+                    yield each
+
+            monkeypatch.setattr(nn.Module, name, counted)
+        convert(model, "rms_norm" if attention else "sws")
+        monkeypatch.undo()
+        return len(seen)
+
+    assert visits(60) < 2.5 * visits(30)

@@ -65,12 +65,14 @@ def sites(model: nn.Module, example: Example | None) -> dict[int, Site]:
             known[id(module)] = (path, module, recognition)
     shapes = _Shapes(model, known, example)
     in_sequence = _dims_in_sequences(model, known)
+    # Most networks say nothing of the kind, and to look around each of their layers takes long.
+    says = any(_batch_first(module) is not None for module in model.modules())
     result: dict[int, Site] = {}
     for key, (path, _, recognition) in known.items():
         dims = shapes.dims.get(key) or in_sequence.get(key) or recognition.dims
         dims = tuple(d for d in dims if d in recognition.dims) or recognition.dims
         axes = shapes.batch_axes.get(key)
-        batch_axis = _batch_axis(model, path) if axes is None else axes
+        batch_axis = axes if axes is not None else _batch_axis(model, path) if says else 0
         result[key] = Site(recognition, dims, batch_axis)
     return result
 
@@ -224,12 +226,18 @@ def _dims_after(module: nn.Module, dims: int | None) -> int | None:
     return None
 
 
+def _batch_first(module: nn.Module) -> bool | None:
+    """Return what a module says of the order of its batch and its sequence; None where it says nothing."""
+    flag = getattr(module, "batch_first", None)
+    return flag if isinstance(flag, bool) else None
+
+
 def _batch_axis(model: nn.Module, path: str) -> int | None:
     """Return the batch's axis of a layer with channels last, as the nearest module with a ``batch_first`` says it."""
     names = path.split(".") if path else []
     for depth in range(len(names) - 1, -1, -1):
         ancestor = model.get_submodule(".".join(names[:depth]))
-        flags = {flag for m in ancestor.modules() if isinstance(flag := getattr(m, "batch_first", None), bool)}
+        flags = {flag for module in ancestor.modules() if (flag := _batch_first(module)) is not None}
         if flags == {False}:
             # Other blocks may exchange the axes on either side of their attention.
             return 1 if isinstance(ancestor, _TORCH_BLOCKS) else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -65,6 +66,15 @@ def copy_of(model: nn.Module) -> nn.Module:
 _REGISTERED = ("_parameters", "_modules")
 
 
+def _trains(layer: nn.Module, ancestors: Sequence[nn.Module]) -> bool:
+    """Return whether any of a layer's own parameters trains; where it has none, of its nearest neighbours'."""
+    for parameters in (layer.parameters(recurse=False), *(module.parameters() for module in reversed(ancestors))):
+        first = next(parameters, None)
+        if first is not None:
+            return first.requires_grad or any(parameter.requires_grad for parameter in parameters)
+    return True
+
+
 def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
@@ -93,7 +103,7 @@ class Surroundings:
     def like(self, old: nn.Module, ancestors: Sequence[nn.Module]) -> Tensor | None:
         """Return a tensor of the type and on the device that a layer's tensors have: its own, or its neighbours'."""
         for module in (old, *reversed(ancestors)):
-            for tensor in (*module.parameters(), *module.buffers()):
+            for tensor in chain(module.parameters(), module.buffers()):
                 if tensor.is_floating_point():
                     return tensor
         return None
@@ -163,9 +173,9 @@ class Surroundings:
     def _train(self, old: nn.Module, core: nn.Module, ancestors: Sequence[nn.Module]) -> None:
         """Let new parameters train where the old ones did; where there were none, as the nearest neighbours do."""
         own = dict(old.named_parameters(recurse=False))
-        groups = [list(own.values()), *(list(module.parameters()) for module in reversed(ancestors))]
-        trains = next((any(p.requires_grad for p in group) for group in groups if group), True)
-        for name, parameter in core.named_parameters():
+        of_core = list(core.named_parameters())
+        trains = all(name in own for name, _ in of_core) or _trains(old, ancestors)
+        for name, parameter in of_core:
             parameter.requires_grad_(own[name].requires_grad if name in own else trains)
 
     def _tie(self, own: dict[str, Tensor], core: nn.Module, path: str) -> None:
