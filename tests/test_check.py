@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import fednorm
 from fednorm.cards import NORMS, STRATEGIES
 from fednorm.cli.app import app
 from fednorm.errors import ConfigError, FedNormError, UnknownNameError
+from fednorm.federation import flower_private
 from fednorm.inspection.model import NO_VALUES, check
 from fednorm.inspection.norm_survey import MODELS, norm_page, norm_survey
 from fednorm.inspection.strangers import load_model
@@ -230,6 +232,23 @@ def test_mistakes_on_the_command_line(arguments: tuple[str, ...]) -> None:
 
 
 # The survey -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_says_nothing_of_the_rounds_that_were_tried(capfd: pytest.CaptureFixture[str]) -> None:
+    log, heard, head = logging.getLogger("flwr"), list[str](), nn.Linear(4 * 36, 2)
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    log.addHandler(handler)
+    try:
+        with flower_private.quiet_flower_log(logging.INFO):  # as in a session of a user's, who has set nothing
+            tried = check(
+                nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(6), nn.Flatten(), head)
+            )
+    finally:
+        log.removeHandler(handler)
+    assert all(verdict.step.ok for verdict in tried.strategies if not verdict.refusal)
+    assert heard == []
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
+from fednorm.federation.flower_private import quiet_flower_log
 from fednorm.federation.grid import InProcessGrid
 from fednorm.federation.replies import EXTRA
 from fednorm.federation.strategy import NormStrategy
@@ -54,7 +55,8 @@ def one_round(strategy: NormStrategy, model: nn.Module, step: Callable[[nn.Modul
         metrics = MetricRecord({"num-examples": 2, "loss": losses[-1], "accuracy": 0.0})
         return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
-    result = strategy.start(InProcessGrid(app, CLIENTS, {}), strategy.initial_arrays(model), num_rounds=1)
+    with quiet_flower_log():  # what a run says of its rounds and nodes is of no use here
+        result = strategy.start(InProcessGrid(app, CLIENTS, {}), strategy.initial_arrays(model), num_rounds=1)
     with torch.no_grad():
         copy.deepcopy(model).load_state_dict(unpack(result.arrays), strict=False)
     return sum(losses) / len(losses)
