@@ -26,7 +26,7 @@ from fednorm.bench.bare import federated_averaging
 from fednorm.bench.case import Case, case_of
 from fednorm.bench.flower_apps import STAMPS
 from fednorm.bench.meter import Cost, ProcessWatch, RoundClock, cost
-from fednorm.bench.peers import blazefl, fluke, pfl, setting_of
+from fednorm.bench.peers import PEERS, blazefl, fluke, pfl, require_peer, setting_of
 from fednorm.cards import STRATEGIES
 from fednorm.config import choose
 from fednorm.cores import available_cores, usable_cores
@@ -150,9 +150,6 @@ def run_peer(case: Case, *, run: Callable[[Case], Cost]) -> Cost:
         return run(case)
 
 
-PEERS: Mapping[str, str] = {"fluke": "fluke-fl", "blazefl": "blazefl", "pfl": "pfl"}
-"""Other simulators, and what the package of each is called."""
-
 ENGINES: Mapping[str, Callable[[Case], Cost]] = {
     "bare": run_bare,
     "bare-contiguous": partial(run_bare, channels_last=False),
@@ -204,11 +201,13 @@ def bench_engine(
     for name in against:
         choose("against", name, ENGINES)
     engines = [name for name in ENGINES if name in {*against, "fednorm"}]
+    for name in PEERS.keys() & engines:  # before anything is timed
+        require_peer(name)
     if strategy:
         STRATEGIES.require(strategy)
     asked = [replace(case, strategy=strategy or case.strategy) for case in map(case_of, cases)]
     documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in asked}
-    peers = {name: metadata.version(package) for name, package in PEERS.items() if name in engines}
+    peers = {name: metadata.version(peer.package) for name, peer in PEERS.items() if name in engines}
     return {"kind": "bench engine", "machine": _machine() | {"peers": peers}, "repeats": repeats, "cases": documents}
 
 

@@ -10,8 +10,8 @@ import torch
 
 from fednorm.bench import engine
 from fednorm.bench.case import Case
-from fednorm.bench.engine import PEERS, bench_engine, bench_table
-from fednorm.bench.peers import setting_of
+from fednorm.bench.engine import bench_engine, bench_table
+from fednorm.bench.peers import PEERS, setting_of
 from fednorm.errors import ConfigError
 from fednorm.rng import torch_stream
 
@@ -22,7 +22,7 @@ CASE = Case(name="sane", clients=3, train=32, test=7, image_size=8, width=4, bat
 @pytest.mark.filterwarnings("default")  # theirs are not ours to mend
 def test_a_simulator_ends_with_our_weights(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec(name) is None:
-        pytest.skip(f"{PEERS[name]} is not installed (the extra bench)")
+        pytest.skip(f"{PEERS[name].package} is not installed (the extra bench)")
     monkeypatch.setattr(engine, "case_of", lambda _: CASE)
     document = bench_engine(["sane"], [name], 1)
     assert document["cases"]["sane"]["engines"][name]["difference"] < 1e-5
@@ -32,8 +32,10 @@ def test_a_simulator_ends_with_our_weights(name: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", PEERS)
 def test_a_simulator_that_is_not_installed_is_a_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fednorm.bench.peers.find_spec", lambda _: None)
+    lines: list[str] = []
     with pytest.raises(ConfigError, match=r"not installed here. pip install 'fednorm\[bench\]'"):
-        bench_engine(["tiny-1000"], [name], 1)
+        bench_engine(["tiny-1000"], [name], 1, lines.append)
+    assert lines == [], "before anything is timed"
 
 
 def test_batches_are_the_bare_loops() -> None:

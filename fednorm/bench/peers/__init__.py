@@ -7,9 +7,10 @@ so that the final weights can be compared. The shared model is evaluated on all 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -81,19 +82,40 @@ def setting_of(case: Case, layout: torch.memory_format = torch.channels_last) ->
     return Setting(case, bench.model.to(memory_format=layout), clients, bench.config.train.learning_rate, layout)
 
 
-def require_peer(module: str, package: str, python: str) -> None:
+class Peer(NamedTuple):
+    """Another simulator.
+
+    Attributes:
+        package: What is installed.
+        title: What it calls itself.
+        python: Which versions of Python it is made for.
+    """
+
+    package: str
+    title: str
+    python: str
+
+
+PEERS: Mapping[str, Peer] = {
+    "fluke": Peer("fluke-fl", "fluke-fl", "3.10 or later"),
+    "blazefl": Peer("blazefl", "BlazeFL", "3.12 or later"),
+    "pfl": Peer("pfl", "pfl-research", "3.10 to 3.12"),
+}
+"""The simulators, by the names of their modules."""
+
+
+def require_peer(module: str) -> None:
     """Require that a simulator is installed.
 
     Args:
-        module: What is imported.
-        package: What is installed.
-        python: Which versions of Python it is made for.
+        module: Its name in :data:`PEERS`.
 
     Raises:
         ConfigError: It is not.
     """
     if find_spec(module) is None:
+        _, title, python = PEERS[module]
         raise ConfigError(
-            f"Engine {module} is the simulator {package}, which is not installed here. pip install 'fednorm[bench]' "
+            f"Engine {module} is the simulator {title}, which is not installed here. pip install 'fednorm[bench]' "
             f"brings it on Python {python}; or leave it out of --against."
         )

@@ -25,7 +25,7 @@ def run(case: Case) -> Cost:
     Raises:
         ConfigError: It is not installed.
     """
-    require_peer("blazefl", "BlazeFL", "3.12 or later")
+    require_peer("blazefl")
     from blazefl.contrib import FedAvgBaseClientTrainer, FedAvgBaseServerHandler
 
     setting = setting_of(case, torch.contiguous_format)

@@ -23,7 +23,7 @@ def run(case: Case) -> Cost:
     Raises:
         ConfigError: It is not installed.
     """
-    require_peer("fluke", "fluke-fl", "3.10 or later")
+    require_peer("fluke")
     setting = setting_of(case)
     with ProcessWatch(descendants=False) as watch:
         clock = RoundClock()

@@ -24,7 +24,7 @@ def run(case: Case) -> Cost:
     Raises:
         ConfigError: It is not installed.
     """
-    require_peer("pfl", "pfl-research", "3.10 to 3.12")
+    require_peer("pfl")
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.aggregate.weighting import WeightByDatapoints
     from pfl.algorithm.base import NNAlgorithmParams
