@@ -36,7 +36,7 @@ from fednorm.federation.executors import Answer, Executor, Job
 from fednorm.federation.executors.cohort import Cohort
 from fednorm.federation.executors.sequential import Sequential
 from fednorm.federation.executors.workers import Workers
-from fednorm.federation.flower_runtime import run_with_flower, write_app
+from fednorm.federation.flower_runtime import require_simulation, run_with_flower, write_app
 from fednorm.federation.simulate import simulate
 from fednorm.federation.wire import arrays_of, unpack
 from fednorm.federation.workbench import Workbench
@@ -203,6 +203,8 @@ def bench_engine(
     engines = [name for name in ENGINES if name in {*against, "fednorm"}]
     for name in PEERS.keys() & engines:  # before anything is timed
         require_peer(name)
+    if "flower" in engines:
+        require_simulation()
     if strategy:
         STRATEGIES.require(strategy)
     asked = [replace(case, strategy=strategy or case.strategy) for case in map(case_of, cases)]

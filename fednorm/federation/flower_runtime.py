@@ -261,16 +261,25 @@ def run_with_flower(
     return FlowerRun(str(run["run-id"]), status, exit_code, log_path, time.monotonic() - started)
 
 
-def _check_request(
-    app_dir: Path, home: Path, num_supernodes: int, run_config: Mapping[str, ConfigValue], client_cpus: int
-) -> int:
-    """Refuse what cannot run, and return the number of CPU cores that Ray shall hand out."""
+def require_simulation() -> None:
+    """Require what Flower's simulation runtime needs beside Flower.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
             "Flower's simulation runtime needs Ray, which is not installed. Install it with "
             "pip install 'fednorm[simulation]' (it is pip install 'flwr[simulation]'), or leave --runtime out: "
             "the in-process runtime needs no Ray and computes the same numbers."
         )
+
+
+def _check_request(
+    app_dir: Path, home: Path, num_supernodes: int, run_config: Mapping[str, ConfigValue], client_cpus: int
+) -> int:
+    """Refuse what cannot run, and return the number of CPU cores that Ray shall hand out."""
+    require_simulation()
     if num_supernodes < 1:
         raise ConfigError(f"num_supernodes must be at least 1, got {num_supernodes}.")
     cores = available_cores()

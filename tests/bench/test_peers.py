@@ -29,11 +29,12 @@ def test_a_simulator_ends_with_our_weights(name: str, monkeypatch: pytest.Monkey
     assert name in bench_table(document).notes[-1]
 
 
-@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("name", [*PEERS, "flower"])
 def test_a_simulator_that_is_not_installed_is_a_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fednorm.bench.peers.find_spec", lambda _: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     lines: list[str] = []
-    with pytest.raises(ConfigError, match=r"not installed here. pip install 'fednorm\[bench\]'"):
+    with pytest.raises(ConfigError, match=r"(?s)not installed.*pip install 'fednorm\[(bench|simulation)\]'"):
         bench_engine(["tiny-1000"], [name], 1, lines.append)
     assert lines == [], "before anything is timed"
 
