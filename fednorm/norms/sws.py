@@ -113,7 +113,7 @@ class SWSConv2d(ComputedWeight, nn.Conv2d):
             if w_hat is not None:
                 return w_hat
         centred, length = centre(weight)
-        energy = length.square() * ratio
+        energy = length.square() if ratio == 1.0 else length.square() * ratio
         inverse = (energy.clamp_min(self.eps) if floor else energy + self.eps * n).rsqrt()
         if gain is not None:
             inverse = inverse * gain.flatten(1)
