@@ -165,7 +165,7 @@ class _Clipper:
     """
 
     def __init__(self, parameters: list[Tensor], units: Units) -> None:
-        self._given, self._units = parameters, units
+        self._given = parameters
         by_row = [parameter for parameter in parameters if has_rows(parameter, units)]
         whole = [parameter for parameter in parameters if not has_rows(parameter, units)]
         self._by_row, self._parameters = len(by_row), by_row + whole
