@@ -77,7 +77,7 @@ def alone(bench: Workbench, jobs: list[Job]) -> list[dict[str, Any]]:
 Splits = Callable[[list[int]], Iterator[Split]]
 
 
-@pytest.mark.parametrize("evaluate", [{}, {"best_round": True}, {"split": "validation"}], ids=str)
+@pytest.mark.parametrize("evaluate", [{}, {"best_round": True}, {"split": "validation"}, {"batch_size": 16}], ids=str)
 @pytest.mark.parametrize(
     "splits",
     [one_array, lambda sizes: (drawn(size, seed) for seed, size in enumerate(sizes))],
