@@ -55,7 +55,7 @@ def _answer(engine: Callable[[Case], Cost], case: Case, writer: int) -> None:
         try:
             run = engine(case)
             # As arrays: tensors would go through files that end with this process.
-            arrays = {key: tensor.contiguous().numpy() for key, tensor in run.tensors.items()}
+            arrays = {key: tensor.cpu().contiguous().numpy() for key, tensor in run.tensors.items()}
             answer = replace(run, tensors={}), arrays
         except BaseException as error:
             answer = error

@@ -34,6 +34,7 @@ class Case:
         seed: Of the images, the weights and the batches.
         model: The network.
         strategy: The strategy, with the norm that it brings along.
+        device: Where clients train and are evaluated.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     seed: int = 1
     model: str = "digits_cnn"
     strategy: str = "fedavg"
+    device: str = "cpu"
 
     @property
     def plain(self) -> bool:
@@ -73,6 +75,7 @@ class Case:
             f"{self.clients:,} clients × {self.train} training images ({steps} step{'s' * (steps > 1)} of "
             f"{self.batch_size}) and {self.test} test images, {self.image_size}×{self.image_size}, "
             f"{self.model} of width {self.width}{'' if self.plain else f', {self.strategy}'}"
+            f"{'' if self.device == 'cpu' else f', on {self.device}'}"
         )
 
     def config(self) -> RunConfig:
@@ -80,6 +83,7 @@ class Case:
         return resolve(
             {
                 "seed": self.seed,
+                "device": self.device,
                 "model": {"name": self.model, "width": self.width},
                 "strategy": {"name": self.strategy},
                 "train": {"batch_size": self.batch_size, "learning_rate": 0.01},

@@ -166,6 +166,9 @@ ENGINES: Mapping[str, Callable[[Case], Cost]] = {
 PLAIN = ("bare", "bare-contiguous", *PEERS)
 """Engines that are given cases of federated averaging alone: the bare loops, and the other simulators."""
 
+ANYWHERE = ("bare", "bare-contiguous", "fednorm", "cohort")
+"""Engines that compute on any device; the others compute on the CPU here."""
+
 
 def bench_engine(
     cases: Sequence[str],
@@ -174,6 +177,7 @@ def bench_engine(
     on_line: Callable[[str], None] | None = None,
     *,
     strategy: str = "",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """Time fednorm's engine beside others.
 
@@ -183,6 +187,7 @@ def bench_engine(
         repeats: How often each engine runs each case.
         on_line: Is told what has been measured, a line at a time.
         strategy: That of every case, with the norm that it brings along; each case's own if empty.
+        device: Where clients train and are evaluated, ``cuda`` for example; of :data:`ANYWHERE` alone if not ``cpu``.
 
     Returns:
         A document for JSON: ``machine``, and for each of ``cases`` its ``engines`` with, each a round: ``cpu_seconds``
@@ -192,7 +197,8 @@ def bench_engine(
         and ``difference``, the largest of a final weight to fednorm's.
 
     Raises:
-        ConfigError: An engine is unknown or not installed, or ``repeats`` is less than 1.
+        ConfigError: An engine is unknown or not installed, or not for the device; there is no such device; or
+            ``repeats`` is less than 1.
         UnknownNameError: There is no such case, or no such strategy.
         AggregationError: Flower's run failed.
     """
@@ -201,13 +207,18 @@ def bench_engine(
     for name in against:
         choose("against", name, ENGINES)
     engines = [name for name in ENGINES if name in {*against, "fednorm"}]
+    if device != "cpu" and (here := [name for name in engines if name not in ANYWHERE]):
+        raise ConfigError(
+            f"{', '.join(here)} would compute on the CPU, beside others on {device}. Leave them out of --against; "
+            f"{', '.join(ANYWHERE)} compute on any device."
+        )
     for name in PEERS.keys() & engines:  # before anything is timed
         require_peer(name)
     if "flower" in engines:
         require_simulation()
     if strategy:
         STRATEGIES.require(strategy)
-    asked = [replace(case, strategy=strategy or case.strategy) for case in map(case_of, cases)]
+    asked = [replace(case, strategy=strategy or case.strategy, device=device) for case in map(case_of, cases)]
     documents = {case.name: _bench_case(case, engines, repeats, on_line) for case in asked}
     peers = {name: metadata.version(peer.package) for name, peer in PEERS.items() if name in engines}
     return {"kind": "bench engine", "machine": _machine() | {"peers": peers}, "repeats": repeats, "cases": documents}

@@ -9,14 +9,19 @@ from fednorm.cli.options import names
 from fednorm.cli.report import show
 
 
-def run_bench_engine(case: str, against: str, repeats: int, *, strategy: str, markdown: bool, as_json: bool) -> None:
-    """Run the cases and print their table."""
+def run_bench_engine(
+    case: str, against: str | None, repeats: int, *, strategy: str, device: str, markdown: bool, as_json: bool
+) -> None:
+    """Run the cases and print their table; without engines to compare with, beside those that fit the device."""
+    if against is None:
+        against = "bare,workers" if device == "cpu" else "bare,cohort"
     result = bench_engine(
         names(case, CASES),
         names(against, ()),
         repeats,
         on_line=lambda line: err().print(line, markup=False),
         strategy=strategy,
+        device=device,
     )
     if as_json:
         print_json(result)

@@ -20,13 +20,14 @@ verify_app = typer.Typer(no_args_is_help=True, help="Check the numbers.")
 def bench_engine(
     case: Annotated[str, typer.Option(help="Cases, separated by commas; all of them by default.")] = "",
     against: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Engines to compare with, separated by commas: bare, workers, cohort, flower, bare-contiguous; other "
-            "simulators (the extra bench): fluke, blazefl, pfl."
+            "simulators (the extra bench): fluke, blazefl, pfl. By default bare,workers; on another device bare,cohort."
         ),
-    ] = "bare,workers",
+    ] = None,
     strategy: Annotated[str, typer.Option(help="Of every case, with its norm; each case's own by default.")] = "",
+    device: Annotated[str, typer.Option(help="Where clients train: cpu, cuda, mps.")] = "cpu",
     repeats: Annotated[int, typer.Option(help="Repetitions of each.")] = 3,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table in Markdown.")] = False,
     as_json: JsonOption = False,
@@ -35,7 +36,7 @@ def bench_engine(
     with starting():
         from fednorm.cli.bench import run_bench_engine
 
-    run_bench_engine(case, against, repeats, strategy=strategy, markdown=markdown, as_json=as_json)
+    run_bench_engine(case, against, repeats, strategy=strategy, device=device, markdown=markdown, as_json=as_json)
 
 
 @bench_app.command("continual")

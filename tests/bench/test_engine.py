@@ -292,3 +292,14 @@ def test_flower_runs_the_same_apps_to_the_same_bits() -> None:
     # Starting SuperLink, Ray and two processes that import torch costs seconds; a round of this case does not.
     assert flower.startup_wall > flower.wall[0] > 0
     assert flower.startup_cpu > 1
+
+
+def test_engines_of_the_cpu_are_refused_beside_others_on_a_device() -> None:
+    with pytest.raises(ConfigError, match=r"workers, flower would compute on the CPU, beside others on cuda. Leave"):
+        bench_engine(["tiny-1000"], ["flower", "workers", "bare"], 1, device="cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_there_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="cuda"):
+        bench_engine(["tiny-1000"], ["bare", "cohort"], 1, device="cuda")

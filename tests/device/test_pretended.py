@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 import fednorm
+from fednorm.bench.case import CASES, Case
+from fednorm.bench.engine import run_bare, run_cohort, run_fednorm
+from fednorm.bench.meter import Cost
 from fednorm.config import merge
 
 FEDERATED: dict[str, Any] = {
@@ -206,3 +210,13 @@ def test_curves_that_differ_are_told() -> None:
     here = {"loss": [2.0, 1.0], "accuracy": [0.5, 0.7]}
     there = {"loss": [2.2, 0.9], "accuracy": [0.5, 0.5]}
     assert check.differences(here, there) == pytest.approx({"loss": 0.1, "accuracy": 0.1})
+
+
+@pytest.mark.parametrize("run", [run_bare, run_fednorm, run_cohort], ids=["bare", "fednorm", "cohort"])
+def test_a_case_of_the_engines_bench_runs_on_a_device(run: Callable[[Case], Cost], away: SimpleNamespace) -> None:
+    del away
+    case = CASES["tiny-1000"].small()
+    here, there = run(case), run(replace(case, device="cuda"))
+    assert "on cuda" in replace(case, device="cuda").summary
+    for key, tensor in here.tensors.items():
+        torch.testing.assert_close(there.tensors[key].cpu(), tensor, rtol=1e-5, atol=1e-6)
