@@ -37,7 +37,7 @@ def faults(times: int = 12) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / times / PAGES
 
 
-def test_a_block_is_used_again_within_a_run_and_given_back_at_its_end() -> None:
+def keep_and_give_back() -> None:
     memory = psutil.Process().memory_info
     with large_blocks_kept():
         assert faults() < 0.1
@@ -46,6 +46,12 @@ def test_a_block_is_used_again_within_a_run_and_given_back_at_its_end() -> None:
         assert faults() < 0.1, "a run within a run ended, and the outer one goes on"
         kept = memory().rss
     assert memory().rss < kept - SIZE / 2
+
+
+def test_a_block_is_used_again_within_a_run_and_given_back_at_its_end() -> None:
+    """In a process of its own: what other tests have left at the end of this one's memory would hold it."""
+    call = f"import runpy; runpy.run_path({__file__!r})['keep_and_give_back']()"
+    subprocess.run([sys.executable, "-c", call], check=True)
 
 
 def test_without_it_a_block_comes_anew() -> None:
