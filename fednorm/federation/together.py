@@ -88,13 +88,9 @@ class Together:
     @torch.no_grad()
     def _scored(self, splits: Sequence[Split], count: int) -> Iterator[Scores]:
         images = Images(splits, self._bench.trainee.device)
-        owners = torch.arange(len(splits)).repeat_interleave(count)
-        order = images.group_of[owners].argsort(stable=True)
-        batch, labels = images.rows_of(owners[order], torch.arange(count).repeat(len(splits))[order])
-        if bool((images.group_of != images.group_of[0]).any()):
-            back = order.argsort()
-            batch, labels = batch[back], labels[back]
-        logits = self._bench.model(batch)
+        batch, labels = (each.flatten(0, 1) for each in images.read(torch.arange(count).expand(len(splits), -1)))
+        # As each client's own are laid out, also where they come from several arrays.
+        logits = self._bench.model(batch.contiguous(memory_format=torch.channels_last))
         hits = (logits.argmax(1) == labels).view(-1, count).sum(1).tolist()
         log_p = torch.split(functional.log_softmax(logits, 1), count)
         for own, of_own, hit in zip(log_p, torch.split(labels, count), hits, strict=True):
